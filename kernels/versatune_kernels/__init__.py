@@ -1,0 +1,29 @@
+"""Fused linear + cross-entropy with per-token, per-sample and per-domain losses.
+
+What: `linear_cross_entropy(hidden, weight, labels, ...)` is the language-model head and its loss in
+one differentiable call. It never holds the full logits matrix and returns the loss of every token,
+sample and domain next to the scalar that is trained on.
+
+How: one signature, several backends (`reference`: readable and slow; `chunked`: portable), picked
+by `backend=`. Read `contract.py` for what comes out, `loss.py` for the order of work, `chunked.py`
+for the arithmetic.
+
+What is not covered: a Triton backend, a head whose vocabulary is split over ranks, torch.compile.
+
+The package needs torch only and is usable by itself.
+"""
+
+from versatune_kernels.backends import ResolvedBackend, resolve_backend
+from versatune_kernels.contract import LossOutput
+from versatune_kernels.errors import KernelError
+from versatune_kernels.loss import linear_cross_entropy
+from versatune_kernels.sizing import auto_chunk_tokens
+
+__all__ = [
+    "KernelError",
+    "LossOutput",
+    "ResolvedBackend",
+    "auto_chunk_tokens",
+    "linear_cross_entropy",
+    "resolve_backend",
+]

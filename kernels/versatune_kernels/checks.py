@@ -1,0 +1,233 @@
+"""Checks of what the caller passed in.
+
+How: shapes, dtypes, devices and options are always checked; that costs nothing. Checks that must
+read tensor values are made by `ValueChecks` in one of three ways:
+
+    "host"    read the values and raise a KernelError that names the first offender
+    "device"  CUDA: a device-side assert, which never makes the host wait. As with torch's own
+              cross-entropy, the program ends with "device-side assert triggered" at a later call;
+              run again with validate=True to get the KernelError
+    "off"     not at all
+
+What is not covered: NaN or infinite hidden states. They give a NaN loss, which the caller sees.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from versatune_kernels.errors import KernelError
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INTEGER_DTYPES = (torch.int32, torch.int64)
+
+
+class ValueChecks:
+    """Requires conditions on tensor values, in the way that fits the device."""
+
+    def __init__(self, validate: bool | None, device: torch.device) -> None:
+        """validate: True host, False off, None host except on CUDA, where it is device."""
+        if validate is None:
+            self.mode = "device" if device.type == "cuda" else "host"
+        else:
+            self.mode = "host" if validate else "off"
+
+    def require(self, holds: Tensor, message: Callable[[], str]) -> None:
+        """`holds` is a bool tensor of any shape, all of it must be True; `message` may be slow."""
+        if self.mode == "off":
+            return
+        if self.mode == "device":
+            torch._assert_async(holds.all(), "versatune_kernels: bad input; use validate=True")
+        elif not bool(holds.all()):
+            raise KernelError(message())
+
+
+def check_matrices(hidden: Tensor, weight: Tensor) -> None:
+    """hidden [N, H] or [B, T, H] and weight [V, H]: same H, floating dtype and device."""
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise KernelError(f"{name} is a {type(tensor).__name__}; pass a torch.Tensor.")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise KernelError(
+                f"{name} is {tensor.dtype}; allowed: {_names(FLOAT_DTYPES)}. Cast it first."
+            )
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise KernelError(
+            f"weight has shape {list(weight.shape)}; expected [vocabulary, hidden] with at least "
+            "one row. An empty weight is what ZeRO-3 leaves outside the forward of the module that "
+            "owns it: call the loss inside that module's forward."
+        )
+    if hidden.dim() not in (2, 3):
+        raise KernelError(
+            f"hidden has shape {list(hidden.shape)}; expected [tokens, hidden] or "
+            "[batch, time, hidden]."
+        )
+    if hidden.shape[-1] != weight.shape[1]:
+        raise KernelError(
+            f"hidden has {hidden.shape[-1]} features and weight {weight.shape[1]} "
+            f"(shapes {list(hidden.shape)} and {list(weight.shape)}); they must be equal. "
+            "weight is [vocabulary, hidden], as nn.Linear stores it."
+        )
+    if hidden.dtype != weight.dtype:
+        raise KernelError(
+            f"hidden is {hidden.dtype} but weight is {weight.dtype}; cast one to the other's dtype "
+            "(under autocast: hidden.to(weight.dtype))."
+        )
+    if hidden.device != weight.device:
+        raise KernelError(
+            f"hidden is on {hidden.device} but weight on {weight.device}; move one of them."
+        )
+
+
+def flat_tokens(
+    name: str, tensor: Tensor, hidden: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> Tensor:
+    """A per-token tensor as [N], after checking its shape ([N] or hidden's), dtype and device."""
+    if not isinstance(tensor, Tensor):
+        raise KernelError(f"{name} is a {type(tensor).__name__}; pass a torch.Tensor.")
+    num_tokens = math.prod(hidden.shape[:-1])
+    if tensor.shape not in (hidden.shape[:-1], (num_tokens,)):
+        raise KernelError(
+            f"{name} has shape {list(tensor.shape)}; expected one value per token: "
+            f"{list(hidden.shape[:-1])} for hidden of shape {list(hidden.shape)}."
+        )
+    if tensor.dtype not in dtypes:
+        raise KernelError(f"{name} is {tensor.dtype}; allowed: {_names(dtypes)}.")
+    if tensor.device != hidden.device:
+        raise KernelError(
+            f"{name} is on {tensor.device} but hidden on {hidden.device}; move {name} there."
+        )
+    if tensor.requires_grad:
+        raise KernelError(
+            f"{name} requires a gradient, but the loss is differentiable in hidden and weight "
+            f"only; pass {name}.detach()."
+        )
+    return tensor.reshape(-1)
+
+
+def check_labels(labels: Tensor, valid: Tensor, vocab_size: int, checks: ValueChecks) -> None:
+    """Every valid label is a class id in 0..V-1."""
+    in_range = ~valid | ((labels >= 0) & (labels < vocab_size))
+
+    def message() -> str:
+        where = int((~in_range).nonzero()[0])
+        return (
+            f"label {int(labels[where])} of token {where} is outside 0..{vocab_size - 1} and is "
+            f"not ignore_index ({int((~in_range).sum())} such labels). Check that the tokenizer "
+            "fits the model's vocabulary; mark tokens without a target with ignore_index."
+        )
+
+    checks.require(in_range, message)
+
+
+def check_ids(
+    name: str, ids: Tensor | None, size_name: str, size: int | None, checks: ValueChecks
+) -> None:
+    """Ids come with their number of segments and stay below it."""
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
+        raise KernelError(f"{size_name}={size!r}; expected an integer >= 0.")
+    if ids is None:
+        if size is not None:
+            raise KernelError(f"{size_name}={size} without {name}: pass both or neither.")
+        return
+    if size is None:
+        raise KernelError(
+            f"{name} without {size_name}: pass {size_name}, the length of the sums to return "
+            "(reading it from the ids would make the host wait for the device)."
+        )
+    in_range = ids < size
+
+    def message() -> str:
+        where = int((~in_range).nonzero()[0])
+        return (
+            f"{name} holds {int(ids[where])} at token {where}, but {size_name}={size} allows "
+            f"0..{size - 1}; negative ids mean 'none'. Raise {size_name} or correct the ids."
+        )
+
+    checks.require(in_range, message)
+
+
+def check_num_valid(
+    num_valid: int | None, valid: Tensor, ignore_index: int, checks: ValueChecks
+) -> None:
+    """The caller's count of labels that are not ignore_index is right."""
+    if num_valid is None:
+        return
+    if isinstance(num_valid, bool) or not isinstance(num_valid, int):
+        raise KernelError(f"num_valid={num_valid!r}; expected an integer or None.")
+    if not 0 <= num_valid <= valid.numel():
+        raise KernelError(f"num_valid={num_valid} for {valid.numel()} tokens; check the count.")
+    checks.require(
+        valid.sum() == num_valid,
+        lambda: (
+            f"num_valid={num_valid}, but {int(valid.sum())} labels differ from "
+            f"ignore_index={ignore_index}. Count the shifted labels, or leave num_valid out."
+        ),
+    )
+
+
+def check_normalizer(
+    normalizer: float | Tensor, device: torch.device, checks: ValueChecks
+) -> float | Tensor:
+    """The normalizer as a float, or as a detached float32 [] tensor on `device`."""
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise KernelError(
+                f"normalizer has shape {list(normalizer.shape)}; expected one number."
+            )
+        if normalizer.requires_grad:
+            raise KernelError(
+                "normalizer requires a gradient, but the loss is differentiable in hidden and "
+                "weight only; pass normalizer.detach()."
+            )
+        if normalizer.device == device:
+            value = normalizer.reshape(()).float()
+            checks.require(
+                torch.isfinite(value) & (value >= 0), lambda: _bad_normalizer(float(value))
+            )
+            return value
+        if normalizer.device.type != "cpu":
+            raise KernelError(
+                f"normalizer is on {normalizer.device} but hidden on {device}; move it there."
+            )
+        normalizer = float(normalizer)
+    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        raise KernelError(
+            f"normalizer={normalizer!r}; expected a number or a tensor of one number."
+        )
+    if not math.isfinite(normalizer) or normalizer < 0:
+        raise KernelError(_bad_normalizer(normalizer))
+    return float(normalizer)
+
+
+def check_options(
+    ignore_index: int, z_loss: float, label_smoothing: float, logit_scale: float, softcap: float
+) -> None:
+    """Each option lies in its range."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise KernelError(f"ignore_index={ignore_index!r}; expected an integer such as -100.")
+    _check_option("z_loss", z_loss, lambda value: value >= 0, ">= 0 (0 is off)")
+    _check_option(
+        "label_smoothing", label_smoothing, lambda value: 0 <= value < 1, "in [0, 1) (0 is off)"
+    )
+    _check_option("logit_scale", logit_scale, lambda value: value > 0, "> 0 (1 is off)")
+    _check_option("softcap", softcap, lambda value: value >= 0, ">= 0 (0 is off)")
+
+
+def _check_option(name: str, value: float, holds: Callable[[float], bool], allowed: str) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not holds(value):
+        raise KernelError(f"{name}={value!r}; expected a finite number {allowed}.")
+
+
+def _bad_normalizer(value: float) -> str:
+    return (
+        f"normalizer={value}; expected a finite number >= 0, usually the global number of "
+        "supervised tokens of the optimizer step (0 gives loss 0)."
+    )
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

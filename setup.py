@@ -1,0 +1,74 @@
+"""Packaging. `kernels/` is a source root without `__init__.py`: a top-level package of that name would shadow
+Hugging Face's `kernels`, which transformers probes for."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "versatune_ds/__init__.py").read_text()).group(1)
+
+TRACKING = ["tensorboard>=2.15", "wandb>=0.17"]
+HUB = ["datasets>=3.0"]
+TEST = [
+    "pytest>=8.0",
+    "pytest-xdist>=3.5",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "tensorboard>=2.15",
+    "wheel",
+]
+
+setup(
+    name="versatune-ds",
+    version=VERSION,
+    description="Supervised fine-tuning on many domains with live domain weights, on DeepSpeed ZeRO",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["versatune_ds", "versatune_ds.*"]),
+        *find_packages("kernels", include=["versatune_kernels", "versatune_kernels.*"]),
+    ],
+    package_dir={"versatune_kernels": "kernels/versatune_kernels"},
+    package_data={
+        "versatune_ds": [
+            "py.typed",
+            "sample/**/*.json",
+            "sample/**/*.jsonl",
+            "sample/*.md",
+            "data/templates/*.jinja",
+            "observability/templates/*",
+        ],
+        "versatune_kernels": ["py.typed"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "deepspeed>=0.19.8",
+        "accelerate>=1.0",  # transformers needs it to build models under zero.Init
+        "numpy>=1.26",
+        "sentencepiece>=0.2",
+        "protobuf>=4.25",  # reads sentencepiece models when a fast tokenizer is made of them
+        "safetensors>=0.4.5",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "pyarrow>=15.0",
+        "zstandard>=0.22",
+        "filelock>=3.13",
+        "tqdm>=4.66",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+        "psutil>=5.9",
+    ],
+    extras_require={
+        "cuda": ["flash-attn>=2.6", "liger-kernel>=0.5"],
+        "tracking": TRACKING,
+        "hub": HUB,
+        "test": TEST,
+        "dev": [*TEST, *HUB, "ruff>=0.6", "mypy>=1.10", "types-PyYAML", "types-tqdm"],
+    },
+    entry_points={"console_scripts": ["versatune-ds=versatune_ds.cli.main:main"]},
+)

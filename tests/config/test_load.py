@@ -1,0 +1,122 @@
+"""Settings are read exactly, and mistakes are named with their place and cure."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from versatune_ds.config.load import load_config, write_resolved
+from versatune_ds.config.schema import Config
+from versatune_ds.foundations.errors import ConfigError
+
+MINIMAL = """
+run: {dir: runs/x}
+model: {source: m}
+data:
+  train: [{path: a.jsonl, domain: law}, {path: b.jsonl, domain: code}]
+domains: {names: [law, code]}
+batch: {packs_per_step: 4}
+train: {max_steps: 3}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_win_and_defaults_fill(file):
+    config = load_config(file, ["optimizer.lr=3e-4", "weights.every_n_steps=7", "model.dtype=fp32"])
+    assert config.optimizer.lr == 3e-4 and config.weights.every_n_steps == 7 and config.model.dtype == "fp32"
+    assert config.batch.pack_len == 8192
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.lr_=1", "optimizer.lr_: unknown key; did you mean lr?"),
+        ("optimzer.lr=1", "optimzer: unknown key; did you mean optimizer?"),
+        ("lr=1", "lr: unknown key; did you mean optimizer.lr?"),
+        ("data.train=[{pat: x, domain: law}]", "data.train.0.pat: unknown key; did you mean path?"),
+        ("data.train=[{path: x}]", "give exactly one of `domain` and `domain_column`"),
+        ("data.train=[{path: x, domain: lw}]", "data.train[0].domain is 'lw'"),
+        ("batch.packs_per_step=many", "batch.packs_per_step: Input should be a valid integer"),
+        ("domains.initial={law: 0.5, code: 0.6}", "shares sum to 1.1; they must sum to 1"),
+        ("domains.initial={law: 1}", "missing domains ['code']"),
+        ("weights.strategy=fostering", "give `reference`"),
+        ("weights={strategy: expansion, reference: {law: 1, code: 1}}", "name it in `target`"),
+        ("weights.strategy=manual", "follows `schedule`"),
+        ("weights.reference={law: 0, code: 1}", "reference loss of law is 0.0"),
+        ("weights.loss_source=probe", "give data.eval"),
+        ("evaluation.every_n_steps=5", "give data.eval"),
+        ("train.epochs=2", "exactly one of `max_steps` and `epochs`"),
+        ("domains.min_weight=0.6", "min_weight 0.6 x 2 domains is more than 1"),
+        ("domains.max_epochs={lw: 2}", "unknown domains ['lw']"),
+        ("optimizer.lr=.nan", "optimizer.lr: Input should be a finite number"),
+        ("optimizer.lr", "write it as section.key=value"),
+        ("batch.pack_len.x=3", "batch.pack_len"),
+    ],
+)
+def test_mistakes_are_named(file, override, expected):
+    text = MINIMAL.replace("batch: {", "batch: {pack_len: 64, ")
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(file, [override])
+    assert expected in str(error.value)
+
+
+def test_all_mistakes_are_named_at_once(file):
+    with pytest.raises(ConfigError) as error:
+        load_config(file, ["optimizer.lr=-1", "batch.packs_per_step=0"])
+    assert "2 problem(s)" in str(error.value)
+    assert "optimizer.lr" in str(error.value) and "batch.packs_per_step" in str(error.value)
+
+
+def test_yaml_traps_are_closed(file):
+    config = load_config(file, ["run.dir=on", "metrics.wandb_project=no", "optimizer.eps=1e-9"])
+    assert (
+        str(config.run.dir) == "on" and config.metrics.wandb_project == "no" and config.optimizer.eps == 1e-9
+    )
+    file.write_text(MINIMAL + "train: {max_steps: 4}\n")
+    with pytest.raises(ConfigError, match=r"config.yaml:9: the key 'train' stands twice"):
+        load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("", "nothing"), ("- 1", "a list"), ("a: [", "not valid YAML")]
+)
+def test_files_that_are_no_settings(file, text, expected):
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=expected):
+        load_config(file)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_resolved_settings_read_back_equal(file, tmp_path):
+    config = load_config(
+        file, ["domains.initial={law: 0.25, code: 0.75}", "deepspeed={zero_optimization: {stage: 2}}"]
+    )
+    write_resolved(config, tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml") == config
+    raw = yaml.safe_load((tmp_path / "resolved.yaml").read_text())
+    assert raw["optimizer"]["betas"] == [0.9, 0.95]  # defaults are written too
+
+
+def test_every_setting_is_documented():
+    """Each field of each section has a description, which `resolved.yaml` readers and docs rely on."""
+
+    def undocumented(model, prefix=""):
+        for name, field in model.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and hasattr(inner, "model_fields"):
+                yield from undocumented(inner, f"{prefix}{name}.")
+            elif not field.description:
+                yield prefix + name
+
+    assert list(undocumented(Config)) == []

@@ -1,0 +1,18 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from launching import REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def corpus_folder() -> Path:
+    """Folder with the six-domain corpus (train/, eval/, bad/); tests that need it are skipped without it."""
+    folder = Path(os.environ.get("VERSATUNE_CORPUS", REPOSITORY.parent / "shared" / "data"))
+    if not (folder / "train").is_dir():
+        pytest.skip(f"no corpus at {folder}; set VERSATUNE_CORPUS to a folder with train/ and eval/")
+    return folder

@@ -1,0 +1,336 @@
+"""The controller: window, absent domains, limits, shadow, alarms, state. Hand numbers stand in comments."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from versatune_ds.config.schema import STRATEGIES_WITH_REFERENCE, Domains, Weights
+from versatune_ds.domain.controller import WeightController
+from versatune_ds.domain.reference import load_reference
+from versatune_ds.domain.statistics import DomainSums
+from versatune_ds.domain.table import DomainTable
+from versatune_ds.foundations.errors import ConfigError, DataError, StateError
+
+NAMES = ["law", "code", "other"]
+REFERENCE = {"law": 1.0, "code": 1.0, "other": 1.0}
+
+
+def controller_of(strategy="fostering", *, limits=None, reference=None, **options) -> WeightController:
+    table = DomainTable(NAMES)
+    if strategy in STRATEGIES_WITH_REFERENCE:
+        reference = reference or REFERENCE
+    weights = Weights(strategy=strategy, reference=reference, **({"every_n_steps": 10} | options))
+    domains = Domains(names=NAMES, **(limits or {}))
+    return WeightController(table, domains, weights, load_reference(reference, table))
+
+
+def sums(losses, tokens=(100, 100, 100)) -> DomainSums:
+    """Two equal samples a domain with the given mean losses (nats) and supervised tokens."""
+    ids = [j for j in range(3) for _ in range(2) if tokens[j]]
+    n = [tokens[j] / 2 for j in ids]
+    return DomainSums.from_samples(ids, [losses[j] * t for j, t in zip(ids, n, strict=True)], n, 3)
+
+
+def test_window_pools_steps_and_is_reset_by_the_update():
+    controller = controller_of()
+    # law: 2 nats on 100 tokens, then 5 on 300: (200 + 1500) / 400 = 4.25; the mean of means would be 3.5
+    controller.observe(sums([2.0, 1.0, 1.0]))
+    controller.observe(sums([5.0, 1.0, 1.0], tokens=(300, 100, 100)).values)
+    record = controller.update(10)
+    assert record.losses["law"] == 4.25 and record.tokens["law"] == 400 and record.samples["law"] == 4
+    assert controller.window == DomainSums.zeros(3)
+
+
+def test_fostering_update_by_hand():
+    # gamma = (2-1)/2, 0, (4-1)/4 = 0.5, 0, 0.75; factors 1.5, 1, 1.75, sum 4.25
+    controller = controller_of()
+    controller.observe(sums([2.0, 1.0, 4.0]))
+    record = controller.update(10)
+    assert record.gamma == {"law": 0.5, "code": 0.0, "other": 0.75}
+    assert record.phi == dict.fromkeys(NAMES, 0.0)
+    np.testing.assert_allclose(controller.weights, np.array([1.5, 1.0, 1.75]) / 4.25, rtol=1e-14)
+    assert list(record.after.values()) == controller.weights.tolist() and record.applied
+    assert record.before == dict.fromkeys(NAMES, 1 / 3)
+    assert "first loss of law, code, other: phi is 0" in record.reasons
+
+
+def test_phi_compares_with_the_loss_of_the_update_before():
+    # law 2 -> 2.5: 0.5 / 2 = 0.25; code falls: 0
+    controller = controller_of()
+    for step, losses in ((10, [2.0, 2.0, 2.0]), (20, [2.5, 1.0, 2.0])):
+        controller.observe(sums(losses))
+        record = controller.update(step)
+    assert record.phi == {"law": 0.25, "code": 0.0, "other": 0.0}
+
+
+def test_absent_domain_keeps_loss_and_gamma_and_has_no_phi():
+    controller = controller_of(min_tokens=50)
+    controller.observe(sums([2.0, 2.0, 2.0]))
+    controller.update(10)
+    controller.observe(sums([8.0, 2.0, 2.0], tokens=(48, 100, 100)))
+    record = controller.update(20)
+    assert (record.losses["law"], record.gamma["law"], record.phi["law"]) == (2.0, 0.5, 0.0)
+    assert record.tokens["law"] == 48
+    assert any("law: absent (48 supervised tokens, min_tokens 50)" in reason for reason in record.reasons)
+    # back again: compared with 2.0, the last loss that counted: (3 - 2) / 2
+    controller.observe(sums([3.0, 2.0, 2.0]))
+    assert controller.update(30).phi["law"] == 0.5
+
+
+def test_never_measured_domain_keeps_its_weight():
+    controller = controller_of("raw_loss")
+    controller.observe(sums([2.0, 0.0, 1.0], tokens=(100, 0, 100)))
+    record = controller.update(10)
+    assert record.losses["code"] is None and record.stderr["code"] is None
+    assert record.after["code"] == 1 / 3 and record.after["law"] > record.after["other"]
+
+
+@pytest.mark.parametrize("strategy", ["constant", "fostering", "expansion", "doremi", "raw_loss"])
+def test_empty_window_moves_nothing(strategy):
+    controller = controller_of(strategy, target="law" if strategy == "expansion" else None)
+    controller.observe(sums([2.0, 3.0, 4.0]))
+    controller.update(10)
+    before = controller.digest()
+    record = controller.update(20)
+    assert controller.digest() == before and record.before == record.after
+    assert "no domain was measured: the weights stand" in record.reasons
+
+
+def test_noise_needs_a_standard_error():
+    # one sample a domain: the loss counts without noise_z and does not with it
+    one_sample = DomainSums.from_samples([0, 1, 2], [200.0, 200.0, 200.0], [100, 100, 100], 3)
+    for noise_z, loss in ((0.0, 2.0), (2.0, None)):
+        controller = controller_of(noise_z=noise_z)
+        controller.observe(one_sample)
+        record = controller.update(10)
+        assert record.losses["law"] == loss and record.stderr["law"] is None
+
+
+def test_noise_is_subtracted_from_gamma():
+    # law: 40 nats on 20 tokens in two samples of 10: l = 2, residuals 10 and -10, n / (n-1) = 2:
+    # se = sqrt(2 * 200) / 20 = 1; gamma = (2 - 1 - 0.5 * 1) / 2 = 0.25
+    noisy = DomainSums.from_samples([0, 0, 1, 1, 2, 2], [30.0, 10.0, 9.0, 9.0, 9.0, 9.0], [10] * 6, 3)
+    controller = controller_of(noise_z=0.5)
+    controller.observe(noisy)
+    record = controller.update(10)
+    assert record.stderr["law"] == pytest.approx(1.0) and record.gamma["law"] == pytest.approx(0.25)
+
+
+def test_probe_losses_replace_the_window():
+    controller = controller_of(loss_source="probe")
+    controller.observe(sums([9.0, 9.0, 9.0]))
+    assert controller.needs_probe
+    with pytest.raises(ValueError, match="probe sums missing"):
+        controller.update(10)
+    record = controller.update(10, sums([2.0, 1.0, 1.0]))
+    assert record.losses["law"] == 2.0 and record.loss_source == "probe"
+    with pytest.raises(ValueError, match="unexpected"):
+        controller_of().update(10, sums([2.0, 1.0, 1.0]))
+
+
+def test_shadow_computes_and_does_not_apply():
+    shadow, live = controller_of(shadow=True), controller_of()
+    for controller in (shadow, live):
+        controller.observe(sums([2.0, 1.0, 4.0]))
+    record = shadow.update(10)
+    assert record.after == live.update(10).after and not record.applied
+    np.testing.assert_array_equal(shadow.weights, [1 / 3] * 3)
+    shadow.observe(sums([3.0, 1.0, 4.0]))
+    assert shadow.update(20).phi["law"] == 0.5  # the losses move on
+
+
+def test_expansion_gate_is_recorded():
+    controller = controller_of("expansion", target="law", delta=0.06)
+    controller.observe(sums([2.0, 2.0, 2.0]))
+    record = controller.update(10)  # no phi yet: open; 1/3 + 0.06, the others share the rest
+    assert record.gate_open is True and record.after["law"] == pytest.approx(1 / 3 + 0.06)
+    controller.observe(sums([1.25, 4.0, 2.0]))
+    record = controller.update(20)  # gamma of law 0.2; phi 1 and 0, mean 0.5: closed
+    assert record.gate_open is False and record.after["law"] == record.before["law"]
+    assert "gate closed: mean phi of the others 0.5 > 0.2" in record.reasons
+
+
+def test_limits_hold_and_are_explained():
+    controller = controller_of("raw_loss", limits={"min_weight": 0.1, "max_relative_change": 0.5})
+    for step in range(10, 100, 10):
+        before = controller.weights
+        controller.observe(sums([9.0, 1.0, 1.0]))
+        record = controller.update(step)
+        assert (np.abs(controller.weights - before) <= 0.5 * before * (1 + 1e-12)).all()
+        assert any("changed the proposal" in reason for reason in record.reasons)
+    np.testing.assert_allclose(controller.weights, [0.8, 0.1, 0.1], rtol=1e-14)
+    assert sum(alarm.startswith("weight_at_floor") for alarm in record.alarms) == 2
+
+
+def test_floor_holds_from_the_first_batch_and_step_zero_says_so():
+    limits = {"initial": {"law": 0.9, "code": 0.06, "other": 0.04}, "min_weight": 0.05}
+    controller = controller_of("constant", limits=limits)
+    record = controller.initial_update()
+    assert record.step == 0 and record.applied and record.before["other"] == 0.04
+    assert record.after["other"] == 0.05 and list(record.after.values()) == controller.weights.tolist()
+    assert any("other 0.04 -> 0.05" in reason for reason in record.reasons)
+    controller.observe(sums([2.0, 3.0, 4.0]))
+    assert controller.update(10).after == record.after
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "inverse", "constant"])
+def test_static_strategies_record_losses_and_never_move(strategy):
+    initial = {"law": 0.7, "code": 0.2, "other": 0.1}
+    controller = controller_of(strategy, limits={"initial": initial}, reference=REFERENCE)
+    before = controller.digest()
+    controller.observe(sums([2.0, 3.0, 4.0]))
+    record = controller.update(10)
+    assert controller.digest() == before and record.gamma["law"] == 0.5 and record.alarms == []
+
+
+def test_due_is_every_n_steps_and_for_manual_the_schedule():
+    controller = controller_of(every_n_steps=4)
+    assert [step for step in range(13) if controller.due(step)] == [4, 8, 12]
+    manual = controller_of("manual", schedule=SCHEDULE)
+    assert [step for step in range(13) if manual.due(step)] == [7]
+
+
+SCHEDULE = [
+    {"step": 0, "weights": {"law": 0.5, "code": 0.3, "other": 0.2}},
+    {"step": 7, "weights": {"law": 0.1, "code": 0.1, "other": 0.8}},
+]
+
+
+def test_manual_follows_its_schedule_without_losses_and_without_step_limit():
+    controller = controller_of("manual", schedule=SCHEDULE, limits={"max_relative_change": 0.01})
+    np.testing.assert_array_equal(controller.weights, [0.5, 0.3, 0.2])
+    controller.update(7)
+    np.testing.assert_array_equal(controller.weights, [0.1, 0.1, 0.8])
+    with pytest.raises(ConfigError, match=r"step 7: other has weight 0\.8, outside"):
+        controller_of("manual", schedule=SCHEDULE, limits={"max_weight": 0.6})
+
+
+def run(controller: WeightController, steps, seed=0) -> list[dict]:
+    """Feed random sums to `controller` in the order of calls of a run."""
+    records = []
+    for step in steps:
+        rng = np.random.default_rng([seed, step])
+        controller.observe(
+            sums(rng.uniform(0.5, 4, 3), tokens=rng.integers(0, 2, 3) * 2 * rng.integers(1, 99))
+        )
+        if controller.due(step):
+            records.append(controller.update(step).to_json())
+    return records
+
+
+@pytest.mark.parametrize("cut", [5, 10, 17])
+@pytest.mark.parametrize("strategy", ["fostering", "expansion", "doremi", "raw_loss"])
+def test_resumed_run_equals_the_uninterrupted_one(strategy, cut):
+    options = {"every_n_steps": 5, "target": "law", "limits": {"min_weight": 0.01}}
+    whole, first, second = (controller_of(strategy, **options) for _ in range(3))
+    expected = run(whole, range(1, 31))
+    got = run(first, range(1, cut + 1))
+    second.load_state(json.loads(json.dumps(first.state(), allow_nan=False)))
+    got += run(second, range(cut + 1, 31))
+    assert json.dumps(got) == json.dumps(expected)
+    assert second.digest() == whole.digest() and second.state() == whole.state()
+
+
+def test_equal_inputs_give_equal_bits_and_the_digest_tells_others_apart():
+    first, second, third = controller_of("raw_loss"), controller_of("raw_loss"), controller_of("raw_loss")
+    assert run(first, range(1, 21)) == run(second, range(1, 21))
+    assert first.digest() == second.digest()
+    run(third, range(1, 21), seed=1)
+    assert third.digest() != first.digest()
+
+
+def test_state_of_something_else_is_refused_and_changes_nothing():
+    controller = controller_of()
+    run(controller, range(1, 13))
+    state = controller.state()
+    fresh = controller_of()
+    for bad, text in (
+        ({"version": 99}, "version 99"),
+        ({"fingerprint": controller_of("raw_loss").state()["fingerprint"]}, "raw_loss.*fostering"),
+        ({"weights": [0.5, 0.5]}, "damaged"),
+        ({"weights": [0.5, 0.4, 0.2]}, "damaged"),
+        ({"weights": [float("nan"), 0.5, 0.5]}, "damaged"),
+        ({"window": {}}, "rows"),
+        ({"window": DomainSums.zeros(2).to_json()}, "2 domains"),
+        ({"losses": [1.0]}, "damaged"),
+        ({"losses": "x"}, "damaged"),
+    ):
+        with pytest.raises(StateError, match=text):
+            fresh.load_state({**state, **bad})
+    with pytest.raises(StateError, match="damaged"):
+        fresh.load_state({key: value for key, value in state.items() if key != "last_step"})
+    assert fresh.state() == controller_of().state()
+
+
+def test_wrong_calls_are_refused():
+    controller = controller_of()
+    controller.update(10)
+    with pytest.raises(ValueError, match="steps must rise"):
+        controller.update(10)
+    with pytest.raises(ValueError, match="2 domains"):
+        controller.observe(DomainSums.zeros(2))
+    with pytest.raises(ValueError, match="must be skipped"):
+        controller.observe(np.full((6, 3), np.nan))
+
+
+def test_construction_refuses_what_cannot_work(tmp_path):
+    table, domains = DomainTable(NAMES), Domains(names=NAMES)
+    with pytest.raises(ConfigError, match="needs reference losses"):
+        WeightController(table, domains, Weights(strategy="fostering", reference=REFERENCE), None)
+    with pytest.raises(ConfigError, match="unknown domain 'math'"):
+        controller_of("expansion", target="math")
+    with pytest.raises(DataError, match="no such file"):
+        controller_of("manual", schedule=tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("key", "reference", "losses"),
+    [
+        ("gamma_spread", {}, [2.0, 2.01, 2.005]),  # gamma 0.500 .. 0.5025
+        ("reference_near_zero", {"law": 0.0006}, [2.0, 3.0, 4.0]),
+        ("reference_reached", {"code": 3.0}, [2.0, 3.0, 4.0]),
+    ],
+)
+def test_reference_alarms(key, reference, losses):
+    def keys(controller):
+        controller.observe(sums(losses))
+        return {alarm.split(":")[0] for alarm in controller.update(10).alarms}
+
+    assert key in keys(controller_of(reference=REFERENCE | reference))
+    losses = [2.0, 3.0, 4.0]
+    assert keys(controller_of()) == set()
+
+
+def test_collapse_raises_alarms():
+    controller = controller_of("raw_loss")
+    controller.observe(sums([30.0, 1.0, 1.0]))
+    keys = [alarm.split(":")[0] for alarm in controller.update(10).alarms]
+    assert keys == ["weight_at_cap", "weight_at_floor", "weight_at_floor", "low_entropy"]
+
+
+three_losses = st.lists(st.floats(0, 1e6), min_size=3, max_size=3)
+three_counts = st.lists(st.integers(0, 3), min_size=3, max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    strategy=st.sampled_from(["constant", "fostering", "expansion", "doremi", "raw_loss"]),
+    windows=st.lists(st.tuples(three_losses, three_counts), max_size=6),
+    noise_z=st.sampled_from([0.0, 2.0]),
+    change=st.sampled_from([None, 0.1, 2.0]),
+    floor=st.sampled_from([0.0, 0.2]),
+)
+def test_nothing_makes_nan(strategy, windows, noise_z, change, floor):
+    limits = {"min_weight": floor, "max_relative_change": change}
+    controller = controller_of(strategy, target="code", noise_z=noise_z, limits=limits)
+    for index, (losses, tokens) in enumerate(windows, start=1):
+        controller.observe(sums(losses, tokens=[2 * t for t in tokens]))
+        record = controller.update(index)
+        json.dumps(record.to_json(), allow_nan=False)
+        json.dumps(controller.state(), allow_nan=False)
+        assert math.fsum(controller.weights) == pytest.approx(1.0, abs=1e-12)
+        assert (controller.weights >= floor).all()

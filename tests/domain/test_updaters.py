@@ -1,0 +1,237 @@
+"""Every strategy with numbers worked by hand, and what no input may break.
+
+The numbers are chosen so that a swapped sign, a missing normalisation or the wrong domain changes them.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from versatune_ds.config.schema import STRATEGIES_WITH_REFERENCE, ScheduledWeights, Weights
+from versatune_ds.domain.updaters import (
+    STATIC_WEIGHTS,
+    UPDATERS,
+    UpdateInputs,
+    expansion_gate,
+    forgetting_degree,
+    learnable_potential,
+)
+
+LN2 = math.log(2)
+STRATEGIES = list(Weights.model_fields["strategy"].annotation.__args__)
+
+
+def settings_of(strategy: str, **more) -> Weights:
+    """Settings that the schema accepts; reference and schedule are not read by the rules."""
+    needed = {}
+    if strategy in STRATEGIES_WITH_REFERENCE:
+        needed["reference"] = {"a": 1.0}
+    if strategy == "expansion":
+        needed["target"] = "a"
+    if strategy == "manual":
+        needed["schedule"] = [ScheduledWeights(step=1, weights={"a": 1.0})]
+    return Weights(strategy=strategy, **(needed | more))
+
+
+def inputs_of(settings: Weights, weights, **vectors) -> UpdateInputs:
+    k = len(weights)
+    filled = dict.fromkeys(("losses", "reference", "gamma", "phi"), np.zeros(k))
+    filled |= {"measured": np.ones(k, bool), "scheduled": np.array(weights, float)}
+    filled |= {name: np.array(value) for name, value in vectors.items()}
+    return UpdateInputs(weights=np.array(weights, float), settings=settings, target=0, **filled)
+
+
+QUARTER = [0.25, 0.25, 0.5]
+
+# strategy, settings, weights before, vectors, weights after
+TABLE = [
+    ("uniform", {}, QUARTER, {"losses": [3.0, 2.0, 1.0]}, QUARTER),
+    ("inverse", {}, QUARTER, {"losses": [3.0, 2.0, 1.0]}, QUARTER),
+    ("constant", {}, QUARTER, {"losses": [3.0, 2.0, 1.0]}, QUARTER),
+    ("manual", {}, QUARTER, {"scheduled": [0.1, 0.2, 0.7]}, [0.1, 0.2, 0.7]),
+    # factors 1 + 2 gamma = 2, 1, 1.5: products 0.5, 0.25, 0.75, sum 1.5
+    ("fostering", {"sigma": 2.0}, QUARTER, {"gamma": [0.5, 0.0, 0.25]}, [1 / 3, 1 / 6, 1 / 2]),
+    # sigma 1: factors 1.5, 1, 1.25: products 0.375, 0.25, 0.625, sum 1.25
+    ("fostering", {}, QUARTER, {"gamma": [0.5, 0.0, 0.25]}, [0.3, 0.2, 0.5]),
+    # factors exp(2 * ln2 / 2) = 2, 1, exp(2 ln2) = 4: products 0.5, 0.25, 2, sum 2.75
+    ("fostering", {"form": "exponential", "sigma": 2.0}, QUARTER, {"gamma": [LN2 / 2, 0.0, LN2]},
+     [2 / 11, 1 / 11, 8 / 11]),
+    # open (phi 0): 0.2 + 0.05 = 0.25; the others times 0.75 / 0.8
+    ("expansion", {}, [0.2, 0.3, 0.5], {"gamma": [0.4, 0.1, 0.1]}, [0.25, 0.28125, 0.46875]),
+    # open, growth ends at 1
+    ("expansion", {"delta": 0.5}, [0.8, 0.1, 0.1], {"gamma": [0.4, 0.1, 0.1]}, [1.0, 0.0, 0.0]),
+    # closed (mean phi 0.45 > 0.4): target stays; 0.8 shared as 0.3 * 1.5 : 0.5 * 1.1 = 0.45 : 0.55
+    ("expansion", {}, [0.2, 0.3, 0.5], {"gamma": [0.4, 0.5, 0.1], "phi": [9.0, 0.9, 0.0]}, [0.2, 0.36, 0.44]),
+    # closed, exponential: 0.3 * exp(ln 2) = 0.6 against 0.5; 0.8 * 6 / 11 and 0.8 * 5 / 11
+    ("expansion", {"form": "exponential"}, [0.2, 0.3, 0.5],
+     {"gamma": [0.1, LN2, 0.0], "phi": [0.0, 0.9, 0.0]}, [0.2, 4.8 / 11, 4 / 11]),
+    # excess ln 2, 0 (loss below its reference), 0: products 0.5, 0.25, 0.5, sum 1.25 -> 0.4, 0.2, 0.4;
+    # mixed 0.7 : 0.3 with 1/3 each: 0.28 + 0.1, 0.14 + 0.1, 0.28 + 0.1
+    ("doremi", {"smoothing": 0.3}, QUARTER, {"losses": [1 + LN2, 0.5, 2.0], "reference": [1.0, 1.5, 2.0]},
+     [0.38, 0.24, 0.38]),
+    # eta 2 doubles the exponent: factors 4, 1, 1: products 1, 0.25, 0.5
+    ("doremi", {"smoothing": 0.0, "eta": 2.0}, QUARTER, {"losses": [1 + LN2, 0.5, 2.0],
+     "reference": [1.0, 1.5, 2.0]}, [4 / 7, 1 / 7, 2 / 7]),
+    # factors exp(ln 4), exp(ln 2), exp(0): products 1, 0.5, 0.5
+    ("raw_loss", {}, QUARTER, {"losses": [2 * LN2, LN2, 0.0]}, [0.5, 0.25, 0.25]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("strategy", "options", "before", "vectors", "after"), TABLE)
+def test_rule_by_hand(strategy, options, before, vectors, after):
+    inputs = inputs_of(settings_of(strategy, **options), before, **vectors)
+    np.testing.assert_allclose(UPDATERS[strategy](inputs), after, rtol=1e-14, atol=0)
+
+
+def test_table_covers_every_strategy():
+    assert {row[0] for row in TABLE} == set(UPDATERS) == set(STRATEGIES)
+
+
+def test_static_weights_by_hand():
+    prior = np.array([0.6, 0.3, 0.1])
+    np.testing.assert_allclose(STATIC_WEIGHTS["uniform"](prior), [1 / 3] * 3, rtol=1e-15)
+    # (1 - p) = 0.4, 0.7, 0.9, sum 2
+    np.testing.assert_allclose(STATIC_WEIGHTS["inverse"](prior), [0.2, 0.35, 0.45], rtol=1e-15)
+    np.testing.assert_array_equal(STATIC_WEIGHTS["constant"](prior), prior)
+    for rule in STATIC_WEIGHTS.values():
+        np.testing.assert_array_equal(rule(np.ones(1)), [1.0])
+
+
+def test_gamma_by_hand():
+    # (4 - 3) / 4 = 0.25; a loss below its reference gives 0
+    gamma = learnable_potential(np.array([4.0, 2.0]), np.array([3.0, 2.5]))
+    np.testing.assert_array_equal(gamma, [0.25, 0.0])
+    # se = sqrt(0.3^2 + 0.4^2) = 0.5; (4 - 3 - 1.2 * 0.5) / 4 = 0.1
+    gamma = learnable_potential(np.array([4.0]), np.array([3.0]), stderr=np.array([0.3]),
+                                reference_stderr=np.array([0.4]), noise_z=1.2)  # fmt: skip
+    assert gamma[0] == pytest.approx(0.1, rel=1e-12)
+
+
+def test_phi_by_hand():
+    # (2.5 - 2) / 2 = 0.25: relative to the EARLIER loss; a falling loss is no forgetting
+    phi = forgetting_degree(np.array([2.5, 2.0]), np.array([2.0, 2.5]))
+    np.testing.assert_array_equal(phi, [0.25, 0.0])
+    # se = 0.5 as above; (2.5 - 2 - 0.6 * 0.5) / 2 = 0.1; three standard errors hide the change
+    errors = {"stderr": np.array([0.3]), "previous_stderr": np.array([0.4])}
+    phi = forgetting_degree(np.array([2.5]), np.array([2.0]), **errors, noise_z=0.6)
+    assert phi[0] == pytest.approx(0.1, rel=1e-12)
+    assert forgetting_degree(np.array([2.5]), np.array([2.0]), **errors, noise_z=3.0)[0] == 0.0
+
+
+def test_a_loss_of_zero_divides_nothing():
+    assert np.isfinite(learnable_potential(np.zeros(1), np.ones(1))).all()
+    assert np.isfinite(forgetting_degree(np.ones(1), np.zeros(1))).all()
+    assert forgetting_degree(np.zeros(1), np.zeros(1))[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("gate", "epsilon", "is_open", "forgetting", "limit"),
+    [
+        # gamma of the target 0.2; phi of the others 0.1 and 0.3: mean 0.2, largest 0.3
+        ("relative", 1.0, True, 0.2, 0.2),  # equal is open
+        ("relative", 0.9, False, 0.2, 0.18),
+        ("absolute", 0.2, True, 0.2, 0.2),
+        ("absolute", 0.19, False, 0.2, 0.19),
+        ("worst", 1.0, False, 0.3, 0.2),
+        ("worst", 1.6, True, 0.3, 0.32),
+    ],
+)
+def test_gates(gate, epsilon, is_open, forgetting, limit):
+    settings = settings_of("expansion", gate=gate, epsilon=epsilon)
+    # the target's own phi (9) must not count
+    decision = expansion_gate(inputs_of(settings, QUARTER, gamma=[0.2, 0.9, 0.9], phi=[9.0, 0.1, 0.3]))
+    assert decision.is_open is is_open
+    assert (decision.forgetting, decision.limit) == pytest.approx((forgetting, limit))
+
+
+def test_one_domain_keeps_weight_one():
+    for strategy, rule in UPDATERS.items():
+        inputs = inputs_of(settings_of(strategy), [1.0], losses=[2.0], gamma=[0.5], phi=[0.1])
+        np.testing.assert_array_equal(rule(inputs), [1.0])
+
+
+@pytest.mark.parametrize("strategy", ["fostering", "raw_loss"])
+def test_an_unmeasured_domain_keeps_its_weight(strategy):
+    inputs = inputs_of(settings_of(strategy), QUARTER, losses=[3.0, 0.0, 1.0], gamma=[0.5, 0.0, 0.1],
+                       measured=[True, False, True])  # fmt: skip
+    after = UPDATERS[strategy](inputs)
+    assert after[1] == 0.25 and after[0] > 0.25 and after.sum() == pytest.approx(1)
+
+
+def test_closed_expansion_moves_neither_target_nor_unmeasured_domains():
+    inputs = inputs_of(settings_of("expansion"), [0.2, 0.3, 0.4, 0.1], gamma=[0.0, 0.0, 0.0, 0.5],
+                       phi=[0.0, 0.0, 0.1, 0.0], measured=[True, False, True, True])  # fmt: skip
+    # 0.5 shared as 0.4 : 0.1 * 1.5, sum 0.55
+    np.testing.assert_allclose(
+        UPDATERS["expansion"](inputs), [0.2, 0.3, 0.2 / 0.55, 0.075 / 0.55], rtol=1e-14
+    )
+
+
+@pytest.mark.parametrize("phi", [0.0, 9.0])
+def test_expansion_at_weight_one_stays(phi):
+    inputs = inputs_of(settings_of("expansion"), [1.0, 0.0, 0.0], phi=[0.0, phi, phi])
+    np.testing.assert_array_equal(UPDATERS["expansion"](inputs), [1.0, 0.0, 0.0])
+
+
+nats = st.floats(0, 1e12)
+
+
+@hypothesis_settings(deadline=None)
+@given(
+    strategy=st.sampled_from(STRATEGIES),
+    form=st.sampled_from(["linear", "exponential"]),
+    gate=st.sampled_from(["relative", "absolute", "worst"]),
+    strength=st.floats(0, 1e200),
+    raw=st.lists(st.floats(0, 1), min_size=3, max_size=3),
+    losses=st.lists(nats, min_size=3, max_size=3),
+    reference=st.lists(nats, min_size=3, max_size=3),
+    measured=st.lists(st.booleans(), min_size=3, max_size=3),
+)
+def test_no_finite_input_leaves_the_simplex(strategy, form, gate, strength, raw, losses, reference, measured):
+    weights = np.array(raw) + (sum(raw) == 0)
+    weights = weights / math.fsum(weights)
+    losses, reference = np.array(losses), np.array(reference)
+    settings = settings_of(strategy, form=form, gate=gate, sigma=strength, eta=strength)
+    inputs = inputs_of(
+        settings,
+        weights,
+        losses=losses,
+        reference=reference,
+        measured=measured,
+        gamma=learnable_potential(losses, reference),
+        phi=forgetting_degree(losses, reference),
+    )
+    after = UPDATERS[strategy](inputs)
+    assert np.isfinite(after).all() and (after >= 0).all()
+    assert math.fsum(after) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("strategy", "options"), [
+    ("fostering", {"form": "exponential", "sigma": 50.0}), ("fostering", {"sigma": 50.0}), ("doremi", {}),
+    ("raw_loss", {}), ("expansion", {"form": "exponential", "epsilon": 0.0}),
+])  # fmt: skip
+def test_thousands_of_updates_never_overflow(strategy, options):
+    settings = settings_of(strategy, **options)
+    vectors = {
+        "losses": [9.0, 5.0, 1.0],
+        "reference": [1.0] * 3,
+        "gamma": [0.9, 0.5, 0.1],
+        "phi": [0.0, 0.1, 0.0],
+    }
+    weights = np.full(3, 1 / 3)
+    for _ in range(5000):
+        weights = UPDATERS[strategy](inputs_of(settings, weights, **vectors))
+    assert np.isfinite(weights).all() and math.fsum(weights) == pytest.approx(1.0, abs=1e-12)
+    if strategy != "expansion":
+        assert weights.argmax() == 0
+
+
+def test_inputs_are_free_of_nan_by_construction():
+    with pytest.raises(ValueError, match="losses is not finite"):
+        inputs_of(settings_of("raw_loss"), QUARTER, losses=[np.nan, 1.0, 1.0])
+    with pytest.raises(ValueError, match="phi has shape"):
+        inputs_of(settings_of("raw_loss"), QUARTER, phi=[1.0])

@@ -1,0 +1,122 @@
+"""Which checkpoints count as sound, what is kept, and how shards are written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from versatune_ds.config.schema import Checkpoint
+from versatune_ds.engine import checkpoint as ck
+from versatune_ds.engine.export import ShardWriter
+from versatune_ds.foundations.errors import StateError
+from versatune_ds.foundations.files import sha256_file
+
+
+def make(folder, step: int):
+    """A finished checkpoint with two files."""
+    path = folder / ck.checkpoint_name(step)
+    path.mkdir(parents=True)
+    (path / "a.bin").write_bytes(b"a" * 100)
+    (path / "b.bin").write_bytes(bytes([step]) * 50)
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in path.iterdir()}
+    (path / "manifest.json").write_text(json.dumps({"version": 1, "files": files}))
+    return path
+
+
+def damage_flip(path):
+    data = bytearray((path / "a.bin").read_bytes())
+    data[50] ^= 1
+    (path / "a.bin").write_bytes(data)
+
+
+DAMAGE = {
+    "bit flipped": damage_flip,
+    "truncated": lambda path: (path / "a.bin").write_bytes(b"a" * 99),
+    "file missing": lambda path: (path / "b.bin").unlink(),
+    "no manifest": lambda path: (path / "manifest.json").unlink(),
+    "torn manifest": lambda path: (path / "manifest.json").write_text('{"version": 1, "fil'),
+}
+REASONS = {
+    "bit flipped": "a.bin has changed",
+    "truncated": "99 bytes instead of 100",
+    "file missing": "b.bin is missing",
+    "no manifest": "manifest.json is missing",
+    "torn manifest": "cannot be read",
+}
+
+
+def test_newest_sound_checkpoint_is_found(tmp_path):
+    assert ck.newest_sound_checkpoint(tmp_path / "none") is None
+    for step in (10, 9, 100):
+        make(tmp_path, step)
+    (tmp_path / ".unfinished-step-00000200").mkdir()
+    assert ck.newest_sound_checkpoint(tmp_path).name == "step-00000100"
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path, kind, monkeypatch):
+    reported = []
+    monkeypatch.setattr(ck.log, "error", lambda text, *args: reported.append(text % args))
+    make(tmp_path, 1)
+    DAMAGE[kind](make(tmp_path, 2))
+    assert ck.newest_sound_checkpoint(tmp_path).name == "step-00000001"
+    (text,) = reported
+    assert "step-00000002" in text and REASONS[kind] in text
+
+
+def test_only_damaged_ones_are_an_error_and_not_a_fresh_start(tmp_path):
+    damage_flip(make(tmp_path, 1))
+    with pytest.raises(StateError, match="none of the 1 checkpoints is sound"):
+        ck.newest_sound_checkpoint(tmp_path)
+
+
+def test_pruning_keeps_the_newest_and_milestones(tmp_path):
+    for step in (2, 4, 6, 8, 10):
+        make(tmp_path, step)
+    ck._prune(tmp_path, Checkpoint(keep_last=2, milestone_every_n_steps=4))
+    assert sorted(p.name[-2:] for p in tmp_path.iterdir()) == ["04", "08", "10"]
+
+
+def test_state_of_another_number_of_ranks_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "versatune_state.json").write_text(json.dumps({"version": 1, "world_size": 4}))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(StateError, match="written by 4 ranks; this run has 2"):
+        ck.read_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("every", "milestone", "due"),
+    [(3, None, [3, 6, 9]), (None, 4, [4, 8]), (None, None, []), (5, 4, [4, 5, 8])],
+)
+def test_when_a_checkpoint_is_due(every, milestone, due):
+    settings = Checkpoint(every_n_steps=every, milestone_every_n_steps=milestone)
+    assert [step for step in range(1, 10) if ck.checkpoint_due(settings, step)] == due
+
+
+def test_shards_are_bounded_and_indexed(tmp_path):
+    tensors = {f"t{i}": torch.arange(100, dtype=torch.float32) + i for i in range(7)}  # 400 bytes each
+    tensors["large"] = torch.zeros(500)
+    writer = ShardWriter(tmp_path, max_bytes=1000)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors.keys()
+    assert index["metadata"]["total_size"] == 7 * 400 + 2000
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) == 5 and files[0].name == "model-00001-of-00005.safetensors"
+    for file in files:
+        content = load_file(file)
+        assert sum(t.nbytes for t in content.values()) <= 1000 or list(content) == ["large"]
+        for name, tensor in content.items():
+            assert index["weight_map"][name] == file.name and torch.equal(tensor, tensors[name])
+
+
+def test_one_shard_needs_no_index(tmp_path):
+    writer = ShardWriter(tmp_path, max_bytes=10**9)
+    writer.add("t", torch.ones(3))
+    writer.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]

@@ -1,0 +1,163 @@
+"""Samples of a pack never see each other, and a model in which they do is found out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from versatune_ds.config.schema import Model
+from versatune_ds.engine.attention import VARLEN, choose_attention, isolation_leak, varlen_attention
+from versatune_ds.engine.build import MAX_ISOLATION_LEAK
+from versatune_ds.engine.model import PackedCausalLM, checkpoint_activations
+from versatune_ds.foundations.errors import ConfigError
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+
+
+def tiny(config_class=LlamaConfig, **more):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config_class(**SHAPE, **more), attn_implementation="sdpa")
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
+def test_hidden_states_of_a_sample_are_bit_equal_whatever_its_neighbour(config_class):
+    model = PackedCausalLM(tiny(config_class), "auto").eval()
+    assert isolation_leak(model, SHAPE["vocab_size"], torch.device("cpu")) == 0.0
+
+
+@pytest.mark.parametrize("policy", ["off", "all", 2])
+def test_isolation_holds_with_recomputed_activations(policy):
+    lm = tiny()
+    checkpoint_activations(lm, policy)
+    recomputed = [layer.gradient_checkpointing for layer in lm.model.layers]
+    assert recomputed == {"off": [False, False], "all": [True, True], 2: [True, False]}[policy]
+    model = PackedCausalLM(lm, "auto").train()
+    assert isolation_leak(model, SHAPE["vocab_size"], torch.device("cpu")) == 0.0
+
+
+@pytest.mark.parametrize(("policy", "calls"), [("off", [1, 1]), ("all", [2, 2]), (2, [2, 1])])
+def test_checkpointed_layers_run_again_in_backward(policy, calls):
+    lm = tiny()
+    checkpoint_activations(lm, policy)
+    counted = [0, 0]
+    for i, layer in enumerate(lm.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, i=i: counted.__setitem__(i, counted[i] + 1))
+    lm.train()(torch.arange(8).unsqueeze(0), use_cache=False).logits.sum().backward()
+    assert counted == calls
+
+
+def test_a_pack_gives_the_losses_of_its_samples_alone():
+    model = PackedCausalLM(tiny(), "auto").eval()
+    generator = torch.Generator().manual_seed(1)
+    lengths = [1, 7, 4, 12]
+    samples = [torch.randint(0, 64, (n,), generator=generator) for n in lengths]
+
+    def losses(parts):
+        ids = torch.cat(parts)
+        labels = torch.cat([torch.cat([part[1:], torch.tensor([-100])]) for part in parts])
+        sizes = torch.tensor([len(part) for part in parts])
+        out = model(
+            input_ids=ids,
+            position_ids=torch.cat([torch.arange(len(part)) for part in parts]),
+            labels=labels,
+            sample_ids=torch.arange(len(parts)).repeat_interleave(sizes),
+            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)]).int(),
+            max_seqlen=int(sizes.max()),
+            num_samples=len(parts),
+            num_valid=int((labels != -100).sum()),
+            normalizer=1.0,
+        )
+        return out.sample_loss
+
+    packed = losses(samples)
+    alone = torch.cat([losses([part]) for part in samples])
+    torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_that_mixes_samples_is_found_out():
+    """Positions that do not restart, or a mask of ones, make transformers attend across samples."""
+    model = PackedCausalLM(tiny(), "auto").eval()
+    body = model.lm.base_model
+    forward = body.forward
+
+    def leaking(*args, attention_mask=None, **kwargs):
+        return forward(*args, attention_mask=torch.ones_like(kwargs["input_ids"]), **kwargs)
+
+    body.forward = leaking
+    leak = isolation_leak(model, SHAPE["vocab_size"], torch.device("cpu"))
+    assert leak > 10 * max(MAX_ISOLATION_LEAK.values())
+
+
+def test_cpu_takes_the_block_diagonal_mask_and_says_so():
+    choice = choose_attention(Model(source="x"), "cpu")
+    assert choice.implementation == "sdpa" and "block-diagonal" in choice.reason
+    with pytest.raises(ConfigError, match="needs CUDA"):
+        choose_attention(Model(source="x", attention="varlen"), "cpu")
+
+
+def test_cuda_prefers_flash_attention_and_falls_back_aloud(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert choose_attention(Model(source="x"), "cuda").implementation == "flash_attention_2"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    choice = choose_attention(Model(source="x"), "cuda")
+    assert choice.implementation == VARLEN and "not installed" in choice.reason
+    with pytest.raises(ConfigError, match="pip install"):
+        choose_attention(Model(source="x", attention="flash_attention_2"), "cuda")
+    assert choose_attention(Model(source="x", dtype="fp32"), "cuda").implementation == "sdpa"
+
+
+def test_varlen_without_boundaries_is_an_error():
+    q = torch.zeros(1, 4, 8, 8)
+    with pytest.raises(ConfigError, match="samples would mix"):
+        varlen_attention(torch.nn.Identity(), q, q, q, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_varlen_on_cuda_equals_the_block_diagonal_mask():
+    from transformers import AutoModelForCausalLM
+
+    from versatune_ds.engine.attention import register_varlen
+
+    register_varlen()
+    device = torch.device("cuda")
+    more = {"hidden_size": 128, "head_dim": 32}
+    losses = {}
+    for name in ("sdpa", VARLEN):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(**(SHAPE | more)), attn_implementation=name, dtype=torch.bfloat16
+        )
+        packed = PackedCausalLM(model.to(device), "auto").eval()
+        assert isolation_leak(packed, 64, device) <= MAX_ISOLATION_LEAK["cuda"]
+        n = 24
+        ids = (torch.arange(2 * n, device=device) * 7) % 64
+        labels = ids.roll(-1)
+        with torch.no_grad():
+            losses[name] = packed(
+                input_ids=ids,
+                position_ids=torch.arange(n, device=device).repeat(2),
+                labels=labels,
+                sample_ids=torch.arange(2, device=device).repeat_interleave(n),
+                cu_seqlens=torch.tensor([0, n, 2 * n], dtype=torch.int32, device=device),
+                max_seqlen=n,
+                num_samples=2,
+                num_valid=2 * n,
+                normalizer=1.0,
+            ).token_loss
+    torch.testing.assert_close(losses["sdpa"], losses[VARLEN], rtol=0.05, atol=0.05)

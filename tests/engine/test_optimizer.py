@@ -1,0 +1,41 @@
+"""The learning rate is a function of the step; decay spares vectors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from versatune_ds.config.schema import Optimizer
+from versatune_ds.engine.optimizer import learning_rate, parameter_groups
+
+
+def rates(steps: int = 11, **settings) -> list[float]:
+    return [learning_rate(Optimizer(lr=1.0, **settings), step, steps) for step in range(steps)]
+
+
+def test_warm_up_rises_linearly_to_the_peak():
+    # ceil(0.35 * 11) = 4 steps: 1/4, 2/4, 3/4, 4/4, and the peak again where decay begins
+    assert rates(warmup_ratio=0.35)[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+def test_cosine_goes_from_peak_to_floor():
+    values = rates(warmup_ratio=0, min_lr_ratio=0.1)
+    assert values[0] == 1.0 and values[5] == pytest.approx(0.55) and values[10] == pytest.approx(0.1)
+    assert values == sorted(values, reverse=True)
+
+
+def test_linear_and_constant():
+    assert rates(warmup_ratio=0, schedule="linear") == pytest.approx([1 - i / 10 for i in range(11)])
+    assert rates(warmup_ratio=0, schedule="constant") == [1.0] * 11
+
+
+def test_one_step_and_all_warm_up_are_defined():
+    assert rates(steps=1) == [1.0]
+    assert rates(steps=4, warmup_ratio=1.0)[-1] == 1.0
+
+
+def test_decay_is_for_matrices_only():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    matrices, vectors = parameter_groups(model, 0.1)
+    assert [p.ndim for p in matrices["params"]] == [2] and matrices["weight_decay"] == 0.1
+    assert [p.ndim for p in vectors["params"]] == [1, 1, 1] and vectors["weight_decay"] == 0.0

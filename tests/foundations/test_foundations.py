@@ -1,0 +1,73 @@
+"""Atomic files, error places, and agreement without a group."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from launching import launch_soundly
+
+from versatune_ds.foundations import distributed, files
+from versatune_ds.foundations.errors import DataError, unknown_name
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    files.write_json_atomic(path, {"a": 1})
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        files.write_json_atomic(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_written_files_have_ordinary_permissions(tmp_path):
+    files.write_text_atomic(tmp_path / "ours", "x")
+    (tmp_path / "plain").write_text("x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_nan_is_not_json(tmp_path):
+    with pytest.raises(ValueError):
+        files.write_json_atomic(tmp_path / "x", {"a": float("nan")})
+
+
+def test_equal_values_have_equal_hashes():
+    assert files.canonical_hash({"b": 1, "a": [2]}) == files.canonical_hash({"a": [2], "b": 1})
+    assert files.canonical_hash({"a": 1}) != files.canonical_hash({"a": 1.5})
+
+
+def test_data_errors_name_their_place():
+    assert str(DataError("bad", path="a.jsonl", line=3)) == "a.jsonl:3: bad"
+    assert str(DataError("bad", path="a.parquet", row=7)) == "a.parquet row 7: bad"
+
+
+def test_unknown_names_list_the_known_ones():
+    assert unknown_name("domain", "lw", ["law", "code"]) == (
+        "unknown domain 'lw'; did you mean 'law'? (known: law, code)"
+    )
+
+
+def test_one_rank_agrees_with_itself():
+    assert distributed.all_agree(True) and not distributed.all_agree(False)
+    assert distributed.all_equal(2**62 + 12345)
+
+
+AGREEMENT = """
+import torch.distributed as dist
+from versatune_ds.foundations import distributed as d
+dist.init_process_group("gloo")
+assert d.all_agree(True) and not d.all_agree(d.rank() != 2)
+same = 0x7FFF_FFFF_FFFF_FFFF
+assert d.all_equal(same)
+for bit in range(63):
+    assert not d.all_equal(same ^ (1 << bit) if d.rank() == 1 else same), bit
+dist.barrier(); dist.destroy_process_group()
+"""
+
+
+def test_ranks_see_every_difference(tmp_path):
+    script = tmp_path / "agreement.py"
+    script.write_text(AGREEMENT)
+    launch_soundly(script, 3, [])

@@ -1,0 +1,143 @@
+"""Sums per sample and per domain: exact counts, fixed order, NaN kept where it belongs."""
+
+import math
+
+import pytest
+import torch
+
+from versatune_kernels import linear_cross_entropy
+from versatune_kernels.sums import segment_sums
+
+SAMPLES, DOMAINS = 9, 4
+
+
+def _ids(num_tokens, size, seed=3):
+    return torch.randint(0, size, (num_tokens,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_sums_equal_a_loop_over_tokens(tools, backend):
+    case = tools.case(200, token_weight=torch.rand(200), z_loss=0.1, label_smoothing=0.1)
+    ids, domains = _ids(200, SAMPLES), _ids(200, DOMAINS)
+    ids[10:14] = -1
+    out, _ = tools.run(
+        case,
+        sample_ids=ids,
+        num_samples=SAMPLES,
+        domain_ids=domains,
+        num_domains=DOMAINS,
+        backend=backend,
+    )
+    exact = tools.torch_answer(case, torch.float64).token_loss  # plain nll, whatever is trained on
+    for found, counts, of, size in (
+        (out.sample_loss, out.sample_tokens, ids, SAMPLES),
+        (out.domain_loss, out.domain_tokens, domains, DOMAINS),
+    ):
+        assert found.dtype == torch.float64 and counts.dtype == torch.int64
+        for i in range(size):
+            members = [t for t in range(200) if of[t] == i and case.valid[t]]
+            assert counts[i] == len(members)
+            assert found[i] == pytest.approx(sum(float(exact[t]) for t in members), rel=1e-5)
+
+
+def test_samples_domains_and_tokens_add_up_to_the_same_sum(tools):
+    case = tools.case(300)
+    out, _ = tools.run(
+        case,
+        sample_ids=_ids(300, SAMPLES),
+        num_samples=SAMPLES,
+        domain_ids=_ids(300, DOMAINS),
+        num_domains=DOMAINS,
+    )
+    total = math.fsum(out.token_loss.tolist())
+    assert math.fsum(out.sample_loss.tolist()) == pytest.approx(total, rel=1e-14)
+    assert math.fsum(out.domain_loss.tolist()) == pytest.approx(total, rel=1e-14)
+    assert out.loss.item() * case.options["normalizer"] == pytest.approx(total, rel=1e-6)
+    assert out.sample_tokens.sum() == out.domain_tokens.sum() == case.valid.sum()
+
+
+def test_an_absent_domain_and_an_ignored_sample_are_zero(tools):
+    case = tools.case(60)
+    ids, domains = _ids(60, 5), torch.where(_ids(60, 2) == 0, 0, 3)
+    case.labels[ids == 2] = -100
+    out, _ = tools.run(case, sample_ids=ids, num_samples=5, domain_ids=domains, num_domains=5)
+    assert out.sample_tokens[2] == 0 and out.sample_loss[2] == 0
+    assert out.domain_tokens[[1, 2, 4]].tolist() == [0, 0, 0]
+    assert out.domain_loss[[1, 2, 4]].tolist() == [0.0, 0.0, 0.0]
+    assert (out.domain_loss[[0, 3]] > 0).all()
+
+
+def test_negative_ids_are_in_no_sum_but_in_the_loss(tools):
+    case = tools.case(50, ignored=0.0)
+    out, _ = tools.run(case, sample_ids=torch.full((50,), -7), num_samples=2)
+    assert out.sample_loss.tolist() == [0, 0] and out.sample_tokens.tolist() == [0, 0]
+    assert out.loss > 0
+
+
+def test_sums_are_empty_without_ids(tools):
+    out, _ = tools.run(tools.case())
+    for part in (out.sample_loss, out.sample_tokens, out.domain_loss, out.domain_tokens):
+        assert part.shape == (0,)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_a_nan_row_touches_its_own_token_sample_and_domain_only(tools, backend):
+    case = tools.case(80, ignored=0.2)
+    case.labels[33] = 5
+    ids, domains = _ids(80, SAMPLES), _ids(80, DOMAINS)
+    options = dict(
+        sample_ids=ids,
+        num_samples=SAMPLES,
+        domain_ids=domains,
+        num_domains=DOMAINS,
+        backend=backend,
+        chunk_tokens=16,
+    )
+    clean, clean_answer = tools.run(case, **options)
+    case.hidden[33] = float("nan")
+    out, answer = tools.run(case, **options)
+
+    assert out.loss.isnan()
+    others = torch.arange(80) != 33
+    assert out.token_loss[33].isnan() and out.token_loss[others].equal(clean.token_loss[others])
+    assert answer.d_hidden[others].equal(clean_answer.d_hidden[others])
+    for found, before, of in (
+        (out.sample_loss, clean.sample_loss, ids),
+        (out.domain_loss, clean.domain_loss, domains),
+    ):
+        others = torch.arange(len(found)) != of[33]
+        assert found[of[33]].isnan() and found[others].equal(before[others])
+    assert out.sample_tokens.equal(clean.sample_tokens)
+
+
+def test_a_nan_in_an_ignored_row_changes_nothing(tools):
+    case = tools.case(80)
+    clean, clean_answer = tools.run(case)
+    case.hidden[~case.valid] = float("nan")
+    out, answer = tools.run(case)
+    assert out.loss.equal(clean.loss)
+    assert answer.d_hidden.equal(clean_answer.d_hidden)
+    assert answer.d_weight.equal(clean_answer.d_weight)
+
+
+def test_sums_are_kept_in_float64():
+    """1 + 2^-40 a thousand times: fp32 would lose every small part."""
+    values = torch.tensor([1.0] + [2.0**-40] * 1000, dtype=torch.float32)
+    sums, counts = segment_sums(
+        values, torch.ones(1001, dtype=torch.bool), torch.zeros(1001, dtype=torch.int64), 1
+    )
+    assert sums.item() == 1.0 + 1000 * 2.0**-40 and counts.item() == 1001
+
+
+def test_off_by_one_sample_is_noticed(tools):
+    """The comparison of this file rejects sums that belong to the neighbour."""
+    case = tools.case(200)
+    ids = _ids(200, SAMPLES)
+    right = linear_cross_entropy(
+        case.hidden, case.weight, case.labels, sample_ids=ids, num_samples=SAMPLES
+    ).sample_loss
+    shifted = linear_cross_entropy(
+        case.hidden, case.weight, case.labels, sample_ids=(ids + 1) % SAMPLES, num_samples=SAMPLES
+    ).sample_loss
+    assert shifted.roll(-1).equal(right)
+    assert not torch.isclose(shifted, right, rtol=1e-5).any()

@@ -1,0 +1,134 @@
+"""Optimizer steps on fixed samples, run on 1, 2 or 4 ranks; a script started by `launch`.
+
+Usage: step_cases.py OUT_FOLDER MODEL_FOLDER CASE... Each case leaves OUT_FOLDER/CASE.safetensors (rank 0).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from versatune_ds.config.load import validate_config
+from versatune_ds.data.balance import rank_packs
+from versatune_ds.data.collate import collate
+from versatune_ds.data.packing import Pack
+from versatune_ds.engine.build import build_engine, close_process_group, start_process_group
+from versatune_ds.engine.export import _gathered_parameters
+from versatune_ds.engine.model import LossHead
+from versatune_ds.engine.statistics import StepStatistics
+from versatune_ds.engine.train import accumulate, apply_step
+from versatune_ds.foundations import distributed
+
+PACK_LEN = 32
+VOCAB_SIZE = 96
+LENGTHS = (5, 17, 30, 9, 12, 24, 3, 20)
+DOMAINS = (0, 0, 1, 0, 1, 1, 0, 1)
+PACKED = ((2,), (1, 3, 0), (4, 7), (5, 6))
+UNPACKED = tuple((i,) for i in range(len(LENGTHS)))
+WITHOUT_SUPERVISION = 2
+"""This sample has no supervised token: packed alone, it makes a batch without any on one rank."""
+# eps 1 makes AdamW's first step proportional to the gradient; with the usual eps it would be its sign, and a
+# gradient wrong by a factor would go unseen.
+LEARNING_RATE, EPS = 0.5, 1.0
+
+
+class Samples:
+    """The fixed samples, in the shape of a token cache."""
+
+    def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        generator = np.random.default_rng(i)
+        tokens = generator.integers(0, VOCAB_SIZE, LENGTHS[i]).astype(np.uint32)
+        mask = generator.random(LENGTHS[i]) < 0.6
+        mask[-1] = True
+        return tokens, mask & (i != WITHOUT_SUPERVISION)
+
+
+def packs(layout: tuple[tuple[int, ...], ...]) -> list[Pack]:
+    """A layout as packs; domains and indices address the same `Samples` under two domain ids."""
+    return [
+        Pack(
+            np.array([DOMAINS[i] for i in pack], np.int32),
+            np.array(pack, np.int64),
+            np.array([LENGTHS[i] for i in pack], np.int32),
+        )
+        for pack in layout
+    ]
+
+
+def settings(model: str, layout: tuple[tuple[int, ...], ...], stage: int, checkpointing: str) -> dict:
+    return {
+        "run": {"dir": "unused"},
+        "model": {"source": model, "dtype": "fp32", "activation_checkpointing": checkpointing},
+        "data": {"train": [{"path": "unused", "domain": "a"}]},
+        "domains": {"names": ["a", "b"]},
+        "batch": {"pack_len": PACK_LEN, "packs_per_step": len(layout)},
+        "optimizer": {"lr": LEARNING_RATE, "eps": EPS, "max_grad_norm": 0},
+        "train": {"max_steps": 3},
+        "deepspeed": {"zero_optimization": {"stage": stage}},
+    }
+
+
+def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """`<tied|untied>-<packed|unpacked>-zero<stage>[-recompute][-nan]`: two steps; returns what came out."""
+    words = case.split("-")
+    layout = PACKED if "packed" in words else UNPACKED
+    stage = int(next(word for word in words if word.startswith("zero")).removeprefix("zero"))
+    checkpointing = "all" if "recompute" in words else "off"
+    config = validate_config(settings(str(models / words[0]), layout, stage, checkpointing), case)
+    run = SimpleNamespace(engine=build_engine(config, device), statistics=StepStatistics(2, device))
+    chosen = packs(layout)
+    mine = rank_packs(chosen, distributed.rank(), distributed.world_size())
+    sources = [Samples(), Samples()]
+    batches = [collate(pack, sources, PACK_LEN, 0) for pack in mine]
+    everything = [collate(pack, sources, PACK_LEN, 0) for pack in chosen]
+    plan = SimpleNamespace(supervised_tokens=sum(batch.supervised_tokens for batch in everything))
+    out = {}
+    for step in ("first", "poisoned", "second") if "nan" in words else ("first", "second"):
+        if step == "poisoned":
+            poison_last_rank()
+        accumulate(run, plan, batches)
+        totals = run.statistics.reduce()
+        applied = apply_step(run, totals, LEARNING_RATE)
+        if step == "poisoned":
+            LossHead.forward = ORIGINAL_FORWARD
+            assert totals.sums is None and not applied
+            continue
+        assert applied
+        out[f"sums_{step}"] = torch.from_numpy(totals.sums.values.copy())
+    for name, parameter in _gathered_parameters(run.engine.model):
+        out[f"parameter.{name}"] = parameter.detach().clone()
+    run.engine.deepspeed.destroy()
+    return out
+
+
+ORIGINAL_FORWARD = LossHead.forward
+
+
+def poison_last_rank() -> None:
+    """From now on the last rank's hidden states are NaN."""
+
+    def forward(self, hidden, *args):
+        return ORIGINAL_FORWARD(self, hidden * float("nan"), *args)
+
+    if distributed.rank() == distributed.world_size() - 1:
+        LossHead.forward = forward
+
+
+def main() -> None:
+    out_folder, models, cases = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    device = start_process_group()
+    for case in cases:
+        out = run_case(case, models, device)
+        if distributed.is_main():
+            save_file(out, out_folder / f"{case}.safetensors")
+        distributed.barrier()
+    close_process_group()
+
+
+if __name__ == "__main__":
+    main()

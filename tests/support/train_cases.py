@@ -1,0 +1,101 @@
+"""Whole training runs on several ranks within one process group; a script started by `launch`.
+
+Usage: train_cases.py CASES.json, a list of {"config": FILE, "overrides": [...], "sabotage": NAME or null}. It
+leaves RUN_DIR/outcome_rank_R.json for every case: the error's type and text, or null.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from versatune_ds.config.load import load_config
+from versatune_ds.engine import checkpoint, train
+from versatune_ds.engine.build import close_process_group, start_process_group
+from versatune_ds.engine.model import LossHead
+from versatune_ds.foundations import distributed
+from versatune_ds.foundations.errors import VersaTuneError
+from versatune_ds.foundations.log import setup_logging
+
+ORIGINAL_FORWARD, ORIGINAL_RUN_STEP = LossHead.forward, train.run_step
+ORIGINAL_MANIFEST = checkpoint._write_manifest
+
+
+def nan_in_steps(*steps: int) -> None:
+    """In these steps (from 0) the last rank's first sample of each pack has NaN losses."""
+    current = {"step": -1}
+
+    def run_step(run, step, stop):
+        current["step"] = step
+        return ORIGINAL_RUN_STEP(run, step, stop)
+
+    def forward(self, hidden, labels, sample_ids, *args):
+        last = distributed.rank() == distributed.world_size() - 1
+        if last and current["step"] in steps and self.training:
+            hidden = hidden.masked_fill((sample_ids == 0).unsqueeze(-1), float("nan"))
+        return ORIGINAL_FORWARD(self, hidden, labels, sample_ids, *args)
+
+    train.run_step, LossHead.forward = run_step, forward
+
+
+def ask_to_stop_in_step(step_to_stop: int) -> None:
+    """In this step (from 0) the last rank gets SIGUSR1, in the middle of everything."""
+
+    def run_step(run, step, stop):
+        if step == step_to_stop and distributed.rank() == distributed.world_size() - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return ORIGINAL_RUN_STEP(run, step, stop)
+
+    train.run_step = run_step
+
+
+def die_in_checkpoint(step: int) -> None:
+    """kill -9 of rank 1 while the checkpoint of this step is being written."""
+
+    def write_manifest(folder):
+        if distributed.rank() == 1 and folder.name.endswith(f"{step:08d}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        ORIGINAL_MANIFEST(folder)
+
+    checkpoint._write_manifest = write_manifest
+
+
+SABOTAGE = {
+    None: lambda: None,
+    "nan in step 4": lambda: nan_in_steps(4),
+    "nan from step 4 on": lambda: nan_in_steps(*range(4, 100)),
+    "stop in step 4": lambda: ask_to_stop_in_step(4),
+    "die in checkpoint 6": lambda: die_in_checkpoint(6),
+}
+
+
+def repair() -> None:
+    """Undo any sabotage."""
+    LossHead.forward, train.run_step = ORIGINAL_FORWARD, ORIGINAL_RUN_STEP
+    checkpoint._write_manifest = ORIGINAL_MANIFEST
+
+
+def main() -> None:
+    setup_logging()
+    device = start_process_group()
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        config = load_config(case["config"], case["overrides"])
+        SABOTAGE[case["sabotage"]]()
+        outcome = None
+        try:
+            train.train_in_group(config, device, Path(case["config"]))
+        except VersaTuneError as error:  # raised on all ranks alike: the group is still whole
+            outcome = {"type": type(error).__name__, "text": str(error)}
+        finally:
+            repair()
+        path = config.run.dir / f"outcome_rank_{distributed.rank()}.json"
+        path.write_text(json.dumps(outcome))
+        distributed.barrier()
+    close_process_group()
+
+
+if __name__ == "__main__":
+    main()

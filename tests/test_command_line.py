@@ -1,0 +1,147 @@
+"""The commands a user types, from raw files to a model and a report, under the real launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from launching import REPOSITORY, read_jsonl
+
+pytestmark = pytest.mark.slow
+BIN = Path(sys.executable).parent
+DOMAINS = ["law", "medicine", "finance", "science", "code", "other"]
+
+
+def run(*command: str, cwd: Path = REPOSITORY, timeout_s: int = 900, code: int = 0) -> str:
+    """Run a command of the environment; returns its output."""
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONSAFEPATH": "1",
+    }
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment,
+        text=True,
+        timeout=timeout_s,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == code, done.stdout[-4000:]
+    return done.stdout
+
+
+def test_the_sample_from_raw_files_to_model_and_report(tmp_path):
+    run("versatune-ds", "sample", str(tmp_path / "sample"))
+    config = yaml.safe_load((REPOSITORY / "configs" / "quickstart.yaml").read_text())
+    text = (
+        yaml.safe_dump(config)
+        .replace("runs/sample", str(tmp_path / "sample"))
+        .replace("runs/", f"{tmp_path}/")
+    )
+    path = tmp_path / "quickstart.yaml"
+    path.write_text(text)
+    missing = run("deepspeed", "--num_gpus", "2", "launch/train.py", "--config", str(path), code=4)
+    assert f"versatune-ds prepare --config {path}" in missing
+    prepared = run("versatune-ds", "prepare", "--config", str(path))
+    assert all(domain in prepared for domain in DOMAINS)
+    command = ("deepspeed", "--num_gpus", "2", "launch/train.py", "--config", str(path), "train.max_steps=12")
+    out = run(*command, "weights.every_n_steps=4", "evaluation.every_n_steps=6", "checkpoint.every_n_steps=6")
+    assert "weights after step 4" in out and "step 12/12" in out
+    assert out.rstrip().splitlines()[-1].startswith("run folder:")
+    run_dir = tmp_path / "quickstart"
+    assert (run_dir / "model" / "model.safetensors").is_file()
+    again = run(
+        *command, "weights.every_n_steps=4", "evaluation.every_n_steps=6", "checkpoint.every_n_steps=6"
+    )
+    assert "resuming from" in again and len(read_jsonl(run_dir / "metrics.jsonl")) == 12
+    assert str(run_dir / "report.html") in run("versatune-ds", "report", str(run_dir))
+    page = (run_dir / "report.html").read_text()
+    assert "<svg" in page and all(domain in page for domain in DOMAINS)
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page.replace(
+        "https://www.w3.org", ""
+    )
+
+
+def test_a_mistake_is_one_line_and_an_exit_code(tmp_path):
+    out = run("versatune-ds", "train", "--config", str(tmp_path / "none.yaml"), code=2)
+    assert out.startswith("versatune-ds: error:") and "Traceback" not in out
+
+
+@pytest.mark.xdist_group("corpus")
+def test_a_real_corpus_is_learnt_in_all_six_domains(corpus_folder, tmp_path):
+    """A few million parameters from random initialisation: held-out loss falls in every domain."""
+    from transformers import LlamaConfig
+
+    from versatune_ds.data.sample import train_tokenizer
+
+    files = {domain: next((corpus_folder / "train").glob(f"{domain}.*")) for domain in DOMAINS}
+    texts = [
+        file.read_text(encoding="utf-8")[:400_000] for file in files.values() if file.suffix != ".parquet"
+    ]
+    vocab_size = train_tokenizer(texts, tmp_path / "model", 4096)
+    LlamaConfig(
+        vocab_size=-(-vocab_size // 64) * 64,
+        hidden_size=160,
+        intermediate_size=432,
+        num_hidden_layers=5,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+    ).save_pretrained(tmp_path / "model")
+    config = {
+        "run": {"dir": str(tmp_path / "run"), "seed": 3},
+        "model": {"source": str(tmp_path / "model"), "weights": "random", "dtype": "fp32"},
+        "data": {
+            "train": [{"path": str(file), "domain": domain} for domain, file in files.items()],
+            "eval": [
+                {"path": str(corpus_folder / "eval" / f"{domain}.jsonl"), "domain": domain}
+                for domain in DOMAINS
+            ],
+            "chat_template": "chatml",
+            "overlong": "truncate",
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "domains": {
+            "names": DOMAINS,
+            "initial": dict(zip(DOMAINS, (0.05, 0.1, 0.05, 0.2, 0.3, 0.3), strict=True)),
+            "min_weight": 0.05,
+        },
+        "weights": {
+            "strategy": "fostering",
+            "form": "exponential",
+            "every_n_steps": 25,
+            "reference": dict.fromkeys(DOMAINS, 3.0),
+        },
+        "batch": {"pack_len": 512, "packs_per_step": 4},
+        "optimizer": {"lr": 2e-3},
+        "train": {"max_steps": 200},
+        "evaluation": {"every_n_steps": 100, "max_samples_per_domain": 20},
+        "checkpoint": {"every_n_steps": 100},
+    }
+    path = tmp_path / "corpus.yaml"
+    path.write_text(yaml.safe_dump(config))
+    run("versatune-ds", "prepare", "--config", str(path))
+    run("deepspeed", "--num_gpus", "2", "launch/train.py", "--config", str(path))
+    evaluations = read_jsonl(tmp_path / "run" / "eval.jsonl")
+    assert [line["step"] for line in evaluations] == [0, 100, 200]
+    for domain in DOMAINS:
+        first, middle, last = (line["domain_loss"][domain] for line in evaluations)
+        assert first > middle + 1 and middle > last, (domain, first, middle, last)
+    metrics = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert len(metrics) == 200 and not any(line["skipped"] for line in metrics)
+    updates = read_jsonl(tmp_path / "run" / "weights.jsonl")
+    assert [update["step"] for update in updates] == list(range(0, 201, 25))
+    assert all(sum(update["after"].values()) == pytest.approx(1) for update in updates)
+    assert updates[-1]["after"] != updates[0]["after"]
+    run("versatune-ds", "report", str(tmp_path / "run"))
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert 2e6 < info["num_parameters"] < 1e7

@@ -1,0 +1,32 @@
+"""`versatune-ds doctor`: what is installed, what would be used and why, and known traps."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="versions, devices, backends, disk, known traps",
+        description="Look at this machine before a run. Leaves with 1 when something needs attention.",
+    )
+    parser.add_argument("run_dir", nargs="?", type=Path, default=Path("."), help="where runs will be written")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; problems are marked."""
+    from versatune_ds.engine.doctor import examine
+
+    findings = examine(args.run_dir)
+    width = max(len(finding.topic) for finding in findings)
+    for finding in findings:
+        print(f"{'!!' if finding.is_problem else '  '} {finding.topic:<{width}}  {finding.text}")
+    problems = sum(finding.is_problem for finding in findings)
+    print(f"{problems} problem(s)" if problems else "no problems found")
+    return EXIT_FAILURE if problems else EXIT_OK

@@ -1,0 +1,53 @@
+"""`versatune-ds export`: a checkpoint as a Hugging Face folder, on one CPU, without a process group."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from versatune_ds.foundations import constants
+from versatune_ds.foundations.errors import ConfigError, StateError
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a checkpoint as a Hugging Face folder",
+        description="Write a checkpoint of a run as a Hugging Face folder (safetensors, config, tokenizer).",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--step", type=int, help="checkpoint to export; default: the newest sound one")
+    parser.add_argument("--out", type=Path, help="target folder; default: RUN/model-step-N")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export and print where the model lies."""
+    resolved = args.run_dir / constants.RESOLVED_CONFIG_FILE
+    if not resolved.is_file():
+        raise ConfigError(f"{args.run_dir} is not a run folder: it has no {constants.RESOLVED_CONFIG_FILE}")
+
+    from transformers import AutoConfig
+
+    from versatune_ds.config.load import load_config
+    from versatune_ds.data.templating import load_tokenizer, set_chat_template
+    from versatune_ds.engine.checkpoint import checkpoint_name, newest_sound_checkpoint
+    from versatune_ds.engine.export import export_checkpoint
+
+    config = load_config(resolved)
+    folder = args.run_dir / constants.CHECKPOINTS_DIR
+    newest = args.step is None
+    checkpoint = newest_sound_checkpoint(folder) if newest else folder / checkpoint_name(args.step)
+    if checkpoint is None or not checkpoint.is_dir():
+        raise StateError(f"{folder} holds no such checkpoint; checkpoint.every_n_steps makes them")
+    target = args.out or args.run_dir / f"model-{checkpoint.name}"
+    tokenizer = load_tokenizer(config)
+    set_chat_template(tokenizer, config.data.chat_template)
+    architecture = AutoConfig.from_pretrained(
+        config.model.source, trust_remote_code=config.model.trust_remote_code
+    )
+    shard_bytes = int(config.checkpoint.export_shard_gb * 1e9)
+    export_checkpoint(checkpoint, architecture, tokenizer, target, config.model.dtype, shard_bytes)
+    print(target)
+    return constants.EXIT_OK

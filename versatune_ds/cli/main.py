@@ -1,0 +1,51 @@
+"""`versatune-ds VERB ...`: one short module per verb; errors meant for users are printed without a traceback.
+
+`--help` imports neither torch nor DeepSpeed: a verb imports what it needs when it runs.
+
+What is not covered: launching several ranks (`deepspeed launch/train.py` does).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from versatune_ds import __version__
+from versatune_ds.cli import doctor, export, inspect, prepare, report, sample, train
+from versatune_ds.foundations.constants import EXIT_FAILURE
+from versatune_ds.foundations.errors import VersaTuneError
+from versatune_ds.foundations.log import setup_logging
+
+VERBS = (sample, prepare, inspect, train, export, report, doctor)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="versatune-ds",
+        description="Supervised fine-tuning on many domains with live domain weights (arXiv 2411.11266).",
+    )
+    parser.add_argument("--version", action="version", version=f"versatune-ds {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in VERBS:
+        verb.add_parser(subparsers)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb and return its exit code (see `foundations.constants`)."""
+    args = build_parser().parse_args(arguments)
+    setup_logging()
+    try:
+        return int(args.run(args))
+    except VersaTuneError as error:
+        print(f"versatune-ds: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # `versatune-ds inspect | head`
+        sys.stderr.close()
+        return EXIT_FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""`versatune-ds prepare`: raw files become token caches; run it before training.
+
+What is not covered: training and the caches' content (`versatune-ds inspect` shows it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from versatune_ds.foundations.constants import EXIT_OK
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser(
+        "prepare",
+        help="tokenise the data of a configuration into the cache that training reads",
+        description=(
+            "Tokenise training and held-out data in parallel into data.cache_dir. What is there already is "
+            "checked and reused; after an interruption the work goes on where it stopped."
+        ),
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings; see configs/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare and print a table per split and domain."""
+    from versatune_ds.config.load import load_config
+    from versatune_ds.data.prepare import prepare
+
+    config = load_config(args.config, args.overrides)
+    start = time.monotonic()
+    prepared = prepare(config)
+    print(prepared.table())
+    done = "nothing to do, all data was prepared before" if prepared.reused else "prepared"
+    print(f"{done}: {config.data.cache_dir} ({time.monotonic() - start:.1f} s)")
+    return EXIT_OK

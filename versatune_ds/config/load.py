@@ -1,0 +1,185 @@
+"""Reading a run's settings: YAML file, dotted overrides, validation, and errors a person can act on.
+
+`load_config("a.yaml", ["optimizer.lr=1e-5"])` gives a validated `Config`. Override values are YAML too.
+Two traps of YAML 1.1 are closed: `3e-4` is a number, and only `true` and `false` are booleans (`on`, `no`
+stay text). A key that stands twice is an error. Unknown keys are refused with the nearest known one.
+
+What is not covered: the meaning of settings (`config/schema.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from versatune_ds.config.schema import Config
+from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.foundations.files import write_text_atomic
+
+
+class StrictLoader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 booleans and floats and without silently repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                mark = key_node.start_mark
+                raise ConfigError(f"{mark.name}:{mark.line + 1}: the key {key!r} stands twice; keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _without(tags: set[str]) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    return {
+        first: [(tag, regexp) for tag, regexp in resolvers if tag not in tags]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+StrictLoader.yaml_implicit_resolvers = _without(
+    {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
+)
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
+        |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+        re.X,
+    ),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, override and validate the settings of a run.
+
+    Args:
+        path: YAML file with the sections of `Config`.
+        overrides: `section.key=value` texts; the value is YAML; they win over the file.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a setting is unknown or invalid.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give a YAML file with --config (examples: configs/)")
+    raw = _parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds {_kind(raw)}; a run's settings are sections with keys")
+    for override in overrides:
+        _apply_override(raw, override)
+    return validate_config(raw, str(path))
+
+
+def validate_config(raw: dict[str, Any], origin: str) -> Config:
+    """Validate a plain dict; `origin` stands in front of error texts.
+
+    Raises:
+        ConfigError: naming every problem with its place.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        problems = [_problem(dict(item)) for item in error.errors(include_url=False)]
+        text = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
+        raise ConfigError(f"{origin}: {len(set(problems))} problem(s) in the settings\n{text}") from None
+
+
+def write_resolved(config: Config, path: Path) -> None:
+    """Write every setting, defaults included, as YAML that `load_config` reads back to an equal `Config`."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_text_atomic(path, text)
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    loader = StrictLoader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    node = raw
+    for part in parts[:-1]:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {part} is {_kind(child)}, which has no keys")
+        node = child
+    node[parts[-1]] = _parse_yaml(value, f"override {key}") if value.strip() else None
+
+
+def _problem(item: dict[str, Any]) -> str:
+    # pydantic adds a part per member of a union, e.g. `list[...]`; only names and positions help a user
+    parts = [p for p in item["loc"] if isinstance(p, int) or p.replace("_", "").isalnum()]
+    place = ".".join(str(part) for part in parts)
+    if item["type"] == "extra_forbidden":
+        return f"{place}: unknown key{_nearest(item['loc'])}"
+    if item["type"] == "missing":
+        return f"{place}: required, but not given"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{place}: {message}" if place else message
+    return f"{place}: {message} (found {item['input']!r})"
+
+
+def _nearest(location: tuple[Any, ...]) -> str:
+    """Hint for an unknown key: the nearest key of its section, else of any section, else the known keys."""
+    model: type[BaseModel] | None = Config
+    for part in location[:-1]:
+        if isinstance(part, str) and model is not None and part in model.model_fields:
+            model = _section(model.model_fields[part].annotation)
+    known = list(model.model_fields) if model is not None else []
+    unknown = str(location[-1])
+    near = difflib.get_close_matches(unknown, known, n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    elsewhere = [
+        f"{section}.{field}"
+        for section, info in Config.model_fields.items()
+        if (inner := _section(info.annotation)) is not None
+        for field in inner.model_fields
+        if field == unknown
+    ]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return f" (known: {', '.join(known)})"
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The settings section inside an annotation such as `Weights`, `list[Source]` or `list[X] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            if (section := _section(argument)) is not None:
+                return section
+    return None

@@ -1,0 +1,380 @@
+"""Every setting of a run: its type, unit and effect. With `engine/train.py` this file tells the story.
+
+A run is one YAML file validated into `Config`. Sections are frozen; unknown keys are errors; a field without
+a default is required. Settings are checked here once, alone and against each other, so that the rest of the
+code can trust them.
+
+What is not covered: how the file is read and how errors are worded (`config/load.py`), and what the
+DeepSpeed file may hold beyond the keys we own (`engine/deepspeed_config.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized"]
+ChatTemplate = Literal["tokenizer", "chatml", "alpaca", "llama2", "llama3"]
+WeightUnit = Literal["samples", "tokens", "supervised_tokens"]
+Strategy = Literal["uniform", "inverse", "constant", "manual", "fostering", "expansion", "doremi", "raw_loss"]
+STRATEGIES_WITH_REFERENCE = ("fostering", "expansion", "doremi")
+WEIGHT_SUM_TOLERANCE = 1e-3
+"""How far given shares may be from summing to 1 (rounded decimals); they are then scaled to sum to 1."""
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, the docstring under a field is its description."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+def require_shares(values: dict[str, float], what: str) -> None:
+    """Raise ValueError unless `values` are shares: each >= 0, together 1 (within the tolerance)."""
+    negative = [name for name, value in values.items() if value < 0]
+    if negative:
+        raise ValueError(f"{what}: {negative[0]} has the negative share {values[negative[0]]}")
+    total = sum(values.values())
+    if abs(total - 1.0) > WEIGHT_SUM_TOLERANCE:
+        raise ValueError(f"{what}: shares sum to {total:.6g}; they must sum to 1")
+
+
+class Run(Section):
+    """Where the run lives and how it starts."""
+
+    dir: Path
+    """Run folder; everything the run writes lies in it."""
+    seed: int = Field(0, ge=0)
+    """Seed of sample order and of random initialisation."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: go on from the newest sound checkpoint in `dir`, or start when there is none. `never`: refuse
+    to start in a folder that holds a run."""
+
+
+class Model(Section):
+    """The model, its tokenizer and how it computes."""
+
+    source: str
+    """Folder or hub name of a Qwen2/Qwen2.5/Qwen3/LLaMA model (or any causal LM of transformers)."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random`: build from `source`'s config.json only and initialise with `run.seed`."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; default: `source`."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Compute precision; the optimizer always keeps fp32 master weights."""
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
+    """Attention for packs. `auto`: flash-attn if installed, else torch's varlen kernel, on CUDA; sdpa with
+    a block-diagonal mask on CPU (memory grows with `batch.pack_len` squared)."""
+    activation_checkpointing: Literal["off", "all"] | int = "off"
+    """Recompute activations in backward: for no layer, every layer, or every n-th layer."""
+    loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
+    """Implementation of the fused linear + cross-entropy."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        if isinstance(self.activation_checkpointing, int) and self.activation_checkpointing < 1:
+            raise ValueError("activation_checkpointing as a number means every n-th layer: n >= 1")
+        return self
+
+
+class Source(Section):
+    """One set of raw files (or a hub data set)."""
+
+    path: str | list[str]
+    """File, folder, glob, or a list of these; `hub:owner/name` for a hub data set (extra `hub`)."""
+    domain: str | None = None
+    """Domain of every row; give this or `domain_column`."""
+    domain_column: str | None = None
+    """Column that holds each row's domain name."""
+    format: DataFormat = "auto"
+    """Row schema; `auto` tells it from the columns, once per file."""
+    columns: dict[str, str] = {}
+    """Our column name -> the file's column name, e.g. `{prompt: question, completion: answer}`."""
+    split: str = "train"
+    """Split of a hub data set."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Source:
+        if (self.domain is None) == (self.domain_column is None):
+            raise ValueError("give exactly one of `domain` and `domain_column`")
+        if not self.path:
+            raise ValueError("`path` is empty: give a file, folder, glob, list of these, or hub name")
+        return self
+
+
+class Data(Section):
+    """From raw files to the token cache (`versatune-ds prepare`)."""
+
+    train: list[Source] = Field(min_length=1)
+    """Training sources."""
+    eval: list[Source] = []
+    """Held-out sources; evaluated per domain, and the `probe` loss source."""
+    chat_template: ChatTemplate = "tokenizer"
+    """How conversations become text: the tokenizer's own template, or a built-in one for base models."""
+    overlong: Literal["error", "drop", "truncate", "split"] = "error"
+    """What to do with a sample longer than `batch.pack_len`; always counted and reported."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """`error`: stop at the first unusable row with its place. `skip`: write it to rejected.jsonl, go on."""
+    cache_dir: Path = Path("cache")
+    """Folder of token caches, shared by all runs."""
+    num_workers: int | None = Field(None, ge=1)
+    """Processes that tokenise; default: all cores."""
+
+
+class Domains(Section):
+    """The domains and the limits of their weights. A weight is a share of each global batch."""
+
+    names: list[str] = Field(min_length=1)
+    """Domain names; their order is the order of all tables."""
+    initial: Literal["uniform"] | dict[str, float] | Path = "uniform"
+    """Weights to start from: the detected knowledge distribution (shares that sum to 1, or a
+    knowledge.json)."""
+    weight_unit: WeightUnit = "samples"
+    """What a weight is a share of: samples (as in the paper), tokens, or supervised tokens."""
+    min_weight: float = Field(0.0, ge=0, le=1)
+    """Floor of every weight, from the first batch on."""
+    max_weight: float = Field(1.0, gt=0, le=1)
+    """Cap of every weight, from the first batch on."""
+    max_relative_change: float | None = Field(None, gt=0)
+    """Largest relative change of a weight in one update; 0.5 keeps it within x0.5 .. x1.5. None: no limit."""
+    max_epochs: dict[str, float] | float | None = None
+    """Largest number of passes over a domain's data (one number, or one per domain); its surplus share is
+    spread over the other domains."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Domains:
+        k = len(self.names)
+        if self.min_weight * k > 1:
+            raise ValueError(f"min_weight {self.min_weight} x {k} domains is more than 1")
+        if self.max_weight * k < 1:
+            raise ValueError(f"max_weight {self.max_weight} x {k} domains is less than 1")
+        if isinstance(self.initial, dict):
+            require_shares(self.initial, "domains.initial")
+        return self
+
+
+class ScheduledWeights(Section):
+    """One entry of a manual schedule."""
+
+    step: int = Field(ge=0)
+    """Optimizer steps done when these weights begin to hold."""
+    weights: dict[str, float]
+    """Share of every domain; they sum to 1."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduledWeights:
+        require_shares(self.weights, f"schedule at step {self.step}")
+        return self
+
+
+class Weights(Section):
+    """How domain weights move. Symbols as in docs/weights.md: l loss, lref reference loss, gamma, phi."""
+
+    strategy: Strategy = "constant"
+    """`constant` keeps `domains.initial`; `uniform` and `inverse` ((1 - p) / Z) are static too; `manual`
+    follows `schedule`; `fostering`, `expansion`, `doremi` and `raw_loss` move with the losses."""
+    every_n_steps: int = Field(100, ge=1)
+    """Optimizer steps between updates, and the length of the loss window."""
+    form: Literal["linear", "exponential"] = "linear"
+    """fostering: w (1 + sigma gamma) / Z, or w exp(sigma gamma) / Z."""
+    sigma: float = Field(1.0, ge=0)
+    """fostering: strength of the learnable potential gamma."""
+    target: str | None = None
+    """expansion: the domain to grow."""
+    delta: float = Field(0.05, ge=0, le=1)
+    """expansion: growth of the target's weight per update while the gate is open."""
+    gate: Literal["relative", "absolute", "worst"] = "relative"
+    """expansion: open while mean phi <= epsilon gamma_e (relative), mean phi <= epsilon (absolute), or
+    max phi <= epsilon gamma_e (worst), over the domains other than the target e."""
+    epsilon: float = Field(1.0, ge=0)
+    """expansion: tolerance of the gate."""
+    eta: float = Field(1.0, ge=0)
+    """doremi: step size of the exponentiated gradient."""
+    smoothing: float = Field(1e-3, ge=0, le=1)
+    """doremi: share of the uniform distribution mixed in after each update."""
+    schedule: list[ScheduledWeights] | Path | None = None
+    """manual: weights by step, or the weights.jsonl of a run to replay."""
+    reference: dict[str, float] | Path | None = None
+    """Held-out reference loss lref per domain (nats per supervised token), or a reference.json."""
+    loss_source: Literal["train", "probe"] = "train"
+    """`train`: losses of the training steps of the window, free. `probe`: held-out losses, forward only."""
+    probe_samples: int = Field(64, ge=1)
+    """probe: held-out samples per domain."""
+    noise_z: float = Field(0.0, ge=0)
+    """Standard errors subtracted from a loss difference before it counts as gamma or phi; 0 is the paper."""
+    min_tokens: int = Field(1, ge=1)
+    """A domain with fewer supervised tokens in the window keeps its previous loss and gamma; phi is 0."""
+    shadow: bool = False
+    """Compute and log updates without applying them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Weights:
+        if self.strategy in STRATEGIES_WITH_REFERENCE and self.reference is None:
+            raise ValueError(
+                f"strategy {self.strategy} compares with reference losses: give `reference` "
+                "(held-out nats per supervised token for every domain)"
+            )
+        if self.strategy == "expansion" and self.target is None:
+            raise ValueError("strategy expansion grows one domain: name it in `target`")
+        if self.strategy == "manual" and not self.schedule:
+            raise ValueError("strategy manual follows `schedule`: give a list or a weights.jsonl")
+        if isinstance(self.schedule, list):
+            steps = [entry.step for entry in self.schedule]
+            if steps != sorted(set(steps)):
+                raise ValueError(f"schedule steps must rise: {steps}")
+        if isinstance(self.reference, dict):
+            bad = [name for name, value in self.reference.items() if value <= 0]
+            if bad:
+                raise ValueError(f"reference loss of {bad[0]} is {self.reference[bad[0]]}: must be > 0")
+        return self
+
+
+class Batch(Section):
+    """The global batch; the same on every number of ranks."""
+
+    pack_len: int = Field(8192, ge=8)
+    """Tokens in a pack. One pack is one micro-batch on one rank."""
+    packs_per_step: int = Field(ge=1)
+    """Packs in an optimizer step over all ranks; gradient accumulation is packs_per_step / ranks."""
+
+
+class Optimizer(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-5, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay; not applied to biases and norms."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after warm-up."""
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    """Share of all steps in which the learning rate rises linearly from 0."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Learning rate at the last step over `lr` (cosine and linear)."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled down to this global norm; 0: never."""
+
+
+class Train(Section):
+    """How long to train."""
+
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; give this or `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Steps are chosen so that the tokens trained on are this many times the tokens of all domains."""
+    max_nonfinite_steps: int = Field(3, ge=1)
+    """Abort after this many steps in a row with a NaN or infinite loss; each one is skipped on all ranks."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Train:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of `max_steps` and `epochs`")
+        return self
+
+
+class Evaluation(Section):
+    """Held-out losses per domain during training."""
+
+    every_n_steps: int | None = Field(None, ge=1)
+    """Steps between evaluations; also before the first and after the last step. None: never."""
+    max_samples_per_domain: int | None = Field(None, ge=1)
+    """Evaluate the first n samples of each domain only."""
+
+
+class Checkpoint(Section):
+    """When to save and what to keep."""
+
+    every_n_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints; one is also written when training stops early. None: only then."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+    milestone_every_n_steps: int | None = Field(None, ge=1)
+    """Checkpoints at multiples of this are kept for ever."""
+    export_at_end: bool = True
+    """Write the finished model as a Hugging Face folder `model/` into the run folder."""
+    export_shard_gb: float = Field(5.0, gt=0)
+    """Largest safetensors shard in GB (10^9 bytes); bounds the host memory of an export."""
+
+
+class Metrics(Section):
+    """What is recorded beside metrics.jsonl, which is always written."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder (extra `tracking`)."""
+    wandb_project: str | None = None
+    """Log to this Weights & Biases project (extra `tracking`); credentials from the environment."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Dense peak of one accelerator in TFLOP/s for MFU; default: known for common data-centre GPUs."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Run
+    model: Model
+    data: Data
+    domains: Domains
+    weights: Weights = Weights()
+    batch: Batch
+    optimizer: Optimizer = Optimizer()
+    train: Train
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+    deepspeed: dict[str, Any] | Path = {}
+    """DeepSpeed JSON file, or the same inline; without a `zero_optimization` key: ZeRO-3. Batch size,
+    optimizer, precision and clipping come from this file's other sections and may not stand in it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        known = self.domains.names
+        for kind, sources in (("train", self.data.train), ("eval", self.data.eval)):
+            for i, source in enumerate(sources):
+                if source.domain is not None and source.domain not in known:
+                    raise ValueError(
+                        f"data.{kind}[{i}].domain is {source.domain!r}; domains.names has {known}"
+                    )
+        self._check_names()
+        if self.weights.loss_source == "probe" and not self.data.eval:
+            raise ValueError("weights.loss_source probe measures held-out losses: give data.eval")
+        if self.evaluation.every_n_steps is not None and not self.data.eval:
+            raise ValueError("evaluation.every_n_steps is set: give data.eval")
+        return self
+
+    def _check_names(self) -> None:
+        """Every dict by domain names exactly the domains of the table."""
+        by_domain: dict[str, Any] = {
+            "domains.initial": self.domains.initial,
+            "weights.reference": self.weights.reference,
+        }
+        if isinstance(self.weights.schedule, list):
+            for entry in self.weights.schedule:
+                by_domain[f"weights.schedule at step {entry.step}"] = entry.weights
+        names = set(self.domains.names)
+        for what, values in by_domain.items():
+            if isinstance(values, dict) and set(values) != names:
+                missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
+                raise ValueError(f"{what}: missing domains {missing}, unknown domains {unknown}")
+        if isinstance(self.domains.max_epochs, dict):
+            unknown = sorted(set(self.domains.max_epochs) - names)
+            if unknown:
+                raise ValueError(f"domains.max_epochs: unknown domains {unknown}; known: {sorted(names)}")
+            if any(not (math.isfinite(v) and v > 0) for v in self.domains.max_epochs.values()):
+                raise ValueError("domains.max_epochs: every number of epochs must be > 0")
+        if self.weights.target is not None and self.weights.target not in names:
+            raise ValueError(f"weights.target {self.weights.target!r}; known: {self.domains.names}")

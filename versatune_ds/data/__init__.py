@@ -1,0 +1,1 @@
+"""Floor 4: from raw files to packed batches: readers, schemas, templates, cache, planner, loader."""

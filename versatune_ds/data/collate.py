@@ -1,0 +1,134 @@
+"""Collate: one pack of samples -> one batch of tensors of fixed length T = pack_len.
+
+Samples lie one after the other; `position_ids` restart and `cu_seqlens` gets a boundary at each, which is
+what keeps them apart in attention. Labels are shifted here, once, so that position t holds the token that t
+must predict; a sample's last position predicts nothing. Padding is at the end, a segment of its own without
+labels, so that every pack costs the same number of slots. A pack without samples is all padding.
+
+What is not covered: which samples share a pack (planner, packing), and attention masks (engine).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from versatune_ds.data.packing import Pack
+from versatune_ds.foundations.constants import IGNORE_INDEX, PADDING_ID
+from versatune_ds.foundations.errors import DataError
+
+
+class TokenSource(Protocol):
+    """What collate reads of a domain's token cache."""
+
+    def sample(self, index: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+        """(tokens uint32[n], mask bool[n]); mask marks the tokens to be predicted."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A pack as tensors; T positions, S samples.
+
+    Made on the CPU. `to` moves every tensor; the three integers always stay on the host, where kernels and
+    loss need them as launch arguments without waiting for the device.
+
+    Attributes:
+        input_ids: int64[T], tokens; the pad token in padding.
+        labels: int64[T], the token after each position where it is supervised, else IGNORE_INDEX.
+        position_ids: int64[T], 0, 1, ... from each sample's (and the padding's) beginning.
+        cu_seqlens: int32[S + 1], or [S + 2] with padding: where segments begin, and T.
+        sample_ids: int32[T], 0..S-1, the sample of each position; -1 in padding.
+        domain_ids: int32[T], domain of each position; -1 in padding.
+        sample_domains: int32[S], domain of each sample.
+        max_seqlen: length of the longest segment, padding included.
+        num_tokens: real tokens, without padding.
+        supervised_tokens: labels that are not IGNORE_INDEX.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    sample_ids: torch.Tensor
+    domain_ids: torch.Tensor
+    sample_domains: torch.Tensor
+    max_seqlen: int
+    num_tokens: int
+    supervised_tokens: int
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {name: value for name, value in values if isinstance(value, torch.Tensor)}
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The batch with all tensors on `device`; the copies overlap with the host from pinned memory."""
+        moved = {name: t.to(device, non_blocking=non_blocking) for name, t in self._tensors().items()}
+        return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked host memory; needs an accelerator (torch raises without one)."""
+        pinned = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
+        return dataclasses.replace(self, **pinned)  # type: ignore[arg-type]
+
+
+def collate(pack: Pack, sources: Sequence[TokenSource | None], pack_len: int, pad_id: int) -> Batch:
+    """Read a pack's samples and lay them out.
+
+    Args:
+        pack: the samples; may be empty.
+        sources: token cache of each domain, in table order; None for a domain that no pack names.
+        pack_len: T.
+        pad_id: token id of padding; any valid id, its positions are never read.
+
+    Raises:
+        DataError: a sample is not as long as it was when the pack was planned, or the pack overflows.
+    """
+    num_samples, num_tokens = len(pack), pack.length
+    if num_tokens > pack_len:
+        raise DataError(f"a pack of {num_tokens} tokens does not fit batch.pack_len = {pack_len}")
+    lengths = pack.lengths.astype(np.int64)
+    ends = np.cumsum(lengths)
+    tokens = np.full(pack_len, pad_id, dtype=np.int64)
+    supervised = np.zeros(pack_len, dtype=np.bool_)
+    for domain, sample, end, length in zip(pack.domains, pack.samples, ends, lengths, strict=True):
+        source = sources[domain]
+        if source is None:
+            raise DataError(f"a pack names domain {domain}, which has no token cache")
+        sample_tokens, mask = source.sample(int(sample))
+        if len(sample_tokens) != length:
+            raise DataError(
+                f"domain {domain}: sample {sample} has {len(sample_tokens)} tokens and was planned with "
+                f"{length}; the token cache has changed, prepare it again and start a new run"
+            )
+        tokens[end - length : end] = sample_tokens
+        supervised[end - length : end] = mask
+
+    labels = np.full(pack_len, IGNORE_INDEX, dtype=np.int64)
+    labels[:-1][supervised[1:]] = tokens[1:][supervised[1:]]
+    labels[ends - 1] = IGNORE_INDEX
+
+    segments = lengths
+    segment_samples, segment_domains = np.arange(num_samples), pack.domains
+    if num_tokens < pack_len:
+        segments = np.append(segments, pack_len - num_tokens)
+        segment_samples = np.append(segment_samples, PADDING_ID)
+        segment_domains = np.append(segment_domains, PADDING_ID)
+    starts = np.cumsum(segments) - segments
+    return Batch(
+        input_ids=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(np.arange(pack_len) - np.repeat(starts, segments)),
+        cu_seqlens=torch.from_numpy(np.append(starts, pack_len).astype(np.int32)),
+        sample_ids=torch.from_numpy(np.repeat(segment_samples, segments).astype(np.int32)),
+        domain_ids=torch.from_numpy(np.repeat(segment_domains, segments).astype(np.int32)),
+        sample_domains=torch.from_numpy(pack.domains.astype(np.int32)),
+        max_seqlen=int(segments.max()),
+        num_tokens=num_tokens,
+        supervised_tokens=int((labels != IGNORE_INDEX).sum()),
+    )

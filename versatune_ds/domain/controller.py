@@ -1,0 +1,501 @@
+"""The controller of domain weights: window of losses in, weights and a full record out.
+
+Every rank holds one and feeds it the same reduced sums. It uses no clock and no randomness, so all ranks
+compute the same bits; `digest` lets them check that. Order of calls in a run:
+
+    controller = WeightController(table, config.domains, config.weights, reference)
+    first line of weights.jsonl: controller.initial_update().to_json()
+    after each optimizer step:   controller.observe(sums of the step)
+    if controller.due(step):     record = controller.update(step)      # step: optimizer steps done
+    next batch (step index s):   drawn with controller.weights
+
+What is not covered: reducing sums over ranks, running the probe, writing weights.jsonl (engine).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from versatune_ds.config.schema import STRATEGIES_WITH_REFERENCE, Domains, Weights
+from versatune_ds.domain.alarms import reference_alarms, weight_alarms
+from versatune_ds.domain.reference import ReferenceLosses, initial_weights
+from versatune_ds.domain.replay import resolve_schedule
+from versatune_ds.domain.simplex import SUM_TOLERANCE, entropy, limit_weights, project, weights_digest
+from versatune_ds.domain.statistics import DomainSums, Vector
+from versatune_ds.domain.table import DomainTable
+from versatune_ds.domain.updaters import (
+    STATIC_WEIGHTS,
+    UPDATERS,
+    GateDecision,
+    Mask,
+    UpdateInputs,
+    expansion_gate,
+    forgetting_degree,
+    learnable_potential,
+)
+from versatune_ds.foundations.errors import ConfigError, StateError
+
+STATE_VERSION = 1
+
+ByName = dict[str, float]
+ByNameOrNone = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """One line of weights.jsonl. Dicts are by domain name, in table order; None where not known."""
+
+    step: int
+    """Optimizer steps done; the weights hold for the batch planned next. 0: the initial weights."""
+    strategy: str
+    loss_source: str
+    """`train` or `probe`."""
+    losses: ByNameOrNone
+    """Nats per supervised token; of an absent domain the last one measured."""
+    stderr: ByNameOrNone
+    """Standard errors of `losses`."""
+    tokens: ByName
+    """Supervised tokens that the losses were measured on."""
+    samples: ByName
+    """Samples that the losses were measured on."""
+    gamma: ByNameOrNone
+    """Learnable potential; None without reference losses."""
+    phi: ByName
+    """Forgetting degree since the domain's loss before this one."""
+    gate_open: bool | None
+    """expansion: whether the target grew; None for other strategies."""
+    before: ByName
+    """Weights in force until now."""
+    proposed: ByName
+    """What the rule gave, before floor, cap and step limit."""
+    after: ByName
+    """Weights in force from now on, if `applied`."""
+    applied: bool
+    """False in shadow mode: `before` stays in force."""
+    entropy: float
+    """Entropy of `after` in nats."""
+    reasons: list[str]
+    """Why the numbers are what they are, in words."""
+    alarms: list[str]
+    """See `versatune_ds.domain.alarms`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that `json.dumps` writes as one line of weights.jsonl; floats read back bit for bit."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Losses of one window beside the ones that stood before."""
+
+    losses: Vector
+    stderr: Vector
+    measured: Mask
+    present: Mask
+    gamma: Vector
+    phi: Vector
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
+class _Proposal:
+    """New weights before and after the limits, and why."""
+
+    rule: Vector
+    after: Vector
+    gate: GateDecision | None
+    reasons: list[str]
+
+
+class WeightController:
+    """Holds the weights, the loss window and the last losses of a run.
+
+    Args:
+        table: the domains.
+        domains: initial weights and limits.
+        weights: strategy and its parameters.
+        reference: held-out losses (`load_reference`), needed by fostering, expansion and doremi.
+
+    Raises:
+        ConfigError: no reference where one is needed; limits that no weights can keep; a schedule that
+            breaks floor or cap.
+        DataError: a file of initial weights or a schedule cannot be read.
+    """
+
+    def __init__(
+        self,
+        table: DomainTable,
+        domains: Domains,
+        weights: Weights,
+        reference: ReferenceLosses | None = None,
+    ) -> None:
+        if weights.strategy in STRATEGIES_WITH_REFERENCE and reference is None:
+            raise ConfigError(f"strategy {weights.strategy} needs reference losses: give weights.reference")
+        self._table = table
+        self._domains = domains
+        self._settings = weights
+        self._reference = reference
+        self._target = None if weights.target is None else table.id_of(weights.target)
+        is_manual = weights.strategy == "manual"
+        self._schedule = resolve_schedule(weights.schedule, table) if is_manual else {}
+        self._require_scheduled_limits()
+        self._start = self._schedule.get(0, initial_weights(domains, weights, table))
+        # no step limit before the first step: floor and cap hold from the start
+        self._initial = project(
+            self._start, np.full(len(table), domains.min_weight), np.full(len(table), domains.max_weight)
+        )
+        k = len(table)
+        self._weights = self._initial
+        self._window = DomainSums.zeros(k)
+        self._losses = np.zeros(k)
+        self._stderr = np.full(k, np.nan)
+        self._measured = np.zeros(k, dtype=np.bool_)
+        self._update_count = 0
+        self._last_step = 0
+
+    @property
+    def weights(self) -> Vector:
+        """float64[k], a copy of the weights in force."""
+        return self._weights.copy()
+
+    @property
+    def window(self) -> DomainSums:
+        """Sums observed since the last update."""
+        return self._window
+
+    @property
+    def update_count(self) -> int:
+        """Updates computed so far, shadow ones included."""
+        return self._update_count
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether `update` expects the sums of a held-out probe."""
+        return self._settings.loss_source == "probe"
+
+    def digest(self) -> int:
+        """63-bit hash of the weights in force, to be equal on all ranks."""
+        return weights_digest(self._weights)
+
+    def observe(self, step_sums: DomainSums | npt.NDArray[np.float64]) -> None:
+        """Add a training step's sums (float64[NUM_ROWS, k], reduced over all ranks) to the window.
+
+        Raises:
+            ValueError: wrong shape, or not finite (a step that was skipped must not be observed).
+        """
+        self._window = self._window + self._checked_sums(step_sums)
+
+    def due(self, step: int) -> bool:
+        """Whether `update(step)` is to be called after `step` optimizer steps; pure."""
+        if self._settings.strategy == "manual":
+            return step > 0 and step in self._schedule
+        return step > 0 and step % self._settings.every_n_steps == 0
+
+    def initial_update(self) -> WeightUpdate:
+        """The record of step 0: the initial weights and what floor and cap changed in them."""
+        zeros = self._table.by_name(np.zeros(len(self._table)))
+        unknown: ByNameOrNone = dict.fromkeys(self._table.names)
+        return WeightUpdate(
+            step=0,
+            strategy=self._settings.strategy,
+            loss_source=self._settings.loss_source,
+            losses=dict(unknown),
+            stderr=dict(unknown),
+            tokens=dict(zeros),
+            samples=dict(zeros),
+            gamma=dict(unknown),
+            phi=dict(zeros),
+            gate_open=None,
+            before=self._table.by_name(self._start),
+            proposed=self._table.by_name(self._start),
+            after=self._table.by_name(self._initial),
+            applied=True,
+            entropy=entropy(self._initial),
+            reasons=["initial weights", *self._limit_reasons(self._start, self._initial)],
+            alarms=[],
+        )
+
+    def update(
+        self, step: int, probe_sums: DomainSums | npt.NDArray[np.float64] | None = None
+    ) -> WeightUpdate:
+        """Compute new weights from the window, put them in force (unless `shadow`), reset the window.
+
+        Args:
+            step: optimizer steps done, larger than at the last update.
+            probe_sums: held-out sums (float64[NUM_ROWS, k]), exactly when `loss_source` is `probe`.
+
+        Raises:
+            ValueError: `step` does not rise, or probe sums are missing or unexpected.
+        """
+        if step <= self._last_step:
+            raise ValueError(f"update at step {step} after one at step {self._last_step}: steps must rise")
+        if (probe_sums is not None) != self.needs_probe:
+            raise ValueError(f"loss_source is {self._settings.loss_source}: probe sums missing or unexpected")
+        sums = self._window if probe_sums is None else self._checked_sums(probe_sums)
+        measurement = self._measure(sums)
+        proposal = self._propose(step, measurement)
+        record = self._record(step, sums, measurement, proposal)
+        if not self._settings.shadow:
+            self._weights = proposal.after
+        self._losses, self._stderr = measurement.losses, measurement.stderr
+        self._measured = measurement.measured
+        self._window = DomainSums.zeros(len(self._table))
+        self._update_count += 1
+        self._last_step = step
+        return record
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs; JSON-exact."""
+        return {
+            "version": STATE_VERSION,
+            "fingerprint": self._fingerprint(),
+            "weights": self._weights.tolist(),
+            "initial": self._initial.tolist(),
+            "window": self._window.to_json(),
+            "losses": _optional(self._losses, self._measured),
+            "stderr": _optional(self._stderr, ~np.isnan(self._stderr)),
+            "update_count": self._update_count,
+            "last_step": self._last_step,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned; nothing is changed when it is refused.
+
+        Raises:
+            StateError: another version, domains, strategy or loss source, or damaged values.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise StateError(
+                f"weight controller state has version {state.get('version')!r}; this program reads "
+                f"version {STATE_VERSION}"
+            )
+        ours, theirs = self._fingerprint(), state.get("fingerprint")
+        if theirs != ours:
+            raise StateError(
+                f"weight controller state belongs to {theirs}; this run has {ours}: "
+                "resume with the same domains, strategy and loss_source, or start a new run"
+            )
+        try:
+            weights = self._loaded_weights(state["weights"])
+            initial = self._loaded_weights(state["initial"])
+            window = DomainSums.from_json(state["window"])
+            losses, stderr = self._loaded_optional(state["losses"]), self._loaded_optional(state["stderr"])
+            update_count, last_step = int(state["update_count"]), int(state["last_step"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"weight controller state is damaged: {error!r}") from None
+        if window.num_domains != len(self._table):
+            raise StateError(f"weight controller state has a window of {window.num_domains} domains")
+        self._weights, self._initial, self._window = weights, initial, window
+        self._measured = ~np.isnan(losses)
+        self._losses, self._stderr = np.nan_to_num(losses), stderr
+        self._update_count, self._last_step = update_count, last_step
+
+    def _measure(self, sums: DomainSums) -> _Measurement:
+        """Losses of this window; an absent domain keeps its last loss (and so its gamma) and has phi 0."""
+        settings = self._settings
+        new_losses, new_stderr = sums.mean_loss(), sums.stderr()
+        present = sums.tokens >= settings.min_tokens
+        if settings.noise_z > 0:
+            present &= ~np.isnan(new_stderr)  # noise cannot be subtracted that is not known
+        first = present & ~self._measured
+        losses = np.where(present, new_losses, self._losses)
+        stderr = np.where(present, new_stderr, self._stderr)
+        phi = forgetting_degree(
+            losses,
+            self._losses,
+            stderr=np.nan_to_num(stderr),
+            previous_stderr=np.nan_to_num(self._stderr),
+            noise_z=settings.noise_z,
+        )
+        measured = self._measured | present
+        gamma = np.zeros(len(self._table))
+        if self._reference is not None:
+            gamma = learnable_potential(
+                losses,
+                self._reference.losses,
+                stderr=np.nan_to_num(stderr),
+                reference_stderr=self._reference.stderr,
+                noise_z=settings.noise_z,
+            )
+        return _Measurement(
+            losses=losses,
+            stderr=stderr,
+            measured=measured,
+            present=present,
+            gamma=np.where(measured, gamma, 0.0),
+            phi=np.where(present & ~first, phi, 0.0),
+            reasons=self._measurement_reasons(sums, present, first),
+        )
+
+    def _measurement_reasons(self, sums: DomainSums, present: Mask, first: Mask) -> list[str]:
+        names = self._table.names
+        reasons = [
+            f"{name}: absent ({self._why_absent(sums, j)}); {self._what_stands(j)}"
+            for j, name in enumerate(names)
+            if not present[j]
+        ]
+        if first.any():
+            new = ", ".join(name for j, name in enumerate(names) if first[j])
+            reasons.append(f"first loss of {new}: phi is 0")
+        return reasons
+
+    def _why_absent(self, sums: DomainSums, j: int) -> str:
+        if sums.tokens[j] < self._settings.min_tokens:
+            return f"{sums.tokens[j]:.0f} supervised tokens, min_tokens {self._settings.min_tokens}"
+        return f"{sums.samples[j]:.0f} sample(s) give no standard error, noise_z {self._settings.noise_z:g}"
+
+    def _what_stands(self, j: int) -> str:
+        if self._measured[j]:
+            return "its last loss and gamma stand, phi is 0"
+        return "never measured, so not re-weighted by its loss; phi is 0"
+
+    def _inputs(self, step: int, measurement: _Measurement) -> UpdateInputs:
+        reference = np.zeros(len(self._table)) if self._reference is None else self._reference.losses
+        return UpdateInputs(
+            weights=self._weights,
+            losses=measurement.losses,
+            measured=measurement.measured,
+            reference=reference,
+            gamma=measurement.gamma,
+            phi=measurement.phi,
+            settings=self._settings,
+            target=self._target,
+            scheduled=self._schedule.get(step, self._weights),
+        )
+
+    def _propose(self, step: int, measurement: _Measurement) -> _Proposal:
+        """The rule's weights, and what floor, cap and step limit leave of them."""
+        settings, before = self._settings, self._weights
+        is_manual = settings.strategy == "manual"
+        gate: GateDecision | None = None
+        reasons = []
+        if measurement.present.any() or is_manual:
+            inputs = self._inputs(step, measurement)
+            rule = UPDATERS[settings.strategy](inputs)
+            if settings.strategy == "expansion":
+                gate = expansion_gate(inputs)
+                reasons.append(self._gate_reason(gate))
+        else:
+            rule = before.copy()
+            reasons.append("no domain was measured: the weights stand")
+        # a schedule is taken as it is; its floor and cap were checked at the start
+        after = rule if is_manual else self._limited(rule, before)
+        reasons += self._limit_reasons(rule, after)
+        if settings.shadow:
+            reasons.append("shadow: computed, not applied")
+        return _Proposal(rule=rule, after=after, gate=gate, reasons=reasons)
+
+    def _record(
+        self, step: int, sums: DomainSums, measurement: _Measurement, proposal: _Proposal
+    ) -> WeightUpdate:
+        by_name, known = self._table.by_name, measurement.measured
+        return WeightUpdate(
+            step=step,
+            strategy=self._settings.strategy,
+            loss_source=self._settings.loss_source,
+            losses=self._where(measurement.losses, known),
+            stderr=self._where(measurement.stderr, ~np.isnan(measurement.stderr)),
+            tokens=by_name(sums.tokens),
+            samples=by_name(sums.samples),
+            gamma=self._where(measurement.gamma, known & (self._reference is not None)),
+            phi=by_name(measurement.phi),
+            gate_open=None if proposal.gate is None else proposal.gate.is_open,
+            before=by_name(self._weights),
+            proposed=by_name(proposal.rule),
+            after=by_name(proposal.after),
+            applied=not self._settings.shadow,
+            entropy=entropy(proposal.after),
+            reasons=measurement.reasons + proposal.reasons,
+            alarms=self._alarms(measurement, proposal.after),
+        )
+
+    def _gate_reason(self, gate: GateDecision) -> str:
+        what = "largest" if self._settings.gate == "worst" else "mean"
+        verb, sign = ("open", "<=") if gate.is_open else ("closed", ">")
+        return f"gate {verb}: {what} phi of the others {gate.forgetting:.6g} {sign} {gate.limit:.6g}"
+
+    def _limited(self, proposed: Vector, previous: Vector) -> Vector:
+        return limit_weights(
+            proposed,
+            previous,
+            min_weight=self._domains.min_weight,
+            max_weight=self._domains.max_weight,
+            max_relative_change=self._domains.max_relative_change,
+        )
+
+    def _limit_reasons(self, proposed: Vector, after: Vector) -> list[str]:
+        if np.array_equal(proposed, after):
+            return []
+        moved = ", ".join(
+            f"{name} {old:.6g} -> {new:.6g}"
+            for name, old, new in zip(self._table.names, proposed, after, strict=True)
+            if old != new
+        )
+        return [f"limits (min_weight, max_weight, max_relative_change) changed the proposal: {moved}"]
+
+    def _alarms(self, measurement: _Measurement, after: Vector) -> list[str]:
+        if self._settings.strategy in STATIC_WEIGHTS or self._settings.strategy == "manual":
+            return []
+        alarms: list[str] = []
+        if self._reference is not None and self._settings.strategy in STRATEGIES_WITH_REFERENCE:
+            alarms += reference_alarms(
+                self._table,
+                measurement.losses,
+                self._reference.losses,
+                measurement.gamma,
+                measurement.measured,
+            )
+        return alarms + weight_alarms(self._table, after, self._initial, self._domains)
+
+    def _require_scheduled_limits(self) -> None:
+        low, high = self._domains.min_weight - SUM_TOLERANCE, self._domains.max_weight + SUM_TOLERANCE
+        for step, weights in self._schedule.items():
+            for name, weight in zip(self._table.names, weights, strict=True):
+                if not low <= weight <= high:
+                    raise ConfigError(
+                        f"weights.schedule at step {step}: {name} has weight {weight:.6g}, outside "
+                        f"min_weight {self._domains.min_weight:g} .. max_weight "
+                        f"{self._domains.max_weight:g}; change the schedule or the limits"
+                    )
+
+    def _checked_sums(self, sums: DomainSums | npt.NDArray[np.float64]) -> DomainSums:
+        checked = sums if isinstance(sums, DomainSums) else DomainSums(sums)
+        if checked.num_domains != len(self._table):
+            raise ValueError(f"sums of {checked.num_domains} domains; the table has {len(self._table)}")
+        return checked
+
+    def _where(self, values: Vector, known: Mask) -> ByNameOrNone:
+        return dict(zip(self._table.names, _optional(values, known), strict=True))
+
+    def _fingerprint(self) -> dict[str, Any]:
+        return {
+            "domains": self._table.fingerprint,
+            "names": list(self._table.names),
+            "strategy": self._settings.strategy,
+            "loss_source": self._settings.loss_source,
+        }
+
+    def _loaded_weights(self, values: list[float]) -> Vector:
+        weights = np.array(values, dtype=np.float64)
+        if weights.shape != (len(self._table),) or not (weights >= 0).all():
+            raise ValueError(f"weights {values}")
+        if abs(math.fsum(weights) - 1.0) > SUM_TOLERANCE:
+            raise ValueError(f"weights sum to {math.fsum(weights)}")
+        return weights
+
+    def _loaded_optional(self, values: list[float | None]) -> Vector:
+        vector = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+        if vector.shape != (len(self._table),):
+            raise ValueError(f"{len(values)} values")
+        return vector
+
+
+def _optional(values: Vector, known: Mask) -> list[float | None]:
+    """Plain floats, None where not known."""
+    return [float(v) if ok else None for v, ok in zip(values, known, strict=True)]

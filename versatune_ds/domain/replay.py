@@ -1,0 +1,90 @@
+"""Manual schedules: from the settings, or from the weights.jsonl of a run that is to be replayed.
+
+weights.jsonl holds one `WeightUpdate.to_json()` a line. Of each line a replay needs the step and the weights
+in force from then on: `after` where the update was applied, `before` where it was only computed (shadow).
+Python writes floats so that they read back bit for bit; a replay trains with exactly the weights of the run.
+
+What is not covered: computing another strategy's weights from the losses of a finished run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from versatune_ds.config.schema import ScheduledWeights
+from versatune_ds.domain.simplex import normalise
+from versatune_ds.domain.statistics import Vector
+from versatune_ds.domain.table import DomainTable
+from versatune_ds.foundations.errors import DataError
+
+
+def schedule_from_weights_jsonl(path: Path) -> list[ScheduledWeights]:
+    """The weights of a run by step, as a schedule for `strategy: manual`.
+
+    Raises:
+        DataError: with the line, where the file has no lines or one that is not a weight update, or where
+            steps do not rise.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError("no such file; weights.schedule names it", path=path)
+    schedule: list[ScheduledWeights] = []
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    for number, text in enumerate(lines if lines != [b""] else [], start=1):
+        entry = _scheduled(text, path, number)
+        if schedule and entry.step <= schedule[-1].step:
+            raise DataError(
+                f"step {entry.step} follows step {schedule[-1].step}; steps must rise", path=path, line=number
+            )
+        schedule.append(entry)
+    if not schedule:
+        raise DataError("holds no weight updates", path=path)
+    return schedule
+
+
+def resolve_schedule(
+    schedule: Sequence[ScheduledWeights] | Path | None, table: DomainTable
+) -> dict[int, Vector]:
+    """Weights by step, float64[k] on the simplex, from `weights.schedule`; empty for None.
+
+    Raises:
+        ConfigError: an entry does not name the domains of the table.
+        DataError: as `schedule_from_weights_jsonl`.
+    """
+    if schedule is None:
+        return {}
+    if isinstance(schedule, Path):
+        what, entries = str(schedule), schedule_from_weights_jsonl(schedule)
+    else:
+        what, entries = "weights.schedule", list(schedule)
+    return {e.step: normalise(table.vector(e.weights, f"{what}: step {e.step}")) for e in entries}
+
+
+def _scheduled(text: bytes, path: Path, line: int) -> ScheduledWeights:
+    try:
+        record: Any = json.loads(text)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise DataError(
+            f"not JSON ({error}); a run that was killed may leave half a last line: remove it",
+            path=path,
+            line=line,
+        ) from None
+    needed = ("step", "before", "after", "applied")
+    missing = [key for key in needed if not isinstance(record, dict) or key not in record]
+    if missing or not isinstance(record["applied"], bool):
+        raise DataError(
+            f"not a weight update: it needs {', '.join(needed)} (applied: true or false)",
+            path=path,
+            line=line,
+        )
+    weights = record["after"] if record["applied"] else record["before"]
+    try:
+        return ScheduledWeights(step=record["step"], weights=weights)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise DataError(f"not a weight update: {reason}", path=path, line=line) from None

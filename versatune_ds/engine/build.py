@@ -1,0 +1,159 @@
+"""Starting up and closing down: process group, model, optimizer and DeepSpeed engine in the right order.
+
+What is not covered: data, statistics and the loop (`engine/train.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import time
+import warnings
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from versatune_ds.config.schema import Config
+from versatune_ds.engine import deepspeed_config as settings_for
+from versatune_ds.engine.attention import AttentionChoice, choose_attention, isolation_leak
+from versatune_ds.engine.model import (
+    PackedCausalLM,
+    build_model,
+    float32_buffers,
+    restore_buffers,
+)
+from versatune_ds.engine.optimizer import build_optimizer
+from versatune_ds.foundations import distributed
+from versatune_ds.foundations.errors import ConfigError, VersaTuneError
+from versatune_ds.foundations.log import get_logger
+
+log = get_logger(__name__)
+
+MAX_ISOLATION_LEAK = {"cpu": 1e-6, "cuda": 1e-2}
+"""Largest accepted relative change of a sample by its neighbour. Exactly 0 is expected; CUDA kernels may
+choose another split of the same sum, which in bf16 moves the last bits; a leak moves losses by order 1."""
+
+
+class Engine(NamedTuple):
+    """A model ready to train."""
+
+    deepspeed: Any
+    """The DeepSpeed engine around `model`."""
+    model: PackedCausalLM
+    device: torch.device
+    attention: AttentionChoice
+    settings: dict[str, Any]
+    """The DeepSpeed configuration in force."""
+
+
+def start_process_group() -> torch.device:
+    """Join the process group (alone without a launcher) and return this rank's device."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        device = torch.device("cpu")
+    else:
+        accelerator.set_device(distributed.local_rank())
+        device = torch.device(accelerator.device_name(), distributed.local_rank())
+    # torch 2.13 renames collectives that DeepSpeed 0.19 calls; the hint is for its authors
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    return device
+
+
+def close_process_group() -> None:
+    """Leave together. Without the pause gloo aborts some runs at exit: DeepSpeed still holds the group."""
+    dist.barrier()
+    dist.destroy_process_group()
+    time.sleep(0.5)
+
+
+def build_engine(config: Config, device: torch.device) -> Engine:
+    """Build model, optimizer and DeepSpeed engine, and prove that packed samples are kept apart.
+
+    Raises:
+        ConfigError: settings that do not fit together or this machine.
+        VersaTuneError: the attention backend mixes samples.
+    """
+    settings = settings_for.deepspeed_config(config, distributed.world_size())
+    stage = settings_for.zero_stage(settings)
+    if config.model.dtype != "fp32" and stage == 0:
+        raise ConfigError("deepspeed: ZeRO stage 0 keeps no fp32 master weights; use stage 1, 2 or 3")
+    if config.model.trust_remote_code:
+        log.warning("model.trust_remote_code is on: Python code of %s will run here", config.model.source)
+    attention = choose_attention(config.model, device.type)
+    zero3 = HfDeepSpeedConfig(settings) if stage == 3 else None  # kept alive: transformers looks it up
+    model = build_model(config.model, attention, config.run.seed)
+    unset_hf_deepspeed_config()
+    del zero3
+    buffers = float32_buffers(model)
+    optimizer = build_optimizer(model, config.optimizer, settings_for.offloads_optimizer(settings))
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    restore_buffers(model, buffers)
+    built = Engine(engine, model, device, attention, settings)
+    check_isolation(built)
+    return built
+
+
+def check_isolation(built: Engine) -> None:
+    """Run the real model on a two-sample probe; raises VersaTuneError if one sample sees the other."""
+    built.deepspeed.eval()
+    leak = isolation_leak(built.deepspeed, built.model.lm.config.vocab_size, built.device)
+    built.deepspeed.train()
+    if leak > MAX_ISOLATION_LEAK[built.device.type]:
+        raise VersaTuneError(
+            f"attention {built.attention.implementation} mixes packed samples (relative leak {leak:.2e}); "
+            "choose another model.attention, and report the versions shown by versatune-ds doctor"
+        )
+
+
+def discard_step(built: Engine) -> None:
+    """Forget the gradients of the current accumulation window, as if its micro-batches had never run."""
+    optimizer = built.deepspeed.optimizer
+    optimizer.zero_grad()
+    if getattr(optimizer, "averaged_gradients", None):
+        optimizer.averaged_gradients = {}
+    if settings_for.offloads_optimizer(built.settings):
+        optimizer.reset_cpu_buffers()
+
+
+def describe_hardware(device: torch.device) -> dict[str, Any]:
+    """Facts about the machine for run.json."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else "CPU",
+        "devices_per_node": torch.cuda.device_count() if cuda else 0,
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of what computes, for run.json."""
+    import transformers
+
+    import versatune_ds
+
+    versions = {
+        "versatune_ds": versatune_ds.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "deepspeed": deepspeed.__version__,
+    }
+    for name in ("triton", "flash_attn"):
+        if importlib.util.find_spec(name) is not None:
+            versions[name] = getattr(__import__(name), "__version__", "installed")
+    return versions
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

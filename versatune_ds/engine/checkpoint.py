@@ -1,0 +1,211 @@
+"""Checkpoints that are complete or invisible.
+
+A checkpoint is written into a hidden folder, every file is hashed into a manifest, and only then the folder
+gets its name; `latest.json` follows. A crash at any moment leaves the older checkpoints untouched. Loading
+verifies the manifest first: a damaged newest checkpoint is reported with its reason and the one before is
+used.
+
+Inside: DeepSpeed's model and optimizer shards, one file of our own state (planner cursor, weights, statistics
+window, file offsets, counters), one file of random generator states per rank, and the manifest.
+
+What is not covered: another number of ranks (refused with the number needed), asynchronous saving, and run
+folders that the ranks do not share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from versatune_ds.config.schema import Checkpoint
+from versatune_ds.engine.build import Engine
+from versatune_ds.foundations import distributed
+from versatune_ds.foundations.constants import (
+    CHECKPOINT_MANIFEST_FILE,
+    CHECKPOINT_STATE_FILE,
+    LATEST_FILE,
+)
+from versatune_ds.foundations.errors import StateError
+from versatune_ds.foundations.files import fsync_dir, sha256_file, write_json_atomic
+from versatune_ds.foundations.log import get_logger
+
+log = get_logger(__name__)
+
+VERSION = 1
+NAME = re.compile(r"step-(\d{8})")
+UNFINISHED_PREFIX = ".unfinished-"
+
+
+def checkpoint_due(settings: Checkpoint, step: int) -> bool:
+    """True when a checkpoint is to be written after `step` finished optimizer steps."""
+    every, milestone = settings.every_n_steps, settings.milestone_every_n_steps
+    return bool((every and step % every == 0) or (milestone and step % milestone == 0))
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` finished steps."""
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.is_dir() and NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def save_checkpoint(
+    folder: Path, step: int, engine: Engine, state: dict[str, Any], settings: Checkpoint
+) -> Path:
+    """Write the checkpoint after `step` steps; every rank calls it. Older ones are pruned by `settings`.
+
+    Args:
+        folder: the run's checkpoint folder, shared by all ranks.
+        state: our own state, JSON-serialisable, the same on all ranks.
+
+    Returns:
+        The finished checkpoint folder.
+    """
+    final = folder / checkpoint_name(step)
+    temporary = folder / f"{UNFINISHED_PREFIX}{final.name}"
+    if distributed.is_main():
+        for leftover in folder.glob(f"{UNFINISHED_PREFIX}*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+    distributed.barrier()
+    engine.deepspeed.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
+    save_file(_generator_states(), _generator_file(temporary))
+    if distributed.is_main():
+        write_json_atomic(temporary / CHECKPOINT_STATE_FILE, {"version": VERSION, "step": step, **state})
+    distributed.barrier()
+    _write_manifest(temporary)
+    if distributed.is_main():
+        if final.exists():  # the same step saved before a resume from an older checkpoint
+            shutil.rmtree(final)
+        temporary.rename(final)
+        fsync_dir(folder)
+        write_json_atomic(folder / LATEST_FILE, {"checkpoint": final.name, "step": step})
+        _prune(folder, settings)
+    distributed.barrier()
+    return final
+
+
+def newest_sound_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose every byte is as written; a collective, the same answer on all ranks.
+
+    Raises:
+        StateError: checkpoints exist but none is sound.
+    """
+    candidates = list_checkpoints(folder)
+    for path in candidates:
+        problem = _first_problem(path)
+        if distributed.all_agree(problem is None):
+            return path
+        if problem is not None:
+            log.error("checkpoint %s is damaged and not used: %s", path, problem)
+    if candidates:
+        raise StateError(
+            f"{folder}: none of the {len(candidates)} checkpoints is sound (reasons above); restore one "
+            "from a copy, or start afresh with another run.dir"
+        )
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Our own state of a checkpoint.
+
+    Raises:
+        StateError: written by another version of the format, or on another number of ranks.
+    """
+    state = json.loads((path / CHECKPOINT_STATE_FILE).read_text(encoding="utf-8"))
+    if state["version"] != VERSION:
+        raise StateError(f"{path}: state version {state['version']}, this program reads {VERSION}")
+    if state["world_size"] != distributed.world_size():
+        raise StateError(
+            f"{path} was written by {state['world_size']} ranks; this run has {distributed.world_size()}. "
+            f"Start it with {state['world_size']} ranks"
+        )
+    return dict(state)
+
+
+def load_model_state(path: Path, engine: Engine) -> None:
+    """Load model, optimizer and random generator states; every rank calls it."""
+    engine.deepspeed.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
+    states = load_file(_generator_file(path))
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], engine.device)
+
+
+def _generator_states() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _generator_file(folder: Path) -> Path:
+    return folder / f"generators_rank_{distributed.rank():05d}.safetensors"
+
+
+def _write_manifest(folder: Path) -> None:
+    """Hash all files, shared out over the ranks, and merge the hashes into one manifest."""
+    part = folder / f"manifest_rank_{distributed.rank():05d}.json"
+    mine = sorted(folder.iterdir())[distributed.rank() :: distributed.world_size()]
+    distributed.barrier()  # every rank has its list before any rank adds a file
+    for path in mine:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in mine}
+    write_json_atomic(part, entries)
+    distributed.barrier()
+    if distributed.is_main():
+        files: dict[str, Any] = {}
+        parts = sorted(folder.glob("manifest_rank_*.json"))
+        for path in parts:
+            files.update(json.loads(path.read_text(encoding="utf-8")))
+        write_json_atomic(folder / CHECKPOINT_MANIFEST_FILE, {"version": VERSION, "files": files})
+        for path in parts:
+            path.unlink()
+
+
+def _first_problem(folder: Path) -> str | None:
+    """What is wrong with this rank's share of a checkpoint's files, or None."""
+    try:
+        manifest = json.loads((folder / CHECKPOINT_MANIFEST_FILE).read_text(encoding="utf-8"))
+        files = manifest["files"]
+    except FileNotFoundError:
+        return f"{CHECKPOINT_MANIFEST_FILE} is missing"
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return f"{CHECKPOINT_MANIFEST_FILE} cannot be read: {error}"
+    for name in sorted(files)[distributed.rank() :: distributed.world_size()]:
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size != files[name]["bytes"]:
+            return f"{name} has {size} bytes instead of {files[name]['bytes']}"
+        if sha256_file(path) != files[name]["sha256"]:
+            return f"{name} has changed since it was written (SHA-256 differs)"
+    return None
+
+
+def _prune(folder: Path, settings: Checkpoint) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the milestones."""
+    milestone = settings.milestone_every_n_steps
+    for path in list_checkpoints(folder)[settings.keep_last :]:
+        match = NAME.fullmatch(path.name)
+        assert match is not None
+        if milestone and int(match.group(1)) % milestone == 0:
+            continue
+        doomed = path.with_name(f"{UNFINISHED_PREFIX}{path.name}")
+        path.rename(doomed)  # a crash in the middle of deleting leaves nothing that looks whole
+        shutil.rmtree(doomed)

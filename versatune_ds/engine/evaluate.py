@@ -1,0 +1,110 @@
+"""Held-out loss per domain, on all ranks, forward only.
+
+The samples of all domains share packs; every rank runs the same number of packs (empty ones at the end),
+because under ZeRO-3 each forward is a collective. Sums are reduced once and divided once.
+
+What is not covered: benchmark tasks and generation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from versatune_ds.data.balance import by_cost, rank_packs
+from versatune_ds.data.cache import TokenCache
+from versatune_ds.data.collate import Batch, collate
+from versatune_ds.data.packing import pack_all
+from versatune_ds.data.planner import Pack
+from versatune_ds.domain.statistics import DomainSums
+from versatune_ds.engine.build import Engine
+from versatune_ds.engine.statistics import StepStatistics
+from versatune_ds.foundations import distributed
+
+
+class Evaluation(NamedTuple):
+    """Result of an evaluation."""
+
+    sums: DomainSums
+    samples: np.ndarray
+    """int64[k]: held-out samples per domain."""
+    seconds: float
+
+
+class HeldOut:
+    """The held-out packs of this rank, planned once, collated as they are used.
+
+    Args:
+        caches: held-out cache per domain, None for a domain without held-out data.
+        pack_len: tokens in a pack.
+        max_samples: first n samples of each domain; None for all.
+        pad_id: token id of padding.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[TokenCache | None],
+        pack_len: int,
+        max_samples: int | None,
+        pad_id: int,
+    ) -> None:
+        self.caches = caches
+        self.pack_len = pack_len
+        self.pad_id = pad_id
+        counts = [0 if cache is None else len(cache) for cache in caches]
+        self.samples = np.array([n if max_samples is None else min(n, max_samples) for n in counts])
+        self.packs = self._rank_packs()
+
+    def _rank_packs(self) -> list[Pack]:
+        """This rank's packs; ranks get equally many."""
+        domains = np.concatenate([np.full(n, d, dtype=np.int32) for d, n in enumerate(self.samples)])
+        indices = np.concatenate([np.arange(n, dtype=np.int64) for n in self.samples])
+        lengths = np.concatenate(
+            [
+                cache.lengths[:n]
+                for cache, n in zip(self.caches, self.samples, strict=True)
+                if cache is not None
+            ]
+        )
+        packs = [
+            Pack(domains[chosen], indices[chosen], lengths[chosen])
+            for chosen in pack_all(lengths, self.pack_len)
+        ]
+        empty = Pack(domains[:0], indices[:0], lengths[:0])
+        world = distributed.world_size()
+        packs += [empty] * (-len(packs) % world)
+        return rank_packs(by_cost(packs, self.pack_len), distributed.rank(), world)
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, held_out: HeldOut, num_domains: int) -> Evaluation:
+    """Loss sums of the held-out data, reduced over ranks; a collective."""
+    start = time.perf_counter()
+    statistics = StepStatistics(num_domains, engine.device)
+    engine.deepspeed.eval()
+    for pack in held_out.packs:
+        batch = collate(pack, held_out.caches, held_out.pack_len, held_out.pad_id).to(engine.device)
+        statistics.add(engine.deepspeed(**model_inputs(batch, 1.0)), batch.sample_domains)
+    engine.deepspeed.train()
+    totals = statistics.reduce()
+    sums = totals.sums if totals.sums is not None else DomainSums.zeros(num_domains)
+    return Evaluation(sums, held_out.samples, time.perf_counter() - start)
+
+
+def model_inputs(batch: Batch, normalizer: float) -> dict[str, object]:
+    """Keyword arguments of `PackedCausalLM.forward` for a batch."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "labels": batch.labels,
+        "sample_ids": batch.sample_ids,
+        "cu_seqlens": batch.cu_seqlens,
+        "max_seqlen": batch.max_seqlen,
+        "num_samples": len(batch.sample_domains),
+        "num_valid": batch.supervised_tokens,
+        "normalizer": normalizer,
+    }

@@ -1,0 +1,160 @@
+"""Writing the trained model as a Hugging Face folder, one shard at a time.
+
+`export_model` gathers the parameters of a live engine one by one; `export_checkpoint` reads a checkpoint's
+shards on a CPU without any process group. Both hand (name, tensor) pairs to the same shard writer, which
+holds one shard in memory, so the peak on any rank is one shard and one parameter. The folder appears whole or
+not.
+
+What is not covered: quantised formats, and pushing to a hub.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from versatune_ds.engine.model import DTYPES, PackedCausalLM
+from versatune_ds.foundations import distributed
+from versatune_ds.foundations.files import fsync_dir, write_json_atomic
+
+NAME_PREFIX = "lm."
+"""Parameters of `PackedCausalLM` carry this prefix; Hugging Face's names do not."""
+
+
+class ShardWriter:
+    """Collects tensors and writes `model-xxxxx-of-yyyyy.safetensors` files of bounded size.
+
+    Args:
+        folder: existing folder to write into.
+        max_bytes: largest shard (one larger tensor gets a shard of its own).
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._shard: dict[str, torch.Tensor] = {}
+        self._shard_bytes = 0
+        self._names: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a CPU tensor; writes the current shard first if the tensor does not fit into it."""
+        if self._shard and self._shard_bytes + tensor.nbytes > self.max_bytes:
+            self._flush()
+        self._shard[name] = tensor.contiguous()
+        self._shard_bytes += tensor.nbytes
+        self._total_bytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Write the last shard, give the files their final names, and write the index."""
+        self._flush()
+        count = len(self._names)
+        weight_map = {}
+        for i, names in enumerate(self._names):
+            final = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            self._path(i).rename(self.folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            write_json_atomic(self.folder / "model.safetensors.index.json", index)
+
+    def _path(self, i: int) -> Path:
+        return self.folder / f"shard-{i:05d}.safetensors"
+
+    def _flush(self) -> None:
+        if self._shard:
+            save_file(self._shard, self._path(len(self._names)), metadata={"format": "pt"})
+            self._names.append(list(self._shard))
+            self._shard, self._shard_bytes = {}, 0
+
+
+def export_model(model: PackedCausalLM, tokenizer: Any, folder: Path, max_shard_bytes: int) -> None:
+    """Write the model of a live engine; every rank calls it, rank 0 writes.
+
+    Args:
+        model: its parameters may be partitioned (ZeRO-3) or whole.
+        tokenizer: saved beside the weights, chat template included.
+        folder: target; replaced if it exists.
+        max_shard_bytes: bound of a shard, and of the host memory needed.
+    """
+    temporary = folder.with_name(f".unfinished-{folder.name}")
+    writer = None
+    if distributed.is_main():
+        _make_empty(temporary)
+        writer = ShardWriter(temporary, max_shard_bytes)
+    for name, tensor in _gathered_parameters(model):
+        if writer is not None:
+            writer.add(name, tensor.detach().to("cpu", copy=True))
+    if writer is not None:
+        writer.close()
+        _finish(model.lm.config, getattr(model.lm, "generation_config", None), tokenizer, temporary, folder)
+    distributed.barrier()
+
+
+def export_checkpoint(
+    checkpoint: Path, config: Any, tokenizer: Any, folder: Path, dtype: str, max_shard_bytes: int
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, on one CPU process.
+
+    Args:
+        checkpoint: a finished checkpoint folder.
+        config: the transformers config of the model.
+        dtype: "bf16", "fp16" or "fp32"; fp32 master weights are rounded to it.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    state = get_fp32_state_dict_from_zero_checkpoint(
+        str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
+    )
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    temporary = folder.with_name(f".unfinished-{folder.name}")
+    _make_empty(temporary)
+    writer = ShardWriter(temporary, max_shard_bytes)
+    for name, value in state.items():
+        plain = name.removeprefix(NAME_PREFIX)
+        if tied and plain == "lm_head.weight":
+            continue
+        tensor = value.contiguous() if hasattr(value, "contiguous") else torch.as_tensor(value)
+        writer.add(plain, tensor.to(DTYPES[dtype]))
+    writer.close()
+    config.dtype = DTYPES[dtype]
+    _finish(config, None, tokenizer, temporary, folder)
+
+
+def _gathered_parameters(model: PackedCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, whole tensor) of every parameter once; a collective per partitioned parameter."""
+    import deepspeed
+
+    for name, parameter in model.named_parameters():  # yields a tied parameter once, under its first name
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+                yield name.removeprefix(NAME_PREFIX), parameter.data
+        else:
+            yield name.removeprefix(NAME_PREFIX), parameter.data
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _finish(config: Any, generation_config: Any, tokenizer: Any, temporary: Path, folder: Path) -> None:
+    """Add config and tokenizer, then give the folder its name."""
+    config.save_pretrained(temporary)
+    settings = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+    settings["use_cache"] = True  # switched off for training only
+    write_json_atomic(temporary / "config.json", settings)
+    if generation_config is not None:
+        generation_config.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    fsync_dir(folder.parent)

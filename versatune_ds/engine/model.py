@@ -1,0 +1,194 @@
+"""The model: any causal LM of transformers, its head replaced by one that computes the loss.
+
+Built under `zero.Init` when ZeRO-3 is on, so that no rank ever holds the whole model. The head module owns
+the output weight, because under ZeRO-3 a weight exists only inside the forward of the module it belongs to;
+it reuses the very Parameter of `lm_head`, so tied embeddings stay tied.
+
+What is not covered: adapters (LoRA), models with an output bias, and encoder-decoder models (all refused or
+unsupported by their class).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch._dynamo  # zero.Init patches tensor constructors: dynamo must be loaded before it is entered
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from versatune_ds.config.schema import Model
+from versatune_ds.engine.attention import AttentionChoice
+from versatune_ds.foundations.errors import ConfigError
+from versatune_kernels import LossOutput, linear_cross_entropy
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class LossHead(nn.Module):
+    """Output projection and cross-entropy in one; owns the [V, H] weight.
+
+    Args:
+        weight: the model's output weight, the same Parameter object (tied or not, partitioned or not).
+        backend: `model.loss_backend`.
+    """
+
+    def __init__(self, weight: nn.Parameter, backend: str) -> None:
+        super().__init__()
+        self.weight = weight
+        self.backend = backend
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        sample_ids: torch.Tensor,
+        num_samples: int,
+        num_valid: int,
+        normalizer: float,
+    ) -> LossOutput:
+        """Loss of a pack. `hidden` [T, H] is positional: ZeRO-3's release hook ignores keywords."""
+        return linear_cross_entropy(
+            hidden,
+            self.weight,
+            labels,
+            sample_ids=sample_ids,
+            num_samples=num_samples,
+            num_valid=num_valid,
+            normalizer=normalizer,
+            backend=self.backend,
+        )
+
+
+class PackedCausalLM(nn.Module):
+    """A causal LM that takes a pack and gives its loss; what DeepSpeed wraps.
+
+    Args:
+        lm: the transformers model; its `lm_head` becomes a `LossHead`.
+        loss_backend: `model.loss_backend`.
+    """
+
+    def __init__(self, lm: PreTrainedModel, loss_backend: str) -> None:
+        super().__init__()
+        head = lm.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
+        self.tied = lm.get_input_embeddings().weight is head.weight
+        lm.set_output_embeddings(LossHead(head.weight, loss_backend))
+        self.lm: Any = lm
+
+    def hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        """Last hidden states [T, H] of a pack, samples kept apart.
+
+        No attention mask and no cache: only then does transformers isolate samples by their position ids.
+        """
+        out = self.lm.base_model(
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
+            attention_mask=None,
+            use_cache=False,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=max_seqlen,
+            max_length_k=max_seqlen,
+        )
+        return out.last_hidden_state.squeeze(0)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+        sample_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        num_samples: int,
+        num_valid: int,
+        normalizer: float,
+    ) -> LossOutput:
+        """Loss of one pack (see `data.collate.Batch` for shapes), divided by `normalizer`."""
+        hidden = self.hidden_states(input_ids, position_ids, cu_seqlens, max_seqlen)
+        head = self.lm.get_output_embeddings()
+        return head(hidden, labels, sample_ids, num_samples, num_valid, normalizer)
+
+
+def build_model(settings: Model, attention: AttentionChoice, seed: int) -> PackedCausalLM:
+    """Build the model, pretrained or random.
+
+    Under ZeRO-3 the caller keeps a `transformers.integrations.HfDeepSpeedConfig` alive; transformers then
+    partitions each weight as it is made.
+
+    Args:
+        settings: `model` section.
+        attention: from `choose_attention`.
+        seed: of random initialisation; ranks must use the same.
+
+    Raises:
+        ConfigError: no such model, or it cannot be built.
+    """
+    common: dict[str, Any] = {
+        "trust_remote_code": settings.trust_remote_code,
+        "attn_implementation": attention.implementation,
+    }
+    torch.manual_seed(seed)
+    try:
+        if settings.weights == "random":
+            architecture = AutoConfig.from_pretrained(
+                settings.source, trust_remote_code=settings.trust_remote_code
+            )
+            lm = AutoModelForCausalLM.from_config(architecture, dtype=DTYPES[settings.dtype], **common)
+        else:
+            lm = AutoModelForCausalLM.from_pretrained(settings.source, dtype=DTYPES[settings.dtype], **common)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.source {settings.source!r} cannot be loaded with weights: {settings.weights}: {error}"
+        ) from error
+    lm.config.use_cache = False
+    checkpoint_activations(lm, settings.activation_checkpointing)
+    return PackedCausalLM(lm, settings.loss_backend)
+
+
+def checkpoint_activations(lm: PreTrainedModel, policy: str | int) -> None:
+    """Recompute activations in backward for no layer ("off"), every layer ("all") or every n-th layer."""
+    if policy == "off":
+        return
+    every = 1 if policy == "all" else int(policy)
+    layers: Any = lm.base_model.layers
+    for layer in layers[::every]:
+        if not isinstance(layer, GradientCheckpointingLayer):
+            raise ConfigError(
+                f"layers of {type(lm).__name__} cannot recompute; set model.activation_checkpointing: off"
+            )
+        recompute: Any = layer
+        recompute.gradient_checkpointing = True
+        recompute._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+
+def float32_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The floating-point buffers (rotary frequencies) before DeepSpeed casts the module."""
+    return {
+        name: buffer.detach().clone()
+        for name, buffer in model.named_buffers()
+        if buffer.dtype == torch.float32
+    }
+
+
+def restore_buffers(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
+    """Put `float32_buffers` back: rotary frequencies in bf16 would blur positions beyond a few hundred."""
+    for name, value in buffers.items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, attribute, value.to(getattr(module, attribute).device))
+
+
+def parameter_counts(model: PackedCausalLM) -> tuple[int, int]:
+    """All parameters, and those outside the input and output embeddings (partitioned ones at full size)."""
+    sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
+    embeddings = (model.lm.get_input_embeddings().weight, model.lm.get_output_embeddings().weight)
+    embedding_size = sum({id(p): sizes[id(p)] for p in embeddings}.values())
+    return sum(sizes.values()), sum(sizes.values()) - embedding_size

@@ -1,0 +1,80 @@
+"""Domain sums of a step, gathered on the device and reduced once.
+
+Every micro-batch adds its per-sample sums to one float64 buffer without asking the host to wait. At the step
+boundary a single all-reduce carries the buffer together with the two facts the ranks must agree on: whether
+any loss was not finite, and whether any rank was asked to stop. What comes back is the same on all ranks, so
+every decision taken from it is too.
+
+What is not covered: what is done with the sums (`versatune_ds.domain`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from versatune_ds.domain.statistics import NUM_ROWS, DomainSums, SumRow
+from versatune_ds.foundations import distributed
+from versatune_kernels import LossOutput
+
+
+class StepTotals(NamedTuple):
+    """What all ranks together know about a step."""
+
+    sums: DomainSums | None
+    """Reduced sums per domain; None when a loss was not finite."""
+    stop: bool
+    """True when any rank was asked to stop."""
+
+
+class StepStatistics:
+    """The [NUM_ROWS, k] buffer of one step, plus two flags.
+
+    Args:
+        num_domains: k.
+        device: where the model computes.
+    """
+
+    def __init__(self, num_domains: int, device: torch.device) -> None:
+        self.num_domains = num_domains
+        self._sums = torch.zeros(NUM_ROWS, num_domains, dtype=torch.float64, device=device)
+        self._nonfinite = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, out: LossOutput, sample_domains: torch.Tensor) -> None:
+        """Add a micro-batch; no host synchronisation, fixed summation order.
+
+        Args:
+            out: `sample_loss` float64[S] in nats, `sample_tokens` int64[S].
+            sample_domains: int[S], the domain id of each sample.
+        """
+        loss, tokens = out.sample_loss.double(), out.sample_tokens.double()
+        self._nonfinite += (~torch.isfinite(loss).all()).double()
+        rows: list[torch.Tensor] = [torch.empty(0)] * NUM_ROWS
+        rows[SumRow.LOSS_SUM] = loss
+        rows[SumRow.TOKENS] = tokens
+        rows[SumRow.SAMPLES] = (tokens > 0).double()
+        rows[SumRow.LOSS_SQ] = loss * loss
+        rows[SumRow.LOSS_TOKENS] = loss * tokens
+        rows[SumRow.TOKENS_SQ] = tokens * tokens
+        of_domain = sample_domains.unsqueeze(0) == torch.arange(
+            self.num_domains, device=sample_domains.device
+        ).unsqueeze(1)  # [k, S]
+        per_sample = torch.stack(rows).unsqueeze(1)  # [m, 1, S]
+        # where, not a product with 0/1: a NaN of one domain must not reach the others
+        self._sums += torch.where(of_domain, per_sample, 0.0).sum(-1)
+
+    def local_sums(self) -> np.ndarray:
+        """This rank's sums so far, float64[NUM_ROWS, k]; may hold NaN."""
+        return self._sums.cpu().numpy().copy()
+
+    def reduce(self, stop: bool = False) -> StepTotals:
+        """Sum over ranks and start anew. The one collective, and the one wait of the host, of a step."""
+        flags = torch.stack([self._nonfinite, torch.full_like(self._nonfinite, float(stop))])
+        buffer = distributed.all_reduce_sum(torch.cat([self._sums.flatten(), flags])).cpu().numpy()
+        self._sums.zero_()
+        self._nonfinite.zero_()
+        sums = buffer[:-2].reshape(NUM_ROWS, self.num_domains)
+        finite = buffer[-2] == 0 and bool(np.isfinite(sums).all())
+        return StepTotals(DomainSums(sums) if finite else None, bool(buffer[-1] > 0))

@@ -1,0 +1,324 @@
+"""The training loop: from settings to a trained model. With `config/schema.py` this file tells the story.
+
+    take the step's batches, drawn from the weights in force
+    forward and backward, one pack at a time; domain sums stay on the device
+    one all-reduce: domain sums, was any loss not finite, was anyone asked to stop
+    optimizer step, or the same skip on every rank
+    when due: update the domain weights, evaluate, save
+    record
+
+Every rank runs the same lines. What they decide from is either the same by construction (settings, plan) or
+the result of that one all-reduce.
+
+What is not covered: how a run is opened (`engine/run.py`), and what each part does inside.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from versatune_ds.config.schema import Config
+from versatune_ds.data.balance import rank_packs
+from versatune_ds.data.collate import Batch
+from versatune_ds.data.planner import StepPlan
+from versatune_ds.engine.build import close_process_group, discard_step, start_process_group
+from versatune_ds.engine.checkpoint import checkpoint_due, save_checkpoint
+from versatune_ds.engine.evaluate import HeldOut, evaluate, model_inputs
+from versatune_ds.engine.export import export_model
+from versatune_ds.engine.optimizer import learning_rate, set_learning_rate
+from versatune_ds.engine.run import Run, open_run
+from versatune_ds.engine.signals import StopRequest
+from versatune_ds.engine.statistics import StepTotals
+from versatune_ds.foundations import constants, distributed
+from versatune_ds.foundations.errors import DivergenceError, VersaTuneError
+from versatune_ds.foundations.log import get_logger
+from versatune_ds.observability.records import EvalRecord, StepRecord
+from versatune_ds.observability.throughput import mfu, peak_memory_gib, step_flops
+
+log = get_logger(__name__)
+
+
+class StepTimes(NamedTuple):
+    """Seconds of one step on this rank."""
+
+    whole: float
+    boundary: float
+    update: float
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+def train(config: Config, config_path: Path | None = None) -> None:
+    """Train a model by its settings; returns when the run is finished or was asked to stop and has saved.
+
+    Args:
+        config_path: the settings' file, for error texts that name a command.
+
+    Raises:
+        VersaTuneError: bad settings, data or state, or a run that diverged.
+    """
+    device = start_process_group()
+    train_in_group(config, device, config_path)
+    close_process_group()
+
+
+def train_in_group(config: Config, device: torch.device, config_path: Path | None = None) -> None:
+    """`train` within a process group that is already there and stays."""
+    with StopRequest() as stop:
+        run = open_run(config, device, config_path)
+        try:
+            finished = run_steps(run, stop)
+            if finished:
+                finish(run)
+        finally:
+            run.close()
+
+
+def run_steps(run: Run, stop: StopRequest) -> bool:
+    """All remaining steps; False when the run was asked to stop before its last one."""
+    if run.first_step == 0:
+        record_weights(run, run.controller.initial_update().to_json())
+        evaluate_when_due(run, 0)
+    for step in range(run.first_step, run.total_steps):
+        stopping = run_step(run, step, stop)
+        done = step + 1
+        evaluate_when_due(run, done)
+        last = done == run.total_steps
+        if (
+            stopping
+            or checkpoint_due(run.config.checkpoint, done)
+            or (last and run.config.checkpoint.every_n_steps)
+        ):
+            save(run, done)
+        if stopping and not last:
+            log.info(
+                "stopped after step %d as asked (%s); start the same command to go on", done, stop.reason
+            )
+            return False
+    return True
+
+
+def run_step(run: Run, step: int, stop: StopRequest) -> bool:
+    """One optimizer step; returns whether the ranks agreed to stop after it."""
+    started = time.perf_counter()
+    rate = learning_rate(run.config.optimizer, step, run.total_steps)
+    plan, batches = run.loader.take(run.controller.weights)
+    sample_losses = accumulate(run, plan, batches)
+
+    reached_boundary = time.perf_counter()
+    totals = run.statistics.reduce(stop.requested is not None)
+    left_boundary = time.perf_counter()
+
+    applied = apply_step(run, totals, rate)
+    if totals.sums is None:
+        report_nonfinite(run, plan, batches, sample_losses)
+    else:
+        run.nonfinite_in_a_row = 0
+        run.controller.observe(totals.sums)
+    stepped = time.perf_counter()
+    updated = run.controller.due(step + 1)
+    if updated:
+        update_weights(run, step + 1)
+    ended = time.perf_counter()
+    times = StepTimes(ended - started, left_boundary - reached_boundary, ended - stepped if updated else 0.0)
+    record_step(run, plan, totals, rate, applied, times)
+    return totals.stop
+
+
+# --- the parts of a step ------------------------------------------------------------------------------------
+
+
+def accumulate(run: Run, plan: StepPlan, batches: list[Batch]) -> list[torch.Tensor]:
+    """Forward and backward over this rank's packs; returns the per-sample losses, still on the device.
+
+    The loss of every pack is divided by the supervised tokens of the whole step over all ranks. DeepSpeed
+    then averages gradients over ranks, hence the factor of the world size.
+    """
+    engine = run.engine
+    normalizer = plan.supervised_tokens / distributed.world_size()
+    sample_losses = []
+    for i, batch in enumerate(batches):
+        engine.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
+        on_device = batch.to(engine.device, non_blocking=True)
+        out = engine.deepspeed(**model_inputs(on_device, normalizer))
+        run.statistics.add(out, on_device.sample_domains)
+        engine.deepspeed.backward(out.loss, scale_wrt_gas=False)
+        sample_losses.append(out.sample_loss)
+    return sample_losses
+
+
+def apply_step(run: Run, totals: StepTotals, rate: float) -> bool:
+    """Take the optimizer step, or discard it on every rank when any loss was not finite."""
+    if totals.sums is None:
+        discard_step(run.engine)
+        return False
+    set_learning_rate(run.engine.deepspeed.optimizer, rate)
+    run.engine.deepspeed.step()
+    return bool(run.engine.deepspeed.was_step_applied())
+
+
+def report_nonfinite(
+    run: Run, plan: StepPlan, batches: list[Batch], sample_losses: list[torch.Tensor]
+) -> None:
+    """Write down which samples had a non-finite loss; give up after too many such steps in a row.
+
+    All ranks come here together: the decision came out of the all-reduce.
+
+    Raises:
+        DivergenceError: `train.max_nonfinite_steps` steps in a row.
+    """
+    run.nonfinite_in_a_row += 1
+    mine = bad_samples(run, plan, sample_losses)
+    everyone: list[Any] = [None] * distributed.world_size()
+    dist.all_gather_object(everyone, mine)
+    samples = [sample for rank_samples in everyone for sample in rank_samples]
+    run.sinks.skipped_step({"step": plan.step + 1, "reason": "non-finite loss", "samples": samples})
+    places = ", ".join(f"{s['domain']} {s['source']}" for s in samples[:3])
+    if distributed.is_main():
+        log.warning("step %d skipped on all ranks: non-finite loss in %s", plan.step + 1, places)
+    if run.nonfinite_in_a_row >= run.config.train.max_nonfinite_steps:
+        raise DivergenceError(
+            f"{run.nonfinite_in_a_row} steps in a row had a non-finite loss, the last one in {places}; see "
+            f"{run.folder / constants.SKIPPED_STEPS_FILE}. Lower optimizer.lr, or look at these samples"
+        )
+
+
+def bad_samples(run: Run, plan: StepPlan, sample_losses: list[torch.Tensor]) -> list[dict[str, Any]]:
+    """This rank's samples with a non-finite loss and where they come from."""
+    found = []
+    packs = rank_packs(plan.packs, distributed.rank(), distributed.world_size())
+    for pack, losses in zip(packs, sample_losses, strict=True):
+        for i in (~torch.isfinite(losses)).nonzero().flatten().tolist():
+            domain, sample = int(pack.domains[i]), int(pack.samples[i])
+            path, line = run.caches[domain].source_of(sample)
+            found.append({"domain": run.table.names[domain], "sample": sample, "source": f"{path}:{line}"})
+    return found
+
+
+def update_weights(run: Run, done: int) -> None:
+    """Move the domain weights; the next batch is drawn from them.
+
+    Raises:
+        VersaTuneError: ranks came to different weights.
+    """
+    probe_sums = None
+    if run.probe is not None:
+        probe_sums = evaluate(run.engine, run.probe, len(run.table)).sums
+    update = run.controller.update(done, probe_sums)
+    if not distributed.all_equal(run.controller.digest(), run.engine.device):
+        raise VersaTuneError(
+            f"after step {done} the ranks hold different domain weights: this is a bug, report it"
+        )
+    record_weights(run, update.to_json())
+
+
+# --- records ------------------------------------------------------------------------------------------------
+
+
+def record_weights(run: Run, line: dict[str, Any]) -> None:
+    """A line of weights.jsonl, and the console."""
+    run.sinks.weight_update(line)
+    if line["step"] > 0:
+        run.progress.weight_update(line)
+
+
+def record_step(
+    run: Run, plan: StepPlan, totals: StepTotals, rate: float, applied: bool, times: StepTimes
+) -> None:
+    """A line of metrics.jsonl, and the console; rank 0 only."""
+    if not distributed.is_main():
+        return
+    names, sums = run.table.names, totals.sums
+    none = dict.fromkeys(names)
+    units = ("samples", "tokens", "supervised_tokens")
+    lengths = [pack.lengths.astype("int64") for pack in plan.packs]
+    flops = step_flops(
+        run.shape,
+        real_tokens=plan.tokens,
+        supervised_tokens=plan.supervised_tokens,
+        sum_squared_lengths=sum(int((n * n).sum()) for n in lengths),
+    )
+    norm = run.engine.deepspeed.get_global_grad_norm() if applied else None
+    record = StepRecord(
+        step=plan.step + 1,
+        loss=None if sums is None else sums.total_loss(),
+        lr=rate,
+        grad_norm=None if norm is None else float(norm),
+        skipped=not applied,
+        real_tokens=plan.tokens,
+        slot_tokens=plan.num_packs * plan.pack_len,
+        supervised_tokens=plan.supervised_tokens,
+        samples=plan.num_samples,
+        domain_loss=none if sums is None else run.table.by_name(sums.mean_loss()),
+        domain_supervised_tokens=dict(zip(names, plan.trained.supervised_tokens, strict=True)),
+        weights=run.table.by_name(plan.weights),
+        weight_unit=run.config.domains.weight_unit,
+        target_shares=run.table.by_name(plan.target_shares),
+        achieved_shares={u: run.table.by_name(getattr(plan.shares, u)) for u in units},
+        cumulative_shares={
+            u: run.table.by_name(getattr(plan.state_after.trained.shares(), u)) for u in units
+        },
+        epochs={
+            name: trained / max(1, size)
+            for name, trained, size in zip(
+                names, plan.state_after.trained.samples, run.corpus.num_samples, strict=True
+            )
+        },
+        step_s=times.whole,
+        data_wait_s=run.loader.last_wait_s,
+        plan_s=run.loader.last_plan_s,
+        boundary_s=times.boundary,
+        update_s=times.update,
+        memory_gib=peak_memory_gib(),
+        mfu=mfu(flops, times.whole, distributed.world_size(), run.peak_tflops),
+    )
+    run.sinks.step(record)
+    run.progress.step(record)
+
+
+def evaluate_when_due(run: Run, done: int) -> None:
+    """Held-out losses before the first step, every n steps, and after the last."""
+    every = run.config.evaluation.every_n_steps
+    if run.held_out is None or every is None or not (done % every == 0 or done == run.total_steps):
+        return
+    record_evaluation(run, done, run.held_out)
+
+
+def record_evaluation(run: Run, done: int, held_out: HeldOut) -> None:
+    """Evaluate on all ranks; a line of eval.jsonl and the console."""
+    result = evaluate(run.engine, held_out, len(run.table))
+    names = run.table.names
+    record = EvalRecord(
+        step=done,
+        domain_loss=run.table.by_name(result.sums.mean_loss()),
+        domain_supervised_tokens=dict(zip(names, map(int, result.sums.tokens), strict=True)),
+        domain_samples=dict(zip(names, map(int, result.samples), strict=True)),
+        eval_s=result.seconds,
+    )
+    run.sinks.evaluation(record)
+    run.progress.evaluation(record)
+
+
+# --- saving -------------------------------------------------------------------------------------------------
+
+
+def save(run: Run, done: int) -> None:
+    """A complete checkpoint after `done` steps; on all ranks."""
+    folder = run.folder / constants.CHECKPOINTS_DIR
+    save_checkpoint(folder, done, run.engine, run.state(), run.config.checkpoint)
+
+
+def finish(run: Run) -> None:
+    """Export the model and say where things lie."""
+    target = run.folder / constants.EXPORT_DIR
+    if run.config.checkpoint.export_at_end:
+        shard_bytes = int(run.config.checkpoint.export_shard_gb * 1e9)
+        export_model(run.engine.model, run.tokenizer, target, shard_bytes)
+        run.progress.note(f"model: {target}")
+    run.progress.note(f"run folder: {run.folder} (versatune-ds report {run.folder})")

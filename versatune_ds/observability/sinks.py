@@ -1,0 +1,405 @@
+"""Where records go: append-only JSONL files (the ground truth), TensorBoard, Weights & Biases.
+
+`MetricsLog` writes each line whole and hands it to the operating system before it returns, so a killed
+process loses nothing and a reader of a running run sees every line. On resume the file is cut back to the
+offset in the checkpoint: lines of steps that will be done again are replaced, never doubled.
+
+A log must not end a training run. When a line cannot be written (a full disk), what was written of it is
+cut off again, the loss is reported once and counted, and training goes on; the first line that succeeds
+afterwards reports how many are missing. The same holds for the two trackers. Errors at start-up (folder
+not writable, package missing) do stop the run: nothing is lost yet.
+
+What is not covered: what a record holds (`records`), the console (`progress`). Only rank 0 has files;
+`Sinks()` without arguments is the silent one for the other ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from versatune_ds.config.schema import Metrics
+from versatune_ds.foundations import constants
+from versatune_ds.foundations.errors import ConfigError, StateError
+from versatune_ds.foundations.log import get_logger
+from versatune_ds.observability.records import EvalRecord, StepRecord, clean, json_line
+
+LOGGER = get_logger(__name__)
+TENSORBOARD_DIR = "tensorboard"
+WANDB_ID_FILE = "wandb_id.txt"
+COPY_BLOCK_BYTES = 1 << 20
+
+
+class MetricsLog:
+    """Append-only file of JSON lines.
+
+    Opening an existing file keeps its lines. A last line without an end (the process was killed, or the
+    machine lost power) is cut off with a warning.
+
+    Args:
+        path: the file; made when absent, its folder must exist.
+
+    Raises:
+        StateError: the file cannot be opened for writing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.lost_lines = 0
+        """Lines that could not be written since the log was opened."""
+        self._lost_in_a_row = 0
+        try:
+            mode = "r+b" if self.path.exists() else "x+b"
+            self._file = open(self.path, mode, buffering=0)  # noqa: SIM115 - lives as long as the log
+        except OSError as error:
+            raise StateError(
+                f"{self.path} cannot be written ({error.strerror}); the run folder must be writable"
+            ) from error
+        self._end = self._repair_torn_line()
+
+    def _repair_torn_line(self) -> int:
+        """Cut the file after its last newline; return the offset of its end."""
+        size = self._file.seek(0, os.SEEK_END)
+        end, position = 0, size
+        while position > 0:
+            start = max(0, position - COPY_BLOCK_BYTES)
+            self._file.seek(start)
+            newline = self._file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            position = start
+        if end < size:
+            LOGGER.warning(
+                "%s: its last line was incomplete (the run was killed while writing it); "
+                "%d bytes were cut off",
+                self.path,
+                size - end,
+            )
+            self._file.truncate(end)
+        return end
+
+    def append(self, value: Mapping[str, Any]) -> bool:
+        """Write one line; False when it is lost (then reported and counted, see the module's text)."""
+        data = json_line(value).encode("utf-8")
+        try:
+            # A previous failure may have left part of a line behind the end, or none: cut there first.
+            if self._lost_in_a_row:
+                self._file.truncate(self._end)
+            self._file.seek(self._end)
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:]) or 0
+        except OSError as error:
+            self._lose(error)
+            return False
+        self._end += len(data)
+        if self._lost_in_a_row:
+            LOGGER.warning("%s: writing works again; %d lines are missing", self.path, self._lost_in_a_row)
+            self._lost_in_a_row = 0
+        return True
+
+    def _lose(self, error: OSError) -> None:
+        """Count a lost line, report the first of a row, and try to leave no half line behind."""
+        self.lost_lines += 1
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row == 1:
+            LOGGER.warning(
+                "%s: a line could not be written (%s); training goes on without it, and the number "
+                "of missing lines follows when writing works again",
+                self.path,
+                error.strerror or error,
+            )
+        try:
+            self._file.truncate(self._end)
+        except OSError:
+            return  # the next append cuts, and reports if it cannot
+
+    def offset(self) -> int:
+        """Bytes of all whole lines; everything before it is on disk when this returns."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            LOGGER.warning("%s: fsync failed (%s)", self.path, error.strerror)
+        return self._end
+
+    def truncate_to(self, offset: int) -> int:
+        """Cut the file back to `offset`, a value that `offset()` gave earlier; return the lines removed.
+
+        A file that is shorter already (somebody removed lines) is kept as it is, with a warning.
+
+        Raises:
+            StateError: `offset` is negative or not at the end of a line, so the file is not the one
+                that the checkpoint was made with.
+        """
+        if offset > self._end:
+            LOGGER.warning(
+                "%s holds %d bytes, the checkpoint knows of %d: earlier lines are missing",
+                self.path,
+                self._end,
+                offset,
+            )
+            return 0
+        if offset < 0 or not self._is_line_end(offset):
+            raise StateError(
+                f"{self.path}: the checkpoint's offset {offset} is not the end of a line, so this is not "
+                "the file that was written with the checkpoint; move it away to start a new one"
+            )
+        self._file.seek(offset)
+        removed = 0
+        while block := self._file.read(COPY_BLOCK_BYTES):
+            removed += block.count(b"\n")
+        self._file.truncate(offset)
+        self._end = offset
+        return removed
+
+    def _is_line_end(self, offset: int) -> bool:
+        if offset == 0:
+            return True
+        self._file.seek(offset - 1)
+        return self._file.read(1) == b"\n"
+
+    def close(self) -> None:
+        """Close the file and report lost lines, if any."""
+        if self._file.closed:
+            return
+        self._file.close()
+        if self.lost_lines:
+            LOGGER.warning("%s: %d lines in all could not be written", self.path, self.lost_lines)
+
+
+class Tracker(Protocol):
+    """A tool outside the run folder that draws scalars by step."""
+
+    name: str
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Record scalars at a step."""
+
+    def close(self) -> None:
+        """Flush and end."""
+
+
+def flatten(prefix: str, line: Mapping[str, Any]) -> dict[str, float]:
+    """All numbers of a JSON line as `prefix/key` or `prefix/key/name...`; null, text and lists are left."""
+    flat: dict[str, float] = {}
+    for key, value in clean(line).items():
+        name = f"{prefix}/{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(name, value))
+        elif isinstance(value, bool | int | float):
+            flat[name] = float(value)
+    return flat
+
+
+class TensorBoardTracker:
+    """TensorBoard events under `<run folder>/tensorboard`.
+
+    Args:
+        run_dir: the run folder.
+        first_step: first step that will be logged; events of later steps from an earlier process are
+            hidden (TensorBoard's `purge_step`).
+
+    Raises:
+        ConfigError: the package tensorboard is not installed.
+    """
+
+    name = "TensorBoard"
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(missing_package("metrics.tensorboard: true", "tensorboard")) from error
+        folder = str(Path(run_dir) / TENSORBOARD_DIR)
+        self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
+            folder, purge_step=first_step if first_step > 1 else None
+        )
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write one event per scalar."""
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class WandbTracker:
+    """Weights & Biases run; a resumed run goes on in the same W&B run (its id lies in the run folder).
+
+    Raises:
+        ConfigError: the package wandb is not installed.
+    """
+
+    name = "Weights & Biases"
+
+    def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any] | None) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(missing_package("metrics.wandb_project", "wandb")) from error
+        id_file = Path(run_dir) / WANDB_ID_FILE
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
+        self._run = wandb.init(
+            project=project,
+            name=Path(run_dir).resolve().name,
+            dir=str(run_dir),
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            config=dict(config or {}),
+        )
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Log a dictionary of scalars; W&B drops steps below the newest it has."""
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        """Upload what is left and end the run."""
+        self._run.finish()
+
+
+def missing_package(setting: str, package: str) -> str:
+    """Error text for a setting that needs a package of the extra `tracking`."""
+    return (
+        f"{setting} needs the package {package}, which is not installed: "
+        f"pip install 'versatune-ds[tracking]' (or pip install {package}), or remove the setting"
+    )
+
+
+class Sinks:
+    """All places that records go to; the engine talks to this object only.
+
+    Args:
+        logs: file name -> open log. Empty on ranks other than 0: then every method does nothing.
+        trackers: TensorBoard, W&B.
+    """
+
+    def __init__(
+        self, logs: Mapping[str, MetricsLog] | None = None, trackers: list[Tracker] | None = None
+    ) -> None:
+        self._logs = dict(logs or {})
+        self._trackers = list(trackers or [])
+        self._tracker_failures: dict[str, int] = {}
+
+    def step(self, record: StepRecord) -> None:
+        """Record an optimizer step: metrics.jsonl and the trackers."""
+        line = record.to_json()
+        self._append(constants.METRICS_FILE, line)
+        for key in ("step", "unix_time_s"):
+            del line[key]
+        self._track("train", record.step, line)
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """Record an evaluation: eval.jsonl and the trackers."""
+        line = record.to_json()
+        self._append(constants.EVAL_FILE, line)
+        for key in ("step", "unix_time_s"):
+            del line[key]
+        self._track("eval", record.step, line)
+
+    def weight_update(self, line: Mapping[str, Any]) -> None:
+        """Record a weight update (`WeightUpdate.to_json()`): weights.jsonl and the trackers."""
+        self._append(constants.WEIGHTS_FILE, line)
+        self._track("weights", int(line["step"]), {key: line[key] for key in line if key != "step"})
+
+    def skipped_step(self, line: Mapping[str, Any]) -> None:
+        """Record what a skipped step was made of: skipped_steps.jsonl."""
+        self._append(constants.SKIPPED_STEPS_FILE, line)
+
+    def offsets(self) -> dict[str, int]:
+        """File name -> bytes, for the checkpoint; the bytes before are on disk when this returns."""
+        return {name: log.offset() for name, log in self._logs.items()}
+
+    @property
+    def lost_lines(self) -> int:
+        """Lines that could not be written, over all files."""
+        return sum(log.lost_lines for log in self._logs.values())
+
+    def close(self) -> None:
+        """Close files and trackers; a tracker that fails is reported and does not hide the others."""
+        for log in self._logs.values():
+            log.close()
+        for tracker in self._trackers:
+            self._guard(tracker, tracker.close)
+        for name, count in self._tracker_failures.items():
+            LOGGER.warning("%s: %d calls failed in all", name, count)
+        self._trackers = []
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        if name in self._logs:
+            self._logs[name].append(line)
+
+    def _track(self, prefix: str, step: int, line: Mapping[str, Any]) -> None:
+        if not self._trackers:
+            return
+        scalars = flatten(prefix, line)
+        for tracker in self._trackers:
+            self._guard(tracker, functools.partial(tracker.log, step, scalars))
+
+    def _guard(self, tracker: Tracker, call: Callable[[], None]) -> None:
+        """Run a tracker's call; its failure (network, disk) is reported once, counted, and survived."""
+        try:
+            call()
+        except Exception as error:
+            failures = self._tracker_failures.get(tracker.name, 0)
+            self._tracker_failures[tracker.name] = failures + 1
+            if failures == 0:
+                LOGGER.warning(
+                    "%s failed (%s: %s); training goes on, further failures are counted",
+                    tracker.name,
+                    type(error).__name__,
+                    error,
+                )
+
+
+LOG_FILES = (
+    constants.METRICS_FILE,
+    constants.WEIGHTS_FILE,
+    constants.EVAL_FILE,
+    constants.SKIPPED_STEPS_FILE,
+)
+
+
+def open_sinks(
+    run_dir: Path,
+    settings: Metrics,
+    *,
+    offsets: Mapping[str, int] | None = None,
+    first_step: int = 1,
+    config: Mapping[str, Any] | None = None,
+) -> Sinks:
+    """Open all sinks of a run; call on rank 0 only (other ranks take `Sinks()`).
+
+    Args:
+        run_dir: the run folder; must exist.
+        settings: section `metrics` of the configuration.
+        offsets: `Sinks.offsets()` from the checkpoint that the run goes on from; lines behind them are
+            removed and will be written again. None starts a new run: existing lines, left by a run that
+            made no checkpoint, are removed too.
+        first_step: number of the first step that will be recorded.
+        config: the resolved configuration, shown by W&B.
+
+    Raises:
+        ConfigError: a tracker's package is missing.
+        StateError: a file cannot be written, or does not fit the checkpoint.
+    """
+    trackers: list[Tracker] = []
+    if settings.tensorboard:
+        trackers.append(TensorBoardTracker(run_dir, first_step))
+    if settings.wandb_project is not None:
+        trackers.append(WandbTracker(run_dir, settings.wandb_project, config))
+    logs: dict[str, MetricsLog] = {}
+    for name in LOG_FILES:
+        log = MetricsLog(Path(run_dir) / name)
+        removed = log.truncate_to((offsets or {}).get(name, 0))
+        if removed:
+            LOGGER.info("%s: %d lines after the checkpoint will be replaced", log.path, removed)
+        logs[name] = log
+    return Sinks(logs, trackers)
