@@ -269,6 +269,20 @@ def test_probe_measures_held_out_loss(finished):
     assert set(update["samples"].values()) == {3.0}
 
 
+def test_a_finished_run_leaves_no_shared_memory(finished):
+    """DeepSpeed maps 66 MiB per rank for its CPU all-reduce and never removes the file."""
+    script = finished / "group.py"
+    script.write_text(
+        "import os\n"
+        "from versatune_ds.engine.build import *\n"
+        "start_process_group()\n"
+        "assert shared_memory_buffer().exists()\n"
+        "close_process_group()\n"
+        "assert not shared_memory_buffer().exists()\n"
+    )
+    launch_soundly(script, 2, [])
+
+
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_another_number_of_ranks_trains_on_the_same_batches(finished, ranks):
     name = f"ranks_{ranks}"

@@ -60,6 +60,8 @@ def launch(script: Path, world_size: int, arguments: Sequence[str]) -> list[subp
             if process.poll() is None:
                 process.kill()
                 process.wait()
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            buffer.unlink(missing_ok=True)  # of ranks that were killed
     return [
         subprocess.CompletedProcess(process.args, process.returncode, output)
         for process, output in zip(ranks, outputs, strict=True)

@@ -29,6 +29,8 @@ PACKAGES = (
 )
 SHARED_MEMORY = Path("/dev/shm")
 LOW_DISK_GB = 20.0
+STALE_LOCK_MINUTES = 5.0
+"""Building DeepSpeed's extensions takes under a minute; an older lock was left by a killed process."""
 
 
 class Finding(NamedTuple):
@@ -130,6 +132,12 @@ def jit_locks(folder: Path) -> list[Finding]:
         )
         found.append(Finding("jit lock", text, True))
     return found or [Finding("jit lock", f"none in {folder}")]
+
+
+def stale_locks(folder: Path) -> list[Path]:
+    """Locks that are older than any build takes."""
+    oldest = time.time() - 60 * STALE_LOCK_MINUTES
+    return [lock for lock in sorted(folder.glob("**/lock")) if lock.stat().st_mtime < oldest]
 
 
 def leftover_shared_memory(folder: Path) -> list[Finding]:
