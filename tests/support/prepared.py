@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from versatune_ds.config.load import parse_config
+from versatune_ds.config.load import validate_config
 from versatune_ds.config.schema import Config
 
 TEXTS = [
@@ -51,9 +51,7 @@ def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
 
 def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
     """Different prompt/completion rows."""
-    return [
-        {"prompt": f"question {i}?", "completion": f"answer {i}."} for i in range(start, start + count)
-    ]
+    return [{"prompt": f"question {i}?", "completion": f"answer {i}."} for i in range(start, start + count)]
 
 
 def data_config(
@@ -64,7 +62,7 @@ def data_config(
     initial = data.pop("initial", "uniform")
     if not isinstance(train, list):
         train = [{"path": str(train), "domain": names[0]}]
-    return parse_config(
+    return validate_config(
         {
             "run": {"dir": str(folder / "run")},
             "model": {"source": str(tokenizer)},

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from versatune_ds.config.schema import Config
+from versatune_ds.data import readers
 from versatune_ds.data.cache import (
     CACHE_SCHEMA_VERSION,
     CacheWriter,
@@ -270,6 +271,8 @@ class _UnitWork:
         """Go on from the journal, if there is a sound one; returns file sizes."""
         try:
             journal = json.loads((self.partial / JOURNAL_FILE).read_bytes())
+            if journal["block_limits"] != self._block_limits():
+                return {}
             for name, size in journal["sizes"].items():
                 if (self.partial / "unit" / name).stat().st_size < size:
                     return {}
@@ -283,6 +286,11 @@ class _UnitWork:
         self.is_resumed = True
         sizes: dict[str, int] = journal["sizes"]
         return sizes
+
+    @staticmethod
+    def _block_limits() -> list[int]:
+        """The journal counts blocks, so it holds only while they are cut in the same way."""
+        return [readers.BLOCK_BYTES, readers.BLOCK_ROWS, readers.MAX_ROW_BYTES]
 
     def tasks(self) -> Iterator[tuple[tuple[int, int, int], EncodeTask]]:
         """((file, block, bytes of the file read), task) for every block that is not done yet."""
@@ -343,6 +351,7 @@ class _UnitWork:
             self.partial / JOURNAL_FILE,
             {
                 "sizes": sizes,
+                "block_limits": self._block_limits(),
                 "next": [self.next_file, self.next_block],
                 "formats": self.formats,
                 "rows": self.rows,
@@ -362,7 +371,7 @@ class _UnitWork:
         """
         self._check_sources()
         self.writer.write_text(REJECTED_FILE, "")
-        self._journal()
+        self.writer.sync()
         domains: dict[str, dict[str, Any]] = {}
         for domain in self.unit.domains:
             folder = self._folders[domain]

@@ -745,7 +745,8 @@ def decode_block(file: InputFile, block: Block) -> Iterator[tuple[Place, dict[st
         yield place, item
     if block.damage is not None:
         number = block.first + block.num_rows
-        if block.damage.reason in WHOLE_FILE and number == 1:
+        is_whole = block.damage.reason == Reason.EMPTY_FILE or number == 1
+        if block.damage.reason in WHOLE_FILE and is_whole:
             place = Place(number)
         elif file.kind == "jsonl":
             place = Place(number, line=number)

@@ -1,0 +1,494 @@
+"""Preparation: once, whole, reused, resumed after a kill, and refused when something is not the same."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prepared import data_config, pairs, qwen_like_tokenizer, write_jsonl
+
+from versatune_ds.config.load import load_config, write_resolved
+from versatune_ds.config.schema import Config
+from versatune_ds.data import encode, readers, units
+from versatune_ds.data import prepare as prepare_module
+from versatune_ds.data.cache import TokenCache
+from versatune_ds.data.prepare import open_caches, prepare
+from versatune_ds.foundations.errors import ConfigError, DataError, StateError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    qwen_like_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def encoded_blocks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows by one with every block that is encoded in this process."""
+    calls: list[Any] = []
+    original = encode.encode_block
+
+    def count(task: Any, settings: Any) -> Any:
+        calls.append(task)
+        return original(task, settings)
+
+    monkeypatch.setattr(encode, "encode_block", count)
+    return calls
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the package logs, also after a test that set up its own handlers."""
+    logger = logging.getLogger("versatune_ds")
+    propagate, logger.propagate = logger.propagate, True
+    with caplog.at_level(logging.INFO, logger="versatune_ds"):
+        yield caplog
+    logger.propagate = propagate
+
+
+def texts(cache: TokenCache | None, tokenizer: Path) -> list[str]:
+    from transformers import AutoTokenizer
+
+    assert cache is not None
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    return [loaded.decode(cache.sample(i)[0].tolist()) for i in range(len(cache))]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, but locks and the memo of hashes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".lock" and path.name != units.HASHES_FILE
+    }
+
+
+def test_rows_keep_their_order_and_places(tmp_path: Path, tokenizer: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", pairs(3))
+    write_jsonl(tmp_path / "b.jsonl", pairs(2, start=3))
+    paths = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    config = data_config(tmp_path, tokenizer, [{"path": paths, "domain": "law"}])
+    cache = prepare(config).caches["train"][0]
+    assert [text.split("\n")[1] for text in texts(cache, tokenizer)] == [
+        f"question {i}?<|im_end|>" for i in range(5)
+    ]
+    assert cache is not None
+    assert [cache.source_of(i)[1] for i in range(5)] == [1, 2, 3, 1, 2]
+    assert cache.source_of(4)[0] == str(tmp_path / "b.jsonl")
+
+
+def test_processes_change_nothing(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "INLINE_BYTES", 0)
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 7)
+    rows = [*pairs(40), {"prompt": "x"}, *pairs(40)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    inline = data_config(
+        tmp_path, tokenizer, tmp_path / "a.jsonl", cache_dir=str(tmp_path / "1"), on_bad_row="skip"
+    )
+    parallel = data_config(
+        tmp_path,
+        tokenizer,
+        tmp_path / "a.jsonl",
+        cache_dir=str(tmp_path / "2"),
+        on_bad_row="skip",
+        num_workers=2,
+    )
+    prepare(inline)
+    prepare(parallel)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+
+
+def test_domains_by_column_and_several_sources_of_a_domain(tmp_path: Path, tokenizer: Path) -> None:
+    rows = [row | {"topic": "law" if i % 3 else "code"} for i, row in enumerate(pairs(9))]
+    write_jsonl(tmp_path / "mixed.jsonl", rows)
+    write_jsonl(tmp_path / "law.jsonl", pairs(2, start=100))
+    sources = [
+        {"path": str(tmp_path / "mixed.jsonl"), "domain_column": "topic"},
+        {"path": str(tmp_path / "law.jsonl"), "domain": "law"},
+    ]
+    law, code, other = prepare(
+        data_config(tmp_path, tokenizer, sources, names=("law", "code", "other/weird"))
+    ).caches["train"]
+    assert (len(law or []), len(code or []), other) == (8, 3, None)
+    assert texts(law, tokenizer)[-1].startswith("<|im_start|>user\nquestion 101?")
+
+
+def test_pretokenised_rows_are_taken_as_they_are(tmp_path: Path, tokenizer: Path) -> None:
+    row = {"input_ids": [5, 6, 7, 8], "labels": [5, -100, 7, 8]}
+    cache = prepare(data_config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", [row]))).caches[
+        "train"
+    ][0]
+    assert cache is not None
+    tokens, mask = cache.sample(0)
+    assert (tokens.tolist(), mask.tolist()) == ([5, 6, 7, 8], [True, False, True, True])
+    assert cache.supervised.tolist() == [2], "labels are shifted: nothing predicts the first token"
+
+
+def test_a_hub_data_set_is_asked_for_once_and_trained_on_without_the_hub(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: iter(pairs(3)))
+    monkeypatch.setattr(units, "hub_revision", lambda path: asked.append(path) or "commit1")
+    config = data_config(tmp_path, tokenizer, "hub:owner/name", names=("law",))
+    with pytest.raises(StateError, match="is not prepared"):
+        open_caches(config)
+    cache = prepare(config).caches["train"][0]
+    assert cache is not None
+    assert cache.source_of(2) == ("hub:owner/name", 3)
+    assert len(asked) == 1
+    open_caches(config)
+    assert len(asked) == 1
+    monkeypatch.setattr(units, "hub_revision", lambda path: "commit2")
+    assert not prepare(config).reused
+
+
+def test_a_second_run_does_nothing(tmp_path: Path, tokenizer: Path, encoded_blocks: list[Any]) -> None:
+    config = data_config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", pairs(5)))
+    assert not prepare(config).reused
+    before, blocks = content(tmp_path / "cache"), len(encoded_blocks)
+    (tmp_path / "moved").mkdir()
+    os.replace(tmp_path / "a.jsonl", tmp_path / "moved" / "a.jsonl")
+    moved = data_config(tmp_path, tokenizer, tmp_path / "moved" / "a.jsonl")
+    for again in (moved, moved):  # moved files are the same data
+        prepared = prepare(again)
+        assert prepared.reused
+        assert len(encoded_blocks) == blocks
+        assert content(tmp_path / "cache") == before
+        assert "reused" in prepared.table()
+
+
+def test_one_changed_domain_leaves_the_others_alone(
+    tmp_path: Path, tokenizer: Path, encoded_blocks: list[Any]
+) -> None:
+    sources = [
+        {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", pairs(5))), "domain": name}
+        for name in ("law", "code")
+    ]
+    config = data_config(tmp_path, tokenizer, sources)
+    prepare(config)
+    encoded_blocks.clear()
+    write_jsonl(tmp_path / "law.jsonl", pairs(6))
+    reports = prepare(config).reports
+    assert [report.reused for report in reports] == [False, True]
+    assert len(encoded_blocks) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"pack_len": 256}, "batch.pack_len"),
+        ({"overlong": "drop"}, "data.overlong"),
+        ({"on_bad_row": "skip"}, "data.on_bad_row"),
+        ({"chat_template": "alpaca"}, "tokenizer_and_template"),
+        ({"rows": 6}, "source files or columns"),
+    ],
+)
+def test_training_refuses_caches_of_other_settings(
+    tmp_path: Path, tokenizer: Path, change: dict[str, Any], what: str
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", pairs(5))
+    initial = {"law": 1.0, "code": 0.0}
+    prepare(data_config(tmp_path, tokenizer, path, initial=initial))
+    assert open_caches(data_config(tmp_path, tokenizer, path, initial=initial))["train"][0] is not None
+    if rows := change.pop("rows", None):
+        write_jsonl(path, pairs(rows))
+    config = data_config(tmp_path, tokenizer, path, initial=initial, **change)
+    with pytest.raises(StateError, match=rf"differs in: {what}; run: versatune-ds prepare --config c.yaml"):
+        open_caches(config, config_path="c.yaml")
+    prepare(config)
+    open_caches(config)
+
+
+def test_training_refuses_missing_caches_and_domains(tmp_path: Path, tokenizer: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", pairs(5))
+    config = data_config(tmp_path, tokenizer, path)
+    with pytest.raises(
+        StateError, match=r"train data of law is not prepared.*run: versatune-ds prepare --config"
+    ):
+        open_caches(config)
+    prepare(config)
+    with pytest.raises(DataError, match="no training data for code, whose initial weight"):
+        open_caches(config)
+
+
+def test_the_command_names_the_resolved_settings_of_the_run(tmp_path: Path, tokenizer: Path) -> None:
+    config = data_config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", pairs(5)))
+    config.run.dir.mkdir()
+    write_resolved(config, config.run.dir / "resolved.yaml")
+    with pytest.raises(StateError) as caught:
+        open_caches(config)
+    command = str(caught.value).rpartition("--config ")[2]
+    assert load_config(command) == config
+
+
+def test_the_same_content_is_found_although_its_times_changed(tmp_path: Path, tokenizer: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", pairs(5))
+    config = data_config(tmp_path, tokenizer, path, names=("law",))
+    prepare(config)
+    os.utime(path, (1, 1))
+    open_caches(config)
+    assert prepare(config).reused
+
+
+def test_a_damaged_cache_is_refused_in_training_and_made_again(
+    tmp_path: Path, tokenizer: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    config = data_config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", pairs(50)), names=("law",))
+    prepare(config)
+    before = content(tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("*/law/tokens.bin")
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(StateError, match=r"tokens.bin: has \d+ bytes.*\nrun: versatune-ds prepare"):
+        open_caches(config)
+    assert not prepare(config).reused
+    assert "damaged cache, it is made again" in messages.text
+    assert content(tmp_path / "cache") == before
+    path.write_bytes(bytes(len(path.read_bytes())))  # same size, other content
+    assert not prepare(config).reused
+    assert content(tmp_path / "cache") == before
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", pairs(5))
+    original = encode.encode_block
+
+    def change_the_file(task: Any, settings: Any) -> Any:
+        write_jsonl(path, pairs(5, start=1))
+        return original(task, settings)
+
+    monkeypatch.setattr(encode, "encode_block", change_the_file)
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(data_config(tmp_path, tokenizer, path))
+    assert content(tmp_path / "cache") == {}
+
+
+LONG = {"prompt": "question " * 20, "completion": "answer " * 60}
+LONG_PROMPT = {"prompt": "question " * 100, "completion": "answer"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "lengths", "notes", "rejected"),
+    [
+        ("drop", [], {}, {"overlong": 2}),
+        ("truncate", [64], {"truncated": 1, "pieces_dropped": 0}, {"overlong_nothing_left": 1}),
+        ("split", None, {"split": 2}, {}),
+    ],
+)
+def test_overlong_samples(
+    tmp_path: Path,
+    tokenizer: Path,
+    policy: str,
+    lengths: list[int] | None,
+    notes: dict[str, int],
+    rejected: dict[str, int],
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [LONG, LONG_PROMPT, *pairs(1)])
+    config = data_config(tmp_path, tokenizer, path, overlong=policy, pack_len=64, names=("law",))
+    prepared = prepare(config)
+    cache, unit = prepared.caches["train"][0], prepared.reports[0].manifest
+    assert cache is not None
+    assert cache.lengths.max() <= 64
+    assert cache.supervised.min() > 0, "a piece without supervised tokens was kept"
+    if lengths is not None:
+        assert cache.lengths[:-1].tolist() == lengths
+    assert notes.items() <= unit["domains"]["law"]["notes"].items()
+    assert unit["rejected"].get("law", {}) == rejected
+
+
+def test_split_pieces_join_to_the_sample(tmp_path: Path, tokenizer: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "question " * 90, "completion": "answer " * 90}])
+    whole = prepare(data_config(tmp_path, tokenizer, path, pack_len=4096)).caches["train"][0]
+    split = prepare(data_config(tmp_path, tokenizer, path, pack_len=64, overlong="split"))
+    pieces = split.caches["train"][0]
+    assert whole is not None
+    assert pieces is not None
+    joined = [t for i in range(len(pieces)) for t in pieces.sample(i)[0].tolist()]
+    dropped = split.reports[0].manifest["domains"]["law"]["notes"]["pieces_dropped"]
+    assert joined == whole.sample(0)[0].tolist()[64 * dropped :]
+    assert dropped > 0
+    assert split.reports[0].manifest["domains"]["law"]["duplicates"] == 0
+
+
+def test_an_overlong_sample_is_an_error_by_default_also_when_bad_rows_are_skipped(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*pairs(2), LONG])
+    with pytest.raises(
+        DataError, match=r"a.jsonl:3: the sample has \d+ tokens, batch.pack_len is 64.*data.overlong"
+    ):
+        prepare(data_config(tmp_path, tokenizer, path, pack_len=64, on_bad_row="skip"))
+
+
+def test_repeated_and_conflicting_rows_are_kept_and_counted(tmp_path: Path, tokenizer: Path) -> None:
+    row, conflict = pairs(1)[0], {"prompt": "question 0?", "completion": "another"}
+    path = write_jsonl(tmp_path / "a.jsonl", [row] * 4 + [conflict, *pairs(2, start=5)])
+    prepared = prepare(data_config(tmp_path, tokenizer, path))
+    counts = prepared.reports[0].manifest["domains"]["law"]
+    assert (counts["samples"], counts["duplicates"], counts["conflicting"]) == (7, 3, 1)
+
+
+def test_rejected_rows_are_listed_with_place_reason_and_a_safe_excerpt(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    hostile = {"prompt": "\x1b[31m\u202e \ud800", "completion": "x"}
+    rows: list[Any] = [*pairs(1), hostile, {"prompt": "p", "completion": ""}, 7]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    prepared = prepare(data_config(tmp_path, tokenizer, path, on_bad_row="skip"))
+    text = (prepared.reports[0].folder / "rejected.jsonl").read_text()
+    entries = [json.loads(line) for line in text.splitlines()]
+    assert [(e["line"], e["domain"], e["reason"]) for e in entries] == [
+        (2, "law", "lone_surrogate"), (3, "law", "empty_response"), (4, "law", "not_an_object"),
+    ]  # fmt: skip
+    assert all(entry["path"] == str(path) for entry in entries)
+    assert text.isascii()
+    assert all(e["excerpt"].isprintable() and e["excerpt"].isascii() for e in entries)
+    assert "lone_surrogate" in prepared.table()
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", pairs(1))
+    with pytest.raises(ConfigError, match="is not a folder"):
+        prepare(data_config(tmp_path, tmp_path / "missing", path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        prepare(data_config(tmp_path, tmp_path / "empty", path))
+
+
+# Real processes.
+
+DRIVER = """
+import multiprocessing, os, signal, sys
+from versatune_ds.config.load import load_config
+from versatune_ds.data import prepare as module, readers
+from versatune_ds.foundations.log import setup_logging
+
+if __name__ == "__main__":
+    setup_logging()
+    module.INLINE_BYTES = 0
+    module.JOURNAL_EVERY_S = 0
+    readers.BLOCK_ROWS = 10
+    kill_after, add, done = int(sys.argv[2]), module._UnitWork.add, []
+
+    def counted(self, *args):
+        if len(done) == kill_after:
+            module.JOURNAL_EVERY_S = 1e9  # this block is appended, but not journalled
+            add(self, *args)
+            print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(self, *args)
+        done.append(args)
+
+    module._UnitWork.add = counted
+    prepared = module.prepare(load_config(sys.argv[1]))
+    print("reused" if prepared.reused else f"made {len(done)}")
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start a preparation of a configuration in a process of its own."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+
+    def start(config: Config, kill_after: int = -1) -> subprocess.Popen[str]:
+        settings = tmp_path / "config.yaml"
+        write_resolved(config, settings)
+        root = Path(prepare_module.__file__).parents[2]
+        environment = os.environ | {
+            "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
+            "OMP_NUM_THREADS": "1",
+        }
+        return subprocess.Popen(
+            [sys.executable, str(driver), str(settings), str(kill_after)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    return start
+
+
+def test_after_a_kill_the_work_goes_on_and_ends_the_same(
+    tmp_path: Path, tokenizer: Path, start: Any, monkeypatch: pytest.MonkeyPatch, encoded_blocks: list[Any],
+    messages: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 10)
+    rows: list[Any] = pairs(200)
+    rows[15] = rows[150] = {"prompt": "no answer"}
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    config = data_config(tmp_path, tokenizer, path, on_bad_row="skip", num_workers=2)
+
+    process = start(config, kill_after=8)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == -9, errors
+    (partial,) = (tmp_path / "cache").glob("*.partial")
+    assert not (tmp_path / "cache" / partial.stem).exists()
+    pids = [int(pid) for pid in output.split()]
+    assert len(pids) == 2
+    assert_workers_are_gone(pids)
+
+    prepare(config)
+    assert len(encoded_blocks) == 20 - 8, "the blocks that were journalled before the kill are not redone"
+    assert "going on with law after 79 samples" in messages.text
+    undisturbed = data_config(
+        tmp_path, tokenizer, path, on_bad_row="skip", num_workers=2, cache_dir=str(tmp_path / "undisturbed")
+    )
+    prepare(undisturbed)
+    assert content(tmp_path / "cache") == content(tmp_path / "undisturbed")
+
+
+def assert_workers_are_gone(pids: list[int]) -> None:
+    """Workers leave by themselves when their parent is killed."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if not any(is_running(pid) for pid in pids):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"workers outlived their parent: {pids}")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"  # a zombie waits for init only
+
+
+def test_two_processes_at_once_do_the_work_once(tmp_path: Path, tokenizer: Path, start: Any) -> None:
+    config = data_config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", pairs(300)), num_workers=2)
+    processes = [start(config), start(config)]
+    outputs = [process.communicate(timeout=180) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sorted(out.strip() for out, _ in outputs) == ["made 30", "reused"]
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_a_second_process_waits_and_says_so(
+    tmp_path: Path, tokenizer: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    import threading
+
+    from filelock import FileLock
+
+    config = data_config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", pairs(3)))
+    prepare(config)
+    (lock_file,) = (p for p in (tmp_path / "cache").glob("*.lock") if units.HASHES_FILE not in p.name)
+    lock = FileLock(lock_file, thread_local=False)
+    lock.acquire()
+    release = threading.Timer(0.5, lock.release)
+    release.start()
+    assert prepare(config).reused
+    release.join()
+    assert "another process prepares this data; waiting for it" in messages.text
