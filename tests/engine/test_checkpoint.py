@@ -80,11 +80,16 @@ def test_pruning_keeps_the_newest_and_milestones(tmp_path):
     assert sorted(p.name[-2:] for p in tmp_path.iterdir()) == ["04", "08", "10"]
 
 
-def test_state_of_another_number_of_ranks_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "versatune_state.json").write_text(json.dumps({"version": 1, "world_size": 4}))
+def test_state_of_another_number_of_ranks_or_layout_is_refused(tmp_path, monkeypatch):
+    state = {"version": 1, "world_size": 4, "layout": {"ZeRO stage": 3}}
+    (tmp_path / "versatune_state.json").write_text(json.dumps(state))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(StateError, match="written by 4 ranks; this run has 2"):
-        ck.read_state(tmp_path)
+        ck.read_state(tmp_path, {"ZeRO stage": 3})
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert ck.read_state(tmp_path, {"ZeRO stage": 3}) == state
+    with pytest.raises(StateError, match="written with ZeRO stage 3; this run has 2"):
+        ck.read_state(tmp_path, {"ZeRO stage": 2})
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,14 @@ def finished(folder) -> Path:
         case(folder, "whole"),
         case(folder, "nan_once", "train.max_steps=8", sabotage="nan in step 4"),
         case(folder, "nan_always", sabotage="nan from step 4 on"),
+        case(folder, "nan_gradient", sabotage="nan gradient from step 4 on"),
+        case(
+            folder,
+            "nan_gradient_stage0",
+            "deepspeed={zero_optimization: {stage: 0}}",
+            "checkpoint.every_n_steps=100",
+            sabotage="nan gradient from step 4 on",
+        ),
         case(folder, "asked_to_stop", "checkpoint.every_n_steps=100", sabotage="stop in step 4"),
         case(
             folder,
@@ -100,7 +108,9 @@ def finished(folder) -> Path:
             "domains.min_weight=0",
             "domains.initial={law: 0.5, medicine: 0.5, finance: 0, science: 0, code: 0, other: 0}",
         ),
-        case(folder, "shadow", "train.max_steps=5", "weights.shadow=true"),
+        case(
+            folder, "shadow", "train.max_steps=5", "weights.shadow=true", "checkpoint.export_shard_gb=0.002"
+        ),
         case(folder, "probe", "train.max_steps=4", "weights.loss_source=probe", "weights.probe_samples=3"),
     ]
     launch_soundly(CASES_FILE, 2, case_file(folder, "first", cases))
@@ -245,6 +255,19 @@ def test_too_many_nan_steps_end_the_run(finished):
     assert [line["step"] for line in read_jsonl(run / "skipped_steps.jsonl")] == [5, 6, 7]
 
 
+@pytest.mark.parametrize("name", ["nan_gradient", "nan_gradient_stage0"])
+def test_nan_gradients_with_finite_losses_are_skipped_counted_and_end_the_run(finished, name):
+    run = finished / name
+    assert outcome(run, 0)["type"] == outcome(run, 1)["type"] == "DivergenceError"
+    skipped = read_jsonl(run / "skipped_steps.jsonl")
+    assert [line["step"] for line in skipped] == [5, 6, 7]
+    assert {line["reason"] for line in skipped} == {"non-finite gradient"}
+    metrics = read_jsonl(run / "metrics.jsonl")
+    assert [line["skipped"] for line in metrics] == [False] * 4 + [True] * 3
+    assert all(math.isfinite(line["loss"]) for line in metrics)  # the parameters never became NaN
+    assert [path.name for path in (run / "checkpoints").glob("step-*7")] == ["step-00000007"]
+
+
 def test_absent_domains_keep_the_run_alive(finished):
     run = finished / "absent_domain"
     assert outcome(run) is None
@@ -322,6 +345,22 @@ def test_exported_model_has_the_held_out_loss_of_the_run(finished):
         assert total / count == pytest.approx(reported["domain_loss"][cache.domain], rel=1e-5)
 
 
+def test_a_sharded_export_loads_whole(finished):
+    """Shards of 2 MB: the same parameters as the checkpoint behind them, under the same names."""
+    from transformers import AutoModelForCausalLM
+
+    run = finished / "shadow"
+    shards = sorted((run / "model").glob("model-*.safetensors"))
+    assert len(shards) >= 3 and all(shard.stat().st_size < 2.1e6 for shard in shards)
+    assert main(["export", str(run), "--out", str(finished / "shadow_export")]) == 0
+    expected: dict = {}
+    for shard in (finished / "shadow_export").glob("model-*.safetensors"):
+        expected |= load_file(shard)
+    loaded = AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
 def test_export_verb_gives_the_same_weights(finished, capsys):
     run = finished / "whole"
     target = finished / "exported"
@@ -330,5 +369,7 @@ def test_export_verb_gives_the_same_weights(finished, capsys):
     ours, expected = (load_file(path / "model.safetensors") for path in (target, run / "model"))
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[key], expected[key]) for key in expected)
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+    settings = json.loads((target / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == 2  # </s>: what ended the turns that were trained on
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (target / name).read_text() == (run / "model" / name).read_text()

@@ -54,6 +54,17 @@ def test_one_rank_agrees_with_itself():
     assert distributed.all_equal(2**62 + 12345)
 
 
+def test_collectives_take_cuda_tensors_under_nccl(monkeypatch):
+    """NCCL knows no CPU tensors: a vote on the CPU would fail on every resume with several GPUs."""
+    import torch.distributed as dist
+
+    assert distributed.collective_device().type == "cpu"
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert str(distributed.collective_device()) == "cuda:3"
+
+
 AGREEMENT = """
 import torch.distributed as dist
 from versatune_ds.foundations import distributed as d
@@ -63,6 +74,14 @@ same = 0x7FFF_FFFF_FFFF_FFFF
 assert d.all_equal(same)
 for bit in range(63):
     assert not d.all_equal(same ^ (1 << bit) if d.rank() == 1 else same), bit
+assert d.gather_objects(d.rank() * 10) == [0, 10, 20]
+d.raise_together(None)
+try:
+    d.raise_together(ValueError("mine") if d.rank() == 1 else None)
+except ValueError as error:
+    assert str(error) == "mine"
+else:
+    raise AssertionError("nothing was raised")
 dist.barrier(); dist.destroy_process_group()
 """
 

@@ -60,7 +60,7 @@ def packs(layout: tuple[tuple[int, ...], ...]) -> list[Pack]:
     ]
 
 
-def settings(model: str, layout: tuple[tuple[int, ...], ...], stage: int, checkpointing: str) -> dict:
+def settings(model: str, layout: tuple[tuple[int, ...], ...], zero: dict, checkpointing: str) -> dict:
     return {
         "run": {"dir": "unused"},
         "model": {"source": model, "dtype": "fp32", "activation_checkpointing": checkpointing},
@@ -69,17 +69,19 @@ def settings(model: str, layout: tuple[tuple[int, ...], ...], stage: int, checkp
         "batch": {"pack_len": PACK_LEN, "packs_per_step": len(layout)},
         "optimizer": {"lr": LEARNING_RATE, "eps": EPS, "max_grad_norm": 0},
         "train": {"max_steps": 3},
-        "deepspeed": {"zero_optimization": {"stage": stage}},
+        "deepspeed": {"zero_optimization": zero},
     }
 
 
 def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """`<tied|untied>-<packed|unpacked>-zero<stage>[-recompute][-nan]`: two steps; returns what came out."""
+    """`<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-nan]`: two steps; their results."""
     words = case.split("-")
     layout = PACKED if "packed" in words else UNPACKED
-    stage = int(next(word for word in words if word.startswith("zero")).removeprefix("zero"))
+    zero: dict = {"stage": int(next(w for w in words if w.startswith("zero")).removeprefix("zero"))}
+    if "offload" in words:
+        zero["offload_optimizer"] = {"device": "cpu"}
     checkpointing = "all" if "recompute" in words else "off"
-    config = validate_config(settings(str(models / words[0]), layout, stage, checkpointing), case)
+    config = validate_config(settings(str(models / words[0]), layout, zero, checkpointing), case)
     run = SimpleNamespace(engine=build_engine(config, device), statistics=StepStatistics(2, device))
     chosen = packs(layout)
     mine = rank_packs(chosen, distributed.rank(), distributed.world_size())

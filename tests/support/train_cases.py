@@ -41,6 +41,23 @@ def nan_in_steps(*steps: int) -> None:
     train.run_step, LossHead.forward = run_step, forward
 
 
+def nan_gradient_from_step(first_step: int) -> None:
+    """From this step on (from 0) the last rank's gradient is NaN, while every loss is finite."""
+    current = {"step": -1}
+
+    def run_step(run, step, stop):
+        current["step"] = step
+        return ORIGINAL_RUN_STEP(run, step, stop)
+
+    def forward(self, hidden, *args):
+        last = distributed.rank() == distributed.world_size() - 1
+        if last and current["step"] >= first_step and hidden.requires_grad:
+            hidden.register_hook(lambda gradient: gradient * float("nan"))
+        return ORIGINAL_FORWARD(self, hidden, *args)
+
+    train.run_step, LossHead.forward = run_step, forward
+
+
 def ask_to_stop_in_step(step_to_stop: int) -> None:
     """In this step (from 0) the last rank gets SIGUSR1, in the middle of everything."""
 
@@ -67,6 +84,7 @@ SABOTAGE = {
     None: lambda: None,
     "nan in step 4": lambda: nan_in_steps(4),
     "nan from step 4 on": lambda: nan_in_steps(*range(4, 100)),
+    "nan gradient from step 4 on": lambda: nan_gradient_from_step(4),
     "stop in step 4": lambda: ask_to_stop_in_step(4),
     "die in checkpoint 6": lambda: die_in_checkpoint(6),
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from pathlib import Path
 
 from versatune_ds.foundations import constants
@@ -32,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
     from versatune_ds.config.load import load_config
     from versatune_ds.data.templating import load_tokenizer, set_chat_template
-    from versatune_ds.engine.checkpoint import checkpoint_name, newest_sound_checkpoint
-    from versatune_ds.engine.export import export_checkpoint
+    from versatune_ds.engine.checkpoint import checkpoint_name, damage, newest_sound_checkpoint
+    from versatune_ds.engine.export import Companions, export_checkpoint
 
     config = load_config(resolved)
     folder = args.run_dir / constants.CHECKPOINTS_DIR
@@ -41,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = newest_sound_checkpoint(folder) if newest else folder / checkpoint_name(args.step)
     if checkpoint is None or not checkpoint.is_dir():
         raise StateError(f"{folder} holds no such checkpoint; checkpoint.every_n_steps makes them")
+    if not newest and (problem := damage(checkpoint)) is not None:
+        raise StateError(f"{checkpoint} is damaged: {problem}")
     target = args.out or args.run_dir / f"model-{checkpoint.name}"
     tokenizer = load_tokenizer(config)
     set_chat_template(tokenizer, config.data.chat_template)
@@ -48,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         config.model.source, trust_remote_code=config.model.trust_remote_code
     )
     shard_bytes = int(config.checkpoint.export_shard_gb * 1e9)
-    export_checkpoint(checkpoint, architecture, tokenizer, target, config.model.dtype, shard_bytes)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints; our output is the path alone
+        companions = Companions.of(config, tokenizer, architecture)
+        export_checkpoint(checkpoint, architecture, companions, target, config.model.dtype, shard_bytes)
     print(target)
     return constants.EXIT_OK

@@ -8,7 +8,9 @@ What is not covered: launching several ranks (`deepspeed launch/train.py` does).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Sequence
 
 from versatune_ds import __version__
@@ -17,6 +19,7 @@ from versatune_ds.foundations.constants import EXIT_FAILURE
 from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.log import setup_logging
 
+OTHER_RANKS_WAIT_S = 5.0
 VERBS = (sample, prepare, inspect, train, export, report, doctor)
 
 
@@ -40,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except VersaTuneError as error:
-        print(f"versatune-ds: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":  # mostly rank 0 has the same to say, and its exit makes the launcher end this rank
+            time.sleep(OTHER_RANKS_WAIT_S)
+        where = f" [rank {rank}]" if rank != "0" else ""
+        print(f"versatune-ds: error{where}: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # `versatune-ds inspect | head`
         sys.stderr.close()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -23,6 +23,9 @@ Strategy = Literal["uniform", "inverse", "constant", "manual", "fostering", "exp
 STRATEGIES_WITH_REFERENCE = ("fostering", "expansion", "doremi")
 WEIGHT_SUM_TOLERANCE = 1e-3
 """How far given shares may be from summing to 1 (rounded decimals); they are then scaled to sum to 1."""
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -64,7 +67,8 @@ class Model(Section):
     """The model, its tokenizer and how it computes."""
 
     source: str
-    """Folder or hub name of a Qwen2/Qwen2.5/Qwen3/LLaMA model (or any causal LM of transformers)."""
+    """Folder or hub name of a causal LM of the Qwen2, Qwen2.5, Qwen3 or Llama families. Others work when
+    their logits are plain products of hidden states and output weights; models that alter them: refused."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random`: build from `source`'s config.json only and initialise with `run.seed`."""
     tokenizer: str | None = None
@@ -74,18 +78,12 @@ class Model(Section):
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
     """Attention for packs. `auto`: flash-attn if installed, else torch's varlen kernel, on CUDA; sdpa with
     a block-diagonal mask on CPU (memory grows with `batch.pack_len` squared)."""
-    activation_checkpointing: Literal["off", "all"] | int = "off"
+    activation_checkpointing: Literal["off", "all"] | Annotated[int, Field(ge=1, strict=True)] = "off"
     """Recompute activations in backward: for no layer, every layer, or every n-th layer."""
     loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
     """Implementation of the fused linear + cross-entropy."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Model:
-        if isinstance(self.activation_checkpointing, int) and self.activation_checkpointing < 1:
-            raise ValueError("activation_checkpointing as a number means every n-th layer: n >= 1")
-        return self
 
 
 class Source(Section):
@@ -254,7 +252,7 @@ class Optimizer(Section):
 
     lr: float = Field(1e-5, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of the first and second moment."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
@@ -265,7 +263,7 @@ class Optimizer(Section):
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     """Share of all steps in which the learning rate rises linearly from 0."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """Learning rate at the last step over `lr` (cosine and linear)."""
+    """Learning rate that cosine and linear decay end at, over `lr`."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this global norm; 0: never."""
 
@@ -300,7 +298,8 @@ class Checkpoint(Section):
     """When to save and what to keep."""
 
     every_n_steps: int | None = Field(None, ge=1)
-    """Steps between checkpoints; one is also written when training stops early. None: only then."""
+    """Steps between checkpoints; the last step has one too. One is also written when the run is asked to stop
+    or gives up after too many non-finite steps; None: only then."""
     keep_last: int = Field(2, ge=1)
     """Newest checkpoints to keep."""
     milestone_every_n_steps: int | None = Field(None, ge=1)

@@ -6,6 +6,7 @@ What is not covered: data, statistics and the loop (`engine/train.py`).
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import socket
 import time
@@ -17,6 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -34,6 +36,7 @@ from versatune_ds.engine.optimizer import build_optimizer
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 from versatune_ds.foundations.log import get_logger
+from versatune_kernels import KernelError, resolve_backend
 
 log = get_logger(__name__)
 
@@ -102,6 +105,12 @@ def build_engine(config: Config, device: torch.device) -> Engine:
         raise ConfigError("deepspeed: ZeRO stage 0 keeps no fp32 master weights; use stage 1, 2 or 3")
     if config.model.trust_remote_code:
         log.warning("model.trust_remote_code is on: Python code of %s will run here", config.model.source)
+    if config.model.dtype == "fp16" and device.type == "cpu":
+        raise ConfigError("model.dtype fp16 needs CUDA; use bf16 or fp32 on CPUs")
+    try:
+        resolve_backend(config.model.loss_backend)
+    except KernelError as error:
+        raise ConfigError(f"model.loss_backend: {error}") from None
     attention = choose_attention(config.model, device.type)
     zero3 = HfDeepSpeedConfig(settings) if stage == 3 else None  # kept alive: transformers looks it up
     model = build_model(config.model, attention, config.run.seed)
@@ -121,6 +130,12 @@ def check_isolation(built: Engine) -> None:
     built.deepspeed.eval()
     leak = isolation_leak(built.deepspeed, built.model.lm.config.vocab_size, built.device)
     built.deepspeed.train()
+    if not math.isfinite(leak):
+        raise VersaTuneError(
+            f"model.source {built.model.lm.config.name_or_path!r} gives losses that are not finite on "
+            "a short probe; "
+            "its weights are damaged, or model.dtype is too narrow for it"
+        )
     if leak > MAX_ISOLATION_LEAK[built.device.type]:
         raise VersaTuneError(
             f"attention {built.attention.implementation} mixes packed samples (relative leak {leak:.2e}); "
@@ -130,12 +145,27 @@ def check_isolation(built: Engine) -> None:
 
 def discard_step(built: Engine) -> None:
     """Forget the gradients of the current accumulation window, as if its micro-batches had never run."""
+    # what DeepSpeed itself does when a loss scale overflows
     optimizer = built.deepspeed.optimizer
     optimizer.zero_grad()
     if getattr(optimizer, "averaged_gradients", None):
         optimizer.averaged_gradients = {}
+    if settings_for.zero_stage(built.settings) in (1, 2):
+        optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
     if settings_for.offloads_optimizer(built.settings):
         optimizer.reset_cpu_buffers()
+
+
+def gradients_are_finite(built: Engine) -> bool:
+    """False if the averaged gradients hold NaN or infinity and DeepSpeed would apply them all the same.
+
+    ZeRO stages check for themselves in `step`; stage 0 does not. The gradients are averaged already, so all
+    ranks see the same.
+    """
+    if settings_for.zero_stage(built.settings) > 0:
+        return True
+    gradients = [p.grad for p in built.model.parameters() if p.grad is not None]
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """Finished steps of a checkpoint folder."""
+    match = NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match.group(1))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, newest first."""
     if not folder.is_dir():
@@ -88,8 +96,8 @@ def save_checkpoint(
     distributed.barrier()
     _write_manifest(temporary)
     if distributed.is_main():
-        if final.exists():  # the same step saved before a resume from an older checkpoint
-            shutil.rmtree(final)
+        # Going on from an older checkpoint abandons the newer ones (damaged, or this very step).
+        _remove(path for path in list_checkpoints(folder) if step_of(path) >= step)
         temporary.rename(final)
         fsync_dir(folder)
         write_json_atomic(folder / LATEST_FILE, {"checkpoint": final.name, "step": step})
@@ -104,9 +112,10 @@ def newest_sound_checkpoint(folder: Path) -> Path | None:
     Raises:
         StateError: checkpoints exist but none is sound.
     """
-    candidates = list_checkpoints(folder)
+    # rank 0's listing counts: on network file systems ranks may see different ones for a while
+    candidates: list[Path] = distributed.gather_objects(list_checkpoints(folder))[0]
     for path in candidates:
-        problem = _first_problem(path)
+        problem = damage(path, distributed.rank(), distributed.world_size())
         if distributed.all_agree(problem is None):
             return path
         if problem is not None:
@@ -119,11 +128,15 @@ def newest_sound_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
     """Our own state of a checkpoint.
 
+    Args:
+        path: a sound checkpoint.
+        layout: how this run lays out model and optimizer state (ZeRO stage, dtype, offload).
+
     Raises:
-        StateError: written by another version of the format, or on another number of ranks.
+        StateError: written by another version of the format, on another number of ranks or in another layout.
     """
     state = json.loads((path / CHECKPOINT_STATE_FILE).read_text(encoding="utf-8"))
     if state["version"] != VERSION:
@@ -133,12 +146,23 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{path} was written by {state['world_size']} ranks; this run has {distributed.world_size()}. "
             f"Start it with {state['world_size']} ranks"
         )
+    for key, value in layout.items():
+        if state["layout"][key] != value:
+            raise StateError(
+                f"{path} was written with {key} {state['layout'][key]!r}; this run has {value!r}. Set "
+                "it back, or "
+                "export the checkpoint and start a new run from the exported model"
+            )
     return dict(state)
 
 
 def load_model_state(path: Path, engine: Engine) -> None:
     """Load model, optimizer and random generator states; every rank calls it."""
-    engine.deepspeed.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
+    loaded, _ = engine.deepspeed.load_checkpoint(
+        str(path.parent), tag=path.name, load_lr_scheduler_states=False
+    )
+    if loaded is None:
+        raise StateError(f"{path}: DeepSpeed found nothing to load there")
     states = load_file(_generator_file(path))
     torch.set_rng_state(states["cpu"])
     if "cuda" in states:
@@ -159,8 +183,9 @@ def _generator_file(folder: Path) -> Path:
 def _write_manifest(folder: Path) -> None:
     """Hash all files, shared out over the ranks, and merge the hashes into one manifest."""
     part = folder / f"manifest_rank_{distributed.rank():05d}.json"
-    mine = sorted(folder.iterdir())[distributed.rank() :: distributed.world_size()]
-    distributed.barrier()  # every rank has its list before any rank adds a file
+    # rank 0's listing, taken before any rank adds a file
+    listing: list[Path] = distributed.gather_objects(sorted(folder.iterdir()))[0]
+    mine = listing[distributed.rank() :: distributed.world_size()]
     for path in mine:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -177,8 +202,8 @@ def _write_manifest(folder: Path) -> None:
             path.unlink()
 
 
-def _first_problem(folder: Path) -> str | None:
-    """What is wrong with this rank's share of a checkpoint's files, or None."""
+def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with one rank's share of a checkpoint's files (by default with any of them), or None."""
     try:
         manifest = json.loads((folder / CHECKPOINT_MANIFEST_FILE).read_text(encoding="utf-8"))
         files = manifest["files"]
@@ -186,7 +211,7 @@ def _first_problem(folder: Path) -> str | None:
         return f"{CHECKPOINT_MANIFEST_FILE} is missing"
     except (ValueError, KeyError, TypeError, OSError) as error:
         return f"{CHECKPOINT_MANIFEST_FILE} cannot be read: {error}"
-    for name in sorted(files)[distributed.rank() :: distributed.world_size()]:
+    for name in sorted(files)[rank::world_size]:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -201,11 +226,13 @@ def _first_problem(folder: Path) -> str | None:
 def _prune(folder: Path, settings: Checkpoint) -> None:
     """Delete all but the newest `keep_last` checkpoints and the milestones."""
     milestone = settings.milestone_every_n_steps
-    for path in list_checkpoints(folder)[settings.keep_last :]:
-        match = NAME.fullmatch(path.name)
-        assert match is not None
-        if milestone and int(match.group(1)) % milestone == 0:
-            continue
-        doomed = path.with_name(f"{UNFINISHED_PREFIX}{path.name}")
-        path.rename(doomed)  # a crash in the middle of deleting leaves nothing that looks whole
+    old = list_checkpoints(folder)[settings.keep_last :]
+    _remove(path for path in old if not (milestone and step_of(path) % milestone == 0))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    """Delete checkpoints; a crash in the middle leaves nothing that looks whole."""
+    for path in paths:
+        doomed = path.with_name(f"{UNFINISHED_PREFIX}{path.name}-removed")
+        path.rename(doomed)
         shutil.rmtree(doomed)

@@ -14,11 +14,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
+from versatune_ds.config.schema import Config
+from versatune_ds.data.templating import stop_token
 from versatune_ds.engine.model import DTYPES, PackedCausalLM
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.files import fsync_dir, write_json_atomic
@@ -74,12 +77,41 @@ class ShardWriter:
             self._shard, self._shard_bytes = {}, 0
 
 
-def export_model(model: PackedCausalLM, tokenizer: Any, folder: Path, max_shard_bytes: int) -> None:
+class Companions(NamedTuple):
+    """What lies beside the weights: tokenizer with its chat template, and how to generate."""
+
+    tokenizer: Any
+    generation: GenerationConfig
+
+    @classmethod
+    def of(cls, config: Config, tokenizer: Any, architecture: Any) -> Companions:
+        """Companions of a run's model: generation ends at the stop token that turns were trained to end with.
+
+        Args:
+            tokenizer: with its chat template set.
+            architecture: the transformers config of the model.
+        """
+        try:
+            generation = GenerationConfig.from_pretrained(config.model.source)
+        except OSError:  # the source has none
+            generation = GenerationConfig.from_model_config(architecture)
+        stop = stop_token(tokenizer, config.data.chat_template)
+        generation.eos_token_id = tokenizer.convert_tokens_to_ids(stop)
+        generation.use_cache = True  # switched off for training only
+        return cls(tokenizer, generation)
+
+    def save(self, folder: Path) -> None:
+        """Write them into `folder`."""
+        self.tokenizer.save_pretrained(folder)
+        self.generation.save_pretrained(folder)
+
+
+def export_model(model: PackedCausalLM, companions: Companions, folder: Path, max_shard_bytes: int) -> None:
     """Write the model of a live engine; every rank calls it, rank 0 writes.
 
     Args:
         model: its parameters may be partitioned (ZeRO-3) or whole.
-        tokenizer: saved beside the weights, chat template included.
+        companions: saved beside the weights.
         folder: target; replaced if it exists.
         max_shard_bytes: bound of a shard, and of the host memory needed.
     """
@@ -93,12 +125,12 @@ def export_model(model: PackedCausalLM, tokenizer: Any, folder: Path, max_shard_
             writer.add(name, tensor.detach().to("cpu", copy=True))
     if writer is not None:
         writer.close()
-        _finish(model.lm.config, getattr(model.lm, "generation_config", None), tokenizer, temporary, folder)
+        _finish(model.lm.config, companions, temporary, folder)
     distributed.barrier()
 
 
 def export_checkpoint(
-    checkpoint: Path, config: Any, tokenizer: Any, folder: Path, dtype: str, max_shard_bytes: int
+    checkpoint: Path, config: Any, companions: Companions, folder: Path, dtype: str, max_shard_bytes: int
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, on one CPU process.
 
@@ -124,7 +156,7 @@ def export_checkpoint(
         writer.add(plain, tensor.to(DTYPES[dtype]))
     writer.close()
     config.dtype = DTYPES[dtype]
-    _finish(config, None, tokenizer, temporary, folder)
+    _finish(config, companions, temporary, folder)
 
 
 def _gathered_parameters(model: PackedCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
@@ -145,15 +177,13 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _finish(config: Any, generation_config: Any, tokenizer: Any, temporary: Path, folder: Path) -> None:
-    """Add config and tokenizer, then give the folder its name."""
+def _finish(config: Any, companions: Companions, temporary: Path, folder: Path) -> None:
+    """Add the config and what lies beside it, then give the folder its name."""
     config.save_pretrained(temporary)
     settings = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
     settings["use_cache"] = True  # switched off for training only
     write_json_atomic(temporary / "config.json", settings)
-    if generation_config is not None:
-        generation_config.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    companions.save(temporary)
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)

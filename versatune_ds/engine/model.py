@@ -4,17 +4,19 @@ Built under `zero.Init` when ZeRO-3 is on, so that no rank ever holds the whole 
 the output weight, because under ZeRO-3 a weight exists only inside the forward of the module it belongs to;
 it reuses the very Parameter of `lm_head`, so tied embeddings stay tied.
 
-What is not covered: adapters (LoRA), models with an output bias, and encoder-decoder models (all refused or
-unsupported by their class).
+What is not covered: adapters (LoRA), output layers with a bias, models that scale or cap their logits, and
+mixtures of experts; the last three are refused.
 """
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # zero.Init patches tensor constructors: dynamo must be loaded before it is entered
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -22,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from versatune_ds.config.schema import Model
 from versatune_ds.engine.attention import AttentionChoice
+from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError
 from versatune_kernels import LossOutput, linear_cross_entropy
 
@@ -117,8 +120,22 @@ class PackedCausalLM(nn.Module):
         return head(hidden, labels, sample_ids, num_samples, num_valid, normalizer)
 
 
+def load_architecture(settings: Model) -> Any:
+    """The transformers config of the model.
+
+    Raises:
+        ConfigError: no such folder or hub name, or no usable config.json there.
+    """
+    if settings.source.startswith((".", "/", "~")) and not Path(settings.source).is_dir():
+        raise ConfigError(f"model.source {settings.source} is not a folder; give a folder or a hub name")
+    try:
+        return AutoConfig.from_pretrained(settings.source, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"model.source {settings.source}: {error}") from error
+
+
 def build_model(settings: Model, attention: AttentionChoice, seed: int) -> PackedCausalLM:
-    """Build the model, pretrained or random.
+    """Build the model, pretrained or random; every rank calls it.
 
     Under ZeRO-3 the caller keeps a `transformers.integrations.HfDeepSpeedConfig` alive; transformers then
     partitions each weight as it is made.
@@ -129,28 +146,47 @@ def build_model(settings: Model, attention: AttentionChoice, seed: int) -> Packe
         seed: of random initialisation; ranks must use the same.
 
     Raises:
-        ConfigError: no such model, or it cannot be built.
+        ConfigError: it cannot be built, or a pretrained folder lacks weights or holds others.
     """
+    lm, problem = None, None
+    try:
+        lm = _make(settings, attention, seed)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        problem = ConfigError(
+            f"model.source {settings.source} cannot be loaded (weights: {settings.weights}): {error}"
+        )
+    except ConfigError as error:
+        problem = error
+    distributed.raise_together(problem)  # under ZeRO-3 only rank 0 reads the files
+    assert lm is not None
+    lm.config.use_cache = False
+    lm.config.architectures = [type(lm).__name__]
+    checkpoint_activations(lm, settings.activation_checkpointing)
+    return PackedCausalLM(lm, settings.loss_backend)
+
+
+def _make(settings: Model, attention: AttentionChoice, seed: int) -> PreTrainedModel:
     common: dict[str, Any] = {
         "trust_remote_code": settings.trust_remote_code,
         "attn_implementation": attention.implementation,
+        "dtype": DTYPES[settings.dtype],
     }
     torch.manual_seed(seed)
-    try:
-        if settings.weights == "random":
-            architecture = AutoConfig.from_pretrained(
-                settings.source, trust_remote_code=settings.trust_remote_code
-            )
-            lm = AutoModelForCausalLM.from_config(architecture, dtype=DTYPES[settings.dtype], **common)
-        else:
-            lm = AutoModelForCausalLM.from_pretrained(settings.source, dtype=DTYPES[settings.dtype], **common)
-    except (OSError, ValueError) as error:
+    if settings.weights == "random":
+        return AutoModelForCausalLM.from_config(load_architecture(settings), **common)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(settings.source, output_loading_info=True, **common)
+    lm, info = loaded
+    missing = set(info["missing_keys"])
+    if lm.config.tie_word_embeddings:
+        missing.discard("lm_head.weight")
+    if missing or info["mismatched_keys"]:
+        names = ", ".join(sorted(missing | {str(key) for key in info["mismatched_keys"]})[:5])
         raise ConfigError(
-            f"model.source {settings.source!r} cannot be loaded with weights: {settings.weights}: {error}"
-        ) from error
-    lm.config.use_cache = False
-    checkpoint_activations(lm, settings.activation_checkpointing)
-    return PackedCausalLM(lm, settings.loss_backend)
+            f"model.source {settings.source} lacks {len(missing)} of the model's weights or holds "
+            "them in another "
+            f"shape ({names}); they would be random. Get the whole model, or set model.weights: random"
+        )
+    return lm
 
 
 def checkpoint_activations(lm: PreTrainedModel, policy: str | int) -> None:

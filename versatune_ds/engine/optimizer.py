@@ -21,14 +21,14 @@ def learning_rate(settings: Optimizer, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (0-based) of `total_steps`.
 
     Linear warm-up from 0 over the first ceil(warmup_ratio * total_steps) steps reaches `lr`; then cosine or
-    linear decay to `min_lr_ratio * lr` at the last step, or constant.
+    linear decay that would reach `min_lr_ratio * lr` one step after the last, or constant.
     """
     warmup = math.ceil(settings.warmup_ratio * total_steps)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
     if settings.schedule == "constant":
         return settings.lr
-    progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    progress = (step - warmup) / (total_steps - warmup)
     decay = 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return settings.lr * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * decay)
 

@@ -1,8 +1,8 @@
 """Opening a run: everything the loop needs, built in a fixed order, fresh or resumed.
 
-Order: run folder checked -> data opened and verified -> weights -> model and engine -> state from the newest
-sound checkpoint, if any -> files opened for appending. Mistakes that need no model are found before one is
-built.
+Order: run folder checked -> data opened and verified -> weights -> state of the newest sound checkpoint, if
+any -> model and engine -> files opened for appending. Mistakes that need no model are found before one is
+built (`engine/preflight.py`), and nothing is written before all checks have passed.
 
 What is not covered: the loop itself (`engine/train.py`).
 """
@@ -21,24 +21,21 @@ from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
 from versatune_ds.data.balance import check_world_size
 from versatune_ds.data.loader import StepLoader
-from versatune_ds.data.planner import Corpus, PlannerSettings, PlannerState, steps_per_epoch, supply
+from versatune_ds.data.planner import Corpus, PlannerSettings, PlannerState, steps_per_epoch
 from versatune_ds.data.prepare import open_caches
 from versatune_ds.data.templating import ChatEncoder, load_tokenizer, set_chat_template
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.reference import Fingerprints, load_reference
 from versatune_ds.domain.table import DomainTable
+from versatune_ds.engine import preflight
 from versatune_ds.engine.build import Engine, build_engine, describe_hardware, describe_versions
-from versatune_ds.engine.checkpoint import (
-    list_checkpoints,
-    load_model_state,
-    newest_sound_checkpoint,
-    read_state,
-)
+from versatune_ds.engine.checkpoint import load_model_state, newest_sound_checkpoint, read_state
+from versatune_ds.engine.deepspeed_config import deepspeed_config, offloads_optimizer, zero_stage
 from versatune_ds.engine.evaluate import HeldOut
-from versatune_ds.engine.model import parameter_counts
+from versatune_ds.engine.model import load_architecture, parameter_counts
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
-from versatune_ds.foundations.errors import ConfigError, StateError
+from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.progress import Progress
@@ -70,6 +67,8 @@ class Run:
     total_steps: int
     first_step: int
     """Steps done before this process."""
+    layout: dict[str, Any]
+    """See `state_layout`."""
     nonfinite_in_a_row: int
 
     @property
@@ -81,6 +80,7 @@ class Run:
         """Everything of ours that a resumed run needs. File offsets are known on rank 0, which writes it."""
         return {
             "world_size": distributed.world_size(),
+            "layout": self.layout,
             "planner": self.loader.state.to_json(),
             "controller": self.controller.state(),
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
@@ -103,10 +103,9 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     Raises:
         ConfigError, DataError, StateError: settings, data or saved state that cannot be used.
     """
-    # 1. The folder: all ranks look before rank 0 writes.
-    checkpoints = config.run.dir / constants.CHECKPOINTS_DIR
-    check_folder(config)
-    distributed.barrier()
+    # 1. The folder, before anything is written into it.
+    preflight.check_folder(config)
+    preflight.check_trackers(config)
     # 2. Data and weights.
     table = DomainTable(config.domains.names)
     check_world_size(config.batch.packs_per_step, distributed.world_size())
@@ -116,46 +115,42 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     corpus = Corpus.from_caches(caches["train"], table.names)
     settings = planner_settings(config, table)
     corpus.check(settings)
+    preflight.check_architecture(load_architecture(config.model), tokenizer, corpus)
     total_steps = count_steps(config, corpus, settings)
     encoder = ChatEncoder.build(tokenizer, config.data.chat_template)
     expected = Fingerprints(tokenizer=encoder.fingerprint)
     reference = load_reference(config.weights.reference, table, expected)
     controller = WeightController(table, config.domains, config.weights, reference)
-    check_supply(corpus, settings, controller.weights, total_steps)
-    # 3. Model and engine.
-    engine = build_engine(config, device)
-    # 4. Where to begin.
-    checkpoint = newest_sound_checkpoint(checkpoints) if config.run.resume == "auto" else None
-    state = None if checkpoint is None else read_state(checkpoint)
-    if checkpoint is not None and state is not None:
+    preflight.check_domains_have_data(config, table, corpus, controller)
+    preflight.check_supply(corpus, settings, controller, total_steps)
+    # 3. Where to begin.
+    layout = state_layout(config)
+    resuming = config.run.resume == "auto"
+    checkpoint = newest_sound_checkpoint(config.run.dir / constants.CHECKPOINTS_DIR) if resuming else None
+    state: dict[str, Any] | None = None
+    planner = PlannerState.initial(len(table))
+    if checkpoint is not None:
+        state = read_state(checkpoint, layout)
+        planner = PlannerState.from_json(state["planner"])
+        planner.check(corpus, settings)
         controller.load_state(state["controller"])
+    first_step = planner.step
+    # 4. Model and engine.
+    engine = build_engine(config, device)
+    if checkpoint is not None:
         load_model_state(checkpoint, engine)
         log.info("resuming from %s", checkpoint)
-    planner = PlannerState.initial(len(table)) if state is None else PlannerState.from_json(state["planner"])
-    first_step = 0 if state is None else int(state["step"])
     # 5. Files and console.
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    sinks, shape = Sinks(), ModelShape.from_config(engine.model.lm.config, parameter_counts(engine.model)[1])
+    sinks = Sinks()
     if distributed.is_main():
-        config.run.dir.mkdir(parents=True, exist_ok=True)
-        _note_changes(config)
-        write_resolved(config, config.run.dir / constants.RESOLVED_CONFIG_FILE)
-        _write_run_info(config, engine, total_steps)
-        offsets = None if state is None else state["offsets"]
-        sinks = open_sinks(
-            config.run.dir,
-            config.metrics,
-            offsets=offsets,
-            first_step=first_step + 1,
-            config=config.model_dump(mode="json"),
-        )
-        _introduce(config, corpus, settings, engine, total_steps)
-    held_out = probe = None
-    if config.evaluation.every_n_steps is not None:
-        limit = config.evaluation.max_samples_per_domain
-        held_out = HeldOut(caches["eval"], config.batch.pack_len, limit, pad_id)
-    if controller.needs_probe:
-        probe = HeldOut(caches["eval"], config.batch.pack_len, config.weights.probe_samples, pad_id)
+        sinks = open_files(config, engine, total_steps, state, first_step)
+        introduce(config, corpus, settings, engine, total_steps)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read
+    pack_len, max_samples = config.batch.pack_len, config.evaluation.max_samples_per_domain
+    evaluates = config.evaluation.every_n_steps is not None
+    held_out = HeldOut(caches["eval"], pack_len, max_samples, pad_id) if evaluates else None
+    probe_samples = config.weights.probe_samples
+    probe = HeldOut(caches["eval"], pack_len, probe_samples, pad_id) if controller.needs_probe else None
     return Run(
         config=config,
         table=table,
@@ -179,33 +174,23 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
         tokenizer=tokenizer,
         sinks=sinks,
         progress=Progress(total_steps, table.names, done_steps=first_step, is_main=distributed.is_main()),
-        shape=shape,
+        shape=ModelShape.from_config(engine.model.lm.config, parameter_counts(engine.model)[1]),
         peak_tflops=config.metrics.peak_tflops or peak_tflops(describe_hardware(device)["device"]),
         total_steps=total_steps,
         first_step=first_step,
+        layout=layout,
         nonfinite_in_a_row=0 if state is None else int(state["nonfinite_in_a_row"]),
     )
 
 
-def check_folder(config: Config) -> None:
-    """Refuse to overwrite a run: another one with `resume: never`, or a finished one without checkpoints.
-
-    Raises:
-        StateError: naming what was found.
-    """
-    folder = config.run.dir
-    metrics = folder / constants.METRICS_FILE
-    has_lines = metrics.is_file() and metrics.stat().st_size > 0
-    has_checkpoints = bool(list_checkpoints(folder / constants.CHECKPOINTS_DIR))
-    if config.run.resume == "never" and (has_lines or has_checkpoints):
-        raise StateError(
-            f"{folder} holds a run and run.resume is never; choose another run.dir, or resume: auto"
-        )
-    if (folder / constants.EXPORT_DIR).exists() and has_lines and not has_checkpoints:
-        raise StateError(
-            f"{folder} holds a finished run without checkpoints to go on from; starting again would replace "
-            "it. Choose another run.dir or remove the folder"
-        )
+def state_layout(config: Config) -> dict[str, Any]:
+    """What decides how DeepSpeed lays out saved state, beside the number of ranks."""
+    settings = deepspeed_config(config, distributed.world_size())
+    return {
+        "ZeRO stage": zero_stage(settings),
+        "model.dtype": config.model.dtype,
+        "optimizer offload": offloads_optimizer(settings),
+    }
 
 
 def planner_settings(config: Config, table: DomainTable) -> PlannerSettings:
@@ -229,14 +214,20 @@ def count_steps(config: Config, corpus: Corpus, settings: PlannerSettings) -> in
     return math.ceil(config.train.epochs * sum(corpus.num_tokens) / settings.tokens_per_step)
 
 
-def check_supply(corpus: Corpus, settings: PlannerSettings, weights: Any, total_steps: int) -> None:
-    """Refuse a run that `domains.max_epochs` would starve before its last step."""
-    steps = supply(corpus, settings, weights).steps
-    if steps < total_steps:
-        raise ConfigError(
-            f"the data lasts for {steps:.0f} steps under domains.max_epochs, and {total_steps} are asked "
-            "for; raise max_epochs, add data, or train for fewer steps"
-        )
+def open_files(
+    config: Config, engine: Engine, total_steps: int, state: dict[str, Any] | None, first_step: int
+) -> Sinks:
+    """Write what describes the run and open its logs, cut back to the checkpoint; rank 0 only."""
+    _note_changes(config)
+    write_resolved(config, config.run.dir / constants.RESOLVED_CONFIG_FILE)
+    _write_run_info(config, engine, total_steps)
+    return open_sinks(
+        config.run.dir,
+        config.metrics,
+        offsets=None if state is None else state["offsets"],
+        first_step=first_step + 1,
+        config=config.model_dump(mode="json"),
+    )
 
 
 def _note_changes(config: Config) -> None:
@@ -289,7 +280,7 @@ def _write_run_info(config: Config, engine: Engine, total_steps: int) -> None:
     )
 
 
-def _introduce(
+def introduce(
     config: Config, corpus: Corpus, settings: PlannerSettings, engine: Engine, total_steps: int
 ) -> None:
     """The first lines of a run: what is trained, with which backends, on how much."""
@@ -315,6 +306,8 @@ def _introduce(
         settings.pack_len,
         total_steps,
     )
+    for setting in preflight.ignored_settings(config):
+        log.info("note: this setting has no effect: %s", setting)
     if epoch.unpacked >= 2 * epoch.packed:
         log.info(
             "note: a pass over the data takes %d steps packed and would take %d with one sample in each "

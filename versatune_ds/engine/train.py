@@ -20,16 +20,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from versatune_ds.config.schema import Config
 from versatune_ds.data.balance import rank_packs
 from versatune_ds.data.collate import Batch
 from versatune_ds.data.planner import StepPlan
-from versatune_ds.engine.build import close_process_group, discard_step, start_process_group
+from versatune_ds.engine.build import (
+    close_process_group,
+    discard_step,
+    gradients_are_finite,
+    start_process_group,
+)
 from versatune_ds.engine.checkpoint import checkpoint_due, save_checkpoint
 from versatune_ds.engine.evaluate import HeldOut, evaluate, model_inputs
-from versatune_ds.engine.export import export_model
+from versatune_ds.engine.export import Companions, export_model
 from versatune_ds.engine.optimizer import learning_rate, set_learning_rate
 from versatune_ds.engine.run import Run, open_run
 from versatune_ds.engine.signals import StopRequest
@@ -84,11 +88,10 @@ def run_steps(run: Run, stop: StopRequest) -> bool:
     """All remaining steps; False when the run was asked to stop before its last one."""
     if run.first_step == 0:
         record_weights(run, run.controller.initial_update().to_json())
-        evaluate_when_due(run, 0)
+    evaluate_when_due(run, run.first_step)
     for step in range(run.first_step, run.total_steps):
         stopping = run_step(run, step, stop)
         done = step + 1
-        evaluate_when_due(run, done)
         last = done == run.total_steps
         if (
             stopping
@@ -101,6 +104,7 @@ def run_steps(run: Run, stop: StopRequest) -> bool:
                 "stopped after step %d as asked (%s); start the same command to go on", done, stop.reason
             )
             return False
+        evaluate_when_due(run, done)
     return True
 
 
@@ -116,11 +120,12 @@ def run_step(run: Run, step: int, stop: StopRequest) -> bool:
     left_boundary = time.perf_counter()
 
     applied = apply_step(run, totals, rate)
-    if totals.sums is None:
-        report_nonfinite(run, plan, batches, sample_losses)
-    else:
-        run.nonfinite_in_a_row = 0
+    bad = totals.sums is None or not (
+        applied or run.config.model.dtype == "fp16"
+    )  # fp16 adapts its loss scale
+    if applied and totals.sums is not None:
         run.controller.observe(totals.sums)
+    run.nonfinite_in_a_row = run.nonfinite_in_a_row + 1 if bad else 0
     stepped = time.perf_counter()
     updated = run.controller.due(step + 1)
     if updated:
@@ -128,6 +133,8 @@ def run_step(run: Run, step: int, stop: StopRequest) -> bool:
     ended = time.perf_counter()
     times = StepTimes(ended - started, left_boundary - reached_boundary, ended - stepped if updated else 0.0)
     record_step(run, plan, totals, rate, applied, times)
+    if bad:
+        report_nonfinite(run, plan, totals, sample_losses)
     return totals.stop
 
 
@@ -148,14 +155,16 @@ def accumulate(run: Run, plan: StepPlan, batches: list[Batch]) -> list[torch.Ten
         on_device = batch.to(engine.device, non_blocking=True)
         out = engine.deepspeed(**model_inputs(on_device, normalizer))
         run.statistics.add(out, on_device.sample_domains)
-        engine.deepspeed.backward(out.loss, scale_wrt_gas=False)
+        # clone: at ZeRO stage 0 DeepSpeed 0.19.8 divides the gradient of a model output by the accumulation
+        # steps in spite of scale_wrt_gas; the hook that should prevent it runs too late on that very tensor
+        engine.deepspeed.backward(out.loss.clone(), scale_wrt_gas=False)
         sample_losses.append(out.sample_loss)
     return sample_losses
 
 
 def apply_step(run: Run, totals: StepTotals, rate: float) -> bool:
-    """Take the optimizer step, or discard it on every rank when any loss was not finite."""
-    if totals.sums is None:
+    """Take the optimizer step, or discard it on every rank when a loss or gradient was not finite."""
+    if totals.sums is None or not gradients_are_finite(run.engine):
         discard_step(run.engine)
         return False
     set_learning_rate(run.engine.deepspeed.optimizer, rate)
@@ -163,29 +172,27 @@ def apply_step(run: Run, totals: StepTotals, rate: float) -> bool:
     return bool(run.engine.deepspeed.was_step_applied())
 
 
-def report_nonfinite(
-    run: Run, plan: StepPlan, batches: list[Batch], sample_losses: list[torch.Tensor]
-) -> None:
-    """Write down which samples had a non-finite loss; give up after too many such steps in a row.
+def report_nonfinite(run: Run, plan: StepPlan, totals: StepTotals, sample_losses: list[torch.Tensor]) -> None:
+    """Write down a skipped step and its bad samples; save and give up after too many in a row.
 
-    All ranks come here together: the decision came out of the all-reduce.
+    All ranks come here together: the decision came out of the all-reduce, or of DeepSpeed's own.
 
     Raises:
         DivergenceError: `train.max_nonfinite_steps` steps in a row.
     """
-    run.nonfinite_in_a_row += 1
-    mine = bad_samples(run, plan, sample_losses)
-    everyone: list[Any] = [None] * distributed.world_size()
-    dist.all_gather_object(everyone, mine)
-    samples = [sample for rank_samples in everyone for sample in rank_samples]
-    run.sinks.skipped_step({"step": plan.step + 1, "reason": "non-finite loss", "samples": samples})
-    places = ", ".join(f"{s['domain']} {s['source']}" for s in samples[:3])
-    if distributed.is_main():
-        log.warning("step %d skipped on all ranks: non-finite loss in %s", plan.step + 1, places)
+    what = "non-finite loss" if totals.sums is None else "non-finite gradient"
+    mine = bad_samples(run, plan, sample_losses) if totals.sums is None else []
+    samples = [sample for found in distributed.gather_objects(mine) for sample in found]
+    run.sinks.skipped_step({"step": plan.step + 1, "reason": what, "samples": samples})
+    places = ", ".join(f"{s['domain']} {s['source']}" for s in samples[:3]) or "no sample that can be named"
+    log.warning("step %d skipped on all ranks: %s in %s", plan.step + 1, what, places)
     if run.nonfinite_in_a_row >= run.config.train.max_nonfinite_steps:
+        save(run, plan.step + 1)
         raise DivergenceError(
-            f"{run.nonfinite_in_a_row} steps in a row had a non-finite loss, the last one in {places}; see "
-            f"{run.folder / constants.SKIPPED_STEPS_FILE}. Lower optimizer.lr, or look at these samples"
+            f"{run.nonfinite_in_a_row} steps in a row had a {what}, the last one in {places}; see "
+            f"{run.folder / constants.SKIPPED_STEPS_FILE}. The last good state is saved. Lower "
+            "optimizer.lr, or "
+            "look at these samples"
         )
 
 
@@ -211,7 +218,7 @@ def update_weights(run: Run, done: int) -> None:
     if run.probe is not None:
         probe_sums = evaluate(run.engine, run.probe, len(run.table)).sums
     update = run.controller.update(done, probe_sums)
-    if not distributed.all_equal(run.controller.digest(), run.engine.device):
+    if not distributed.all_equal(run.controller.digest()):
         raise VersaTuneError(
             f"after step {done} the ranks hold different domain weights: this is a bug, report it"
         )
@@ -319,6 +326,7 @@ def finish(run: Run) -> None:
     target = run.folder / constants.EXPORT_DIR
     if run.config.checkpoint.export_at_end:
         shard_bytes = int(run.config.checkpoint.export_shard_gb * 1e9)
-        export_model(run.engine.model, run.tokenizer, target, shard_bytes)
+        companions = Companions.of(run.config, run.tokenizer, run.engine.model.lm.config)
+        export_model(run.engine.model, companions, target, shard_bytes)
         run.progress.note(f"model: {target}")
     run.progress.note(f"run folder: {run.folder} (versatune-ds report {run.folder})")

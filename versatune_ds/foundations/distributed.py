@@ -8,7 +8,7 @@ What is not covered: starting the process group (DeepSpeed does) and the collect
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +34,18 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def collective_device() -> torch.device:
+    """Where a tensor must live to be reduced: NCCL knows CUDA tensors only."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over all ranks in place and return it."""
+    """Sum `tensor` (on `collective_device`) over all ranks in place and return it."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -51,23 +61,45 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_agree(value: bool, device: torch.device | str = "cpu") -> bool:
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order; pickles, so not for the hot path."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_agree(value: bool) -> bool:
     """True if `value` is true on every rank; a collective."""
     import torch
 
-    votes = torch.tensor([1.0 if value else 0.0], device=device)
+    votes = torch.tensor([1.0 if value else 0.0], device=collective_device())
     return bool(all_reduce_sum(votes).item() == world_size())
 
 
-def all_equal(value: int, device: torch.device | str = "cpu") -> bool:
+def all_equal(value: int) -> bool:
     """True if the 63-bit `value` is the same on every rank; a collective.
 
-    The value travels as 16-bit pieces: sums of squares of those stay exact in float64, and all values are
-    equal exactly when n * sum(x^2) == (sum x)^2 for every piece (Cauchy-Schwarz).
+    The value travels byte by byte: sums and sums of squares of bytes are exact in float64 (for fewer than
+    370,000 ranks), and n values are equal exactly when n * sum(x^2) == (sum x)^2 (Cauchy-Schwarz).
     """
     import torch
 
-    pieces = [(value >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]
-    x = torch.tensor(pieces, dtype=torch.float64, device=device)
+    pieces = [(value >> shift) & 0xFF for shift in range(0, 64, 8)]
+    x = torch.tensor(pieces, dtype=torch.float64, device=collective_device())
     sums = all_reduce_sum(torch.stack([x, x * x]))
     return bool((world_size() * sums[1] == sums[0] ** 2).all().item())
+
+
+def raise_together(problem: Exception | None) -> None:
+    """Raise on every rank if any rank has a problem, so that none waits for a dead one; a collective.
+
+    A rank without a problem of its own raises the first one found, so that all leave with the same message.
+    """
+    problems = [found for found in gather_objects(problem) if found is not None]
+    if problem is not None:
+        raise problem
+    if problems:
+        raise problems[0]
