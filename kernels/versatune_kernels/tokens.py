@@ -28,6 +28,8 @@ def valid_tokens(
     valid = labels != ignore_index
     if num_valid is None:
         index = valid.nonzero().squeeze(1)
+    elif num_valid == labels.numel():
+        index = torch.arange(num_valid, device=labels.device)
     else:
         # A stable sort of "ignored" puts valid rows first and keeps their order; the shape of the
         # result is known to the host, so it need not wait.
