@@ -117,7 +117,7 @@ def _count_products(monkeypatch, backend, vocab_size, hidden_size):
 def test_three_products_per_chunk_and_none_for_what_is_frozen(
     tools, monkeypatch, frozen, expected_products, chunking_backend
 ):
-    case = tools.case(60, ignored=0.5)
+    case = tools.case(30, ignored=0.5)
     chunk = -(-int(case.valid.sum()) // 3)  # three chunks of valid rows, not of all rows
     _, full = tools.run(case, backend=chunking_backend)
     counted = _count_products(monkeypatch, chunking_backend, 1000, 32)

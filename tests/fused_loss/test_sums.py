@@ -16,8 +16,8 @@ def _ids(num_tokens, size, seed=3):
 
 
 def test_sums_equal_a_loop_over_tokens(tools, backend):
-    case = tools.case(80, token_weight=torch.rand(80), z_loss=0.1, label_smoothing=0.1)
-    ids, domains = _ids(80, SAMPLES), _ids(80, DOMAINS)
+    case = tools.case(40, token_weight=torch.rand(40), z_loss=0.1, label_smoothing=0.1)
+    ids, domains = _ids(40, SAMPLES), _ids(40, DOMAINS)
     ids[10:14] = -1
     out, _ = tools.run(
         case,
@@ -34,7 +34,7 @@ def test_sums_equal_a_loop_over_tokens(tools, backend):
     ):
         assert found.dtype == squares.dtype == torch.float64 and counts.dtype == torch.int64
         for i in range(size):
-            members = [t for t in range(80) if of[t] == i and case.valid[t]]
+            members = [t for t in range(40) if of[t] == i and case.valid[t]]
             assert counts[i] == len(members)
             losses = [float(exact[t]) for t in members]
             assert found[i] == pytest.approx(sum(losses), rel=1e-5)
@@ -42,12 +42,12 @@ def test_sums_equal_a_loop_over_tokens(tools, backend):
 
 
 def test_samples_domains_and_tokens_add_up_to_the_same_sum(tools, backend):
-    case = tools.case(80)
+    case = tools.case(40)
     out, _ = tools.run(
         case,
-        sample_ids=_ids(80, SAMPLES),
+        sample_ids=_ids(40, SAMPLES),
         num_samples=SAMPLES,
-        domain_ids=_ids(80, DOMAINS),
+        domain_ids=_ids(40, DOMAINS),
         num_domains=DOMAINS,
         backend=backend,
     )
@@ -83,9 +83,9 @@ def test_sums_are_empty_without_ids(tools, backend):
 
 
 def test_a_nan_row_touches_its_own_token_sample_and_domain_only(tools, backend):
-    case = tools.case(80, ignored=0.2)
+    case = tools.case(40, ignored=0.2)
     case.labels[33] = 5
-    ids, domains = _ids(80, SAMPLES), _ids(80, DOMAINS)
+    ids, domains = _ids(40, SAMPLES), _ids(40, DOMAINS)
     options = dict(
         sample_ids=ids,
         num_samples=SAMPLES,
@@ -99,7 +99,7 @@ def test_a_nan_row_touches_its_own_token_sample_and_domain_only(tools, backend):
     out, answer = tools.run(case, **options)
 
     assert out.loss.isnan()
-    others = torch.arange(80) != 33
+    others = torch.arange(40) != 33
     assert out.token_loss[33].isnan() and out.token_loss[others].equal(clean.token_loss[others])
     assert answer.d_hidden[others].equal(clean_answer.d_hidden[others])
     for found, before, of in (

@@ -46,7 +46,7 @@ def test_normalizer_zero_gives_zero_even_beside_nan(tools, normalizer, backend):
 
 
 def test_a_tensor_normalizer_equals_a_float(tools, backend):
-    case = tools.case()
+    case = tools.case(20)
     expected, expected_answer = tools.run(case, normalizer=37.0, backend=backend)
     for tensor in (torch.tensor(37), torch.tensor([37.0]), torch.tensor(37.0, dtype=torch.float64)):
         out, answer = tools.run(case, normalizer=tensor, backend=backend)

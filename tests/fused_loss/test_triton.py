@@ -232,7 +232,7 @@ def test_the_kernels_compile_for_gpus(triton_backend, tmp_path):
     built = json.loads(done.stdout)
     capabilities, kernels = {b["capability"] for b in built}, {b["kernel"] for b in built}
     assert capabilities == {80, 90, 100} and len(kernels) == 3
-    assert len(built) == len(list(itertools.product(capabilities, range(7))))
+    assert len(built) == len(list(itertools.product(capabilities, range(5))))
     for kernel in built:
         assert not kernel["local_memory"], kernel
         assert kernel["kernel"] == "segment_kernel" or kernel["loads_16_bytes"], kernel
