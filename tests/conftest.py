@@ -6,7 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from launching import REPOSITORY
+
+if not torch.cuda.is_available():
+    # Without a GPU our Triton kernels run in Triton's interpreter. Triton reads this when it is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

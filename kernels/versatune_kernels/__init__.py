@@ -4,13 +4,13 @@ What: `linear_cross_entropy(hidden, weight, labels, ...)` is the language-model 
 one differentiable call. It never holds the full logits matrix and returns the loss of every token,
 sample and domain next to the scalar that is trained on.
 
-How: one signature, several backends (`reference`: readable and slow; `chunked`: portable), picked
-by `backend=`. Read `contract.py` for what comes out, `loss.py` for the order of work, `chunked.py`
-for the arithmetic.
+How: one signature, several backends (`reference`: readable and slow; `chunked`: portable; `triton`:
+for GPUs), picked by `backend=`. Read `contract.py` for what comes out, `fused_op.py` for the order
+of work, `chunked.py` for the arithmetic, `triton_kernels.py` for its fast form.
 
-What is not covered: a Triton backend, a head whose vocabulary is split over ranks, torch.compile.
+What is not covered: a head whose vocabulary is split over ranks.
 
-The package needs torch only and is usable by itself.
+The package needs torch only (and Triton for its backend) and is usable by itself.
 """
 
 from versatune_kernels.backends import ResolvedBackend, resolve_backend

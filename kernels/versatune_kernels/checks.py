@@ -9,6 +9,9 @@ read tensor values are made by `ValueChecks` in one of three ways:
               run again with validate=True to get the KernelError
     "off"     not at all
 
+Values are read inside the operator (`fused_op.py`), so that torch.compile never sees a branch on
+them.
+
 What is not covered: NaN or infinite hidden states. They give a NaN loss, which the caller sees.
 """
 
@@ -22,6 +25,7 @@ from versatune_kernels.errors import KernelError
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTEGER_DTYPES = (torch.int32, torch.int64)
+LOGITS_DTYPES = ("fp32", "compute")
 
 
 class ValueChecks:
@@ -107,7 +111,102 @@ def flat_tokens(
     return tensor.reshape(-1)
 
 
-def check_labels(labels: Tensor, valid: Tensor, vocab_size: int, checks: ValueChecks) -> None:
+def check_segments(name: str, ids: Tensor | None, size_name: str, size: int | None) -> None:
+    """Ids come with their number of segments."""
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
+        raise KernelError(f"{size_name}={size!r}; expected an integer >= 0.")
+    if ids is None and size is not None:
+        raise KernelError(f"{size_name}={size} without {name}: pass both or neither.")
+    if ids is not None and size is None:
+        raise KernelError(
+            f"{name} without {size_name}: pass {size_name}, the length of the sums to return "
+            "(reading it from the ids would make the host wait for the device)."
+        )
+
+
+def check_num_valid(num_valid: int | None, num_tokens: int) -> None:
+    """The caller's count is a possible one."""
+    if num_valid is None:
+        return
+    if isinstance(num_valid, bool) or not isinstance(num_valid, int):
+        raise KernelError(f"num_valid={num_valid!r}; expected an integer or None.")
+    if not 0 <= num_valid <= num_tokens:
+        raise KernelError(f"num_valid={num_valid} for {num_tokens} tokens; check the count.")
+
+
+def as_normalizer(normalizer: float | Tensor, device: torch.device) -> Tensor:
+    """The normalizer as a detached float64 [] tensor on `device`."""
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise KernelError(
+                f"normalizer has shape {list(normalizer.shape)}; expected one number."
+            )
+        if normalizer.requires_grad:
+            raise KernelError(
+                "normalizer requires a gradient, but the loss is differentiable in hidden and "
+                "weight only; pass normalizer.detach()."
+            )
+        if normalizer.device == device:
+            return normalizer.reshape(()).double()
+        if normalizer.device.type != "cpu":
+            raise KernelError(
+                f"normalizer is on {normalizer.device} but hidden on {device}; move it there."
+            )
+        normalizer = float(normalizer)
+    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        raise KernelError(
+            f"normalizer={normalizer!r}; expected a number or a tensor of one number."
+        )
+    if not math.isfinite(normalizer) or normalizer < 0:
+        raise KernelError(_bad_normalizer(normalizer))
+    # A fill, unlike a copy from the host, does not make the host wait.
+    return torch.full((), float(normalizer), dtype=torch.float64, device=device)
+
+
+# ---- checks that read values --------------------------------------------------------------------
+
+
+def check_values(
+    checks: ValueChecks,
+    labels: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    num_valid: int | None,
+    segments: tuple[tuple[str, Tensor | None, int], ...],
+    normalizer: Tensor,
+) -> None:
+    """Labels, ids, the count of valid labels and the normalizer hold what they may hold.
+
+    Args:
+        checks: how to require it.
+        labels: integer [N].
+        ignore_index: the label of tokens without a target.
+        vocab_size: V.
+        num_valid: the caller's count of other labels, or None.
+        segments: (name, ids [N] or None, number of segments) each.
+        normalizer: float64 [].
+    """
+    if checks.mode == "off":
+        return
+    valid = labels != ignore_index
+    _check_labels(labels, valid, vocab_size, checks)
+    if num_valid is not None:
+        checks.require(
+            valid.sum() == num_valid,
+            lambda: (
+                f"num_valid={num_valid}, but {int(valid.sum())} labels differ from "
+                f"ignore_index={ignore_index}. Count the shifted labels, or leave num_valid out."
+            ),
+        )
+    for name, ids, size in segments:
+        if ids is not None:
+            _check_ids(name, ids, size, checks)
+    checks.require(
+        torch.isfinite(normalizer) & (normalizer >= 0), lambda: _bad_normalizer(float(normalizer))
+    )
+
+
+def _check_labels(labels: Tensor, valid: Tensor, vocab_size: int, checks: ValueChecks) -> None:
     """Every valid label is a class id in 0..V-1."""
     in_range = ~valid | ((labels >= 0) & (labels < vocab_size))
 
@@ -122,25 +221,13 @@ def check_labels(labels: Tensor, valid: Tensor, vocab_size: int, checks: ValueCh
     checks.require(in_range, message)
 
 
-def check_ids(
-    name: str, ids: Tensor | None, size_name: str, size: int | None, checks: ValueChecks
-) -> None:
-    """Ids come with their number of segments and stay below it."""
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-        raise KernelError(f"{size_name}={size!r}; expected an integer >= 0.")
-    if ids is None:
-        if size is not None:
-            raise KernelError(f"{size_name}={size} without {name}: pass both or neither.")
-        return
-    if size is None:
-        raise KernelError(
-            f"{name} without {size_name}: pass {size_name}, the length of the sums to return "
-            "(reading it from the ids would make the host wait for the device)."
-        )
+def _check_ids(name: str, ids: Tensor, size: int, checks: ValueChecks) -> None:
+    """Every id stays below the number of segments."""
     in_range = ids < size
 
     def message() -> str:
         where = int((~in_range).nonzero()[0])
+        size_name = "num_" + name.removesuffix("_ids") + "s"
         return (
             f"{name} holds {int(ids[where])} at token {where}, but {size_name}={size} allows "
             f"0..{size - 1}; negative ids mean 'none'. Raise {size_name} or correct the ids."
@@ -149,57 +236,28 @@ def check_ids(
     checks.require(in_range, message)
 
 
-def check_num_valid(
-    num_valid: int | None, valid: Tensor, ignore_index: int, checks: ValueChecks
-) -> None:
-    """The caller's count of labels that are not ignore_index is right."""
-    if num_valid is None:
-        return
-    if isinstance(num_valid, bool) or not isinstance(num_valid, int):
-        raise KernelError(f"num_valid={num_valid!r}; expected an integer or None.")
-    if not 0 <= num_valid <= valid.numel():
-        raise KernelError(f"num_valid={num_valid} for {valid.numel()} tokens; check the count.")
-    checks.require(
-        valid.sum() == num_valid,
-        lambda: (
-            f"num_valid={num_valid}, but {int(valid.sum())} labels differ from "
-            f"ignore_index={ignore_index}. Count the shifted labels, or leave num_valid out."
-        ),
-    )
+# ---- options ------------------------------------------------------------------------------------
 
 
-def check_normalizer(
-    normalizer: float | Tensor, device: torch.device, checks: ValueChecks
-) -> float | Tensor:
-    """The normalizer as a float, or as a detached float32 [] tensor on `device`."""
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            raise KernelError(
-                f"normalizer has shape {list(normalizer.shape)}; expected one number."
-            )
-        if normalizer.requires_grad:
-            raise KernelError(
-                "normalizer requires a gradient, but the loss is differentiable in hidden and "
-                "weight only; pass normalizer.detach()."
-            )
-        if normalizer.device == device:
-            value = normalizer.reshape(()).float()
-            checks.require(
-                torch.isfinite(value) & (value >= 0), lambda: _bad_normalizer(float(value))
-            )
-            return value
-        if normalizer.device.type != "cpu":
-            raise KernelError(
-                f"normalizer is on {normalizer.device} but hidden on {device}; move it there."
-            )
-        normalizer = float(normalizer)
-    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+def check_effort(chunk_tokens: int | str, memory_budget: int | None, logits_dtype: str) -> None:
+    """chunk_tokens is "auto" or a number, memory_budget a number of bytes, logits_dtype known."""
+    if chunk_tokens != "auto" and not _is_count(chunk_tokens):
         raise KernelError(
-            f"normalizer={normalizer!r}; expected a number or a tensor of one number."
+            f"chunk_tokens={chunk_tokens!r}: expected 'auto' or a number of tokens >= 1. "
+            "Smaller chunks need less memory; 'auto' is a good start."
         )
-    if not math.isfinite(normalizer) or normalizer < 0:
-        raise KernelError(_bad_normalizer(normalizer))
-    return float(normalizer)
+    if memory_budget is not None and not _is_count(memory_budget):
+        raise KernelError(
+            f"memory_budget={memory_budget!r}: expected a number of bytes >= 1, or None."
+        )
+    if logits_dtype not in LOGITS_DTYPES:
+        raise KernelError(
+            f"logits_dtype={logits_dtype!r}. Known: 'fp32', and 'compute' for the dtype of hidden."
+        )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def check_options(

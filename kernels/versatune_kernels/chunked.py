@@ -9,8 +9,8 @@ three matrix products per chunk instead of the four of "recompute the logits in 
     3. d_x      [C, H]  = d_logits @ weight              result in fp32
     4. d_weight [V, H] += d_logits.T @ x                 sum in fp32
 
-backward multiplies both results by upstream / normalizer, rounds each once to its own dtype and
-returns them. Rows whose label is ignored are dropped before step 1.
+backward (`fused_op.py`) multiplies both results by upstream / normalizer and rounds each once to
+its own dtype. Rows whose label is ignored are dropped before step 1.
 
 Precision: with p = softmax(z), label y, token weight w, smoothing s, z-loss factor c,
 
@@ -20,186 +20,121 @@ is formed in fp32 and rounded afterwards: p - 1 of a confident target rounded to
 1 / normalizer stays out of the logits' gradients, where it would underflow in fp16. Summing the
 chunks' weight gradients in bf16 instead loses accuracy with every chunk (a known training bug).
 
-What is not covered: gradients of gradients; a second backward through one call (both are errors);
-torch.compile. The CUDA branch of `_product_` has not been run on a GPU yet.
+What is not covered: `logits_dtype="compute"` (logits are always fp32 here). The CUDA branch of
+`product_` has not been run on a GPU yet.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from versatune_kernels.contract import LossOptions, ValidTokens
-from versatune_kernels.errors import KernelError
+from versatune_kernels.contract import Effort, ForwardPass, LossOptions, ValidTokens
+from versatune_kernels.products import product_
+from versatune_kernels.sizing import chunked_rows
 
 VOCAB_BLOCK = 8192
 """16-bit weights are multiplied this many rows at a time: the fp32 copy of a block that the
 portable product needs is then small beside a chunk (H = 5120: 168 MB)."""
 
 
-def chunked_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: ValidTokens,
-    options: LossOptions,
-    chunk_tokens: int,
-) -> tuple[Tensor, Tensor]:
-    """Loss and per-row negative log-likelihood, without the full logits.
+def chunked_pass(
+    hidden: Tensor, weight: Tensor, tokens: ValidTokens, options: LossOptions, effort: Effort
+) -> ForwardPass:
+    """Loss of every row and the gradients, without the full logits.
 
     Args:
         hidden: [N, H] bf16, fp16 or fp32.
         weight: [V, H] of the same dtype.
         tokens: the rows that count.
         options: how logits become a loss.
-        chunk_tokens: C, rows of logits held at a time.
+        effort: which gradients, and the size of the chunks.
 
     Returns:
-        (float32 [], float32 [n]); the first is differentiable in hidden and weight.
+        ForwardPass; both gradients are float32.
     """
-    training = torch.is_grad_enabled()
-    loss, nll = _ChunkedLoss.apply(
-        hidden,
-        weight,
-        tokens,
-        options,
-        chunk_tokens,
-        training and hidden.requires_grad,
-        training and weight.requires_grad,
-    )
-    return loss, nll
+    num_rows, (vocab_size, hidden_size) = tokens.labels.numel(), weight.shape
+    chunk = chunked_rows(effort, num_rows, hidden_size, vocab_size, weight.element_size())
+    nll = hidden.new_empty(num_rows, dtype=torch.float32)
+    objective = torch.empty_like(nll)
+    d_hidden = d_weight = None
+    if effort.grad_hidden:
+        d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+    if effort.grad_weight:
+        d_weight = weight.new_zeros(weight.shape, dtype=torch.float32)
 
-
-class _ChunkedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        tokens: ValidTokens,
-        options: LossOptions,
-        chunk_tokens: int,
-        grad_hidden: bool,
-        grad_weight: bool,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.like = (_Like(hidden), _Like(weight))
-        ctx.tokens = tokens
-        ctx.spent = False
-
-        num_rows = tokens.labels.numel()
-        # Nothing to learn from: backward makes zeros, so the graph stays tied to both inputs.
-        is_zero = num_rows == 0 or _is_zero_on_host(tokens.normalizer)
-        grads = _Gradients(
-            x=hidden.new_empty((num_rows, hidden.shape[1]), dtype=torch.float32)
-            if grad_hidden and not is_zero
-            else None,
-            weight=weight.new_zeros(weight.shape, dtype=torch.float32)
-            if grad_weight and not is_zero
-            else None,
+    buffers = _buffers(hidden, weight, min(chunk, num_rows), effort)
+    for start in range(0, num_rows, chunk):
+        part = slice(start, min(start + chunk, num_rows))
+        _run_chunk(
+            hidden, weight, tokens, options, part, buffers, nll, objective, d_hidden, d_weight
         )
-        nll, objective = _run_chunks(hidden, weight, tokens, options, chunk_tokens, grads)
-        ctx.grads = grads
-        ctx.mark_non_differentiable(nll)
-        total = objective.sum(dtype=torch.float64)
-        return _divide(total, tokens.normalizer).float(), nll
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, _d_nll: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.spent:
-            raise KernelError(
-                "second backward through one linear_cross_entropy call: its gradients are computed "
-                "in forward and were handed out by the first backward. Call "
-                "linear_cross_entropy again, add the losses before one backward, or use "
-                'backend="reference".'
-            )
-        ctx.spent = True
-        grads, ctx.grads = ctx.grads, None
-        tokens: ValidTokens = ctx.tokens
-        hidden_like, weight_like = ctx.like
-        scale = _divide(d_loss, tokens.normalizer)
-
-        d_hidden = d_weight = None
-        if ctx.needs_input_grad[0]:
-            if grads.x is None:
-                d_hidden = hidden_like.zeros()
-            else:
-                d_hidden = _scale_(grads.x, scale, tokens.normalizer).to(hidden_like.dtype)
-                if not tokens.covers_all:
-                    d_hidden = hidden_like.zeros().index_copy_(0, tokens.index, d_hidden)
-        if ctx.needs_input_grad[1]:
-            if grads.weight is None:
-                d_weight = weight_like.zeros()
-            else:
-                d_weight = _scale_(grads.weight, scale, tokens.normalizer).to(weight_like.dtype)
-        return d_hidden, d_weight, None, None, None, None, None
+    is_zero = tokens.normalizer == 0
+    for gradient in (d_hidden, d_weight):
+        # Beside NaN a product with 0 would not do. On the CPU reading the number costs nothing.
+        if gradient is not None and (gradient.device.type != "cpu" or bool(is_zero)):
+            gradient.masked_fill_(is_zero, 0)
+    pending = torch.where(is_zero, 0, 1 / tokens.normalizer).float()
+    return ForwardPass(nll, objective, d_hidden, d_weight, pending)
 
 
-class _Like:
-    """Shape, dtype and device of an input, kept without keeping the input (ZeRO-3 releases it)."""
+class _Buffers(NamedTuple):
+    """Memory that every chunk uses again."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
-
-    def zeros(self) -> Tensor:
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-
-
-@dataclass
-class _Gradients:
-    """fp32 gradients of the sum over tokens, before upstream / normalizer. None: not needed."""
-
-    x: Tensor | None
-    """[n, H]"""
-    weight: Tensor | None
-    """[V, H]"""
+    logits: Tensor
+    """float32 [C, V]; becomes the gradient of the logits."""
+    rounded: Tensor | None
+    """[C, V]. That gradient in the weight's dtype, for the products; None: fp32, or evaluation."""
+    d_x: Tensor | None
+    """float32 [C, H], when rows are gathered."""
 
 
-# ---- one pass over the rows --------------------------------------------------------------------
+def _buffers(hidden: Tensor, weight: Tensor, rows: int, effort: Effort) -> _Buffers:
+    training = effort.grad_hidden or effort.grad_weight
+    shape = (rows, weight.shape[0])
+    return _Buffers(
+        logits=hidden.new_empty(shape, dtype=torch.float32),
+        rounded=weight.new_empty(shape) if training and weight.dtype != torch.float32 else None,
+        d_x=hidden.new_empty((rows, hidden.shape[1]), dtype=torch.float32)
+        if effort.grad_hidden
+        else None,
+    )
 
 
-def _run_chunks(
+def _run_chunk(
     hidden: Tensor,
     weight: Tensor,
     tokens: ValidTokens,
     options: LossOptions,
-    chunk_tokens: int,
-    grads: _Gradients,
-) -> tuple[Tensor, Tensor]:
-    """nll and weighted objective of every valid row, float32 [n] each; fills `grads`."""
-    num_rows = tokens.labels.numel()
-    nll = hidden.new_empty(num_rows, dtype=torch.float32)
-    objective = torch.empty_like(nll)
-    training = grads.x is not None or grads.weight is not None
-
-    rows = hidden if tokens.covers_all else hidden.index_select(0, tokens.index)
-    slab_shape = (min(chunk_tokens, num_rows), weight.shape[0])
-    slab = hidden.new_empty(slab_shape, dtype=torch.float32)
-    needs_rounding = training and weight.dtype != torch.float32
-    rounded = weight.new_empty(slab_shape) if needs_rounding else None
-
-    for start in range(0, num_rows, chunk_tokens):
-        part = slice(start, min(start + chunk_tokens, num_rows))
-        x, labels = rows[part], tokens.labels[part]
-        row_weight = None if tokens.token_weight is None else tokens.token_weight[part]
-        logits = slab[: len(x)]
-        blocks = list(_vocab_blocks(weight))
-
+    part: slice,
+    buffers: _Buffers,
+    nll: Tensor,
+    objective: Tensor,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+) -> None:
+    """Fill the part's rows of `nll`, `objective` and `d_hidden`; add to `d_weight`."""
+    x = hidden[part] if tokens.covers_all else hidden.index_select(0, tokens.index[part])
+    row_weight = None if tokens.token_weight is None else tokens.token_weight[part]
+    logits = buffers.logits[: len(x)]
+    blocks = list(_vocab_blocks(weight))
+    for block in blocks:
+        product_(logits[:, block], x, weight[block].T, accumulate=False)
+    training = d_hidden is not None or d_weight is not None
+    nll[part], objective[part] = _row_pass_(
+        logits, tokens.labels[part], row_weight, options, training
+    )
+    d_logits = logits if buffers.rounded is None else buffers.rounded[: len(x)].copy_(logits)
+    if d_hidden is not None and buffers.d_x is not None:
+        d_x = buffers.d_x[: len(x)]
         for block in blocks:
-            _product_(logits[:, block], x, weight[block].T, accumulate=False)
-        nll[part], objective[part] = _row_pass_(logits, labels, row_weight, options, training)
-        d_logits = logits if rounded is None else rounded[: len(x)].copy_(logits)
-        if grads.x is not None:
-            for block in blocks:
-                _product_(
-                    grads.x[part], d_logits[:, block], weight[block], accumulate=block.start > 0
-                )
-        if grads.weight is not None:
-            for block in blocks:
-                _product_(grads.weight[block], d_logits[:, block].T, x, accumulate=True)
-    return nll, objective
+            product_(d_x, d_logits[:, block], weight[block], accumulate=block.start > 0)
+        d_hidden.index_copy_(0, tokens.index[part], d_x)
+    if d_weight is not None:
+        for block in blocks:
+            product_(d_weight[block], d_logits[:, block].T, x, accumulate=True)
 
 
 def _row_pass_(
@@ -261,48 +196,9 @@ def _row_pass_(
     return nll.squeeze(1), objective.squeeze(1)
 
 
-# ---- matrix products ---------------------------------------------------------------------------
-
-
 def _vocab_blocks(weight: Tensor) -> Iterator[slice]:
     """Row ranges of `weight` to multiply at a time: all of an fp32 weight, blocks of others."""
     vocab_size = weight.shape[0]
     step = vocab_size if weight.dtype == torch.float32 else VOCAB_BLOCK
     for start in range(0, vocab_size, step):
         yield slice(start, min(start + step, vocab_size))
-
-
-def _product_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """out = a @ b, or out += a @ b: fp32 `out` from operands of any dtype, products not rounded."""
-    if a.dtype != torch.float32 and a.device.type == "cuda":
-        product = torch.mm(a, b, out_dtype=torch.float32)
-        if accumulate:
-            out.add_(product)
-        else:
-            out.copy_(product)
-    else:
-        # beta=0 ignores what `out` held before, NaN included.
-        out.addmm_(a.float(), b.float(), beta=1 if accumulate else 0)
-
-
-# ---- the normalizer ----------------------------------------------------------------------------
-
-
-def _is_zero_on_host(normalizer: float | Tensor) -> bool:
-    """Whether the normalizer is known to be 0 without asking the device."""
-    return not isinstance(normalizer, Tensor) and normalizer == 0
-
-
-def _divide(value: Tensor, normalizer: float | Tensor) -> Tensor:
-    """value / normalizer, and 0 (never NaN) where the normalizer is 0."""
-    if isinstance(normalizer, Tensor):
-        return torch.where(normalizer == 0, 0, value / normalizer)
-    return torch.zeros_like(value) if normalizer == 0 else value / normalizer
-
-
-def _scale_(grad: Tensor, scale: Tensor, normalizer: float | Tensor) -> Tensor:
-    """grad *= scale; a normalizer of 0 also clears NaN, which 0 * NaN would keep."""
-    grad.mul_(scale)
-    if isinstance(normalizer, Tensor):
-        grad.masked_fill_(normalizer == 0, 0)
-    return grad

@@ -3,7 +3,8 @@
 Shape legend of the package: N tokens, H hidden size, V vocabulary size, S samples, k domains,
 n <= N tokens whose label is not `ignore_index` ("valid" tokens), C rows of one chunk.
 
-What is not covered: how anything is computed (see `reference.py`, `chunked.py`, `sums.py`).
+What is not covered: how anything is computed (see `reference.py`, `chunked.py`,
+`triton_backend.py`, `sums.py`).
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ class LossOutput(NamedTuple):
     """float64 [k]. Sum of token_loss over the valid tokens of each domain; [0] without ids."""
     domain_tokens: Tensor
     """int64 [k]. Number of valid tokens of each domain."""
+    sample_loss_sq: Tensor
+    """float64 [S]. Sum of token_loss ** 2 over the valid tokens of each sample."""
+    domain_loss_sq: Tensor
+    """float64 [k]. Sum of token_loss ** 2 over the valid tokens of each domain."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,22 @@ class LossOptions:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How much of the work is wanted, and in how much memory."""
+
+    grad_hidden: bool
+    """Whether the gradient of hidden will be asked for."""
+    grad_weight: bool
+    """Whether the gradient of weight will be asked for."""
+    chunk_tokens: int
+    """C as the caller asked for it; 0: by the rule in `sizing.py`."""
+    memory_budget: int
+    """Bytes for the logits and the fp32 sum of the weight's gradient; 0: no limit."""
+    logits_dtype: str
+    """"fp32" or "compute"; see `linear_cross_entropy`."""
+
+
+@dataclass(frozen=True)
 class ValidTokens:
     """The n rows that carry a label. All tensors live on the device of `hidden`."""
 
@@ -54,7 +75,26 @@ class ValidTokens:
     """int64 [n]. Class ids in 0..V-1."""
     token_weight: Tensor | None
     """float32 [n], or None for all ones."""
-    normalizer: float | Tensor
-    """The divisor of the loss: a float, or a float32 [] tensor that the host need not read."""
+    normalizer: Tensor
+    """float64 []. The divisor of the loss, >= 0; the host need not read it."""
     covers_all: bool
     """True when n == N, so that no row has to be gathered."""
+    ignore_index: int
+    """Label of tokens without a target. A row has it only if the caller counted `num_valid` too
+    high; the Triton backend gives such a row loss and gradient 0."""
+
+
+class ForwardPass(NamedTuple):
+    """What one pass over the rows yields."""
+
+    nll: Tensor
+    """float32 [n]."""
+    objective: Tensor
+    """float32 [n]. token_weight * (smoothed nll + z-loss), not normalized."""
+    d_hidden: Tensor | None
+    """[N, H], zero at ignored tokens; None when not wanted. Lacks the factor `pending`."""
+    d_weight: Tensor | None
+    """[V, H]; None when not wanted. Lacks the factor `pending`."""
+    pending: Tensor
+    """float32 []. What backward multiplies both gradients by, beside the upstream gradient. 0: the
+    normalizer is 0 and the gradients are exactly 0, whatever they hold now."""

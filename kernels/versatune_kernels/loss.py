@@ -1,7 +1,7 @@
-"""The public call: check, drop ignored rows, run a backend, sum per sample and domain.
+"""The public call: check what the host knows, then run the operator or the reference.
 
-How: `linear_cross_entropy` below is the order of work. The backends only see rows that carry a
-label; everything else is the same for all of them.
+How: everything that reads tensor values happens in `fused_op.py`, in one operator of torch; the
+reference is the same work written as plain autograd. The backends only see rows that carry a label.
 
 What is not covered: shifting labels (they come shifted: labels[t] is the target of position t),
 collectives (sums and normalizer are the caller's to reduce over ranks), a bias of the head.
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from versatune_kernels import checks
-from versatune_kernels.backends import resolve_backend
-from versatune_kernels.chunked import chunked_loss
-from versatune_kernels.contract import LossOptions, LossOutput, ValidTokens
+from versatune_kernels.backends import check_name
+from versatune_kernels.contract import LossOptions, LossOutput
+from versatune_kernels.fused_op import NUM_OUTPUTS, linear_cross_entropy_op
 from versatune_kernels.reference import reference_loss
-from versatune_kernels.sizing import resolve_chunk_tokens
 from versatune_kernels.sums import segment_sums
+from versatune_kernels.tokens import valid_tokens
 
 
 def linear_cross_entropy(
@@ -36,6 +36,8 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float = 0.0,
     chunk_tokens: int | str = "auto",
+    memory_budget: int | None = None,
+    logits_dtype: str = "fp32",
     backend: str = "auto",
     num_valid: int | None = None,
     validate: bool | None = None,
@@ -62,8 +64,13 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1), as in torch.nn.functional.cross_entropy.
         logit_scale: factor of the raw logits, > 0; applied before the softcap.
         softcap: logits become softcap * tanh(logits / softcap); 0 is off.
-        chunk_tokens: rows of logits held at a time by the chunked backend; "auto": see `sizing.py`.
-        backend: "auto", "chunked" or "reference"; see `backends.py`.
+        chunk_tokens: rows of logits held at a time (not by the reference); "auto": `sizing.py`.
+        memory_budget: most bytes for logits and, where the weight's gradient is summed in fp32 but
+            is 16-bit, that sum; the gradients themselves come on top. None: no limit. Not kept by
+            the reference.
+        logits_dtype: "fp32", or "compute": the dtype of hidden, as a model in 16-bit computes them,
+            at half the memory and less accuracy. The triton backend obeys; the others hold fp32.
+        backend: "auto", "triton", "chunked" or "reference"; see `backends.py`.
         num_valid: number of labels that differ from ignore_index, where the host knows it. On CUDA
             it saves the one moment where the host waits for the device.
         validate: whether to check values (label and id ranges, num_valid). None: on CUDA by
@@ -78,61 +85,76 @@ def linear_cross_entropy(
     """
     checks.check_matrices(hidden, weight)
     checks.check_options(ignore_index, z_loss, label_smoothing, logit_scale, softcap)
-    chosen = resolve_backend(backend)
-    value_checks = checks.ValueChecks(validate, hidden.device)
-
+    checks.check_effort(chunk_tokens, memory_budget, logits_dtype)
+    check_name(backend)
     labels = checks.flat_tokens("labels", labels, hidden, checks.INTEGER_DTYPES)
-    valid = labels != ignore_index
-    checks.check_labels(labels, valid, weight.shape[0], value_checks)
-    checks.check_num_valid(num_valid, valid, ignore_index, value_checks)
+    checks.check_num_valid(num_valid, labels.numel())
+    checks.check_segments("sample_ids", sample_ids, "num_samples", num_samples)
+    checks.check_segments("domain_ids", domain_ids, "num_domains", num_domains)
     if sample_ids is not None:
         sample_ids = checks.flat_tokens("sample_ids", sample_ids, hidden, checks.INTEGER_DTYPES)
     if domain_ids is not None:
         domain_ids = checks.flat_tokens("domain_ids", domain_ids, hidden, checks.INTEGER_DTYPES)
-    checks.check_ids("sample_ids", sample_ids, "num_samples", num_samples, value_checks)
-    checks.check_ids("domain_ids", domain_ids, "num_domains", num_domains, value_checks)
     if token_weight is not None:
         token_weight = checks.flat_tokens("token_weight", token_weight, hidden, checks.FLOAT_DTYPES)
-    divisor = checks.check_normalizer(normalizer, hidden.device, value_checks)
-
-    tokens = _valid_tokens(labels, valid, token_weight, divisor, num_valid)
-    options = LossOptions(float(z_loss), float(label_smoothing), float(logit_scale), float(softcap))
-    chunk = resolve_chunk_tokens(
-        chunk_tokens, tokens.labels.numel(), weight.shape[1], weight.shape[0]
-    )
+    divisor = checks.as_normalizer(normalizer, hidden.device)
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+    options = LossOptions(float(z_loss), float(label_smoothing), float(logit_scale), float(softcap))
 
-    # Autocast would round the fp32 parts of the arithmetic.
-    with torch.autocast(device_type=hidden.device.type, enabled=False):
-        if chosen.name == "chunked":
-            loss, nll = chunked_loss(flat_hidden, weight, tokens, options, chunk)
-        else:
+    if backend == "reference":
+        checks.check_values(
+            checks.ValueChecks(validate, hidden.device),
+            labels,
+            ignore_index,
+            weight.shape[0],
+            num_valid,
+            (
+                ("sample_ids", sample_ids, num_samples or 0),
+                ("domain_ids", domain_ids, num_domains or 0),
+            ),
+            divisor,
+        )
+        tokens = valid_tokens(labels, token_weight, divisor, ignore_index, num_valid)
+        # Autocast would round the fp32 parts of the arithmetic.
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
             loss, nll = reference_loss(flat_hidden, weight, tokens, options)
+        token_loss = nll.new_zeros(labels.numel()).index_copy_(0, tokens.index, nll)
+        sample = segment_sums(token_loss, labels, ignore_index, sample_ids, num_samples or 0)
+        domain = segment_sums(token_loss, labels, ignore_index, domain_ids, num_domains or 0)
+        return LossOutput(
+            loss,
+            token_loss,
+            sample.sums,
+            sample.counts,
+            domain.sums,
+            domain.counts,
+            sample.squares,
+            domain.squares,
+        )
 
-    token_loss = nll.new_zeros(labels.numel()).index_copy_(0, tokens.index, nll)
-    sample_loss, sample_tokens = segment_sums(token_loss, valid, sample_ids, num_samples or 0)
-    domain_loss, domain_tokens = segment_sums(token_loss, valid, domain_ids, num_domains or 0)
-    return LossOutput(loss, token_loss, sample_loss, sample_tokens, domain_loss, domain_tokens)
-
-
-def _valid_tokens(
-    labels: Tensor,
-    valid: Tensor,
-    token_weight: Tensor | None,
-    normalizer: float | Tensor,
-    num_valid: int | None,
-) -> ValidTokens:
-    """The rows that carry a label, in the order of the batch."""
-    if num_valid is None:
-        index = valid.nonzero().squeeze(1)  # on CUDA the host waits here for the count
-    else:
-        # A stable sort of "ignored" puts valid rows first and keeps their order; the shape of the
-        # result is known to the host, so it need not wait.
-        index = torch.sort((~valid).to(torch.uint8), stable=True).indices[:num_valid]
-    return ValidTokens(
-        index=index,
-        labels=labels.index_select(0, index).to(torch.int64),
-        token_weight=None if token_weight is None else token_weight.index_select(0, index).float(),
-        normalizer=normalizer,
-        covers_all=index.numel() == labels.numel(),
+    training = torch.is_grad_enabled()
+    outputs = linear_cross_entropy_op(
+        flat_hidden,
+        weight,
+        labels,
+        sample_ids,
+        num_samples or 0,
+        domain_ids,
+        num_domains or 0,
+        token_weight,
+        divisor,
+        ignore_index,
+        options.z_loss,
+        options.label_smoothing,
+        options.logit_scale,
+        options.softcap,
+        backend,
+        logits_dtype,
+        0 if chunk_tokens == "auto" else chunk_tokens,
+        memory_budget or 0,
+        num_valid,
+        validate,
+        training and flat_hidden.requires_grad,
+        training and weight.requires_grad,
     )
+    return LossOutput(*outputs[:NUM_OUTPUTS])

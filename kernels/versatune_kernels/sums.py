@@ -8,39 +8,54 @@ segment (a one-hot product or a difference of running sums would spread it: 0 * 
 What is not covered: sums over ranks or steps; add the float64 results.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
+class SegmentSums(NamedTuple):
+    """One value per sample or domain; a segment without tokens holds 0, 0 and 0."""
+
+    sums: Tensor
+    """float64 [num_segments]."""
+    counts: Tensor
+    """int64 [num_segments]."""
+    squares: Tensor
+    """float64 [num_segments]. Sum of the squared values."""
+
+
 def segment_sums(
-    values: Tensor, valid: Tensor, ids: Tensor | None, num_segments: int
-) -> tuple[Tensor, Tensor]:
-    """Sum of `values` and number of tokens per id.
+    values: Tensor, labels: Tensor, ignore_index: int, ids: Tensor | None, num_segments: int
+) -> SegmentSums:
+    """Sum, number and sum of squares of `values` per id.
 
     Args:
         values: float32 [N].
-        valid: bool [N]. Only these tokens are summed and counted.
+        labels: integer [N]. Only tokens whose label is not `ignore_index` are summed and counted.
+        ignore_index: the label of tokens that have no target.
         ids: integer [N] below num_segments, or None. Negative ids belong to no segment.
-        num_segments: length of both results; 0 without ids.
-
-    Returns:
-        (float64 [num_segments], int64 [num_segments]). A segment without tokens holds 0 and 0.
+        num_segments: length of the results; 0 without ids.
     """
     device = values.device
     if ids is None or values.numel() == 0:
-        return (
+        return SegmentSums(
             torch.zeros(num_segments, dtype=torch.float64, device=device),
             torch.zeros(num_segments, dtype=torch.int64, device=device),
+            torch.zeros(num_segments, dtype=torch.float64, device=device),
         )
     # Tokens that belong nowhere get the id behind the last one, so that they sort to the end.
-    keys = torch.where(valid & (ids >= 0), ids.to(torch.int64), num_segments)
+    mine = (labels != ignore_index) & (ids >= 0)
+    keys = torch.where(mine, ids.to(torch.int64), num_segments)
     sorted_keys, order = torch.sort(keys, stable=True)
     bounds = torch.searchsorted(
         sorted_keys, torch.arange(num_segments + 1, dtype=torch.int64, device=device)
     )
-    sorted_values = values.to(torch.float64).index_select(0, order)
+    in_order = values.to(torch.float64).index_select(0, order)
+    return SegmentSums(_reduce(in_order, bounds), bounds.diff(), _reduce(in_order.square(), bounds))
+
+
+def _reduce(values: Tensor, bounds: Tensor) -> Tensor:
+    """Sum of each segment bounds[i]..bounds[i + 1] - 1."""
     # unsafe=True skips a check of the bounds that would make the host wait for the device.
-    sums = torch.segment_reduce(
-        sorted_values, "sum", offsets=bounds, axis=0, unsafe=True, initial=0.0
-    )
-    return sums, bounds.diff()
+    return torch.segment_reduce(values, "sum", offsets=bounds, axis=0, unsafe=True, initial=0.0)

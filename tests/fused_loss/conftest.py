@@ -1,14 +1,21 @@
 """Shared tools of the fused-loss tests: random cases, an independent fp64 answer, and the bound.
 
+The Triton backend runs here on the CPU, in Triton's interpreter (`tests/conftest.py` asks for it where there
+is no GPU). One program takes milliseconds there, so cases are small. `test_gpu.py` runs it on a GPU.
+
 The bound is relative to what torch itself reaches in the same dtype, so that no tolerance has to be
-guessed: error(ours) <= 2 * error(torch) + EPS, where an error is the largest absolute difference to
-the fp64 answer divided by the largest absolute value of that answer.
+guessed: error(ours) <= 2 * error(torch) + eps, where an error is the largest absolute difference to
+the fp64 answer divided by the largest absolute value of that answer. eps is EPS and one rounding to
+the dtype of the answer, which the exact answer would suffer too.
 """
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,7 +54,7 @@ class Tools:
 
     @staticmethod
     def case(
-        num_tokens: int = 100,
+        num_tokens: int = 50,
         hidden_size: int = 32,
         vocab_size: int = 1000,
         dtype: torch.dtype = torch.float32,
@@ -118,7 +125,8 @@ class Tools:
         broken = {}
         for part in ("loss", "token_loss", "d_hidden", "d_weight"):
             error = cls.error(getattr(ours, part), getattr(exact, part))
-            allowed = 2 * cls.error(getattr(torchs, part), getattr(exact, part)) + EPS
+            eps = EPS + torch.finfo(getattr(torchs, part).dtype).eps / 2
+            allowed = 2 * cls.error(getattr(torchs, part), getattr(exact, part)) + eps
             if not error <= allowed:
                 broken[part] = f"error {error:.2e}, allowed {allowed:.2e}"
         return broken
@@ -132,3 +140,53 @@ def tools() -> type[Tools]:
 @pytest.fixture
 def case() -> Callable[..., Case]:
     return Tools.case
+
+
+# ---- backends -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["chunked", "triton", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend in turn."""
+    if request.param == "triton":
+        request.getfixturevalue("triton_backend")
+    return str(request.param)
+
+
+@pytest.fixture(params=["chunked", "triton"])
+def chunking_backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that computes gradients in forward, chunk by chunk."""
+    if request.param == "triton":
+        request.getfixturevalue("triton_backend")
+    return str(request.param)
+
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the Triton backend, interpreted; tiles so small that a vocabulary takes several."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: pip install 'triton>=3.6'")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("a GPU is here and TRITON_INTERPRET is not 1: test_gpu.py runs the Triton backend")
+    from versatune_kernels import triton_backend
+
+    monkeypatch.setattr(triton_backend, "VOCAB_TILE", 256)
+    monkeypatch.setattr(triton_backend, "TOKEN_TILE", 32)
+    _round_like_a_gpu(monkeypatch)
+    return triton_backend
+
+
+def _round_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter truncates fp32 to bf16, where GPUs round to nearest even; make it round."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if source != tl.float32 or target != tl.bfloat16:
+            return convert(data, source, target, mode)
+        values = torch.from_numpy(np.array(data.view(np.float32)))
+        return values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounding)

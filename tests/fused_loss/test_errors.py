@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from versatune_kernels import KernelError, linear_cross_entropy, resolve_backend
+from versatune_kernels import KernelError, backends, linear_cross_entropy, resolve_backend
 from versatune_kernels.checks import ValueChecks
 
 
@@ -82,10 +82,17 @@ BAD_CALLS = {
     "ignore_index": (dict(ignore_index=None), "ignore_index=None"),
     "chunk 0": (dict(chunk_tokens=0), "chunk_tokens=0"),
     "chunk text": (dict(chunk_tokens="big"), "chunk_tokens='big'"),
-    "triton": (dict(backend="triton"), "no Triton backend.*chunked"),
+    "budget 0": (dict(memory_budget=0), "memory_budget=0"),
+    "budget in GB": (dict(memory_budget=1.5), "memory_budget=1.5.*bytes"),
+    "small budget": (dict(memory_budget=100), "holds 2 rows.*allow 240 bytes"),
+    "budget below chunk": (
+        dict(memory_budget=100, chunk_tokens=4),
+        "4 rows are needed.*smaller chunk_tokens",
+    ),
+    "logits_dtype": (dict(logits_dtype="bf16"), "logits_dtype='bf16'. Known: 'fp32', and 'compute'"),
     "misspelt backend": (
         dict(backend="chunk"),
-        "Known: auto, chunked, reference.*Did you mean 'chunked'",
+        "Known: auto, triton, chunked, reference.*Did you mean 'chunked'",
     ),
 }
 
@@ -120,8 +127,46 @@ def test_values_are_checked_on_the_device_where_reading_them_would_wait():
 
 def test_resolve_backend_names_its_reason():
     assert resolve_backend().name == "chunked"
-    assert "no Triton" in resolve_backend("auto").reason
-    assert resolve_backend("reference").name == "reference"
+    assert "needs CUDA" in resolve_backend("auto", "cpu").reason
+    assert resolve_backend("chunked", "cuda").name == "chunked"
+    assert resolve_backend("reference", "cuda").name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("triton_problem", "gpu_problem", "name", "reason"),
+    [
+        (None, None, "triton", "CUDA and Triton are here"),
+        ("Triton cannot be imported", None, "chunked", "Triton cannot be imported"),
+        (None, "Tesla V100 is older than Ampere", "chunked", "older than Ampere"),
+    ],
+)
+def test_auto_takes_triton_on_cuda_where_it_can(monkeypatch, triton_problem, gpu_problem, name, reason):
+    monkeypatch.setattr(backends, "_triton_problem", lambda: triton_problem)
+    monkeypatch.setattr(backends, "_gpu_problem", lambda: gpu_problem)
+    chosen = resolve_backend("auto", "cuda")
+    assert chosen.name == name and reason in chosen.reason
+    if name == "triton":
+        assert resolve_backend("triton", "cuda").name == "triton"
+    else:
+        with pytest.raises(KernelError, match=f"{reason}.*chunked"):
+            resolve_backend("triton", "cuda")
+
+
+def test_triton_on_the_cpu_is_for_its_interpreter_only(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(KernelError, match="needs a CUDA device.*TRITON_INTERPRET=1"):
+        resolve_backend("triton", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backends, "_triton_problem", lambda: "Triton cannot be imported (why)")
+    with pytest.raises(KernelError, match=r"cannot be imported \(why\)"):
+        resolve_backend("triton", "cpu")
+    monkeypatch.setattr(backends, "_triton_problem", lambda: None)
+    assert "interpreter" in resolve_backend("triton", "cpu").reason
+
+
+def test_a_missing_triton_is_a_reason_not_a_crash(monkeypatch):
+    monkeypatch.setitem(sys.modules, "versatune_kernels.triton_backend", None)
+    assert "pip install 'triton" in str(backends._triton_problem.__wrapped__())
 
 
 def test_the_package_stands_alone():

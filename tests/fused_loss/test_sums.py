@@ -15,10 +15,9 @@ def _ids(num_tokens, size, seed=3):
     return torch.randint(0, size, (num_tokens,), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
 def test_sums_equal_a_loop_over_tokens(tools, backend):
-    case = tools.case(200, token_weight=torch.rand(200), z_loss=0.1, label_smoothing=0.1)
-    ids, domains = _ids(200, SAMPLES), _ids(200, DOMAINS)
+    case = tools.case(40, token_weight=torch.rand(40), z_loss=0.1, label_smoothing=0.1)
+    ids, domains = _ids(40, SAMPLES), _ids(40, DOMAINS)
     ids[10:14] = -1
     out, _ = tools.run(
         case,
@@ -29,25 +28,28 @@ def test_sums_equal_a_loop_over_tokens(tools, backend):
         backend=backend,
     )
     exact = tools.torch_answer(case, torch.float64).token_loss  # plain nll, whatever is trained on
-    for found, counts, of, size in (
-        (out.sample_loss, out.sample_tokens, ids, SAMPLES),
-        (out.domain_loss, out.domain_tokens, domains, DOMAINS),
+    for found, counts, squares, of, size in (
+        (out.sample_loss, out.sample_tokens, out.sample_loss_sq, ids, SAMPLES),
+        (out.domain_loss, out.domain_tokens, out.domain_loss_sq, domains, DOMAINS),
     ):
-        assert found.dtype == torch.float64 and counts.dtype == torch.int64
+        assert found.dtype == squares.dtype == torch.float64 and counts.dtype == torch.int64
         for i in range(size):
-            members = [t for t in range(200) if of[t] == i and case.valid[t]]
+            members = [t for t in range(40) if of[t] == i and case.valid[t]]
             assert counts[i] == len(members)
-            assert found[i] == pytest.approx(sum(float(exact[t]) for t in members), rel=1e-5)
+            losses = [float(exact[t]) for t in members]
+            assert found[i] == pytest.approx(sum(losses), rel=1e-5)
+            assert squares[i] == pytest.approx(sum(loss**2 for loss in losses), rel=1e-5)
 
 
-def test_samples_domains_and_tokens_add_up_to_the_same_sum(tools):
-    case = tools.case(300)
+def test_samples_domains_and_tokens_add_up_to_the_same_sum(tools, backend):
+    case = tools.case(40)
     out, _ = tools.run(
         case,
-        sample_ids=_ids(300, SAMPLES),
+        sample_ids=_ids(40, SAMPLES),
         num_samples=SAMPLES,
-        domain_ids=_ids(300, DOMAINS),
+        domain_ids=_ids(40, DOMAINS),
         num_domains=DOMAINS,
+        backend=backend,
     )
     total = math.fsum(out.token_loss.tolist())
     assert math.fsum(out.sample_loss.tolist()) == pytest.approx(total, rel=1e-14)
@@ -56,35 +58,34 @@ def test_samples_domains_and_tokens_add_up_to_the_same_sum(tools):
     assert out.sample_tokens.sum() == out.domain_tokens.sum() == case.valid.sum()
 
 
-def test_an_absent_domain_and_an_ignored_sample_are_zero(tools):
+def test_an_absent_domain_and_an_ignored_sample_are_zero(tools, backend):
     case = tools.case(60)
     ids, domains = _ids(60, 5), torch.where(_ids(60, 2) == 0, 0, 3)
     case.labels[ids == 2] = -100
-    out, _ = tools.run(case, sample_ids=ids, num_samples=5, domain_ids=domains, num_domains=5)
+    sizes = {"num_samples": 5, "num_domains": 5}
+    out, _ = tools.run(case, sample_ids=ids, domain_ids=domains, backend=backend, **sizes)
     assert out.sample_tokens[2] == 0 and out.sample_loss[2] == 0
     assert out.domain_tokens[[1, 2, 4]].tolist() == [0, 0, 0]
     assert out.domain_loss[[1, 2, 4]].tolist() == [0.0, 0.0, 0.0]
     assert (out.domain_loss[[0, 3]] > 0).all()
 
 
-def test_negative_ids_are_in_no_sum_but_in_the_loss(tools):
-    case = tools.case(50, ignored=0.0)
-    out, _ = tools.run(case, sample_ids=torch.full((50,), -7), num_samples=2)
+def test_negative_ids_are_in_no_sum_but_in_the_loss(tools, backend):
+    case = tools.case(20, ignored=0.0)
+    out, _ = tools.run(case, sample_ids=torch.full((20,), -7), num_samples=2, backend=backend)
     assert out.sample_loss.tolist() == [0, 0] and out.sample_tokens.tolist() == [0, 0]
     assert out.loss > 0
 
 
-def test_sums_are_empty_without_ids(tools):
-    out, _ = tools.run(tools.case())
-    for part in (out.sample_loss, out.sample_tokens, out.domain_loss, out.domain_tokens):
-        assert part.shape == (0,)
+def test_sums_are_empty_without_ids(tools, backend):
+    out, _ = tools.run(tools.case(4), backend=backend)
+    assert [part.shape for part in out[2:]] == [(0,)] * 6
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
 def test_a_nan_row_touches_its_own_token_sample_and_domain_only(tools, backend):
-    case = tools.case(80, ignored=0.2)
+    case = tools.case(40, ignored=0.2)
     case.labels[33] = 5
-    ids, domains = _ids(80, SAMPLES), _ids(80, DOMAINS)
+    ids, domains = _ids(40, SAMPLES), _ids(40, DOMAINS)
     options = dict(
         sample_ids=ids,
         num_samples=SAMPLES,
@@ -98,35 +99,69 @@ def test_a_nan_row_touches_its_own_token_sample_and_domain_only(tools, backend):
     out, answer = tools.run(case, **options)
 
     assert out.loss.isnan()
-    others = torch.arange(80) != 33
+    others = torch.arange(40) != 33
     assert out.token_loss[33].isnan() and out.token_loss[others].equal(clean.token_loss[others])
     assert answer.d_hidden[others].equal(clean_answer.d_hidden[others])
     for found, before, of in (
         (out.sample_loss, clean.sample_loss, ids),
         (out.domain_loss, clean.domain_loss, domains),
+        (out.sample_loss_sq, clean.sample_loss_sq, ids),
+        (out.domain_loss_sq, clean.domain_loss_sq, domains),
     ):
         others = torch.arange(len(found)) != of[33]
         assert found[of[33]].isnan() and found[others].equal(before[others])
     assert out.sample_tokens.equal(clean.sample_tokens)
 
 
-def test_a_nan_in_an_ignored_row_changes_nothing(tools):
-    case = tools.case(80)
-    clean, clean_answer = tools.run(case)
+def test_a_nan_in_an_ignored_row_changes_nothing(tools, backend):
+    case = tools.case()
+    clean, clean_answer = tools.run(case, backend=backend)
     case.hidden[~case.valid] = float("nan")
-    out, answer = tools.run(case)
+    out, answer = tools.run(case, backend=backend)
     assert out.loss.equal(clean.loss)
     assert answer.d_hidden.equal(clean_answer.d_hidden)
     assert answer.d_weight.equal(clean_answer.d_weight)
 
 
-def test_sums_are_kept_in_float64():
+@pytest.fixture(params=["torch", "triton"])
+def sum_up(request):
+    """Both implementations of the sums."""
+    if request.param == "triton":
+        return request.getfixturevalue("triton_backend").triton_segment_sums
+    return segment_sums
+
+
+def test_sums_are_kept_in_float64(sum_up):
     """1 + 2^-40 a thousand times: fp32 would lose every small part."""
     values = torch.tensor([1.0] + [2.0**-40] * 1000, dtype=torch.float32)
-    sums, counts = segment_sums(
-        values, torch.ones(1001, dtype=torch.bool), torch.zeros(1001, dtype=torch.int64), 1
-    )
-    assert sums.item() == 1.0 + 1000 * 2.0**-40 and counts.item() == 1001
+    zeros = torch.zeros(1001, dtype=torch.int64)
+    found = sum_up(values, zeros, -100, zeros, 1)
+    assert found.sums.item() == 1.0 + 1000 * 2.0**-40 and found.counts.item() == 1001
+    assert found.squares.item() == 1.0 + 1000 * 2.0**-80
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 31, 32, 33, 100])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_sums_over_ragged_tiles(sum_up, num_tokens, dtype):
+    values = torch.arange(num_tokens, dtype=torch.float32)
+    ids = _ids(num_tokens, 5).to(dtype) - 1
+    labels = torch.where(torch.arange(num_tokens) % 3 == 0, -100, 7).to(dtype)
+    found = sum_up(values, labels, -100, ids, 4)
+    for i in range(4):
+        mine = values[(ids == i) & (labels == 7)].double()
+        assert found.sums[i] == mine.sum() and found.squares[i] == mine.square().sum()
+        assert found.counts[i] == len(mine)
+
+
+def test_many_segments_are_sorted_instead_of_scanned(triton_backend, monkeypatch):
+    """Sums of integers are exact, so both ways must agree to the last bit."""
+    values, ids = torch.arange(60.0), _ids(60, 9)
+    labels = torch.zeros(60, dtype=torch.int64)
+    scanned = triton_backend.triton_segment_sums(values, labels, -100, ids, 9)
+    monkeypatch.setattr(triton_backend, "MAX_SEGMENT_READS", 60 * 9 - 1)
+    monkeypatch.setattr(triton_backend, "triton_kernels", None)
+    in_order = triton_backend.triton_segment_sums(values, labels, -100, ids, 9)
+    assert all(a.equal(b) for a, b in zip(scanned, in_order, strict=True))
 
 
 def test_off_by_one_sample_is_noticed(tools):

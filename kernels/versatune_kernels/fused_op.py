@@ -1,0 +1,233 @@
+"""The fused loss as one operator of torch, for eager mode, torch.compile and CUDA graphs.
+
+How: `versatune_kernels::linear_cross_entropy` does everything that reads values: checks, dropping
+ignored rows, the backend's pass, sums. To torch.compile it is one opaque node whose output shapes
+follow from its inputs' (`_fake`). It also returns both gradients, complete but for one factor;
+backward multiplies them by the upstream gradient, in place, and hands them out. They exist once,
+so there is one backward per call.
+
+What is not covered: gradients of gradients; a second backward (an error); the reference backend,
+which is plain autograd.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from versatune_kernels import checks
+from versatune_kernels.backends import resolve_backend
+from versatune_kernels.chunked import chunked_pass
+from versatune_kernels.contract import Effort, LossOptions
+from versatune_kernels.errors import KernelError
+from versatune_kernels.sums import segment_sums
+from versatune_kernels.tokens import valid_tokens
+
+NUM_OUTPUTS = 8
+"""Leading outputs of the operator: the fields of LossOutput, in order. Then d_hidden, d_weight and
+the factor that both lack."""
+
+
+@torch.library.custom_op("versatune_kernels::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy_op(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    num_samples: int,
+    domain_ids: Tensor | None,
+    num_domains: int,
+    token_weight: Tensor | None,
+    normalizer: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+    logit_scale: float,
+    softcap: float,
+    backend: str,
+    logits_dtype: str,
+    chunk_tokens: int,
+    memory_budget: int,
+    num_valid: int | None,
+    validate: bool | None,
+    grad_hidden: bool,
+    grad_weight: bool,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:
+    """The fields of LossOutput, d_hidden, d_weight (empty where not wanted) and their factor.
+
+    Args:
+        hidden: [N, H].
+        weight: [V, H].
+        labels, sample_ids, domain_ids: integer [N].
+        token_weight: floating [N], or None.
+        normalizer: float64 [].
+        chunk_tokens, memory_budget: 0 for none.
+        grad_hidden, grad_weight: which gradients to compute.
+        The others as in `loss.linear_cross_entropy`.
+    """
+    value_checks = checks.ValueChecks(validate, hidden.device)
+    checks.check_values(
+        value_checks,
+        labels,
+        ignore_index,
+        weight.shape[0],
+        num_valid,
+        (("sample_ids", sample_ids, num_samples), ("domain_ids", domain_ids, num_domains)),
+        normalizer,
+    )
+    is_triton = resolve_backend(backend, hidden.device.type).name == "triton"
+    run, sum_up = chunked_pass, segment_sums
+    if is_triton:
+        from versatune_kernels import triton_backend
+
+        run, sum_up = triton_backend.triton_pass, triton_backend.triton_segment_sums
+
+    tokens = valid_tokens(labels, token_weight, normalizer, ignore_index, num_valid)
+    options = LossOptions(z_loss, label_smoothing, logit_scale, softcap)
+    effort = Effort(grad_hidden, grad_weight, chunk_tokens, memory_budget, logits_dtype)
+    # Autocast would round the fp32 parts of the arithmetic.
+    with torch.autocast(device_type=hidden.device.type, enabled=False), torch.no_grad():
+        done = run(hidden, weight, tokens, options, effort)
+
+    total = done.objective.sum(dtype=torch.float64)
+    loss = torch.where(normalizer == 0, 0, total / normalizer).float()
+    token_loss = done.nll.new_zeros(labels.numel()).index_copy_(0, tokens.index, done.nll)
+    sample = sum_up(token_loss, labels, ignore_index, sample_ids, num_samples)
+    domain = sum_up(token_loss, labels, ignore_index, domain_ids, num_domains)
+    return (
+        loss,
+        token_loss,
+        sample.sums,
+        sample.counts,
+        domain.sums,
+        domain.counts,
+        sample.squares,
+        domain.squares,
+        hidden.new_empty(0) if done.d_hidden is None else done.d_hidden,
+        hidden.new_empty(0) if done.d_weight is None else done.d_weight,
+        done.pending,
+    )
+
+
+@linear_cross_entropy_op.register_fake
+def _fake(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    num_samples: int,
+    domain_ids: Tensor | None,
+    num_domains: int,
+    token_weight: Tensor | None,
+    normalizer: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+    logit_scale: float,
+    softcap: float,
+    backend: str,
+    logits_dtype: str,
+    chunk_tokens: int,
+    memory_budget: int,
+    num_valid: int | None,
+    validate: bool | None,
+    grad_hidden: bool,
+    grad_weight: bool,
+) -> tuple[Tensor, ...]:
+    is_triton = resolve_backend(backend, hidden.device.type).name == "triton"
+    keeps_dtype = is_triton and hidden.dtype != torch.float16
+    grad_dtype = hidden.dtype if keeps_dtype else torch.float32
+    sums = [
+        hidden.new_empty(size, dtype=dtype)
+        for size in (num_samples, num_domains)
+        for dtype in (torch.float64, torch.int64, torch.float64)
+    ]
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(labels.shape, dtype=torch.float32),
+        sums[0],
+        sums[1],
+        sums[3],
+        sums[4],
+        sums[2],
+        sums[5],
+        torch.empty_like(hidden, dtype=grad_dtype, memory_format=torch.contiguous_format)
+        if grad_hidden
+        else hidden.new_empty(0),
+        torch.empty_like(weight, dtype=grad_dtype, memory_format=torch.contiguous_format)
+        if grad_weight
+        else hidden.new_empty(0),
+        hidden.new_empty((), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("versatune_kernels::finish_gradient", mutates_args=())
+def finish_gradient_op(
+    gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """gradient * upstream * pending as `dtype`, on the Triton backend, in new memory."""
+    from versatune_kernels import triton_backend
+
+    return triton_backend.scaled_gradient(gradient, upstream, pending, dtype, in_place=False)
+
+
+@finish_gradient_op.register_fake
+def _(gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, backend = inputs[0], inputs[1], inputs[14]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[NUM_OUTPUTS:])
+    ctx.num_inputs = len(inputs)
+    ctx.dtype = weight.dtype
+    ctx.is_triton = resolve_backend(backend, hidden.device.type).name == "triton"
+    ctx.spent = False
+
+
+def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    if ctx.spent:
+        raise KernelError(
+            "second backward through one linear_cross_entropy call: its gradients are computed "
+            "in forward and were handed out by the first backward. Call "
+            "linear_cross_entropy again, add the losses before one backward, or use "
+            'backend="reference".'
+        )
+    ctx.spent = True
+    d_hidden, d_weight, pending = ctx.saved_tensors
+    finish = _finish_with_triton if ctx.is_triton else _finish_with_torch
+    return (
+        finish(d_hidden, d_loss, pending, ctx.dtype) if ctx.needs_input_grad[0] else None,
+        finish(d_weight, d_loss, pending, ctx.dtype) if ctx.needs_input_grad[1] else None,
+        *(None for _ in range(ctx.num_inputs - 2)),
+    )
+
+
+# The last factor and the one rounding. In place, unless a compiler traces: its backward may run
+# twice, and would then scale twice.
+
+
+def _finish_with_torch(
+    gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`chunked` has already cleared what must be 0."""
+    scale = upstream * pending
+    if torch.compiler.is_compiling():
+        return (gradient * scale).to(dtype)
+    return gradient.mul_(scale).to(dtype)
+
+
+def _finish_with_triton(
+    gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype
+) -> Tensor:
+    if torch.compiler.is_compiling():
+        return finish_gradient_op(gradient, upstream, pending, dtype)
+    from versatune_kernels import triton_backend
+
+    return triton_backend.scaled_gradient(gradient, upstream, pending, dtype, in_place=True)
+
+
+linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,213 @@
+"""The Triton backend: cuBLAS for the products, one kernel in place for everything between them.
+
+How: the same three products per chunk as `chunked.py` explains, with these differences.
+
+    1. logits   [C, V]  = x @ weight.T         fp32, or the weight's dtype (`logits_dtype`)
+    2. row_kernel: loss, and the gradient over the logits' own memory, rounded to weight.dtype
+    3. d_hidden [C, H]  = d_logits @ weight    written in hidden's dtype
+    4. d_weight [V, H] += d_logits.T @ x       few chunks: weight's dtype; many: fp32 (`sizing.py`)
+
+Only one buffer of C * V logits exists. Under fp32 logits and a 16-bit weight the gradient of row i
+takes the first half of the row's memory; the products of step 3 and 4 see it as rows that are
+2 * stride apart.
+
+1 / normalizer is read on the device and goes into the logits' gradients, so that backward has
+nothing left to do but multiply by the upstream gradient, in place. fp16 is the exception: 1 / N
+would underflow there, and sums that are not normalized could overflow. Its gradients stay in fp32
+until backward.
+
+What is not covered: the kernels have only run in Triton's interpreter and been compiled for
+Ampere, Hopper and Blackwell; nothing here has run on a GPU yet.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from versatune_kernels import triton_kernels
+from versatune_kernels.contract import Effort, ForwardPass, LossOptions, ValidTokens
+from versatune_kernels.products import product_
+from versatune_kernels.sizing import DEFAULT_MULTIPROCESSORS, row_stride, triton_chunks
+from versatune_kernels.sums import SegmentSums, segment_sums
+
+VOCAB_TILE = 4096
+"""Logits that a program of the row kernel holds at a time: 16 per thread of 8 warps."""
+
+TOKEN_TILE = 1024
+"""Tokens that a program of the segment kernel reads at a time."""
+
+SCALE_TILE = 4096
+"""Elements of a gradient that a program scales at a time."""
+
+MAX_SEGMENT_READS = 2**28
+"""Every segment's program reads every id; above so many reads sorting the ids is cheaper."""
+
+
+def triton_pass(
+    hidden: Tensor, weight: Tensor, tokens: ValidTokens, options: LossOptions, effort: Effort
+) -> ForwardPass:
+    """Loss of every row and the gradients; arguments as `chunked.chunked_pass`.
+
+    Returns:
+        ForwardPass; gradients in the dtype of their tensor, float32 for float16.
+    """
+    num_rows, (vocab_size, hidden_size) = tokens.labels.numel(), weight.shape
+    chunk, fp32_sum = triton_chunks(
+        effort, num_rows, hidden_size, vocab_size, weight.dtype, _multiprocessors(hidden.device)
+    )
+    is_zero = tokens.normalizer == 0
+    inverse = torch.where(is_zero, 0, 1 / tokens.normalizer).float()
+    if weight.dtype == torch.float16:
+        factor, pending, grad_dtype = torch.ones_like(inverse), inverse, torch.float32
+    else:
+        factor, pending, grad_dtype = inverse, (~is_zero).float(), weight.dtype
+
+    nll = hidden.new_empty(num_rows, dtype=torch.float32)
+    objective = torch.empty_like(nll)
+    d_hidden = d_weight = None
+    if effort.grad_hidden:
+        empty = torch.empty if tokens.covers_all else torch.zeros
+        d_hidden = empty(hidden.shape, dtype=grad_dtype, device=hidden.device)
+    if effort.grad_weight:
+        # With no row there is no product that would write it.
+        empty = torch.empty if num_rows else torch.zeros
+        dtype = torch.float32 if fp32_sum else grad_dtype
+        d_weight = empty(weight.shape, dtype=dtype, device=weight.device)
+
+    logits, d_logits = _slab(weight, min(chunk, num_rows), effort)
+    for start in range(0, num_rows, chunk):
+        part = slice(start, min(start + chunk, num_rows))
+        x = hidden[part] if tokens.covers_all else hidden.index_select(0, tokens.index[part])
+        z, d_z = logits[: len(x)], d_logits[: len(x)]
+        product_(z, x, weight.T, accumulate=False)
+        _launch_rows(z, d_z, tokens, part, factor, nll, objective, options, effort)
+        if d_hidden is not None and tokens.covers_all:
+            product_(d_hidden[part], d_z, weight, accumulate=False)
+        elif d_hidden is not None:
+            d_x = d_hidden.new_empty(x.shape)
+            product_(d_x, d_z, weight, accumulate=False)
+            d_hidden.index_copy_(0, tokens.index[part], d_x)
+        if d_weight is not None:
+            product_(d_weight, d_z.T, x, accumulate=start > 0)
+    del logits, d_logits  # before the sum is rounded
+    if d_weight is not None:
+        d_weight = d_weight.to(grad_dtype)
+    return ForwardPass(nll, objective, d_hidden, d_weight, pending)
+
+
+def _slab(weight: Tensor, rows: int, effort: Effort) -> tuple[Tensor, Tensor]:
+    """[C, V] views for logits and, over the same memory, their gradient in the weight's dtype."""
+    vocab_size = weight.shape[0]
+    dtype = torch.float32 if effort.logits_dtype == "fp32" else weight.dtype
+    slab = torch.empty((rows, row_stride(vocab_size)), dtype=dtype, device=weight.device)
+    return slab[:, :vocab_size], slab.view(weight.dtype)[:, :vocab_size]
+
+
+def _launch_rows(
+    logits: Tensor,
+    d_logits: Tensor,
+    tokens: ValidTokens,
+    part: slice,
+    factor: Tensor,
+    nll: Tensor,
+    objective: Tensor,
+    options: LossOptions,
+    effort: Effort,
+) -> None:
+    """Run the row kernel on a chunk: the part's nll and objective, and `d_logits`."""
+    has_weight = tokens.token_weight is not None
+    with _on(logits.device):
+        triton_kernels.row_kernel[(len(logits),)](
+            logits,
+            d_logits,
+            tokens.labels[part],
+            tokens.token_weight[part] if tokens.token_weight is not None else factor,
+            factor,
+            nll[part],
+            objective[part],
+            logits.stride(0),
+            d_logits.stride(0),
+            tokens.ignore_index,
+            options.z_loss,
+            options.label_smoothing,
+            options.logit_scale,
+            options.softcap,
+            VOCAB_SIZE=logits.shape[1],
+            HAS_TOKEN_WEIGHT=has_weight,
+            HAS_SMOOTHING=options.label_smoothing > 0,
+            HAS_SOFTCAP=options.softcap > 0,
+            TRAINING=effort.grad_hidden or effort.grad_weight,
+            TILE=min(VOCAB_TILE, triton.next_power_of_2(logits.shape[1])),
+            num_warps=8,
+        )
+
+
+def triton_segment_sums(
+    values: Tensor, labels: Tensor, ignore_index: int, ids: Tensor | None, num_segments: int
+) -> SegmentSums:
+    """Sums, counts and squares per id; arguments and result as `sums.segment_sums`."""
+    num_tokens = values.numel()
+    if ids is None or num_segments == 0 or num_tokens * num_segments > MAX_SEGMENT_READS:
+        return segment_sums(values, labels, ignore_index, ids, num_segments)
+    sums = torch.empty(num_segments, dtype=torch.float64, device=values.device)
+    counts = torch.empty(num_segments, dtype=torch.int64, device=values.device)
+    squares = torch.empty_like(sums)
+    with _on(values.device):
+        triton_kernels.segment_kernel[(num_segments,)](
+            values,
+            labels,
+            ids,
+            sums,
+            counts,
+            squares,
+            num_tokens,
+            ignore_index,
+            TILE=TOKEN_TILE,
+            num_warps=4,
+        )
+    return SegmentSums(sums, counts, squares)
+
+
+def scaled_gradient(
+    gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype, *, in_place: bool
+) -> Tensor:
+    """gradient * upstream * pending as `dtype`, rounded once.
+
+    Args:
+        gradient: contiguous, of any shape.
+        upstream: float32 [].
+        pending: float32 []. 0 gives zeros, also beside NaN.
+        dtype: of the result.
+        in_place: whether the result may take the gradient's memory, where the dtypes agree.
+    """
+    in_place = in_place and gradient.dtype == dtype
+    out = gradient if in_place else torch.empty_like(gradient, dtype=dtype)
+    if gradient.numel() == 0:
+        return out
+    tiles = triton.cdiv(gradient.numel(), SCALE_TILE)
+    with _on(gradient.device):
+        triton_kernels.scale_kernel[(min(tiles, 8 * _multiprocessors(gradient.device)),)](
+            gradient,
+            out,
+            upstream,
+            pending,
+            gradient.numel(),
+            IN_PLACE=in_place,
+            TILE=SCALE_TILE,
+            num_warps=8,
+        )
+    return out
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return DEFAULT_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

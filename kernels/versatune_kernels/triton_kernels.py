@@ -1,0 +1,214 @@
+"""The three Triton kernels: rows of logits, segments of tokens, scaling of gradients.
+
+    row_kernel       one program per row: loss, then the gradient of the logits in place
+    segment_kernel   one program per sample or domain: count, sum and sum of squares in float64
+    scale_kernel     the last step of backward: gradient * upstream, rounded once
+
+How: every program owns what it writes and visits its input in a fixed order, so there are no
+atomics and ten runs are bitwise equal. Offsets of rows are 64-bit; a chunk may hold more than 2^31
+logits. Every element of every output is written, also for rows without a target.
+
+Importing this module imports Triton. Whether its interpreter runs the kernels (TRITON_INTERPRET=1)
+is decided by Triton at that moment.
+
+What is not covered: matrix products (cuBLAS does them better), tuning of tile sizes on a GPU.
+"""
+
+# mypy: ignore-errors
+# Triton compiles these functions; their annotations are Triton's, not Python's.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_kernel(
+    logits_ptr,
+    grad_ptr,
+    labels_ptr,
+    token_weight_ptr,
+    factor_ptr,
+    nll_ptr,
+    objective_ptr,
+    logits_stride,
+    grad_stride,
+    ignore_index,
+    z_loss,
+    label_smoothing,
+    logit_scale,
+    softcap,
+    VOCAB_SIZE: tl.constexpr,
+    HAS_TOKEN_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    TRAINING: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Loss of row program_id(0) and, when TRAINING, the gradient of its raw logits.
+
+    Equations: `reference.py` (loss) and `chunked.py` (gradient).
+
+    logits [C, V] raw, row stride `logits_stride`; grad [C, V] the same memory, seen as the dtype of
+    the next matrix products, row stride `grad_stride` in its own elements; labels int64 [C];
+    token_weight fp32 [C]; factor fp32 [], multiplied into the gradient (1 / normalizer, or 1);
+    nll, objective fp32 [C].
+
+    Where logits are fp32 and the gradient is 16-bit, element v of the gradient lies on element v / 2
+    of the logits: tile t is written onto tile t / 2, which has been read by then. Only the threads
+    of one program share a row, so a barrier between reading and writing a tile suffices.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_stride
+    grad_ptr += row * grad_stride
+    label = tl.load(labels_ptr + row)
+
+    if label == ignore_index:  # only when the caller gave more rows than have a target
+        tl.store(nll_ptr + row, 0.0)
+        tl.store(objective_ptr + row, 0.0)
+        if TRAINING:
+            for start in range(0, VOCAB_SIZE, TILE):
+                cols = start + tl.arange(0, TILE)
+                zero = tl.zeros([TILE], grad_ptr.dtype.element_ty)
+                tl.store(grad_ptr + cols, zero, mask=cols < VOCAB_SIZE)
+        return
+
+    # 1. The target, before anything is overwritten. A label that is no class gives a NaN loss.
+    is_class = (label >= 0) & (label < VOCAB_SIZE)
+    target = tl.load(logits_ptr + label, mask=is_class, other=float("nan")).to(tl.float32)
+    target *= logit_scale
+    if HAS_SOFTCAP:
+        target = _capped(target, softcap)
+
+    # 2. Online softmax: the largest logit, and the sum of exp(z - largest) rescaled as it grows.
+    top = -float("inf")
+    exp_sum = 0.0
+    logit_sum = 0.0
+    for start in range(0, VOCAB_SIZE, TILE):
+        cols = start + tl.arange(0, TILE)
+        inside = cols < VOCAB_SIZE
+        z = tl.load(logits_ptr + cols, mask=inside, other=0.0).to(tl.float32) * logit_scale
+        if HAS_SOFTCAP:
+            z = _capped(z, softcap)
+        if HAS_SMOOTHING:
+            logit_sum += tl.sum(tl.where(inside, z, 0.0), 0)
+        z = tl.where(inside, z, -float("inf"))
+        new_top = tl.maximum(top, tl.max(z, 0))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf would be NaN
+        exp_sum = exp_sum * tl.exp(top - shift) + tl.sum(tl.exp(z - shift), 0)
+        top = new_top
+
+    # 3. The loss. Not lse - target: at logits of 1e4 that has lost all but three digits.
+    log_sum = tl.log(exp_sum)
+    lse = log_sum + top
+    nll = log_sum + (top - target)
+    objective = nll
+    if HAS_SMOOTHING:
+        mean = logit_sum / VOCAB_SIZE
+        objective = (1.0 - label_smoothing) * nll + label_smoothing * (lse - mean)
+    objective += z_loss * lse * lse
+    token_weight = 1.0
+    if HAS_TOKEN_WEIGHT:
+        token_weight = tl.load(token_weight_ptr + row)
+    tl.store(nll_ptr + row, nll)
+    tl.store(objective_ptr + row, token_weight * objective)
+
+    # 4. The gradient, in fp32 up to its rounding, so that p - 1 of a confident target survives.
+    if TRAINING:
+        factor = token_weight * logit_scale * tl.load(factor_ptr)
+        of_probability = factor * (1.0 + 2.0 * z_loss * lse) / exp_sum
+        of_target = factor * (1.0 - label_smoothing)
+        of_every_class = factor * label_smoothing / VOCAB_SIZE
+        for start in range(0, VOCAB_SIZE, TILE):
+            cols = start + tl.arange(0, TILE)
+            inside = cols < VOCAB_SIZE
+            z = tl.load(logits_ptr + cols, mask=inside, other=0.0).to(tl.float32) * logit_scale
+            capped = _capped(z, softcap) if HAS_SOFTCAP else z
+            grad = tl.exp(capped - top) * of_probability - of_every_class
+            grad = tl.where(cols == label, grad - of_target, grad)
+            if HAS_SOFTCAP:
+                grad *= _capped_slope(z, softcap)
+            tl.debug_barrier()  # all threads have read the tile, and all tiles below it
+            tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _capped(z, softcap):
+    """softcap * tanh(z / softcap), with the absolute error of fp32."""
+    e = tl.exp(-2.0 * tl.abs(z / softcap))
+    tanh = (1.0 - e) / (1.0 + e)
+    return tl.where(z < 0, -softcap * tanh, softcap * tanh)
+
+
+@triton.jit
+def _capped_slope(z, softcap):
+    """The derivative of `_capped`, 1 - tanh^2 without its cancellation."""
+    e = tl.exp(-2.0 * tl.abs(z / softcap))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def segment_kernel(
+    values_ptr,
+    labels_ptr,
+    ids_ptr,
+    sums_ptr,
+    counts_ptr,
+    squares_ptr,
+    num_tokens,
+    ignore_index,
+    TILE: tl.constexpr,
+):
+    """Sum, number and sum of squares of the values of segment program_id(0).
+
+    values fp32 [N]; labels and ids int32 or int64 [N]; sums and squares fp64 [S], counts int64 [S].
+    The values of other segments are not even loaded: their NaN cannot spread.
+    """
+    segment = tl.program_id(0)
+    total = tl.zeros([TILE], tl.float64)
+    squares = tl.zeros([TILE], tl.float64)
+    count = tl.zeros([TILE], tl.int64)
+    start = 0
+    while start < num_tokens:
+        tokens = start + tl.arange(0, TILE)
+        inside = tokens < num_tokens
+        ids = tl.load(ids_ptr + tokens, mask=inside, other=-1)
+        labels = tl.load(labels_ptr + tokens, mask=inside, other=0)
+        mine = inside & (ids == segment) & (labels != ignore_index)
+        value = tl.load(values_ptr + tokens, mask=mine, other=0.0).to(tl.float64)
+        total += value
+        squares += value * value
+        count += mine.to(tl.int64)
+        start += TILE
+    tl.store(sums_ptr + segment, tl.sum(total, 0))
+    tl.store(squares_ptr + segment, tl.sum(squares, 0))
+    tl.store(counts_ptr + segment, tl.sum(count, 0))
+
+
+@triton.jit
+def scale_kernel(
+    gradient_ptr,
+    out_ptr,
+    upstream_ptr,
+    pending_ptr,
+    num_elements,
+    IN_PLACE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """out = gradient * upstream * pending, and exactly 0 where pending is 0 (also beside NaN).
+
+    gradient, out [num_elements]; upstream, pending fp32 []. A fixed number of programs shares the
+    tiles, so that the usual case in place, a factor of 1, costs a launch and nothing else.
+    """
+    pending = tl.load(pending_ptr)
+    factor = tl.load(upstream_ptr) * pending
+    if IN_PLACE:
+        if (factor == 1.0) & (pending != 0.0):
+            return
+    start = tl.program_id(0).to(tl.int64) * TILE
+    while start < num_elements:
+        at = start + tl.arange(0, TILE)
+        inside = at < num_elements
+        gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        scaled = tl.where(pending == 0.0, 0.0, gradient * factor)
+        tl.store(out_ptr + at, scaled.to(out_ptr.dtype.element_ty), mask=inside)
+        start += tl.num_programs(0).to(tl.int64) * TILE

@@ -1,0 +1,240 @@
+"""The Triton kernels themselves: broken ones are noticed, every output is written, GPUs' code compiles.
+
+What holds for all backends alike is tested in the other files, over the same cases.
+"""
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from versatune_kernels import linear_cross_entropy
+
+COMPILER = Path(__file__).with_name("compile_kernels.py")
+NUM_SAMPLES = 4
+
+
+def _case(tools, dtype):
+    """150 classes are two tiles of 64 and a ragged third; the last class is the label of two tokens."""
+    weights = torch.rand(24, generator=torch.Generator().manual_seed(1)) + 0.5
+    case = tools.case(24, vocab_size=150, dtype=dtype, ignored=0.2, token_weight=weights)
+    case.options.update(z_loss=1e-3, label_smoothing=0.1, logit_scale=0.5, softcap=8.0)
+    case.labels[:4] = torch.tensor([149, 0, 149, 63])
+    case.weight[149] = 2 * case.weight[148]  # the last class matters
+    return case
+
+
+def _broken(tools, case):
+    """Names of the parts of an answer that break their bound, sums included."""
+    ids = torch.arange(24) // 6
+    out, ours = tools.run(
+        case,
+        backend="triton",
+        sample_ids=ids,
+        num_samples=NUM_SAMPLES,
+        normalizer=case.options["normalizer"],
+    )
+    broken = set(tools.worse_than_torch(case, ours))
+    exact = tools.torch_answer(case, torch.float64).token_loss
+    torchs = tools.torch_answer(case, case.hidden.dtype).token_loss
+    for name, found, power in (
+        ("sample_loss", out.sample_loss, 1),
+        ("sample_loss_sq", out.sample_loss_sq, 2),
+    ):
+        by_torch, by_hand = (
+            torch.stack([(nll[ids == i] ** power).sum() for i in range(NUM_SAMPLES)])
+            for nll in (torchs.double(), exact)
+        )
+        if not tools.error(found, by_hand) <= 2 * tools.error(by_torch, by_hand) + 2e-6:
+            broken.add(name)
+    counts = torch.stack([case.valid[ids == i].sum() for i in range(NUM_SAMPLES)])
+    if not out.sample_tokens.equal(counts):
+        broken.add("sample_tokens")
+    return broken
+
+
+# name -> (text in the source, what it becomes, parts of the answer that must break)
+MUTANTS = {
+    "negated gradient": (
+        "grad.to(grad_ptr.dtype.element_ty), mask=inside",
+        "(-grad).to(grad_ptr.dtype.element_ty), mask=inside",
+        {"d_hidden", "d_weight"},
+    ),
+    "gradient 5 % too large": (
+        "factor = token_weight * logit_scale *",
+        "factor = 1.05 * token_weight * logit_scale *",
+        {"d_hidden", "d_weight"},
+    ),
+    "sums off by one sample": (
+        "ids == segment",
+        "ids == segment + 1",
+        {"sample_loss", "sample_loss_sq", "sample_tokens"},
+    ),
+    "last tile of tokens dropped": (
+        "while start < num_tokens:",
+        "while start + TILE < num_tokens:",
+        {"sample_loss", "sample_tokens"},
+    ),
+    "squares are not squared": ("value * value", "value", {"sample_loss_sq"}),
+    "last tile of the vocabulary dropped from the loss": (
+        "range(0, VOCAB_SIZE, TILE):\n        cols = start + tl.arange(0, TILE)\n        inside",
+        "range(0, VOCAB_SIZE - TILE, TILE):\n        cols = start + tl.arange(0, TILE)\n        inside",
+        {"loss", "token_loss", "d_hidden"},
+    ),
+    "last tile of the vocabulary dropped from the gradient": (
+        "range(0, VOCAB_SIZE, TILE):\n            cols = start + tl.arange(0, TILE)\n            inside",
+        "range(0, VOCAB_SIZE - TILE, TILE):\n            cols = start + tl.arange(0, TILE)\n            inside",
+        {"d_hidden", "d_weight"},
+    ),
+    "columns beyond the vocabulary count": (
+        "z = tl.where(inside, z, -float(\"inf\"))",
+        "z = tl.where(inside, z, 0.0)",
+        {"token_loss"},
+    ),
+    "label V - 1 is no class": (
+        "(label < VOCAB_SIZE)",
+        "(label < VOCAB_SIZE - 1)",
+        {"loss", "token_loss"},
+    ),
+    "label V - 1 gets no gradient": (
+        "cols == label",
+        "(cols == label) & (cols < VOCAB_SIZE - 1)",
+        {"d_hidden", "d_weight"},
+    ),
+    "target of the neighbour": (
+        "tl.load(logits_ptr + label,",
+        "tl.load(logits_ptr + (label + 1) % VOCAB_SIZE,",
+        {"loss", "token_loss"},
+    ),
+    "sum of exponentials not rescaled": (
+        "exp_sum * tl.exp(top - shift)",
+        "exp_sum",
+        {"token_loss", "d_hidden"},
+    ),
+    "token weight only in the loss": (
+        "factor = token_weight * logit_scale",
+        "factor = logit_scale",
+        {"d_hidden", "d_weight"},
+    ),
+    "normalizer forgotten": ("* tl.load(factor_ptr)", "", {"d_hidden", "d_weight"}),
+    "z-loss only in the loss": ("(1.0 + 2.0 * z_loss * lse)", "1.0", {"d_hidden"}),
+    "smoothing over the tile, not the vocabulary": (
+        "logit_sum / VOCAB_SIZE",
+        "logit_sum / TILE",
+        {"loss"},
+    ),
+    "slope of the softcap forgotten": (
+        "grad *= _capped_slope(z, softcap)",
+        "grad *= 1.0",
+        {"d_hidden", "d_weight"},
+    ),
+    "backward forgets the last factor": (
+        "gradient * factor",
+        "gradient",
+        {"fp16 d_hidden", "fp16 d_weight"},
+    ),
+}
+
+
+@pytest.fixture
+def small_tiles(triton_backend, monkeypatch):
+    monkeypatch.setattr(triton_backend, "VOCAB_TILE", 64)
+    monkeypatch.setattr(triton_backend, "TOKEN_TILE", 16)
+    return triton_backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_kernels_are_as_good_as_torch(tools, dtype, small_tiles):
+    assert _broken(tools, _case(tools, dtype)) == set()
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_broken_kernel_is_noticed(tools, name, small_tiles, tmp_path, monkeypatch):
+    old, new, parts = MUTANTS[name]
+    source = Path(small_tiles.triton_kernels.__file__).read_text()
+    assert old in source, "the kernel has changed: adapt this mutant"
+    (tmp_path / "mutant.py").write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("mutant", tmp_path / "mutant.py")
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    monkeypatch.setattr(small_tiles, "triton_kernels", mutant)
+    is_fp16 = any(part.startswith("fp16") for part in parts)
+    case = _case(tools, torch.float16 if is_fp16 else torch.float32)
+    assert {part.removeprefix("fp16 ") for part in parts} <= _broken(tools, case)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Whatever torch.empty gives holds NaN, or the largest integer."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(was[0])
+    torch.utils.deterministic.fill_uninitialized_memory = was[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ignored", [0.0, 0.5, 1.1])
+def test_every_output_is_written(tools, dtype, ignored, small_tiles, poisoned_memory):
+    case = tools.case(20, vocab_size=150, dtype=dtype, ignored=ignored)
+    ids = torch.arange(20) % 3
+    options = {"sample_ids": ids, "num_samples": 5, "domain_ids": ids, "num_domains": 4}
+    out, answer = tools.run(case, backend="triton", chunk_tokens=8, **options)
+    for tensor in (*out, answer.d_hidden, answer.d_weight):
+        assert tensor.isfinite().all()
+    assert out.sample_tokens.sum() == out.domain_tokens.sum() == case.valid.sum()
+    assert not answer.d_hidden[~case.valid].any() and not out.token_loss[~case.valid].any()
+
+
+@pytest.mark.parametrize("num_valid", [17, 20])
+def test_rows_beyond_the_valid_ones_are_zero(tools, num_valid, small_tiles, poisoned_memory):
+    """A captured CUDA graph has a fixed number of rows: num_valid may then exceed the true count."""
+    case = tools.case(20, vocab_size=150)
+    options = {"sample_ids": torch.arange(20) % 3, "num_samples": 3, "backend": "triton"}
+    expected, expected_answer = tools.run(case, **options)
+    assert case.valid.sum() < num_valid
+    out, answer = tools.run(case, num_valid=num_valid, validate=False, **options)
+    torch.testing.assert_close(tuple(out), tuple(expected))
+    torch.testing.assert_close(answer.d_hidden, expected_answer.d_hidden)
+    torch.testing.assert_close(answer.d_weight, expected_answer.d_weight)
+
+
+@pytest.mark.parametrize("label", [150, 191, -1, 2**40])
+def test_an_unchecked_label_that_is_no_class_gives_nan_in_its_row(tools, label, small_tiles):
+    """Never a read of the neighbour's memory (191 is the padding of the row)."""
+    case = tools.case(6, vocab_size=150, ignored=0.0)
+    good = linear_cross_entropy(case.hidden, case.weight, case.labels, backend="triton")
+    case.labels[2] = label
+    bad = linear_cross_entropy(
+        case.hidden, case.weight, case.labels, backend="triton", validate=False
+    )
+    others = torch.arange(6) != 2
+    assert bad.loss.isnan() and bad.token_loss[2].isnan()
+    assert bad.token_loss[others].equal(good.token_loss[others])
+
+
+def test_the_kernels_compile_for_gpus(triton_backend, tmp_path):
+    """Triton's compiler needs no GPU. It refuses what its interpreter lets pass; look at its output, too."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, str(COMPILER)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    built = json.loads(done.stdout)
+    capabilities, kernels = {b["capability"] for b in built}, {b["kernel"] for b in built}
+    assert capabilities == {80, 90, 100} and len(kernels) == 3
+    assert len(built) == len(list(itertools.product(capabilities, range(5))))
+    for kernel in built:
+        assert not kernel["local_memory"], kernel
+        assert kernel["kernel"] == "segment_kernel" or kernel["loads_16_bytes"], kernel
+        if kernel["kernel"] == "row_kernel":
+            assert kernel["barrier_between_load_and_store"], kernel
