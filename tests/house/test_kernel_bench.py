@@ -55,7 +55,7 @@ def ours(inputs: candidates.Inputs) -> torch.Tensor:
 @pytest.mark.parametrize("loss", [ours, candidates.hf_eager])
 def test_right_losses_pass_the_gate(loss, dtype):
     inputs = make_inputs(Case("tiny", 32, 1031, 64, 1.0, dtype), torch.device("cpu"))
-    assert gate.run_gate(inputs, loss)["verdict"] == "passed"
+    assert gate.Gate(inputs).judge(loss)["verdict"] == "passed"
 
 
 class Negated(torch.autograd.Function):
@@ -87,7 +87,7 @@ MUTANTS = {
 def test_wrong_losses_do_not(name):
     mutant, verdict = MUTANTS[name]
     inputs = make_inputs(TINY, torch.device("cpu"))
-    assert gate.run_gate(inputs, mutant)["verdict"] == verdict
+    assert gate.Gate(inputs).judge(mutant)["verdict"] == verdict
 
 
 def test_the_bound_is_twice_torchs_error():
@@ -109,6 +109,15 @@ def test_options_are_passed_by_name_in_any_order():
     assert candidates._by_name(forward, values, skip=1) == [2, 1, 3, None, 4]
     with pytest.raises(candidates.NoSuchKnob, match="chunk_mem_const"):
         candidates._by_name(forward, {**values, "chunk_mem_const": 2}, skip=1)
+
+
+def test_the_ceiling_needs_only_rows_with_labels():
+    inputs = make_inputs(TINY, torch.device("cpu"))
+    candidates.three_products(inputs)
+    x, w = inputs.hidden.detach()[: TINY.num_valid], inputs.weight.detach()
+    assert torch.allclose(inputs.weight.grad, (x @ w.T).T @ x)
+    assert torch.allclose(inputs.hidden.grad[: TINY.num_valid], x @ w.T @ w)
+    assert not inputs.hidden.grad[TINY.num_valid :].any()
 
 
 def test_absent_libraries_are_said_to_be_absent():

@@ -196,7 +196,8 @@ def three_products(inputs: Inputs, chunk: int | None = None) -> None:
     with torch.no_grad():
         rows = inputs.hidden[: inputs.num_valid]
         logits = rows @ inputs.weight.T
-        inputs.hidden.grad = logits @ inputs.weight
+        inputs.hidden.grad = torch.zeros_like(inputs.hidden)
+        torch.mm(logits, inputs.weight, out=inputs.hidden.grad[: inputs.num_valid])
         inputs.weight.grad = logits.T @ rows
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -33,14 +34,19 @@ class Protocol(NamedTuple):
     """Unmeasured runs at the beginning of each turn."""
     runs: int
     """Measured runs of each turn."""
+    slow_s: float
+    """A variant whose runs take longer than this gets two turns only."""
     timeout_s: float
     """A worker that needs longer for one answer is ended."""
 
 
-GPU_PROTOCOL = Protocol(rounds=5, warmups=2, runs=6, timeout_s=300)
+GPU_PROTOCOL = Protocol(rounds=5, warmups=2, runs=6, slow_s=10, timeout_s=300)
 """10 warm-ups and 30 runs of every variant."""
-CPU_PROTOCOL = Protocol(rounds=5, warmups=0, runs=1, timeout_s=900)
+CPU_PROTOCOL = Protocol(rounds=5, warmups=0, runs=1, slow_s=10, timeout_s=900)
 """5 runs; the gate and the choice of a chunk are the warm-up."""
+
+
+SLOW_TURNS = 2
 
 
 class WorkerProcess:
@@ -146,12 +152,17 @@ def measure_case(
         say(f"{case.describe()}: round {number + 1} of {protocol.rounds}, {len(active)} variants")
         shift = number % len(active) if active else 0
         for entry in active[shift:] + active[:shift]:
-            if entry["status"] == "ok":
+            if entry["status"] == "ok" and not _is_slow(entry, number, protocol):
                 _turn(entry, workers.of(entry["candidate"]), protocol)
     for name in candidates:
         if workers.of(name).alive:
             workers.of(name).ask(do="release")
     return entries
+
+
+def _is_slow(entry: dict[str, Any], turns: int, protocol: Protocol) -> bool:
+    """Whether a variant has had its turns: a slow one gets fewer."""
+    return turns >= SLOW_TURNS and statistics.median(entry["s"]) > protocol.slow_s
 
 
 def _turn(entry: dict[str, Any], worker: WorkerProcess, protocol: Protocol) -> None:

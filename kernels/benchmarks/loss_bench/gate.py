@@ -84,20 +84,28 @@ class Exact:
         }
 
 
-def run_gate(inputs: Inputs, loss_of: Callable[[Inputs], Tensor | None]) -> dict[str, Any]:
-    """Judge a candidate; `loss_of` gives its loss, without backward.
+class Gate:
+    """The gate of one case; fp64 and torch's own error are computed once."""
 
-    Returns:
-        verdict ("passed", "outside", "wrong"), errors, and torch_errors.
-    """
-    small = gate_inputs(inputs)
-    exact = Exact(small)
-    eps = {"loss": 16 * torch.finfo(torch.float32).eps}
-    eps["dx"] = eps["dw"] = 2 * torch.finfo(inputs.hidden.dtype).eps
-    torch_errors = _errors(small, exact, hf_eager)
-    errors = _errors(small, exact, loss_of)
-    inputs.weight.grad = None
-    return {"verdict": judge(errors, torch_errors, eps), "errors": errors, "torch_errors": torch_errors}
+    def __init__(self, inputs: Inputs) -> None:
+        self._small = gate_inputs(inputs)
+        self._exact = Exact(self._small)
+        self._torch_errors = _errors(self._small, self._exact, hf_eager)
+        self._eps = {"loss": 16 * torch.finfo(torch.float32).eps}
+        self._eps["dx"] = self._eps["dw"] = 2 * torch.finfo(inputs.hidden.dtype).eps
+
+    def judge(self, loss_of: Callable[[Inputs], Tensor | None]) -> dict[str, Any]:
+        """Judge a candidate; `loss_of` gives its loss, without backward.
+
+        Returns:
+            verdict ("passed", "outside", "wrong"), errors, and torch_errors.
+        """
+        errors = _errors(self._small, self._exact, loss_of)
+        return {
+            "verdict": judge(errors, self._torch_errors, self._eps),
+            "errors": errors,
+            "torch_errors": self._torch_errors,
+        }
 
 
 def judge(errors: dict[str, float], torch_errors: dict[str, float], eps: dict[str, float]) -> str:
@@ -114,4 +122,6 @@ def _errors(inputs: Inputs, exact: Exact, loss_of: Callable[[Inputs], Tensor | N
     if loss is None:
         raise ValueError("a ceiling has no loss to judge")
     loss.backward()
-    return exact.errors(loss.detach(), inputs.hidden.grad, inputs.weight.grad)
+    errors = exact.errors(loss.detach(), inputs.hidden.grad, inputs.weight.grad)
+    inputs.hidden.grad = inputs.weight.grad = None
+    return errors

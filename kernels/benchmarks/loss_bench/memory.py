@@ -5,6 +5,7 @@ allocator on CUDA."""
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self._base = torch.cuda.memory_allocated(device)
             return
+        _give_back_free_memory()
         try:
             CLEAR.write_text("5")  # the highest resident size starts anew from the present one
             self._base = _resident_bytes("VmRSS")
@@ -41,6 +43,14 @@ class PeakMemory:
         if self._cuda:
             return int(torch.cuda.max_memory_allocated()) - self._base
         return _resident_bytes("VmHWM") - self._base
+
+
+def _give_back_free_memory() -> None:
+    """Ask glibc to return what earlier work has freed: kept, it would count as part of the base."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another libc
+        return
 
 
 def _resident_bytes(key: str) -> int:

@@ -179,8 +179,8 @@ def slug(text: str) -> str:
 # ---- the table ---------------------------------------------------------------------------------
 
 COLUMNS = (
-    "candidate", "variant", "chunk", "time ms (p20-p80)", "TFLOP/s", "x ceiling", "x eager", "x eager wall",
-    "transient GiB", "x eager", "dW + dX GiB", "loss err", "dX err", "dW err", "gate",
+    "candidate", "variant", "chunk", "runs", "time ms (p20-p80)", "TFLOP/s", "x ceiling", "x eager",
+    "x eager (wall)", "transient GiB", "x eager (memory)", "dW + dX GiB", "loss err", "dX err", "dW err", "gate",
 )  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def table(results: dict[str, Any]) -> str:
         f"Commit {environment['commit']}; Python {environment['python']}, {versions}; "
         f"{environment['threads']} thread(s), load at the start {environment['load_average'][0]:.1f}. "
         f"Times are {'GPU' if environment['device_type'] == 'cuda' else 'CPU'} time, forward and backward, "
-        f"median of {results['protocol']['rounds'] * results['protocol']['runs']} runs.",
+        f"median of the runs.",
     ]
     if results["missing"]:
         missing = "; ".join(f"{name}: {why}" for name, why in results["missing"].items())
@@ -222,6 +222,7 @@ def _row(variant: dict[str, Any], clock: str) -> str:
         times = {name: 1e3 * value for name, value in variant[clock].items()}
         eager = variant.get("ratio_to_eager") or {}
         cells += [
+            str(variant["num_runs"]),
             f"{times['median']:.4g} ({times['p20']:.4g}-{times['p80']:.4g})",
             _text(variant["useful_tflops"], "{:.4g}"),
             _text(variant.get("ratio_to_ceiling"), "{:.2f}"),
@@ -234,7 +235,7 @@ def _row(variant: dict[str, Any], clock: str) -> str:
     else:
         why = gate.get("verdict") if variant["status"] == "ok" else variant["status"]
         reason = (variant.get("reason") or "").replace("|", "/").replace("\n", " ")
-        cells += [f"{why} {reason}".strip(), *[""] * 7]
+        cells += ["", f"{why} {reason}".strip(), *[""] * 7]
     cells += [_text(errors.get(name), "{:.2g}") for name in ("loss", "dx", "dw")]
     cells.append(gate.get("verdict", "") if gate.get("verdict") != "none" else "")
     return f"| {' | '.join(cells)} |"

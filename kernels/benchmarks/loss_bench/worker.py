@@ -36,7 +36,7 @@ from loss_bench.candidates import (
     chunk_choices,
 )
 from loss_bench.cases import Case
-from loss_bench.gate import run_gate
+from loss_bench.gate import Gate
 from loss_bench.memory import PeakMemory
 
 SAMPLE_TOKENS = 512
@@ -70,7 +70,7 @@ class Worker:
         self.candidate = candidate
         self.device = device
         self.inputs: Inputs | None = None
-        self.case: Case | None = None
+        self.judge: Gate | None = None
         self.chunks: dict[str, int | None] = {}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -78,8 +78,7 @@ class Worker:
         what = request["do"]
         if what == "prepare":
             self.release()
-            self.case = Case(**request["case"])
-            self.inputs = make_inputs(self.case, self.device)
+            self.inputs = make_inputs(Case(**request["case"]), self.device)
             self.chunks = {}
             return {}
         if what == "release":
@@ -101,7 +100,9 @@ class Worker:
         verdict: dict[str, Any] = {"verdict": "none"}
         if not self.candidate.is_ceiling:
             first = chunks[0]
-            verdict = run_gate(inputs, lambda given: self._loss(given, variant, first))
+            if self.judge is None:
+                self.judge = Gate(inputs)
+            verdict = self.judge.judge(lambda given: self._loss(given, variant, first))
         tried = {}
         if len(chunks) > 1:
             for chunk in chunks:
@@ -130,8 +131,8 @@ class Worker:
         }
 
     def release(self) -> None:
-        """Forget the inputs."""
-        self.inputs = None
+        """Forget the inputs and what was computed from them."""
+        self.inputs = self.judge = None
 
     def tidy(self) -> None:
         """Between two turns hold nothing but the inputs: the other candidates need the memory."""
