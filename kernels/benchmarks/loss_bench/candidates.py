@@ -237,7 +237,7 @@ CANDIDATES = {
             (
                 Variant("default", {"backend": "triton"}),
                 Variant("best chunk", {"backend": "triton"}, sweeps_chunk=True),
-                Variant("bf16 logits", {"backend": "triton", "logits_dtype": "bf16"}),
+                Variant("16-bit logits", {"backend": "triton", "logits_dtype": "compute"}),
                 Variant("loss only", {"backend": "triton", "sums": False}),
             ),
             ours,

@@ -11,7 +11,6 @@ What is not covered: what a turn does (`worker`) and what is made of the times (
 from __future__ import annotations
 
 import json
-import os
 import select
 import statistics
 import subprocess
@@ -40,7 +39,7 @@ class Protocol(NamedTuple):
     """A worker that needs longer for one answer is ended."""
 
 
-GPU_PROTOCOL = Protocol(rounds=5, warmups=2, runs=6, slow_s=10, timeout_s=300)
+GPU_PROTOCOL = Protocol(rounds=5, warmups=2, runs=6, slow_s=10, timeout_s=600)
 """10 warm-ups and 30 runs of every variant."""
 CPU_PROTOCOL = Protocol(rounds=5, warmups=0, runs=1, slow_s=10, timeout_s=900)
 """5 runs; the gate and the choice of a chunk are the warm-up."""
@@ -59,7 +58,6 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:

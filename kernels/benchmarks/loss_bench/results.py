@@ -180,7 +180,8 @@ def slug(text: str) -> str:
 
 COLUMNS = (
     "candidate", "variant", "chunk", "runs", "time ms (p20-p80)", "TFLOP/s", "x ceiling", "x eager",
-    "x eager (wall)", "transient GiB", "x eager (memory)", "dW + dX GiB", "loss err", "dX err", "dW err", "gate",
+    "x eager (wall)", "transient GiB", "x eager (memory)", "dW + dX GiB", "loss err", "dX err", "dW err",
+    "gate",
 )  # fmt: skip
 
 
