@@ -73,7 +73,11 @@ Set PYTHON to a Python $python_version"
     read -r -a index <<< "$index_options"
     if [[ -z $packages ]]; then
         echo "building the wheel of this checkout" >&2
-        "$python" -m pip wheel -q --no-deps -w "$folder" "$root"
+        # From a copy: setuptools leaves build/ behind, and would pack old files from it the next time.
+        copy=$(mktemp -d)
+        trap 'rm -rf "$copy"' EXIT
+        cp -r "$root"/{setup.py,pyproject.toml,README.md,LICENSE,versatune_ds,kernels} "$copy"
+        "$python" -m pip wheel -q --no-deps -w "$folder" "$copy"
     fi
     for package in $build; do
         needs "$package" || continue
