@@ -161,6 +161,7 @@ def test_the_full_model_is_counted_with_all_its_layers():
 def test_a_result_says_what_was_measured(result):
     assert result["kind"] == bench_results.KIND
     assert result["environment"]["world_size"] == 2
+    assert result["command"].startswith("bench.py --shape tiny --pack-len 128")
     assert result["settings"]["zero_stage"] == 3 and result["settings"]["data"] == "synthetic"
     assert [measured["layers"] for measured in result["slices"]] == [1, 2]
     assert result["full_model"]["layers"] == 4 and result["full_model"]["extrapolated"]

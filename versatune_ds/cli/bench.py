@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from versatune_ds.foundations.constants import EXIT_OK
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         overrides=tuple(args.overrides),
     )
     check_settings(settings)
-    result = bench(settings)
+    result = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), **bench(settings)}
     if distributed.is_main():
         args.out.mkdir(parents=True, exist_ok=True)
         name = args.name or _name(args, result["environment"]["world_size"])
