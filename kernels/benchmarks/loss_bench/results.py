@@ -1,0 +1,246 @@
+"""From raw times to the file, the table and the ratios. Pure functions; no torch.
+
+Of a case's variants, `three products` is the ceiling and `hf eager` the baseline. A ratio compares
+medians: of device seconds on a GPU, of CPU seconds on a CPU (where the machine may be shared; wall
+ratios stand beside them).
+
+    transient   peak above the inputs, minus the two gradients that the caller asked for
+    TFLOP/s     6 H V n / time, n the rows that have a label: the three products that are needed
+
+What is not covered: the picture (`picture`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+GIB = 2**30
+PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "numpy")
+CEILING, BASELINE = "three products", "hf eager"
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Linear interpolation between the sorted values; `share` in 0..1."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    return {
+        "median": statistics.median(values),
+        "p20": quantile(values, 0.2),
+        "p80": quantile(values, 0.8),
+    }
+
+
+def summarise(case: dict[str, Any], entries: list[dict[str, Any]], device_type: str) -> dict[str, Any]:
+    """A case with the numbers of all its variants.
+
+    Args:
+        case: `Case.to_json()`.
+        entries: from `driver.measure_case`.
+        device_type: "cpu" or "cuda"; decides which clock the ratios compare.
+    """
+    clock = "wall_s" if device_type == "cuda" else "cpu_s"
+    variants = [_one(entry, case["useful_flops"], clock) for entry in entries]
+    ceiling = _median_of(variants, CEILING, clock)
+    eager = next((v for v in variants if v["candidate"] == BASELINE and v["status"] == "ok"), None)
+    for variant in variants:
+        if variant["status"] != "ok" or "wall_s" not in variant:
+            continue
+        own = variant[clock]["median"]
+        variant["ratio_to_ceiling"] = _ratio(own, ceiling)
+        if eager is not None:
+            variant["ratio_to_eager"] = {
+                "time": _ratio(own, eager[clock]["median"]),
+                "wall": _ratio(variant["wall_s"]["median"], eager["wall_s"]["median"]),
+                "transient": _ratio(variant["transient_gib"], eager["transient_gib"]),
+                "peak": _ratio(variant["peak_gib"], eager["peak_gib"]),
+            }
+    return {"case": case, "clock": clock, "variants": variants}
+
+
+def _one(entry: dict[str, Any], useful_flops: float, clock: str) -> dict[str, Any]:
+    """The numbers of one variant by itself."""
+    kept = ("candidate", "variant", "status", "reason", "gate", "chunk", "chunks_tried_s")
+    out = {key: entry[key] for key in kept if key in entry}
+    if entry["status"] != "ok" or not entry.get("s"):
+        return out
+    out["wall_s"], out["cpu_s"] = spread(entry["s"]), spread(entry["cpu_s"])
+    out["num_runs"] = len(entry["s"])
+    out["useful_tflops"] = useful_flops / out[clock]["median"] / 1e12
+    out["dx_gib"], out["dw_gib"] = entry["dx_bytes"] / GIB, entry["dw_bytes"] / GIB
+    peaks = [peak for peak in entry["peak_bytes"] if peak is not None]
+    out["peak_gib"] = statistics.median(peaks) / GIB if peaks else None
+    out["transient_gib"] = None
+    if out["peak_gib"] is not None:
+        out["transient_gib"] = max(0.0, out["peak_gib"] - out["dx_gib"] - out["dw_gib"])
+    return out
+
+
+def _median_of(variants: list[dict[str, Any]], candidate: str, clock: str) -> float | None:
+    for variant in variants:
+        if variant["candidate"] == candidate and clock in variant:
+            return float(variant[clock]["median"])
+    return None
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or not whole else part / whole
+
+
+# ---- where it ran ------------------------------------------------------------------------------
+
+
+def describe_environment(device_type: str) -> dict[str, Any]:
+    """Date, hardware, versions, commit and load: what a reader needs to trust or repeat the numbers."""
+    import torch
+
+    info: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "device_type": device_type,
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": list(os.getloadavg()),
+        "python": platform.python_version(),
+        "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},
+        "commit": git_commit(Path(__file__).parent),
+    }
+    if device_type == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        info["gpu"] = properties.name
+        info["gpu_memory_gib"] = properties.total_memory / GIB
+        info["gpu_multiprocessors"] = properties.multi_processor_count
+        info["cuda"] = torch.version.cuda
+    return info
+
+
+def cpu_name() -> str:
+    """Model name of the CPU."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    return match.group(1).strip() if match else platform.machine()
+
+
+def git_commit(folder: Path) -> str | None:
+    """Commit of the source tree, "-dirty" appended when tracked files differ from it; None outside git."""
+    try:
+        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def hardware_name(environment: dict[str, Any]) -> str:
+    """For people: the GPU, or the CPU with its cores."""
+    return str(environment.get("gpu") or f"{environment['cpu']}, {environment['cpu_count']} cores")
+
+
+def slug(text: str) -> str:
+    """Lower-case words joined by dashes, for folder names."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+COLUMNS = (
+    "candidate", "variant", "chunk", "runs", "time ms (p20-p80)", "TFLOP/s", "x ceiling", "x eager",
+    "x eager (wall)", "transient GiB", "x eager (memory)", "dW + dX GiB", "loss err", "dX err", "dW err",
+    "gate",
+)  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    """All cases as Markdown."""
+    environment = results["environment"]
+    versions = ", ".join(f"{name} {v}" for name, v in environment["versions"].items())
+    lines = [
+        f"# Fused loss, {hardware_name(environment)}, {environment['date']}",
+        "",
+        f"Commit {environment['commit']}; Python {environment['python']}, {versions}; "
+        f"{environment['threads']} thread(s), load at the start {environment['load_average'][0]:.1f}. "
+        f"Times are {'GPU' if environment['device_type'] == 'cuda' else 'CPU'} time, forward and backward, "
+        f"median of the runs.",
+    ]
+    if results["missing"]:
+        missing = "; ".join(f"{name}: {why}" for name, why in results["missing"].items())
+        lines += ["", f"Not measured: {missing}."]
+    for case in results["cases"]:
+        about = case["case"]
+        lines += [
+            "",
+            f"## {about['head']}: H {about['hidden_size']}, V {about['vocab_size']}, "
+            f"N {about['num_tokens']}, {about['supervised']:.0%} with a label, {about['dtype']}",
+            "",
+            f"| {' | '.join(COLUMNS)} |",
+            f"|{'---|' * len(COLUMNS)}",
+            *(_row(variant, case["clock"]) for variant in case["variants"]),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(variant: dict[str, Any], clock: str) -> str:
+    """A line of the table; the reason instead of numbers where there are none."""
+    gate = variant.get("gate") or {}
+    errors = gate.get("errors") or {}
+    cells = [variant["candidate"], variant["variant"], _text(variant.get("chunk"), "{}")]
+    if clock in variant:
+        times = {name: 1e3 * value for name, value in variant[clock].items()}
+        eager = variant.get("ratio_to_eager") or {}
+        cells += [
+            str(variant["num_runs"]),
+            f"{times['median']:.4g} ({times['p20']:.4g}-{times['p80']:.4g})",
+            _text(variant["useful_tflops"], "{:.4g}"),
+            _text(variant.get("ratio_to_ceiling"), "{:.2f}"),
+            _text(eager.get("time"), "{:.2f}"),
+            _text(eager.get("wall"), "{:.2f}"),
+            _text(variant["transient_gib"], "{:.3f}"),
+            _text(eager.get("transient"), "{:.2f}"),
+            _text(variant["dw_gib"] + variant["dx_gib"], "{:.3f}"),
+        ]
+    else:
+        why = gate.get("verdict") if variant["status"] == "ok" else variant["status"]
+        reason = (variant.get("reason") or "").replace("|", "/").replace("\n", " ")
+        cells += ["", f"{why} {reason}".strip(), *[""] * 7]
+    cells += [_text(errors.get(name), "{:.2g}") for name in ("loss", "dx", "dw")]
+    cells.append(gate.get("verdict", "") if gate.get("verdict") != "none" else "")
+    return f"| {' | '.join(cells)} |"
+
+
+def _text(value: Any, form: str) -> str:
+    return "" if value is None else form.format(value)

@@ -1,0 +1,218 @@
+"""One candidate in a process of its own, told what to do by lines of JSON on its standard input.
+
+    {"do": "prepare", "case": {...}}                     make the inputs
+    {"do": "gate", "variant": NAME}                      compare with fp64, choose the best chunk
+    {"do": "turn", "variant": NAME, "warmups": w, "runs": r}   time r runs after w unmeasured ones
+    {"do": "release"}                                    drop the inputs
+
+Each line is answered by one line with "status": "ok", "no such knob", "out of memory" or "error". A
+run is forward, backward and nothing else; gradients are dropped before it. Time is the device's
+(CUDA events) or wall and CPU seconds of this process.
+
+What is not covered: the order of turns (`driver`).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loss_bench.candidates import (
+    CANDIDATES,
+    IGNORE_INDEX,
+    Candidate,
+    Inputs,
+    NoSuchKnob,
+    Variant,
+    chunk_choices,
+)
+from loss_bench.cases import Case
+from loss_bench.gate import Gate
+from loss_bench.memory import PeakMemory
+
+SAMPLE_TOKENS = 512
+NUM_DOMAINS = 6
+
+
+def serve(name: str, device_type: str) -> None:
+    """Answer requests until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not stand between the answers
+    worker = Worker(CANDIDATES[name], torch.device(device_type))
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            reply = {"status": "ok", **worker.answer(request)}
+        except NoSuchKnob as error:
+            reply = {"status": "no such knob", "reason": str(error)}
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            reply = {"status": "out of memory", "reason": str(error).splitlines()[0]}
+        except Exception as error:  # a rival's failure is a result, not the end of the benchmark
+            reply = {"status": "error", "reason": f"{type(error).__name__}: {error}"[:500]}
+        worker.tidy()
+        answers.write(json.dumps(reply) + "\n")
+        answers.flush()
+
+
+class Worker:
+    """Inputs of one case and what was found out about each variant."""
+
+    def __init__(self, candidate: Candidate, device: torch.device) -> None:
+        self.candidate = candidate
+        self.device = device
+        self.inputs: Inputs | None = None
+        self.judge: Gate | None = None
+        self.chunks: dict[str, int | None] = {}
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what a request says."""
+        what = request["do"]
+        if what == "prepare":
+            self.release()
+            self.inputs = make_inputs(Case(**request["case"]), self.device)
+            self.chunks = {}
+            return {}
+        if what == "release":
+            self.release()
+            return {}
+        variant = next(v for v in self.candidate.variants if v.name == request["variant"])
+        if what == "gate":
+            return self.gate(variant)
+        if what == "turn":
+            return self.turn(variant, request["warmups"], request["runs"])
+        raise ValueError(f"unknown request {what!r}")
+
+    def gate(self, variant: Variant) -> dict[str, Any]:
+        """Verdict of the gate, and the chunk that "best chunk" will use."""
+        inputs = self._inputs()
+        chunks: list[int | None] = [None]
+        if variant.sweeps_chunk:
+            chunks = list(chunk_choices(self.candidate.name, len(inputs.labels), self.device.type))
+        verdict: dict[str, Any] = {"verdict": "none"}
+        if not self.candidate.is_ceiling:
+            first = chunks[0]
+            if self.judge is None:
+                self.judge = Gate(inputs)
+            verdict = self.judge.judge(lambda given: self._loss(given, variant, first))
+        tried = {}
+        if len(chunks) > 1:
+            for chunk in chunks:
+                self._run(variant, chunk)
+                runs = [self._run(variant, chunk) for _ in range(3 if self._cuda else 1)]
+                tried[chunk] = statistics.median(run["cpu_s" if not self._cuda else "s"] for run in runs)
+        self.chunks[variant.name] = min(tried, key=lambda chunk: tried[chunk]) if tried else chunks[0]
+        return {"gate": verdict, "chunk": self.chunks[variant.name], "chunks_tried_s": tried}
+
+    def turn(self, variant: Variant, warmups: int, runs: int) -> dict[str, Any]:
+        """Seconds of `runs` runs, and the peak memory of one."""
+        chunk = self.chunks[variant.name]
+        for _ in range(warmups):
+            self._run(variant, chunk)
+        inputs = self._inputs()
+        inputs.hidden.grad = inputs.weight.grad = None
+        memory = PeakMemory(self.device)
+        measured = [self._run(variant, chunk) for _ in range(runs)]
+        assert inputs.hidden.grad is not None and inputs.weight.grad is not None
+        return {
+            "s": [run["s"] for run in measured],
+            "cpu_s": [run["cpu_s"] for run in measured],
+            "peak_bytes": memory.bytes(),
+            "dx_bytes": inputs.hidden.grad.nbytes,
+            "dw_bytes": inputs.weight.grad.nbytes,
+        }
+
+    def release(self) -> None:
+        """Forget the inputs and what was computed from them."""
+        self.inputs = self.judge = None
+
+    def tidy(self) -> None:
+        """Between two turns hold nothing but the inputs: the other candidates need the memory."""
+        if self.inputs is not None:
+            self.inputs.hidden.grad = self.inputs.weight.grad = None
+        gc.collect()
+        if self._cuda:
+            torch.cuda.empty_cache()
+
+    @property
+    def _cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _inputs(self) -> Inputs:
+        if self.inputs is None:
+            raise ValueError("no case was prepared")
+        return self.inputs
+
+    def _loss(self, inputs: Inputs, variant: Variant, chunk: int | None) -> Tensor | None:
+        return self.candidate.loss(inputs, chunk, **variant.options)
+
+    def _run(self, variant: Variant, chunk: int | None) -> dict[str, float]:
+        """One forward and backward, timed."""
+        inputs = self._inputs()
+        inputs.hidden.grad = inputs.weight.grad = None
+        start_cpu, start = time.process_time(), time.perf_counter()
+        begin = end = None
+        if self._cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+        loss = self._loss(inputs, variant, chunk)
+        if loss is not None:
+            loss.backward()
+        if begin is not None and end is not None:
+            end.record()
+            end.synchronize()
+            seconds = begin.elapsed_time(end) / 1e3
+        else:
+            seconds = time.perf_counter() - start
+        return {"s": seconds, "cpu_s": time.process_time() - start_cpu}
+
+
+def make_inputs(case: Case, device: torch.device) -> Inputs:
+    """Inputs of a case, the same in every process: random, or real hidden states from the case's file."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+    n, h, v = case.num_tokens, case.hidden_size, case.vocab_size
+    if case.states is None:
+        hidden = torch.randn(n, h, generator=generator, device=device).to(dtype)
+        weight = torch.empty(v, h, dtype=dtype, device=device)
+        for block in weight.split(8192):
+            block.copy_(torch.randn(block.shape, generator=generator, device=device))
+        weight.mul_(case.sharpness / h**0.5)
+        labels = torch.randint(0, v, (n,), generator=generator, device=device)
+    else:
+        hidden, weight, labels = read_states(Path(case.states), n, device, dtype)
+    # where the labels are missing changes nothing: random rows lose theirs
+    order = torch.rand(n, generator=generator, device=device).argsort()
+    labels[order[case.num_valid :]] = IGNORE_INDEX
+    sample_ids = (torch.arange(n, device=device) // SAMPLE_TOKENS).to(torch.int32)
+    return Inputs(
+        hidden=hidden.requires_grad_(),
+        weight=weight.requires_grad_(),
+        labels=labels,
+        sample_ids=sample_ids,
+        domain_ids=sample_ids % NUM_DOMAINS,
+        num_samples=-(-n // SAMPLE_TOKENS),
+        num_domains=NUM_DOMAINS,
+        num_valid=case.num_valid,
+    )
+
+
+def read_states(
+    path: Path, num_tokens: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [N, H], weight [V, H] and labels [N] of a safetensors file, cut to the first N rows."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path, device=str(device))
+    hidden, labels = (tensors[name][:num_tokens] for name in ("hidden", "labels"))
+    if len(hidden) < num_tokens or bool((labels < 0).any()):
+        raise ValueError(f"{path}: {num_tokens} rows that all have a label are needed")
+    return hidden.to(dtype).contiguous(), tensors["weight"].to(dtype), labels.to(torch.int64).clone()

@@ -1,0 +1,114 @@
+"""The shell scripts: they parse, pass shellcheck if it is installed, and the wheel script does its work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from launching import REPOSITORY
+
+SCRIPTS = [*sorted(REPOSITORY.glob("launch/*.sh")), REPOSITORY / ".ci" / "run"]
+WHEELS = REPOSITORY / "launch" / "airgapped_wheels.sh"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_script_parses_and_can_be_run(path):
+    done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert os.access(path, os.X_OK)
+    assert "set -euo pipefail" in path.read_text()
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_has_nothing_to_say(path):
+    done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def tiny_wheel(folder: Path, name: str, requires: str = "") -> None:
+    """A wheel of one module, written by hand."""
+    info = f"{name}-1.0.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+    if requires:
+        metadata += f"Requires-Dist: {requires}\n"
+    files = {
+        f"{name}.py": "VALUE = 7\n",
+        f"{info}/METADATA": metadata,
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        for path, text in {**files, f"{info}/RECORD": record}.items():
+            wheel.writestr(path, text)
+
+
+@pytest.fixture
+def index(tmp_path) -> Path:
+    """A folder that stands for the package index: `outer` needs `inner`."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    tiny_wheel(folder, "outer", "inner")
+    tiny_wheel(folder, "inner")
+    return folder
+
+
+def run_wheels(*arguments: str, index: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The script with pip cut off from everything but `index`."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
+    environment |= {"PYTHON": sys.executable, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
+    if index is not None:
+        environment["PIP_FIND_LINKS"] = str(index)
+    return subprocess.run(
+        ["bash", str(WHEELS), *arguments], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_wheels_are_downloaded_with_what_they_need_and_installed_from_the_folder(index, tmp_path):
+    folder, site = tmp_path / "wheels", tmp_path / "site"
+    options = ("--folder", str(folder), "--packages", "outer")
+    down = run_wheels("download", *options, "--constraints", os.devnull, index=index)
+    assert down.returncode == 0, down.stderr
+    assert {path.name for path in folder.glob("*.whl")} == {
+        "outer-1.0-py3-none-any.whl",
+        "inner-1.0-py3-none-any.whl",
+    }
+    shutil.rmtree(index)
+    installed = run_wheels("install", *options, "--target", str(site))
+    assert installed.returncode == 0, installed.stderr
+    assert (site / "outer.py").is_file() and (site / "inner.py").is_file()
+
+
+def test_a_damaged_or_unfinished_folder_is_refused(index, tmp_path):
+    folder = tmp_path / "wheels"
+    options = ("--folder", str(folder), "--packages", "outer")
+    missing = run_wheels("download", "--folder", str(folder), "--packages", "absent", index=index)
+    assert missing.returncode != 0 and not (folder / "SHA256SUMS").exists()
+    unfinished = run_wheels("install", *options)
+    assert unfinished.returncode == 4 and "did not finish" in unfinished.stderr
+    assert run_wheels("download", *options, index=index).returncode == 0
+    assert run_wheels("verify", "--folder", str(folder)).returncode == 0
+    (folder / "inner-1.0-py3-none-any.whl").write_bytes(b"broken")
+    damaged = run_wheels("install", *options, "--target", str(tmp_path / "site"))
+    assert damaged.returncode == 4 and "damaged" in damaged.stderr
+    assert not (tmp_path / "site").exists()
+
+
+def test_another_python_is_refused(tmp_path):
+    done = run_wheels("download", "--folder", str(tmp_path), "--packages", "outer", "--python", "3.99")
+    assert done.returncode == 2 and "Python 3.99" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["airgapped_wheels.sh", "bench_throughput.sh"])
+def test_help_and_unknown_options(script):
+    path = str(REPOSITORY / "launch" / script)
+    arguments = ["download"] if script.startswith("airgapped") else []
+    shown = subprocess.run(["bash", path, *arguments, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and script in shown.stdout
+    wrong = subprocess.run(["bash", path, *arguments, "--flder", "x"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--flder" in wrong.stderr

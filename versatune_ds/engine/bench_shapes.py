@@ -1,0 +1,122 @@
+"""Named model shapes for benchmarks: the numbers of their config.json, so that no model has to be downloaded.
+
+A shape can be cut to its first n layers; embedding and head keep their true size.
+
+What is not covered: weights (they are random) and tokenizers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from versatune_ds.foundations.errors import ConfigError, unknown_name
+from versatune_ds.foundations.files import write_json_atomic
+
+
+def _qwen2(
+    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any
+) -> dict[str, Any]:
+    """A Qwen2 or Qwen2.5 model: biases on q, k and v, head and embedding not tied."""
+    rope = {"rope_theta": 1e6, "rope_type": "default"}
+    return _decoder("qwen2", hidden, mlp, layers, heads, kv_heads, vocab, rope_parameters=rope, **more)
+
+
+def _llama(
+    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any
+) -> dict[str, Any]:
+    """A Llama model: no biases, head and embedding not tied."""
+    return _decoder("llama", hidden, mlp, layers, heads, kv_heads, vocab, **more)
+
+
+def _decoder(
+    kind: str, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "model_type": kind,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # Source: config.json of the named repositories on the Hugging Face hub. max_position_embeddings is set
+    # high in all of them, so that any length of pack can be measured; it adds no parameters.
+    "qwen2.5-7b": _qwen2(3584, 18944, 28, 28, 4, 152064, rms_norm_eps=1e-6),  # Qwen/Qwen2.5-7B
+    "qwen2.5-14b": _qwen2(5120, 13824, 48, 40, 8, 152064, rms_norm_eps=1e-5),  # Qwen/Qwen2.5-14B
+    "qwen2.5-32b": _qwen2(5120, 27648, 64, 40, 8, 152064, rms_norm_eps=1e-5),  # Qwen/Qwen2.5-32B
+    "qwen2-7b": _qwen2(3584, 18944, 28, 28, 4, 152064, rms_norm_eps=1e-6),  # Qwen/Qwen2-7B
+    "llama-2-7b": _llama(4096, 11008, 32, 32, 32, 32000, rms_norm_eps=1e-5),  # meta-llama/Llama-2-7b-hf
+    "llama-2-13b": _llama(5120, 13824, 40, 40, 40, 32000, rms_norm_eps=1e-5),  # meta-llama/Llama-2-13b-hf
+    "llama-3-8b": _llama(  # meta-llama/Meta-Llama-3-8B
+        4096,
+        14336,
+        32,
+        32,
+        8,
+        128256,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_theta": 5e5, "rope_type": "default"},
+    ),
+    "tiny": _llama(64, 160, 4, 4, 2, 4096),  # no model: for CPUs; the vocabulary holds the shipped sample's
+}
+
+
+def shape_config(name: str, layers: int | None = None) -> dict[str, Any]:
+    """config.json of a named shape, cut to its first `layers` layers.
+
+    Raises:
+        ConfigError: unknown name, or more layers than the shape has.
+    """
+    if name not in SHAPES:
+        raise ConfigError(unknown_name("shape", name, SHAPES))
+    config = dict(SHAPES[name])
+    if layers is not None:
+        if not 1 <= layers <= config["num_hidden_layers"]:
+            raise ConfigError(
+                f"{name} has {config['num_hidden_layers']} layers; a slice of {layers} cannot be"
+            )
+        config["num_hidden_layers"] = layers
+    return config
+
+
+def write_model_folder(folder: Path, name: str, layers: int | None = None) -> Path:
+    """Make `folder` a model without weights, for `model.weights: random`; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / "config.json", shape_config(name, layers))
+    return folder
+
+
+def layer_parameters(name: str) -> int:
+    """Parameters of one layer.
+
+    With h hidden, m MLP width, d head size, n and k query and key-value heads: attention 2 h n d + 2 h k d
+    (and (n + 2 k) d biases in Qwen2), MLP 3 h m, two norms 2 h.
+    """
+    shape = shape_config(name)
+    hidden, heads, kv_heads = (
+        shape[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    )
+    head_size = hidden // heads
+    attention = 2 * hidden * head_size * (heads + kv_heads)
+    biases = (heads + 2 * kv_heads) * head_size if shape["model_type"] == "qwen2" else 0
+    return attention + biases + 3 * hidden * shape["intermediate_size"] + 2 * hidden
+
+
+def nonembedding_parameters(name: str, layers: int | None = None) -> int:
+    """All parameters but embedding and head: the layers and the last norm."""
+    shape = shape_config(name, layers)
+    return shape["num_hidden_layers"] * layer_parameters(name) + shape["hidden_size"]
+
+
+def total_parameters(name: str, layers: int | None = None) -> int:
+    """All parameters; embedding and head are two matrices."""
+    shape = shape_config(name, layers)
+    return nonembedding_parameters(name, layers) + 2 * shape["hidden_size"] * shape["vocab_size"]
