@@ -67,8 +67,6 @@ class Run:
     total_steps: int
     first_step: int
     """Steps done before this process."""
-    layout: dict[str, Any]
-    """See `state_layout`."""
     nonfinite_in_a_row: int
 
     @property
@@ -80,7 +78,7 @@ class Run:
         """Everything of ours that a resumed run needs. File offsets are known on rank 0, which writes it."""
         return {
             "world_size": distributed.world_size(),
-            "layout": self.layout,
+            "layout": state_layout(self.config),
             "planner": self.loader.state.to_json(),
             "controller": self.controller.state(),
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
@@ -124,13 +122,12 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     preflight.check_domains_have_data(config, table, corpus, controller)
     preflight.check_supply(corpus, settings, controller, total_steps)
     # 3. Where to begin.
-    layout = state_layout(config)
     resuming = config.run.resume == "auto"
     checkpoint = newest_sound_checkpoint(config.run.dir / constants.CHECKPOINTS_DIR) if resuming else None
     state: dict[str, Any] | None = None
     planner = PlannerState.initial(len(table))
     if checkpoint is not None:
-        state = read_state(checkpoint, layout)
+        state = read_state(checkpoint, state_layout(config))
         planner = PlannerState.from_json(state["planner"])
         planner.check(corpus, settings)
         controller.load_state(state["controller"])
@@ -178,7 +175,6 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
         peak_tflops=config.metrics.peak_tflops or peak_tflops(describe_hardware(device)["device"]),
         total_steps=total_steps,
         first_step=first_step,
-        layout=layout,
         nonfinite_in_a_row=0 if state is None else int(state["nonfinite_in_a_row"]),
     )
 
