@@ -104,7 +104,7 @@ def build_engine(config: Config, device: torch.device) -> Engine:
         log.warning("model.trust_remote_code is on: Python code of %s will run here", config.model.source)
     attention = choose_attention(config.model, device.type)
     zero3 = HfDeepSpeedConfig(settings) if stage == 3 else None  # kept alive: transformers looks it up
-    model = build_model(config.model, attention, config.run.seed)
+    model = build_model(config.model, attention, config.run.seed, device.type)
     unset_hf_deepspeed_config()
     del zero3
     buffers = float32_buffers(model)

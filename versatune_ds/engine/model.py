@@ -11,6 +11,9 @@ unsupported by their class).
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import importlib.util
+import inspect
 from typing import Any
 
 import torch
@@ -24,6 +27,9 @@ from versatune_ds.config.schema import Model
 from versatune_ds.engine.attention import AttentionChoice
 from versatune_ds.foundations.errors import ConfigError
 from versatune_kernels import LossOutput, linear_cross_entropy
+
+LIGER_PARTS = ("rms_norm", "swiglu", "rope")
+"""What `model.liger: auto` takes from liger-kernel, by the names of its switches."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -69,10 +75,12 @@ class PackedCausalLM(nn.Module):
     Args:
         lm: the transformers model; its `lm_head` becomes a `LossHead`.
         loss_backend: `model.loss_backend`.
+        liger: what `apply_liger` did.
     """
 
-    def __init__(self, lm: PreTrainedModel, loss_backend: str) -> None:
+    def __init__(self, lm: PreTrainedModel, loss_backend: str, liger: str = "off") -> None:
         super().__init__()
+        self.liger = liger
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
@@ -117,7 +125,9 @@ class PackedCausalLM(nn.Module):
         return head(hidden, labels, sample_ids, num_samples, num_valid, normalizer)
 
 
-def build_model(settings: Model, attention: AttentionChoice, seed: int) -> PackedCausalLM:
+def build_model(
+    settings: Model, attention: AttentionChoice, seed: int, device_type: str = "cpu"
+) -> PackedCausalLM:
     """Build the model, pretrained or random.
 
     Under ZeRO-3 the caller keeps a `transformers.integrations.HfDeepSpeedConfig` alive; transformers then
@@ -127,6 +137,7 @@ def build_model(settings: Model, attention: AttentionChoice, seed: int) -> Packe
         settings: `model` section.
         attention: from `choose_attention`.
         seed: of random initialisation; ranks must use the same.
+        device_type: "cpu" or "cuda", where the model will run.
 
     Raises:
         ConfigError: no such model, or it cannot be built.
@@ -149,8 +160,56 @@ def build_model(settings: Model, attention: AttentionChoice, seed: int) -> Packe
             f"model.source {settings.source!r} cannot be loaded with weights: {settings.weights}: {error}"
         ) from error
     lm.config.use_cache = False
+    liger = apply_liger(lm, settings.liger, device_type)
     checkpoint_activations(lm, settings.activation_checkpointing)
-    return PackedCausalLM(lm, settings.loss_backend)
+    if settings.compile == "body":
+        lm.base_model.compile()
+    return PackedCausalLM(lm, settings.loss_backend, liger)
+
+
+def liger_problem(choice: str, device_type: str) -> str | None:
+    """Why liger-kernel is not used, or None when it is (for models that it knows).
+
+    Args:
+        choice: `model.liger`.
+        device_type: "cpu" or "cuda".
+    """
+    if choice == "off":
+        return "asked for"
+    if device_type != "cuda":
+        return "needs CUDA"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return None
+
+
+def apply_liger(lm: PreTrainedModel, choice: str, device_type: str) -> str:
+    """Put liger-kernel's RMSNorm, SwiGLU and RoPE into a model, as far as it has them; never its loss.
+
+    Liger replaces RoPE for all models of that architecture in the process, the others in `lm` only.
+
+    Args:
+        lm: a built transformers model.
+        choice: `model.liger`.
+        device_type: "cpu" or "cuda".
+
+    Returns:
+        What was done, for the log.
+    """
+    problem = liger_problem(choice, device_type)
+    if problem is not None:
+        return f"off ({problem})"
+    from liger_kernel.transformers import monkey_patch
+
+    model_type = lm.config.model_type
+    patch = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
+    if patch is None:
+        return f"off (liger-kernel has no kernels for {model_type})"
+    parameters = inspect.signature(patch).parameters
+    switches = {name: name in LIGER_PARTS for name, p in parameters.items() if isinstance(p.default, bool)}
+    patch(model=lm, **switches)
+    parts = ", ".join(part for part in LIGER_PARTS if part in switches)
+    return f"{parts} (liger-kernel {importlib.metadata.version('liger-kernel')})"
 
 
 def checkpoint_activations(lm: PreTrainedModel, policy: str | int) -> None:
