@@ -9,6 +9,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "versatune_ds/__init__.py").read_text()).group(1)
 
+# A CUDA build of torch brings its own; elsewhere the tests run our kernels in Triton's interpreter.
+TRITON = 'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"'
 TRACKING = ["tensorboard>=2.15", "wandb>=0.17"]
 HUB = ["datasets>=3.0"]
 TEST = [
@@ -18,6 +20,7 @@ TEST = [
     "hypothesis>=6.100",
     "tensorboard>=2.15",
     "wheel",
+    TRITON,
 ]
 
 setup(
@@ -64,7 +67,7 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "cuda": ["flash-attn>=2.6", "liger-kernel>=0.5"],
+        "cuda": ["flash-attn>=2.6", "liger-kernel>=0.5", TRITON],
         "tracking": TRACKING,
         "hub": HUB,
         "test": TEST,

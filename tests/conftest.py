@@ -10,7 +10,7 @@ import torch
 from launching import REPOSITORY
 
 if not torch.cuda.is_available():
-    # Without a GPU our Triton kernels run in Triton's interpreter. Triton reads this when it is first imported.
+    # Without a GPU our kernels run in Triton's interpreter; Triton reads this when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

@@ -54,9 +54,7 @@ def check_matrices(hidden: Tensor, weight: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise KernelError(f"{name} is a {type(tensor).__name__}; pass a torch.Tensor.")
         if tensor.dtype not in FLOAT_DTYPES:
-            raise KernelError(
-                f"{name} is {tensor.dtype}; allowed: {_names(FLOAT_DTYPES)}. Cast it first."
-            )
+            raise KernelError(f"{name} is {tensor.dtype}; allowed: {_names(FLOAT_DTYPES)}. Cast it first.")
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise KernelError(
             f"weight has shape {list(weight.shape)}; expected [vocabulary, hidden] with at least "
@@ -65,8 +63,7 @@ def check_matrices(hidden: Tensor, weight: Tensor) -> None:
         )
     if hidden.dim() not in (2, 3):
         raise KernelError(
-            f"hidden has shape {list(hidden.shape)}; expected [tokens, hidden] or "
-            "[batch, time, hidden]."
+            f"hidden has shape {list(hidden.shape)}; expected [tokens, hidden] or [batch, time, hidden]."
         )
     if hidden.shape[-1] != weight.shape[1]:
         raise KernelError(
@@ -80,14 +77,10 @@ def check_matrices(hidden: Tensor, weight: Tensor) -> None:
             "(under autocast: hidden.to(weight.dtype))."
         )
     if hidden.device != weight.device:
-        raise KernelError(
-            f"hidden is on {hidden.device} but weight on {weight.device}; move one of them."
-        )
+        raise KernelError(f"hidden is on {hidden.device} but weight on {weight.device}; move one of them.")
 
 
-def flat_tokens(
-    name: str, tensor: Tensor, hidden: Tensor, dtypes: tuple[torch.dtype, ...]
-) -> Tensor:
+def flat_tokens(name: str, tensor: Tensor, hidden: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
     """A per-token tensor as [N], after checking its shape ([N] or hidden's), dtype and device."""
     if not isinstance(tensor, Tensor):
         raise KernelError(f"{name} is a {type(tensor).__name__}; pass a torch.Tensor.")
@@ -100,9 +93,7 @@ def flat_tokens(
     if tensor.dtype not in dtypes:
         raise KernelError(f"{name} is {tensor.dtype}; allowed: {_names(dtypes)}.")
     if tensor.device != hidden.device:
-        raise KernelError(
-            f"{name} is on {tensor.device} but hidden on {hidden.device}; move {name} there."
-        )
+        raise KernelError(f"{name} is on {tensor.device} but hidden on {hidden.device}; move {name} there.")
     if tensor.requires_grad:
         raise KernelError(
             f"{name} requires a gradient, but the loss is differentiable in hidden and weight "
@@ -138,9 +129,7 @@ def as_normalizer(normalizer: float | Tensor, device: torch.device) -> Tensor:
     """The normalizer as a detached float64 [] tensor on `device`."""
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
-            raise KernelError(
-                f"normalizer has shape {list(normalizer.shape)}; expected one number."
-            )
+            raise KernelError(f"normalizer has shape {list(normalizer.shape)}; expected one number.")
         if normalizer.requires_grad:
             raise KernelError(
                 "normalizer requires a gradient, but the loss is differentiable in hidden and "
@@ -149,14 +138,10 @@ def as_normalizer(normalizer: float | Tensor, device: torch.device) -> Tensor:
         if normalizer.device == device:
             return normalizer.reshape(()).double()
         if normalizer.device.type != "cpu":
-            raise KernelError(
-                f"normalizer is on {normalizer.device} but hidden on {device}; move it there."
-            )
+            raise KernelError(f"normalizer is on {normalizer.device} but hidden on {device}; move it there.")
         normalizer = float(normalizer)
     if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
-        raise KernelError(
-            f"normalizer={normalizer!r}; expected a number or a tensor of one number."
-        )
+        raise KernelError(f"normalizer={normalizer!r}; expected a number or a tensor of one number.")
     if not math.isfinite(normalizer) or normalizer < 0:
         raise KernelError(_bad_normalizer(normalizer))
     # A fill, unlike a copy from the host, does not make the host wait.
@@ -201,9 +186,7 @@ def check_values(
     for name, ids, size in segments:
         if ids is not None:
             _check_ids(name, ids, size, checks)
-    checks.require(
-        torch.isfinite(normalizer) & (normalizer >= 0), lambda: _bad_normalizer(float(normalizer))
-    )
+    checks.require(torch.isfinite(normalizer) & (normalizer >= 0), lambda: _bad_normalizer(float(normalizer)))
 
 
 def _check_labels(labels: Tensor, valid: Tensor, vocab_size: int, checks: ValueChecks) -> None:
@@ -247,9 +230,7 @@ def check_effort(chunk_tokens: int | str, memory_budget: int | None, logits_dtyp
             "Smaller chunks need less memory; 'auto' is a good start."
         )
     if memory_budget is not None and not _is_count(memory_budget):
-        raise KernelError(
-            f"memory_budget={memory_budget!r}: expected a number of bytes >= 1, or None."
-        )
+        raise KernelError(f"memory_budget={memory_budget!r}: expected a number of bytes >= 1, or None.")
     if logits_dtype not in LOGITS_DTYPES:
         raise KernelError(
             f"logits_dtype={logits_dtype!r}. Known: 'fp32', and 'compute' for the dtype of hidden."
@@ -267,9 +248,7 @@ def check_options(
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise KernelError(f"ignore_index={ignore_index!r}; expected an integer such as -100.")
     _check_option("z_loss", z_loss, lambda value: value >= 0, ">= 0 (0 is off)")
-    _check_option(
-        "label_smoothing", label_smoothing, lambda value: 0 <= value < 1, "in [0, 1) (0 is off)"
-    )
+    _check_option("label_smoothing", label_smoothing, lambda value: 0 <= value < 1, "in [0, 1) (0 is off)")
     _check_option("logit_scale", logit_scale, lambda value: value > 0, "> 0 (1 is off)")
     _check_option("softcap", softcap, lambda value: value >= 0, ">= 0 (0 is off)")
 

@@ -67,9 +67,7 @@ def chunked_pass(
     buffers = _buffers(hidden, weight, min(chunk, num_rows), effort)
     for start in range(0, num_rows, chunk):
         part = slice(start, min(start + chunk, num_rows))
-        _run_chunk(
-            hidden, weight, tokens, options, part, buffers, nll, objective, d_hidden, d_weight
-        )
+        _run_chunk(hidden, weight, tokens, options, part, buffers, nll, objective, d_hidden, d_weight)
 
     is_zero = tokens.normalizer == 0
     for gradient in (d_hidden, d_weight):
@@ -97,9 +95,7 @@ def _buffers(hidden: Tensor, weight: Tensor, rows: int, effort: Effort) -> _Buff
     return _Buffers(
         logits=hidden.new_empty(shape, dtype=torch.float32),
         rounded=weight.new_empty(shape) if training and weight.dtype != torch.float32 else None,
-        d_x=hidden.new_empty((rows, hidden.shape[1]), dtype=torch.float32)
-        if effort.grad_hidden
-        else None,
+        d_x=hidden.new_empty((rows, hidden.shape[1]), dtype=torch.float32) if effort.grad_hidden else None,
     )
 
 
@@ -123,9 +119,7 @@ def _run_chunk(
     for block in blocks:
         product_(logits[:, block], x, weight[block].T, accumulate=False)
     training = d_hidden is not None or d_weight is not None
-    nll[part], objective[part] = _row_pass_(
-        logits, tokens.labels[part], row_weight, options, training
-    )
+    nll[part], objective[part] = _row_pass_(logits, tokens.labels[part], row_weight, options, training)
     d_logits = logits if buffers.rounded is None else buffers.rounded[: len(x)].copy_(logits)
     if d_hidden is not None and buffers.d_x is not None:
         d_x = buffers.d_x[: len(x)]

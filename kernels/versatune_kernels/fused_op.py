@@ -52,9 +52,7 @@ def linear_cross_entropy_op(
     validate: bool | None,
     grad_hidden: bool,
     grad_weight: bool,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of LossOutput, d_hidden, d_weight (empty where not wanted) and their factor.
 
     Args:
@@ -164,9 +162,7 @@ def _fake(
 
 
 @torch.library.custom_op("versatune_kernels::finish_gradient", mutates_args=())
-def finish_gradient_op(
-    gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype
-) -> Tensor:
+def finish_gradient_op(gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * upstream * pending as `dtype`, on the Triton backend, in new memory."""
     from versatune_kernels import triton_backend
 
@@ -210,9 +206,7 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 # twice, and would then scale twice.
 
 
-def _finish_with_torch(
-    gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _finish_with_torch(gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype) -> Tensor:
     """`chunked` has already cleared what must be 0."""
     scale = upstream * pending
     if torch.compiler.is_compiling():
@@ -220,9 +214,7 @@ def _finish_with_torch(
     return gradient.mul_(scale).to(dtype)
 
 
-def _finish_with_triton(
-    gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _finish_with_triton(gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling():
         return finish_gradient_op(gradient, upstream, pending, dtype)
     from versatune_kernels import triton_backend

@@ -147,9 +147,7 @@ def triton_chunks(
     widest = max(min(widest, MAX_CHUNK_ELEMENTS // vocab_size), 1)
     for fp32_sum in (False, True):
         limit = _rows_in_budget(effort, row_bytes, sum_bytes if fp32_sum else 0, num_tokens)
-        rows = effort.chunk_tokens or _fullest(
-            num_tokens, min(widest, limit), hidden_size, multiprocessors
-        )
+        rows = effort.chunk_tokens or _fullest(num_tokens, min(widest, limit), hidden_size, multiprocessors)
         if is_fine(rows, fp32_sum):
             break
     return ChunkPlan(rows, fp32_sum)

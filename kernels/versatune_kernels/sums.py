@@ -48,9 +48,7 @@ def segment_sums(
     mine = (labels != ignore_index) & (ids >= 0)
     keys = torch.where(mine, ids.to(torch.int64), num_segments)
     sorted_keys, order = torch.sort(keys, stable=True)
-    bounds = torch.searchsorted(
-        sorted_keys, torch.arange(num_segments + 1, dtype=torch.int64, device=device)
-    )
+    bounds = torch.searchsorted(sorted_keys, torch.arange(num_segments + 1, dtype=torch.int64, device=device))
     in_order = values.to(torch.float64).index_select(0, order)
     return SegmentSums(_reduce(in_order, bounds), bounds.diff(), _reduce(in_order.square(), bounds))
 

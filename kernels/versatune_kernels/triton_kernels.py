@@ -201,7 +201,7 @@ def scale_kernel(
     """
     pending = tl.load(pending_ptr)
     factor = tl.load(upstream_ptr) * pending
-    if IN_PLACE:
+    if IN_PLACE:  # noqa: SIM102 (decided by the compiler, the next by the GPU)
         if (factor == 1.0) & (pending != 0.0):
             return
     start = tl.program_id(0).to(tl.int64) * TILE

@@ -10,7 +10,6 @@ from torch import nn
 from versatune_kernels import KernelError, LossOutput, fused_op, linear_cross_entropy, products
 
 
-
 class Head(nn.Module):
     """A module that owns the weight, as the trainer uses it."""
 
@@ -59,9 +58,7 @@ def test_using_the_loss_twice_is_one_backward(tools, backend):
     case = tools.case()
     _, unit = tools.run(case, backend=backend)
     hidden = case.hidden.requires_grad_()
-    loss = linear_cross_entropy(
-        hidden, case.weight, case.labels, backend=backend, **case.options
-    ).loss
+    loss = linear_cross_entropy(hidden, case.weight, case.labels, backend=backend, **case.options).loss
     (loss + 2 * loss).backward()
     torch.testing.assert_close(hidden.grad, 3 * unit.d_hidden)
 
@@ -193,7 +190,11 @@ def test_parts_of_a_batch_add_up_to_the_whole(tools, backend):
 
 def test_a_loss_that_is_never_used_lets_go_of_its_gradients(tools, monkeypatch, chunking_backend):
     """The operator's node may not hold outputs that hold the node: such a ring is never collected."""
-    module = fused_op if chunking_backend == "chunked" else importlib.import_module("versatune_kernels.triton_backend")
+    module = (
+        fused_op
+        if chunking_backend == "chunked"
+        else importlib.import_module("versatune_kernels.triton_backend")
+    )
     real = getattr(module, f"{chunking_backend}_pass")
     kept = []
 

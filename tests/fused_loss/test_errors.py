@@ -154,7 +154,7 @@ def test_auto_takes_triton_on_cuda_where_it_can(monkeypatch, triton_problem, gpu
 
 def test_triton_on_the_cpu_is_for_its_interpreter_only(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(KernelError, match="needs a CUDA device.*TRITON_INTERPRET=1"):
+    with pytest.raises(KernelError, match=r"needs a CUDA device.*TRITON_INTERPRET=1"):
         resolve_backend("triton", "cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(backends, "_triton_problem", lambda: "Triton cannot be imported (why)")

@@ -108,9 +108,7 @@ def test_ten_runs_are_bitwise_equal(tools, dtype):
     ids = torch.arange(3000, device="cuda") % 17
 
     def run():
-        out, answer = tools.run(
-            case, backend="triton", sample_ids=ids, num_samples=17, chunk_tokens=1024
-        )
+        out, answer = tools.run(case, backend="triton", sample_ids=ids, num_samples=17, chunk_tokens=1024)
         return [t.detach() for t in out] + [answer.d_hidden, answer.d_weight]
 
     first = run()
@@ -171,8 +169,7 @@ def test_the_host_never_waits(tools, normalizer):
 def test_a_captured_graph_serves_other_batches(tools):
     """Captured with room for all rows (num_valid = N); replayed with other tokens and other masks."""
     cases = [
-        _on_gpu(tools, tools.case(200, vocab_size=9001, dtype=torch.bfloat16, seed=seed))
-        for seed in range(3)
+        _on_gpu(tools, tools.case(200, vocab_size=9001, dtype=torch.bfloat16, seed=seed)) for seed in range(3)
     ]
     weight = cases[0].weight.clone().requires_grad_()
     hidden = cases[0].hidden.clone().requires_grad_()

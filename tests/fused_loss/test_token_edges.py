@@ -6,7 +6,6 @@ import torch
 from versatune_kernels import linear_cross_entropy
 
 
-
 def _zero_and_tied(out, hidden, weight):
     assert out.loss.item() == 0.0 and out.loss.requires_grad
     out.loss.backward()

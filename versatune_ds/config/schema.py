@@ -81,7 +81,11 @@ class Model(Section):
     activation_checkpointing: Literal["off", "all"] | Annotated[int, Field(ge=1, strict=True)] = "off"
     """Recompute activations in backward: for no layer, every layer, or every n-th layer."""
     loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
-    """Implementation of the fused linear + cross-entropy."""
+    """Implementation of the fused linear + cross-entropy. `auto`: triton on CUDA, else chunked."""
+    liger: Literal["auto", "off"] = "auto"
+    """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
+    compile: Literal["off", "body"] = "off"
+    """`body`: torch.compile for everything before the head; the first steps are slow."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 

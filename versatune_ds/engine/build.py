@@ -108,12 +108,12 @@ def build_engine(config: Config, device: torch.device) -> Engine:
     if config.model.dtype == "fp16" and device.type == "cpu":
         raise ConfigError("model.dtype fp16 needs CUDA; use bf16 or fp32 on CPUs")
     try:
-        resolve_backend(config.model.loss_backend)
+        resolve_backend(config.model.loss_backend, device.type)
     except KernelError as error:
         raise ConfigError(f"model.loss_backend: {error}") from None
     attention = choose_attention(config.model, device.type)
     zero3 = HfDeepSpeedConfig(settings) if stage == 3 else None  # kept alive: transformers looks it up
-    model = build_model(config.model, attention, config.run.seed)
+    model = build_model(config.model, attention, config.run.seed, device.type)
     unset_hf_deepspeed_config()
     del zero3
     buffers = float32_buffers(model)

@@ -89,14 +89,17 @@ def backends() -> list[Finding]:
 
     from versatune_ds.config.schema import Model
     from versatune_ds.engine.attention import choose_attention
+    from versatune_ds.engine.model import liger_problem
     from versatune_kernels import resolve_backend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    attention = choose_attention(Model(source="-"), device.type)
-    loss = resolve_backend("auto")
+    settings = Model(source="-")
+    attention, no_liger = choose_attention(settings, device.type), liger_problem(settings.liger, device.type)
+    loss = resolve_backend("auto", device.type)
     return [
         Finding("attention", f"{attention.implementation} ({attention.reason})"),
         Finding("loss", f"{loss.name} ({loss.reason})"),
+        Finding("liger", f"off ({no_liger})" if no_liger else "RMSNorm, SwiGLU and RoPE, as the model has"),
     ]
 
 

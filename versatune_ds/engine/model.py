@@ -11,6 +11,9 @@ mixtures of experts; the last three are refused.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import importlib.util
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,9 @@ from versatune_ds.engine.attention import AttentionChoice
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError
 from versatune_kernels import LossOutput, linear_cross_entropy
+
+LIGER_PARTS = ("rms_norm", "swiglu", "rope")
+"""What `model.liger: auto` takes from liger-kernel, by the names of its switches."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -72,10 +78,12 @@ class PackedCausalLM(nn.Module):
     Args:
         lm: the transformers model; its `lm_head` becomes a `LossHead`.
         loss_backend: `model.loss_backend`.
+        liger: what `apply_liger` did.
     """
 
-    def __init__(self, lm: PreTrainedModel, loss_backend: str) -> None:
+    def __init__(self, lm: PreTrainedModel, loss_backend: str, liger: str = "off") -> None:
         super().__init__()
+        self.liger = liger
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
@@ -134,7 +142,9 @@ def load_architecture(settings: Model) -> Any:
         raise ConfigError(f"model.source {settings.source}: {error}") from error
 
 
-def build_model(settings: Model, attention: AttentionChoice, seed: int) -> PackedCausalLM:
+def build_model(
+    settings: Model, attention: AttentionChoice, seed: int, device_type: str = "cpu"
+) -> PackedCausalLM:
     """Build the model, pretrained or random; every rank calls it.
 
     Under ZeRO-3 the caller keeps a `transformers.integrations.HfDeepSpeedConfig` alive; transformers then
@@ -144,6 +154,7 @@ def build_model(settings: Model, attention: AttentionChoice, seed: int) -> Packe
         settings: `model` section.
         attention: from `choose_attention`.
         seed: of random initialisation; ranks must use the same.
+        device_type: "cpu" or "cuda", where the model will run.
 
     Raises:
         ConfigError: it cannot be built, or a pretrained folder lacks weights or holds others.
@@ -161,8 +172,11 @@ def build_model(settings: Model, attention: AttentionChoice, seed: int) -> Packe
     assert lm is not None
     lm.config.use_cache = False
     lm.config.architectures = [type(lm).__name__]
+    liger = apply_liger(lm, settings.liger, device_type)
     checkpoint_activations(lm, settings.activation_checkpointing)
-    return PackedCausalLM(lm, settings.loss_backend)
+    if settings.compile == "body":
+        lm.base_model.compile()
+    return PackedCausalLM(lm, settings.loss_backend, liger)
 
 
 def _make(settings: Model, attention: AttentionChoice, seed: int) -> PreTrainedModel:
@@ -182,11 +196,55 @@ def _make(settings: Model, attention: AttentionChoice, seed: int) -> PreTrainedM
     if missing or info["mismatched_keys"]:
         names = ", ".join(sorted(missing | {str(key) for key in info["mismatched_keys"]})[:5])
         raise ConfigError(
-            f"model.source {settings.source} lacks {len(missing)} of the model's weights or holds "
-            "them in another "
+            f"model.source {settings.source} lacks {len(missing)} of the model's weights or has them in another "
             f"shape ({names}); they would be random. Get the whole model, or set model.weights: random"
         )
     return lm
+
+
+def liger_problem(choice: str, device_type: str) -> str | None:
+    """Why liger-kernel is not used, or None when it is (for models that it knows).
+
+    Args:
+        choice: `model.liger`.
+        device_type: "cpu" or "cuda".
+    """
+    if choice == "off":
+        return "asked for"
+    if device_type != "cuda":
+        return "needs CUDA"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return None
+
+
+def apply_liger(lm: PreTrainedModel, choice: str, device_type: str) -> str:
+    """Put liger-kernel's RMSNorm, SwiGLU and RoPE into a model, as far as it has them; never its loss.
+
+    Liger replaces RoPE for all models of that architecture in the process, the others in `lm` only.
+
+    Args:
+        lm: a built transformers model.
+        choice: `model.liger`.
+        device_type: "cpu" or "cuda".
+
+    Returns:
+        What was done, for the log.
+    """
+    problem = liger_problem(choice, device_type)
+    if problem is not None:
+        return f"off ({problem})"
+    from liger_kernel.transformers import monkey_patch
+
+    model_type = lm.config.model_type
+    patch = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
+    if patch is None:
+        return f"off (liger-kernel has no kernels for {model_type})"
+    parameters = inspect.signature(patch).parameters
+    switches = {name: name in LIGER_PARTS for name, p in parameters.items() if isinstance(p.default, bool)}
+    patch(model=lm, **switches)
+    parts = ", ".join(part for part in LIGER_PARTS if part in switches)
+    return f"{parts} (liger-kernel {importlib.metadata.version('liger-kernel')})"
 
 
 def checkpoint_activations(lm: PreTrainedModel, policy: str | int) -> None:

@@ -282,7 +282,7 @@ def introduce(
     """The first lines of a run: what is trained, with which backends, on how much."""
     from versatune_kernels import resolve_backend
 
-    loss = resolve_backend(config.model.loss_backend)
+    loss = resolve_backend(config.model.loss_backend, engine.device.type)
     epoch = steps_per_epoch(corpus, settings)
     log.info(
         "model %s (%.3g parameters, %s) on %d rank(s); ZeRO stage %s",
@@ -294,6 +294,7 @@ def introduce(
     )
     log.info("attention: %s (%s)", engine.attention.implementation, engine.attention.reason)
     log.info("loss: %s (%s)", loss.name, loss.reason)
+    log.info("liger: %s; torch.compile: %s", engine.model.liger, config.model.compile)
     log.info(
         "data: %d samples, %d tokens; %d packs of %d tokens a step; %d steps",
         sum(corpus.num_samples),
