@@ -196,8 +196,9 @@ def _make(settings: Model, attention: AttentionChoice, seed: int) -> PreTrainedM
     if missing or info["mismatched_keys"]:
         names = ", ".join(sorted(missing | {str(key) for key in info["mismatched_keys"]})[:5])
         raise ConfigError(
-            f"model.source {settings.source} lacks {len(missing)} of the model's weights or has them "
-            f"in another shape ({names}); they would be random. Get the whole model, or set model.weights: random"
+            f"model.source {settings.source} lacks {len(missing)} of the model's weights or has them in "
+            f"another shape ({names}); they would be random. Get the whole model, or set "
+            "model.weights: random"
         )
     return lm
 
