@@ -21,6 +21,7 @@ TEST = [
     "tensorboard>=2.15",
     "wheel",
     TRITON,
+    *HUB,
 ]
 
 setup(
@@ -71,7 +72,7 @@ setup(
         "tracking": TRACKING,
         "hub": HUB,
         "test": TEST,
-        "dev": [*TEST, *HUB, "ruff>=0.6", "mypy>=1.10", "types-PyYAML", "types-tqdm"],
+        "dev": [*TEST, "ruff>=0.6", "mypy>=1.10", "types-PyYAML", "types-tqdm"],
     },
     entry_points={"console_scripts": ["versatune-ds=versatune_ds.cli.main:main"]},
 )
