@@ -158,8 +158,9 @@ def run(args: argparse.Namespace, device: str, protocol: Any) -> None:
             summary["commit"], summary["measured_at"] = environment["commit"], time.strftime("%Y-%m-%d %H:%M")
             summary["load_average"] = list(os.getloadavg())
             document["cases"].append(summary)
-            document["complete"] = i + 1 == len(cases)
             write(document, out)
+        document["complete"] = True
+        write(document, out)
     finally:
         workers.close()
     print(results.table(document))
