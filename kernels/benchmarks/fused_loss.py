@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="turns of every variant (default: 5)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write the results")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the cases that FOLDER has, measure the others"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -140,20 +144,39 @@ def run(args: argparse.Namespace, device: str, protocol: Any) -> None:
     out.mkdir(parents=True, exist_ok=True)
     workers = driver.Workers(device, protocol.timeout_s)
     cases = planned_cases(args, device)
+    if args.resume:
+        document["cases"] = measured_before(out, environment)
+        cases = [case for case in cases if case.to_json() not in [c["case"] for c in document["cases"]]]
     write(document, out)
     try:
         for i, case in enumerate(cases):
             say(f"case {i + 1} of {len(cases)}")
             names = [name for name in asked if name not in missing]
-            entries = driver.measure_case(case, names, device, protocol, workers, say)
-            document["cases"].append(results.summarise(case.to_json(), entries, device))
-            document["complete"] = i + 1 == len(cases)
-            environment["load_average_at_end"] = list(os.getloadavg())
+            slow = results.too_slow(document["cases"], case.to_json(), protocol.too_slow_s)
+            entries = driver.measure_case(case, names, device, protocol, workers, say, slow)
+            summary = results.summarise(case.to_json(), entries, device)
+            summary["commit"], summary["measured_at"] = environment["commit"], time.strftime("%Y-%m-%d %H:%M")
+            summary["load_average"] = list(os.getloadavg())
+            document["cases"].append(summary)
             write(document, out)
+        document["complete"] = True
+        write(document, out)
     finally:
         workers.close()
     print(results.table(document))
     say(f"written: {out}")
+
+
+def measured_before(out: Path, environment: dict[str, Any]) -> list[dict[str, Any]]:
+    """Cases of an earlier run in this folder; each keeps the commit and time it was measured with."""
+    path = out / "results.json"
+    if not path.is_file():
+        return []
+    document = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("cpu", "cpu_count", "gpu", "threads", "versions"):
+        if document["environment"].get(key) != environment.get(key):
+            raise SystemExit(f"--resume: {path} was measured with another {key}; choose another --out")
+    return list(document["cases"])
 
 
 def why_not(candidate: Any, device: str) -> str | None:

@@ -163,6 +163,22 @@ def test_on_a_cpu_the_clock_is_cpu_time():
     }  # fmt: skip
 
 
+def test_variants_that_were_too_slow_are_left_out_where_it_would_be_worse():
+    def case(tokens: int, dtype: str = "float32") -> dict:
+        return {
+            "hidden_size": 8, "vocab_size": 100, "num_tokens": tokens, "supervised": 1.0, "dtype": dtype,
+        }  # fmt: skip
+
+    slow = {"candidate": "rival", "variant": "default", "wall_s": {"median": 61.0}}
+    quick = {"candidate": "ours", "variant": "default", "wall_s": {"median": 59.0}}
+    earlier = [{"case": case(512), "variants": [slow, quick, {"candidate": "x", "variant": "y"}]}]
+    reason = {("rival", "default"): "61 s a run at N 512, 100%"}
+    assert results.too_slow(earlier, case(512), 60.0) == reason
+    assert results.too_slow(earlier, case(1024), 60.0) == reason
+    assert results.too_slow(earlier, case(256), 60.0) == {}
+    assert results.too_slow(earlier, case(1024, "bfloat16"), 60.0) == {}
+
+
 # --- the command --------------------------------------------------------------------------------------------
 
 
@@ -191,6 +207,12 @@ def test_a_small_run_writes_json_table_and_picture(tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 1000
     assert "| chunked | best chunk | 64 |" in (tmp_path / "table.md").read_text()
     assert "| chunked | default |" in done.stdout
+    again = subprocess.run(
+        [*command, "--resume", "--tokens", "64", "16"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    cases = json.loads((tmp_path / "results.json").read_text())["cases"]
+    assert cases[0] == case and [c["case"]["num_tokens"] for c in cases] == [64, 16]
 
 
 def test_real_hidden_states_come_from_a_file(tmp_path):

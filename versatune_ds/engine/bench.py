@@ -403,6 +403,10 @@ class SyntheticSamples:
         mask = np.arange(length) >= length - self.supervised[index]
         return tokens, mask
 
+    def source_of(self, index: int) -> tuple[str, int]:
+        """Where a sample comes from, for messages about losses that are not finite."""
+        return "synthetic", index + 1
+
 
 def bench_config(settings: BenchSettings, layers: int, folder: Path) -> Config:
     """A run's settings for the benchmark; `overrides` win over everything."""

@@ -15,7 +15,7 @@ import select
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,13 +35,15 @@ class Protocol(NamedTuple):
     """Measured runs of each turn."""
     slow_s: float
     """A variant whose runs take longer than this gets two turns only."""
+    too_slow_s: float
+    """A variant whose runs take longer than this is not measured in later cases of this size or larger."""
     timeout_s: float
     """A worker that needs longer for one answer is ended."""
 
 
-GPU_PROTOCOL = Protocol(rounds=5, warmups=2, runs=6, slow_s=10, timeout_s=600)
+GPU_PROTOCOL = Protocol(rounds=5, warmups=2, runs=6, slow_s=10, too_slow_s=60, timeout_s=600)
 """10 warm-ups and 30 runs of every variant."""
-CPU_PROTOCOL = Protocol(rounds=5, warmups=0, runs=1, slow_s=10, timeout_s=900)
+CPU_PROTOCOL = Protocol(rounds=5, warmups=0, runs=1, slow_s=10, too_slow_s=60, timeout_s=900)
 """5 runs; the gate and the choice of a chunk are the warm-up."""
 
 
@@ -125,8 +127,12 @@ def measure_case(
     protocol: Protocol,
     workers: Workers,
     say: Callable[[str], None],
+    too_slow: Mapping[tuple[str, str], str],
 ) -> list[dict[str, Any]]:
     """Raw results of all variants of a case.
+
+    Args:
+        too_slow: (candidate, variant) -> why it is left out.
 
     Returns:
         One dict per variant: candidate, variant, status, reason, gate, chunk, s, cpu_s, peak_bytes, dx_bytes,
@@ -140,7 +146,9 @@ def measure_case(
                 continue
             entry: dict[str, Any] = {"candidate": name, "variant": variant.name, **prepared}
             entries.append(entry)
-            if prepared["status"] == "ok":
+            if (name, variant.name) in too_slow:
+                entry.update(status="too slow", reason=too_slow[name, variant.name])
+            elif prepared["status"] == "ok":
                 say(f"{case.describe()}: gate of {name}, {variant.name}")
                 entry.update(workers.of(name).ask(do="gate", variant=variant.name))
             if entry["status"] == "ok" and entry["gate"]["verdict"] != "wrong":

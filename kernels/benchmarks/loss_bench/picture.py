@@ -10,6 +10,9 @@ from typing import Any
 
 from loss_bench.results import BASELINE, CEILING, hardware_name
 
+LONGEST_BAR = 2.5
+"""Bars of slower variants are cut here and marked ">"; the number beside them is the true one."""
+
 
 def draw(results: dict[str, Any], path: Path) -> bool:
     """Write the picture; False when there is nothing to draw.
@@ -40,9 +43,11 @@ def draw(results: dict[str, Any], path: Path) -> bool:
                 if ratios.get(name) is None:
                     continue
                 at = row + 0.8 * (i + 0.5) / len(names)
+                shown = min(ratios[name], LONGEST_BAR)
                 label = name if row == 0 and axis is axes[0] else None
-                axis.barh(at, ratios[name], 0.7 / len(names), color=colour_map(i % 20), label=label)
-                axis.text(ratios[name], at, f" {ratios[name]:.2f}", va="center", fontsize=7)
+                axis.barh(at, shown, 0.7 / len(names), color=colour_map(i % 20), label=label)
+                cut = " >" if ratios[name] > LONGEST_BAR else " "
+                axis.text(shown, at, f"{cut}{ratios[name]:.2f}", va="center", fontsize=7)
         axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
         axis.set_xlabel(title)
         axis.margins(x=0.12)

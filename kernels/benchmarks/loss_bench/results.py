@@ -106,6 +106,33 @@ def _ratio(part: float | None, whole: float | None) -> float | None:
     return None if part is None or not whole else part / whole
 
 
+def too_slow(
+    cases: Sequence[dict[str, Any]], case: dict[str, Any], limit_s: float
+) -> dict[tuple[str, str], str]:
+    """Variants that took longer than `limit_s` a run in an earlier case of this dtype that was no larger.
+
+    Args:
+        cases: summaries so far.
+        case: `Case.to_json()` of the next one.
+        limit_s: wall seconds.
+
+    Returns:
+        (candidate, variant) -> reason.
+    """
+    found = {}
+    size = ("hidden_size", "vocab_size", "num_tokens")
+    for earlier in cases:
+        about = earlier["case"]
+        if about["dtype"] != case["dtype"] or any(about[key] > case[key] for key in size):
+            continue
+        for variant in earlier["variants"]:
+            seconds = variant["wall_s"]["median"] if "wall_s" in variant else 0.0
+            if seconds > limit_s:
+                where = f"N {about['num_tokens']}, {about['supervised']:.0%}"
+                found[variant["candidate"], variant["variant"]] = f"{seconds:.0f} s a run at {where}"
+    return found
+
+
 # ---- where it ran ------------------------------------------------------------------------------
 
 
@@ -192,8 +219,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"# Fused loss, {hardware_name(environment)}, {environment['date']}",
         "",
-        f"Commit {environment['commit']}; Python {environment['python']}, {versions}; "
-        f"{environment['threads']} thread(s), load at the start {environment['load_average'][0]:.1f}. "
+        f"Python {environment['python']}, {versions}; "
+        f"{environment['threads']} thread(s). "
         f"Times are {'GPU' if environment['device_type'] == 'cuda' else 'CPU'} time, forward and backward, "
         f"median of the runs.",
     ]
@@ -207,11 +234,19 @@ def table(results: dict[str, Any]) -> str:
             f"## {about['head']}: H {about['hidden_size']}, V {about['vocab_size']}, "
             f"N {about['num_tokens']}, {about['supervised']:.0%} with a label, {about['dtype']}",
             "",
+            f"Commit {case['commit']}, {case['measured_at']}, load average {_load_text(case)}.",
+            "",
             f"| {' | '.join(COLUMNS)} |",
             f"|{'---|' * len(COLUMNS)}",
             *(_row(variant, case["clock"]) for variant in case["variants"]),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _load_text(case: dict[str, Any]) -> str:
+    """Runnable processes of the machine over the last 1 and 15 minutes, when the case ended."""
+    load = case["load_average"]
+    return "not recorded" if load is None else f"{load[0]:.1f} (1 min), {load[2]:.1f} (15 min)"
 
 
 def _row(variant: dict[str, Any], clock: str) -> str:
