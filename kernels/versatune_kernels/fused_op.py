@@ -177,6 +177,7 @@ def _(gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype) -
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, backend = inputs[0], inputs[1], inputs[14]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else backward gets zeros as large as both gradients
     ctx.save_for_backward(*output[NUM_OUTPUTS:])
     ctx.num_inputs = len(inputs)
     ctx.dtype = weight.dtype

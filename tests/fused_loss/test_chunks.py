@@ -166,6 +166,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.largest_numel = 0
+        self.storages = {}  # kept, so that no address is used twice
         self.operations = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -177,6 +178,7 @@ class Recorder(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.dtype != torch.uint8:  # copies by the interpreter
                 self.largest_numel = max(self.largest_numel, leaf.numel())
+                self.storages[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage()
         return result
 
 
@@ -200,6 +202,19 @@ def test_the_full_logits_never_exist(tools, num_tokens, ignored, softcap, dtype)
     assert recorder.largest_numel < num_valid * 9000
     full = _record(case, backend="reference")
     assert full.largest_numel == num_valid * 9000, "the recorder does not see large tensors"
+
+
+def test_the_weight_gradient_exists_once(tools, chunking_backend):
+    """Neither autograd's zeros for outputs without a gradient, nor a copy on the way to the Parameter."""
+    case = tools.case(8, hidden_size=64, vocab_size=300)
+    weight = case.weight.requires_grad_()
+    with Recorder() as recorder:
+        loss = linear_cross_entropy(case.hidden, weight, case.labels, backend=chunking_backend).loss
+        loss.backward()
+    sizes = [storage.nbytes() for storage in recorder.storages.values()]
+    of_weight = weight.untyped_storage().data_ptr()
+    assert sum(size >= 300 * 64 * 4 for size in sizes) == 1 + (of_weight in recorder.storages)
+    assert weight.grad.untyped_storage().data_ptr() in recorder.storages
 
 
 WAITS_FOR_THE_DEVICE = {
