@@ -588,7 +588,7 @@ def describe_settings(settings: BenchSettings, run: Run) -> dict[str, Any]:
         "zero_stage": zero_stage(run.engine.settings),
         "activation_checkpointing": config.model.activation_checkpointing,
         "attention": run.engine.attention.implementation,
-        "loss_backend": resolve_backend(config.model.loss_backend).name,
+        "loss_backend": resolve_backend(config.model.loss_backend, run.engine.device.type).name,
         "data": "synthetic" if settings.data is None else str(settings.data),
         "supervised": settings.supervised if settings.data is None else None,
         "metrics": settings.metrics,
