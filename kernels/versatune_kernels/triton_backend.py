@@ -157,9 +157,9 @@ def triton_segment_sums(
     squares = torch.empty_like(sums)
     with _on(values.device):
         triton_kernels.segment_kernel[(num_segments,)](
-            values,
-            labels,
-            ids,
+            values.contiguous(),
+            labels.contiguous(),
+            ids.contiguous(),
             sums,
             counts,
             squares,

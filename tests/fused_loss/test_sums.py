@@ -153,6 +153,15 @@ def test_sums_over_ragged_tiles(sum_up, num_tokens, dtype):
         assert found.counts[i] == len(mine)
 
 
+def test_sums_of_strided_ids_and_labels(sum_up):
+    values, ids = torch.arange(20.0), _ids(20, 3)
+    labels = torch.where(torch.arange(20) % 4 == 0, -100, 7)
+    expected = sum_up(values, labels, -100, ids, 3)
+    values, labels, ids = (t.repeat_interleave(2)[::2] for t in (values, labels, ids))
+    found = sum_up(values, labels, -100, ids, 3)
+    assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+
+
 def test_many_segments_are_sorted_instead_of_scanned(triton_backend, monkeypatch):
     """Sums of integers are exact, so both ways must agree to the last bit."""
     values, ids = torch.arange(60.0), _ids(60, 9)
