@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launching import REPOSITORY, read_jsonl
+from launching import REPOSITORY, free_port, read_jsonl
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -18,7 +18,9 @@ DOMAINS = ["law", "medicine", "finance", "science", "code", "other"]
 
 
 def run(*command: str, cwd: Path = REPOSITORY, timeout_s: int = 900, code: int = 0) -> str:
-    """Run a command of the environment; returns its output."""
+    """Run a command of the environment; returns its output. Launchers get a port of their own."""
+    if command[0] == "deepspeed":
+        command = ("deepspeed", "--master_port", str(free_port()), *command[1:])
     environment = {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",

@@ -2,18 +2,21 @@
 
 How: on CUDA cuBLAS multiplies 16-bit operands, sums in fp32 and writes, or adds to, a result in
 their dtype or in fp32 (`out_dtype`, torch 2.8 and later). On CPUs torch has no such product and may
-round in between, so the operands are widened first. Results go straight into `out`, which may be a
-view with padded rows.
+round in between, so the operands are widened first, except where the caller allows one rounding and
+the CPU multiplies bf16: that takes about half the time. Results go straight into `out`, which may be
+a view with padded rows.
 
 What is not covered: TF32 for fp32 operands and reduced-precision sums inside cuBLAS; the settings
 of `torch.backends.cuda.matmul` hold.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 
-def product_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+def product_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool, may_round: bool = False) -> None:
     """out = a @ b, or out += a @ b.
 
     Args:
@@ -22,6 +25,9 @@ def product_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
         a: [M, K].
         b: [K, N].
         accumulate: whether to add to `out`.
+        may_round: whether the product (not the sum in `out`) may be rounded to the operands' dtype
+            on its way to an fp32 `out`. A gradient is rounded to it in the end anyway; a logit that
+            goes through a softmax should not be.
     """
     beta = 1 if accumulate else 0
     if out.dtype == a.dtype and (out.dtype == torch.float32 or a.is_cuda):
@@ -30,7 +36,16 @@ def product_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     elif a.is_cuda:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif may_round and a.dtype == torch.bfloat16 and _cpu_multiplies_bf16():
+        product = torch.mm(a, b)
+        out.add_(product) if accumulate else out.copy_(product)
     elif out.dtype == torch.float32:
         out.addmm_(a.float(), b.float(), beta=beta)
     else:
         out.copy_(torch.addmm(out.float(), a.float(), b.float(), beta=beta))
+
+
+@functools.cache
+def _cpu_multiplies_bf16() -> bool:
+    """Whether oneDNN multiplies bf16 with instructions of the CPU (AVX512-BF16), summing in fp32."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()

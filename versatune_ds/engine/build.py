@@ -74,7 +74,14 @@ def start_process_group() -> torch.device:
         )
     # torch 2.13 renames collectives that DeepSpeed 0.19 calls; the hint is for its authors
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise VersaTuneError(
+            f"the ranks cannot meet at {where}: {str(error).splitlines()[0]} If another run has that port, give "
+            "this one its own: deepspeed --master_port PORT ..., or MASTER_PORT=PORT for other launchers."
+        ) from error
     return device
 
 

@@ -1,0 +1,33 @@
+"""Joining the process group: what a user reads when it fails."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+from launching import rank_environment
+
+JOIN = """
+from versatune_ds.engine.build import start_process_group
+from versatune_ds.foundations.errors import VersaTuneError
+try:
+    start_process_group()
+except VersaTuneError as error:
+    print(error)
+"""
+
+
+def test_a_taken_port_is_named_with_the_cure():
+    with socket.socket() as other_run:
+        other_run.bind(("0.0.0.0", 0))
+        other_run.listen()
+        port = other_run.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-c", JOIN],
+            env=rank_environment(0, 1, port),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert f"cannot meet at 127.0.0.1:{port}" in done.stdout and "--master_port" in done.stdout, done
