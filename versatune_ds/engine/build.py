@@ -79,7 +79,7 @@ def start_process_group() -> torch.device:
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise VersaTuneError(
-            f"the ranks cannot meet at {where}: {str(error).splitlines()[0]} If another run has that port, give "
+            f"the ranks cannot meet at {where}: {str(error).splitlines()[0]} Is another run using it? Give "
             "this one its own: deepspeed --master_port PORT ..., or MASTER_PORT=PORT for other launchers."
         ) from error
     return device
