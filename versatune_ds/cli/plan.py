@@ -1,0 +1,143 @@
+"""`versatune-ds plan`: memory, time and cost of a run before anything is spent.
+
+What is not covered: data; tokens are given with --tokens, or follow from `train.max_steps`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
+
+DEFAULT_PACKS = 128
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="does a run fit, how fast, at what cost; which settings fit best",
+        description=(
+            "Memory per GPU and host, checkpoint size, expected speed and cost of a run, from shapes alone. "
+            "Without --zero, --checkpointing and --offload the fastest settings that fit are chosen. Leaves "
+            "with 1 when the run does not fit."
+        ),
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="NAME|FOLDER", help="shape as in bench, or a folder")
+    what.add_argument("--config", type=Path, metavar="FILE", help="take everything from a run's settings")
+    parser.add_argument("--gpus", type=_positive, required=True, metavar="N")
+    parser.add_argument("--gpu", required=True, metavar="NAME", help="h100-80g, a100-80g, ...")
+    parser.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--seq-len", type=_positive, metavar="T", help="batch.pack_len; default: 8192")
+    parser.add_argument(
+        "--packs-per-step",
+        type=_positive,
+        metavar="N",
+        help=f"default: {DEFAULT_PACKS} or a bit more",
+    )
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
+    parser.add_argument("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage")
+    parser.add_argument("--checkpointing", metavar="off|all|N", help="recompute activations")
+    parser.add_argument("--offload", choices=("none", "optimizer", "all"), help="to host memory")
+    parser.add_argument("--tokens", type=float, metavar="N", help="tokens to train on, e.g. 1e9")
+    parser.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="in any currency")
+    parser.add_argument("--mfu", type=float, default=0.5, metavar="X", help="assumed MFU (0.5)")
+    parser.add_argument("--network-gb-per-s", type=float, default=400.0, metavar="X", help="of a node (400)")
+    parser.add_argument("--disk-gb-per-s", type=float, default=2.0, metavar="X", help="for checkpoints (2)")
+    parser.add_argument("--host-gib", type=float, default=1024.0, metavar="X", help="memory of a node (1024)")
+    parser.add_argument("--json", action="store_true", help="print JSON, bytes and seconds")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --config")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan."""
+    from versatune_ds.engine.plan import Machine, as_text, make_plan
+    from versatune_ds.engine.plan_gpus import find_gpu
+    from versatune_ds.engine.plan_shape import find_decoder
+
+    machine = Machine(
+        gpu=find_gpu(args.gpu),
+        gpus_per_node=args.gpus_per_node,
+        mfu=args.mfu,
+        network_gb_per_s=args.network_gb_per_s,
+        disk_gb_per_s=args.disk_gb_per_s,
+        host_gib=args.host_gib,
+    )
+    settings, model, tokens = _settings(args)
+    chosen = {"zero_stage": args.zero, "checkpointing": _checkpointing(args), "offload": args.offload}
+    asked = {key: value for key, value in chosen.items() if value is not None}
+    setup = _setup({**settings, **asked}, args)
+    plan = make_plan(
+        find_decoder(model),
+        setup,
+        machine,
+        search=not asked and args.config is None,
+        tokens=args.tokens if args.tokens is not None else tokens,
+        price_per_gpu_hour=args.price_per_gpu_hour,
+    )
+    print(json.dumps(plan, indent=2) if args.json else as_text(plan))
+    return EXIT_FAILURE if plan["verdict"] == "does not fit" else EXIT_OK
+
+
+def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], str, float | None]:
+    """(fields of `Setup`, model, tokens) of a run's settings, or of the defaults."""
+    if args.config is None:
+        return {}, args.model, None
+    from versatune_ds.config.load import load_config
+    from versatune_ds.engine.plan_memory import ZeroBuffers, read_offload
+    from versatune_ds.foundations.errors import ConfigError
+
+    config = load_config(args.config, args.overrides)
+    source: Any = config.deepspeed
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise ConfigError(f"deepspeed: no file {source}; see configs/deepspeed/ for ready ones")
+        source = json.loads(source.read_text(encoding="utf-8"))
+    zero = source.get("zero_optimization", {"stage": 3})
+    fields = {
+        "zero_stage": int(zero.get("stage", 0)),
+        "dtype": config.model.dtype,
+        "pack_len": config.batch.pack_len,
+        "packs_per_step": config.batch.packs_per_step,
+        "checkpointing": config.model.activation_checkpointing,
+        "offload": read_offload(zero),
+        "buffers": ZeroBuffers.from_settings(zero),
+    }
+    steps = config.train.max_steps
+    tokens = None if steps is None else float(steps * config.batch.pack_len * config.batch.packs_per_step)
+    return fields, config.model.source, tokens
+
+
+def _setup(fields: dict[str, Any], args: argparse.Namespace) -> Any:
+    """A `Setup` whose packs are shared evenly; what stands on the command line wins."""
+    from versatune_ds.data.balance import check_world_size
+    from versatune_ds.engine.plan_memory import Setup
+
+    fields = {"packs_per_step": -(-DEFAULT_PACKS // args.gpus) * args.gpus, **fields, "gpus": args.gpus}
+    given = {"pack_len": args.seq_len, "packs_per_step": args.packs_per_step, "dtype": args.dtype}
+    fields |= {key: value for key, value in given.items() if value is not None}
+    check_world_size(fields["packs_per_step"], args.gpus)
+    return Setup(**fields)
+
+
+def _checkpointing(args: argparse.Namespace) -> str | int | None:
+    text = args.checkpointing
+    if text is None or text in ("off", "all"):
+        return text
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    from versatune_ds.foundations.errors import ConfigError
+
+    raise ConfigError(f"--checkpointing {text}: give off, all, or every how many layers to recompute one")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: give 1 or more")
+    return value
