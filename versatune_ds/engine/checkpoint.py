@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from versatune_ds.config.schema import Checkpoint
 from versatune_ds.engine.build import Engine
+from versatune_ds.engine.safe_loading import tensors_only
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.constants import (
     CHECKPOINT_MANIFEST_FILE,
@@ -158,9 +159,10 @@ def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
 
 def load_model_state(path: Path, engine: Engine) -> None:
     """Load model, optimizer and random generator states; every rank calls it."""
-    loaded, _ = engine.deepspeed.load_checkpoint(
-        str(path.parent), tag=path.name, load_lr_scheduler_states=False
-    )
+    with tensors_only(path):
+        loaded, _ = engine.deepspeed.load_checkpoint(
+            str(path.parent), tag=path.name, load_lr_scheduler_states=False
+        )
     if loaded is None:
         raise StateError(f"{path}: DeepSpeed found nothing to load there")
     states = load_file(_generator_file(path))

@@ -23,6 +23,7 @@ from transformers import GenerationConfig
 from versatune_ds.config.schema import Config
 from versatune_ds.data.templating import stop_token
 from versatune_ds.engine.model import DTYPES, PackedCausalLM
+from versatune_ds.engine.safe_loading import tensors_only
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.files import fsync_dir, write_json_atomic
 
@@ -141,9 +142,10 @@ def export_checkpoint(
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    state = get_fp32_state_dict_from_zero_checkpoint(
-        str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
-    )
+    with tensors_only(checkpoint):
+        state = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
+        )
     tied = bool(getattr(config, "tie_word_embeddings", False))
     temporary = folder.with_name(f".unfinished-{folder.name}")
     _make_empty(temporary)

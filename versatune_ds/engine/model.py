@@ -188,7 +188,10 @@ def _make(settings: Model, attention: AttentionChoice, seed: int) -> PreTrainedM
     torch.manual_seed(seed)
     if settings.weights == "random":
         return AutoModelForCausalLM.from_config(load_architecture(settings), **common)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(settings.source, output_loading_info=True, **common)
+    # safetensors or nothing: a pytorch_model.bin is a pickle, which could run code
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        settings.source, output_loading_info=True, use_safetensors=True, **common
+    )
     lm, info = loaded
     missing = set(info["missing_keys"])
     if lm.config.tie_word_embeddings:
