@@ -120,3 +120,28 @@ def test_every_setting_is_documented():
                 yield prefix + name
 
     assert list(undocumented(Config)) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("model.source=https://me:canary@example.org/model", "model.source"),
+        ("data.train=[{path: 'https://canary:canary@example.org/x', domain: law}]", "data.train[0].path"),
+        ("model.tokenizer=hf_canarycanarycanarycanarycanarycanary", "model.tokenizer"),
+        ("deepspeed={comet: {api_key: canary}}", "deepspeed.comet.api_key"),
+        ("hf_token=canary", "hf_token"),
+    ],
+)
+def test_secrets_in_settings_are_refused_and_not_repeated(file, override, place):
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [override])
+    assert place in str(caught.value) and "looks like a secret" in str(caught.value)
+    assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["data.chat_template=tokenizer", "model.tokenizer=./tokenizers/hf_token", "run.dir=/data/sk-1/user@host"],
+)
+def test_ordinary_settings_are_not_taken_for_secrets(file, override):
+    load_config(file, [override])

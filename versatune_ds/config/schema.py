@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from versatune_ds.config.secrets import find_secret
+
 DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized"]
 ChatTemplate = Literal["tokenizer", "chatml", "alpaca", "llama2", "llama3"]
 WeightUnit = Literal["samples", "tokens", "supervised_tokens"]
@@ -427,6 +429,18 @@ class Config(Section):
     deepspeed: dict[str, Any] | Path = {}
     """DeepSpeed JSON file, or the same inline; without a `zero_optimization` key: ZeRO-3. Batch size,
     optimizer, precision and clipping come from this file's other sections and may not stand in it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_secrets(cls, values: Any) -> Any:
+        """First of all: the texts of other errors repeat what they found."""
+        place = find_secret(values)
+        if place is not None:
+            raise ValueError(
+                f"{place} looks like a secret; settings are written to the run folder and to trackers. Take "
+                "it out, and give HF_TOKEN or WANDB_API_KEY in the environment"
+            )
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> Config:
