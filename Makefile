@@ -6,12 +6,13 @@ export PYTHONSAFEPATH := 1
 # DeepSpeed builds an extension on first use; its folder belongs to the environment that built it.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test lint audit clean
 
 help:
 	@echo "make quickstart   install, then train a tiny model on six domains and write its report"
 	@echo "make test         install with the test extra, then run the whole suite (CPU only)"
 	@echo "make lint         ruff and mypy"
+	@echo "make audit        known vulnerabilities of the installed packages"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +37,10 @@ test: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+audit: $(VENV)/.installed
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[audit]" || true
+	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/audit
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

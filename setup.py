@@ -75,6 +75,7 @@ setup(
         "tracking": TRACKING,
         "hub": HUB,
         "vllm": ["vllm>=0.10"],
+        "audit": ["pip-audit>=2.7"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.6", "mypy>=1.10", "types-PyYAML", "types-tqdm"],
     },

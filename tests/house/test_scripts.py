@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from launching import REPOSITORY
 
-SCRIPTS = [*sorted(REPOSITORY.glob("launch/*.sh")), REPOSITORY / ".ci" / "run"]
+SCRIPTS = [*sorted(REPOSITORY.glob("launch/*.sh")), *sorted((REPOSITORY / ".ci").iterdir())]
 WHEELS = REPOSITORY / "launch" / "airgapped_wheels.sh"
 
 
@@ -112,3 +112,29 @@ def test_help_and_unknown_options(script):
     assert shown.returncode == 0 and script in shown.stdout
     wrong = subprocess.run(["bash", path, *arguments, "--flder", "x"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "--flder" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("output", "errors", "status", "code", "says"),
+    [
+        ("", "No known vulnerabilities found", 0, 0, "no installed package is known to be vulnerable"),
+        ("torch 1.0 CVE-1", "Found 1 known vulnerability", 1, 1, "torch 1.0 CVE-1"),
+        ("", "requests.exceptions.ConnectionError: no such host", 1, 0, "skipped: the database"),
+        ("", "error: unrecognized arguments", 2, 1, "unrecognized arguments"),
+        (None, "", 0, 0, "skipped: "),
+    ],
+)
+def test_the_audit_fails_on_findings_and_skips_with_a_reason(tmp_path, output, errors, status, code, says):
+    program = tmp_path / "pip-audit"
+    if output is not None:
+        program.write_text(f"#!/bin/sh\nprintf '%s' '{output}'\necho '{errors}' >&2\nexit {status}\n")
+        program.chmod(0o755)
+    done = subprocess.run(
+        [str(REPOSITORY / ".ci" / "audit")],
+        env={**os.environ, "PIP_AUDIT": str(program)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code, done.stderr
+    assert says in done.stdout
