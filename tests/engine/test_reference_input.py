@@ -215,9 +215,10 @@ def test_evaluations_without_a_number_are_no_reference(tmp_path):
             "domain_samples": {"law": 2}, "domain_supervised_tokens": {"law": 9},
         }  # fmt: skip
 
-    write_jsonl(tmp_path / "eval.jsonl", [line(0, None), line(1, 3.0), line(2, 2.5), line(3, None)])
+    losses = [None, 3.0, 2.5, 2.7, None]
+    write_jsonl(tmp_path / "eval.jsonl", [line(step, loss) for step, loss in enumerate(losses)])
     best = best_evaluation(tmp_path, "law")
-    assert (best["loss"], best["step"], best["loss_before"], best["last_step"]) == (2.5, 2, 3.0, 3)
+    assert (best["loss"], best["step"], best["loss_before"], best["last_step"]) == (2.5, 2, 3.0, 4)
     assert not best["still_falling"]
     write_jsonl(tmp_path / "eval.jsonl", [line(0, None)])
     with pytest.raises(DivergenceError, match="finite held-out loss"):
