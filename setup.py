@@ -13,6 +13,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "versatune_ds/__init__.py")
 TRITON = 'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"'
 TRACKING = ["tensorboard>=2.15", "wandb>=0.17"]
 HUB = ["datasets>=3.0"]
+EVAL = ["lm-eval>=0.4.13"]
 TEST = [
     "pytest>=8.0",
     "pytest-xdist>=3.5",
@@ -23,6 +24,7 @@ TEST = [
     "wheel",
     TRITON,
     *HUB,
+    *EVAL,
 ]
 
 setup(
@@ -76,6 +78,7 @@ setup(
         "hub": HUB,
         "vllm": ["vllm>=0.10"],
         "audit": ["pip-audit>=2.7"],
+        "eval": EVAL,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.6", "mypy>=1.10", "types-PyYAML", "types-tqdm"],
     },

@@ -64,6 +64,10 @@ def test_the_sample_from_raw_files_to_model_and_report(tmp_path):
         *command, "weights.every_n_steps=4", "evaluation.every_n_steps=6", "checkpoint.every_n_steps=6"
     )
     assert "resuming from" in again and len(read_jsonl(run_dir / "metrics.jsonl")) == 12
+    earlier = str(run_dir / "checkpoints" / "step-00000006")
+    compared = run("versatune-ds", "evaluate", "--config", str(path), "--against", earlier)
+    assert "forgotten: nothing" in compared and str(run_dir / "evaluation.png") in compared
+    assert (run_dir / "evaluation.json").is_file() and (run_dir / "model-step-00000006").is_dir()
     assert str(run_dir / "report.html") in run("versatune-ds", "report", str(run_dir))
     page = (run_dir / "report.html").read_text()
     assert "<svg" in page and all(domain in page for domain in DOMAINS)

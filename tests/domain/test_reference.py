@@ -116,3 +116,45 @@ def test_bad_knowledge_file_is_refused(write):
     ):
         with pytest.raises(error, match=text):
             prior_weights(domains(write(content)), TABLE)
+
+
+def test_bits_per_byte_are_equal_on_both_sides(write):
+    """2 nats per token of 4 bytes are 4 nats per token of 8 bytes: 0.7213 bits per byte."""
+    sizes = {"code": 4.0, "law": 5.0}
+    raw = {**FILE, "losses": {"code": 2.0, "law": 3.0}, "bytes_per_token": sizes}
+    ours = np.array([2.5, 8.0])  # law, code
+    reference = load_reference(write(raw), TABLE, Fingerprints(tokenizer="another"), ours)
+    np.testing.assert_allclose(reference.losses, [1.5, 4.0], rtol=1e-15)
+    np.testing.assert_allclose(reference.stderr, [0.005, 0.04], rtol=1e-15)
+    bits_per_byte = [2.0 / (4.0 * np.log(2)), 4.0 / (8.0 * np.log(2))]
+    assert bits_per_byte[0] == pytest.approx(bits_per_byte[1]) == pytest.approx(0.7213, abs=1e-4)
+    with pytest.raises(ConfigError, match="another data"):  # text of other data is still other text
+        load_reference(write(raw), TABLE, Fingerprints(tokenizer="another", data="another"), ours)
+
+
+def test_bytes_need_to_be_known(write):
+    with pytest.raises(ConfigError, match=r"no bytes_per_token.*versatune-ds reference"):
+        load_reference(write(FILE), TABLE, Fingerprints(), np.array([2.5, 8.0]))
+    for sizes, text in (({"law": 4.0}, "no value for code"), ({"law": 4.0, "code": 0.0}, "must be > 0")):
+        with pytest.raises(ConfigError, match=text):
+            load_reference(write({**FILE, "bytes_per_token": sizes}), TABLE)
+
+
+def test_refusals_name_the_cure(write):
+    with pytest.raises(ConfigError, match=r"weights\.loss_unit: byte"):
+        load_reference(write(FILE), TABLE, Fingerprints(tokenizer="another"))
+    with pytest.raises(ConfigError, match=r"reference\.model"):
+        load_reference(write({**FILE, "fingerprints": {"model": "m1"}}), TABLE, Fingerprints(model="another"))
+    whole = json.dumps(FILE)
+    with pytest.raises(DataError, match="cut short"):
+        load_reference(write(whole[: len(whole) // 2]), TABLE)
+    with pytest.raises(DataError, match="measure it again"):
+        load_reference(write({"loss": 1}), TABLE)
+
+
+def test_method_and_provenance_go_through_the_file(write):
+    raw = {**FILE, "method": "early_stopping", "provenance": {"model": "m"}, "bytes_per_token": LOSSES}
+    reference = load_reference(write(raw), TABLE)
+    assert reference.to_json(TABLE) == raw
+    with pytest.raises(DataError, match="method must be a text"):
+        load_reference(write({**FILE, "method": 3}), TABLE)

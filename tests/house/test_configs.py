@@ -12,7 +12,8 @@ from versatune_ds.domain.reference import prior_weights
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.deepspeed_config import deepspeed_config
 
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+# files of benchmark tasks are no run's settings: tests/config/test_benchmarks.py
+CONFIGS = sorted(p for p in (REPOSITORY / "configs").rglob("*.yaml") if p.parent.name != "benchmarks")
 # Counts of judged generations per domain (law, medicine, finance, science, code, other); VersaTune, phase 1.
 COUNTS = {
     "llama-2-7b": (571, 866, 653, 595, 813, 6489),

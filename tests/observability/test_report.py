@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from versatune_ds.cli import report as report_verb
+from versatune_ds.domain.evaluation import BenchmarkScore, ModelEvaluation
+from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.foundations.errors import StateError
 from versatune_ds.observability import plots
 from versatune_ds.observability.measures import MINUS, cumulative_shares, train_loss
@@ -116,6 +118,24 @@ def test_a_folder_with_metrics_of_other_making(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n')
     text = page_of(tmp_path).flat()
     assert "2 steps" in text and "run.json is missing" in text
+
+
+def test_an_evaluation_of_the_finished_model_is_shown(make_run):
+    folder = make_run()
+    score = BenchmarkScore("t", "Bar exam", "law", "acc", 0.625, None, 8)
+    ModelEvaluation(
+        model="runs/<b>model",
+        losses={"law": np.array([2.0, 4.0]), "code": np.array([1.5])},
+        tokens={"law": np.array([1.0, 2.0]), "code": np.array([1.0])},
+        fingerprints=Fingerprints(),
+        benchmarks=(score,),
+    ).write(folder / "evaluation.json")
+    page = write_report([folder]).read_text()
+    assert "Evaluation of runs/&lt;b&gt;model" in page and "7.39" in page  # exp(2)
+    assert "Bar exam" in page and "0.625" in page
+    (folder / "evaluation.json").write_text("{")
+    page = write_report([folder]).read_text()
+    assert "Evaluation of" not in page and "cut short" in page
 
 
 def test_skipped_steps_are_listed(make_run):

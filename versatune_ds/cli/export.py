@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
 from pathlib import Path
 
 from versatune_ds.foundations import constants
@@ -26,18 +24,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Export and print where the model lies."""
-    resolved = args.run_dir / constants.RESOLVED_CONFIG_FILE
-    if not resolved.is_file():
-        raise ConfigError(f"{args.run_dir} is not a run folder: it has no {constants.RESOLVED_CONFIG_FILE}")
-
-    from transformers import AutoConfig
-
-    from versatune_ds.config.load import load_config
-    from versatune_ds.data.templating import load_tokenizer, set_chat_template
     from versatune_ds.engine.checkpoint import checkpoint_name, damage, newest_sound_checkpoint
-    from versatune_ds.engine.export import Companions, export_checkpoint
+    from versatune_ds.engine.export import export_from_run
 
-    config = load_config(resolved)
+    if not (args.run_dir / constants.RESOLVED_CONFIG_FILE).is_file():
+        raise ConfigError(f"{args.run_dir} is not a run folder: it has no {constants.RESOLVED_CONFIG_FILE}")
     folder = args.run_dir / constants.CHECKPOINTS_DIR
     newest = args.step is None
     checkpoint = newest_sound_checkpoint(folder) if newest else folder / checkpoint_name(args.step)
@@ -46,14 +37,6 @@ def run(args: argparse.Namespace) -> int:
     if not newest and (problem := damage(checkpoint)) is not None:
         raise StateError(f"{checkpoint} is damaged: {problem}")
     target = args.out or args.run_dir / f"model-{checkpoint.name}"
-    tokenizer = load_tokenizer(config)
-    set_chat_template(tokenizer, config.data.chat_template)
-    architecture = AutoConfig.from_pretrained(
-        config.model.source, trust_remote_code=config.model.trust_remote_code
-    )
-    shard_bytes = int(config.checkpoint.export_shard_gb * 1e9)
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints; our output is the path alone
-        companions = Companions.of(config, tokenizer, architecture)
-        export_checkpoint(checkpoint, architecture, companions, target, config.model.dtype, shard_bytes)
+    export_from_run(args.run_dir, checkpoint, target)
     print(target)
     return constants.EXIT_OK

@@ -14,13 +14,26 @@ import time
 from collections.abc import Sequence
 
 from versatune_ds import __version__
-from versatune_ds.cli import bench, detect, doctor, export, inspect, plan, prepare, report, sample, train
+from versatune_ds.cli import (
+    bench,
+    detect,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    plan,
+    prepare,
+    reference,
+    report,
+    sample,
+    train,
+)
 from versatune_ds.foundations.constants import EXIT_FAILURE
 from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.log import setup_logging
 
 OTHER_RANKS_WAIT_S = 5.0
-VERBS = (sample, prepare, inspect, detect, plan, train, export, report, doctor, bench)
+VERBS = (sample, prepare, inspect, plan, detect, reference, train, evaluate, export, report, doctor, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:

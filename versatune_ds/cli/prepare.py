@@ -30,6 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Prepare and print a table per split and domain."""
+    from versatune_ds.config.derive import proxy_config
     from versatune_ds.config.load import load_config
     from versatune_ds.data.prepare import prepare
 
@@ -37,6 +38,12 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     prepared = prepare(config)
     print(prepared.table())
-    done = "nothing to do, all data was prepared before" if prepared.reused else "prepared"
+    reused = prepared.reused
+    if config.reference.model is not None:  # another tokenizer needs caches of its own
+        prepared = prepare(proxy_config(config))
+        if not prepared.reused:
+            print(f"for reference.model ({config.reference.model.source}):\n{prepared.table()}")
+        reused = reused and prepared.reused
+    done = "nothing to do, all data was prepared before" if reused else "prepared"
     print(f"{done}: {config.data.cache_dir} ({time.monotonic() - start:.1f} s)")
     return EXIT_OK

@@ -76,14 +76,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file is missing or not YAML, or a setting is unknown or invalid.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give a YAML file with --config (examples: configs/)")
-    raw = _parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: holds {_kind(raw)}; a run's settings are sections with keys")
+    raw = read_yaml(path, "give a YAML file with --config (examples: configs/)")
     for override in overrides:
         _apply_override(raw, override)
     return validate_config(raw, str(path))
+
+
+def read_yaml(path: Path, cure: str) -> dict[str, Any]:
+    """A YAML file of keys and values as a plain dict.
+
+    Args:
+        cure: what to do when there is no such file, for the error text.
+
+    Raises:
+        ConfigError: it is missing, not YAML, or holds something else.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; {cure}")
+    raw = _parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds {_kind(raw)}; settings are sections with keys")
+    return raw
 
 
 def validate_config(raw: dict[str, Any], origin: str) -> Config:
@@ -95,9 +108,19 @@ def validate_config(raw: dict[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        problems = [_problem(dict(item)) for item in error.errors(include_url=False)]
-        text = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
-        raise ConfigError(f"{origin}: {len(set(problems))} problem(s) in the settings\n{text}") from None
+        raise ConfigError(validation_problems(error, origin)) from None
+
+
+def validation_problems(error: ValidationError, origin: str, root: type[BaseModel] = Config) -> str:
+    """Every problem of a validation with its place, as text.
+
+    Args:
+        origin: stands in front.
+        root: what was validated, for hints about unknown keys.
+    """
+    problems = [_problem(dict(item), root) for item in error.errors(include_url=False)]
+    text = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
+    return f"{origin}: {len(set(problems))} problem(s) in the settings\n{text}"
 
 
 def write_resolved(config: Config, path: Path) -> None:
@@ -137,12 +160,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node[parts[-1]] = _parse_yaml(value, f"override {key}") if value.strip() else None
 
 
-def _problem(item: dict[str, Any]) -> str:
+def _problem(item: dict[str, Any], root: type[BaseModel]) -> str:
     # pydantic adds a part per member of a union, e.g. `list[...]`; only names and positions help a user
     parts = [p for p in item["loc"] if isinstance(p, int) or p.replace("_", "").isalnum()]
     place = ".".join(str(part) for part in parts)
     if item["type"] == "extra_forbidden":
-        return f"{place}: unknown key{_nearest(item['loc'])}"
+        return f"{place}: unknown key{_nearest(item['loc'], root)}"
     if item["type"] == "missing":
         return f"{place}: required, but not given"
     message = item["msg"].removeprefix("Value error, ")
@@ -151,9 +174,9 @@ def _problem(item: dict[str, Any]) -> str:
     return f"{place}: {message} (found {item['input']!r})"
 
 
-def _nearest(location: tuple[Any, ...]) -> str:
+def _nearest(location: tuple[Any, ...], root: type[BaseModel]) -> str:
     """Hint for an unknown key: the nearest key of its section, else of any section, else the known keys."""
-    model: type[BaseModel] | None = Config
+    model: type[BaseModel] | None = root
     for part in location[:-1]:
         if isinstance(part, str) and model is not None and part in model.model_fields:
             model = _section(model.model_fields[part].annotation)
@@ -164,7 +187,7 @@ def _nearest(location: tuple[Any, ...]) -> str:
         return f"; did you mean {near[0]}?"
     elsewhere = [
         f"{section}.{field}"
-        for section, info in Config.model_fields.items()
+        for section, info in root.model_fields.items()
         if (inner := _section(info.annotation)) is not None
         for field in inner.model_fields
         if field == unknown

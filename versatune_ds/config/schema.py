@@ -212,6 +212,9 @@ class Weights(Section):
     """manual: weights by step, or the weights.jsonl of a run to replay."""
     reference: dict[str, float] | Path | None = None
     """Held-out reference loss lref per domain (nats per supervised token), or a reference.json."""
+    loss_unit: Literal["token", "byte"] = "token"
+    """Unit in which losses meet their reference. `token`: a reference of another tokenizer is refused.
+    `byte`: both sides are compared in bits per byte of supervised text; the tokenizers may differ."""
     loss_source: Literal["train", "probe"] = "train"
     """`train`: losses of the training steps of the window, free. `probe`: held-out losses, forward only."""
     probe_samples: int = Field(64, ge=1)
@@ -238,6 +241,11 @@ class Weights(Section):
             steps = [entry.step for entry in self.schedule]
             if steps != sorted(set(steps)):
                 raise ValueError(f"schedule steps must rise: {steps}")
+        if isinstance(self.reference, dict) and self.loss_unit == "byte":
+            raise ValueError(
+                "loss_unit byte needs the bytes per token of the reference's own tokenizer: give a "
+                "reference.json of `versatune-ds reference`, or loss_unit: token"
+            )
         if isinstance(self.reference, dict):
             bad = [name for name, value in self.reference.items() if value <= 0]
             if bad:
@@ -299,6 +307,17 @@ class Evaluation(Section):
     """Steps between evaluations; also before the first and after the last step. None: never."""
     max_samples_per_domain: int | None = Field(None, ge=1)
     """Evaluate the first n samples of each domain only."""
+    domains: list[str] | None = Field(None, min_length=1)
+    """Evaluate these domains only; None: all that have held-out data."""
+    patience: int | None = Field(None, ge=1)
+    """Early stopping: end the run after this many evaluations in a row whose overall held-out loss (nats per
+    supervised token over all evaluated domains) is not below the lowest one so far. None: never."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluation:
+        if self.patience is not None and self.every_n_steps is None:
+            raise ValueError("patience counts evaluations: give every_n_steps")
+        return self
 
 
 class Checkpoint(Section):
@@ -411,6 +430,24 @@ class Detect(Section):
     """What tells the domain of each text."""
 
 
+class Reference(Section):
+    """`versatune-ds reference`: a model trained on each domain alone, to see how low its loss can get."""
+
+    model: Model | None = None
+    """Model to train on each domain, usually a small one of the same family. None: the run's `model`. With
+    another tokenizer than the run's, set `weights.loss_unit: byte`."""
+    max_epochs: float = Field(10.0, gt=0)
+    """Most passes over a domain's training data."""
+    evaluations_per_epoch: int = Field(2, ge=1)
+    """Held-out evaluations in a pass; also one before the first and one after the last step."""
+    patience: int = Field(3, ge=1)
+    """Stop training on a domain after this many evaluations in a row without a lower held-out loss."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate; None: `optimizer.lr`."""
+    packs_per_step: int | None = Field(None, ge=1)
+    """Packs in an optimizer step over all ranks; None: `batch.packs_per_step`."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -423,6 +460,7 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     train: Train
     evaluation: Evaluation = Evaluation()
+    reference: Reference = Reference()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
     detect: Detect = Detect()
@@ -478,5 +516,8 @@ class Config(Section):
                 raise ValueError(f"domains.max_epochs: unknown domains {unknown}; known: {sorted(names)}")
             if any(not (math.isfinite(v) and v > 0) for v in self.domains.max_epochs.values()):
                 raise ValueError("domains.max_epochs: every number of epochs must be > 0")
+        unknown = sorted(set(self.evaluation.domains or ()) - names)
+        if unknown:
+            raise ValueError(f"evaluation.domains: unknown domains {unknown}; known: {sorted(names)}")
         if self.weights.target is not None and self.weights.target not in names:
             raise ValueError(f"weights.target {self.weights.target!r}; known: {self.domains.names}")

@@ -25,7 +25,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -64,7 +63,7 @@ from versatune_ds.data.units import (
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.constants import RESOLVED_CONFIG_FILE
 from versatune_ds.foundations.errors import DataError, StateError
-from versatune_ds.foundations.files import canonical_hash, fsync_dir, write_json_atomic
+from versatune_ds.foundations.files import folder_name, fsync_dir, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 
 logger = get_logger(__name__)
@@ -267,7 +266,7 @@ class _UnitWork:
         self.last_sync = time.monotonic()
         sizes = self._read_journal()
         self.writer = CacheWriter(self.partial / "unit", dtype, sizes)
-        self._folders = {domain: _folder_name(domain) for domain in unit.domains}
+        self._folders = {domain: folder_name(domain) for domain in unit.domains}
 
     def _read_journal(self) -> dict[str, int]:
         """Go on from the journal, if there is a sound one; returns file sizes."""
@@ -445,12 +444,6 @@ def _detect(file: InputFile, block: Block, schema: RowSchema) -> str | None:
         if not isinstance(row, BadRow) and (format := schema.detect(row)) is not None:
             return format
     return None
-
-
-def _folder_name(domain: str) -> str:
-    """A folder name for a domain; names with odd characters get a hash, so that no two fall together."""
-    safe = re.sub(r"[^A-Za-z0-9._-]", "_", domain)[:60].lstrip(".")
-    return safe if safe == domain else f"{safe}-{canonical_hash(domain)[:8]}"
 
 
 def _place_text(file: InputFile, place: Place) -> str:

@@ -221,6 +221,20 @@ class WeightController:
             alarms=[],
         )
 
+    def starting_alarms(self, sums: DomainSums) -> list[str]:
+        """Alarms of the reference losses before the first step.
+
+        Args:
+            sums: held-out sums of the untrained model; of no domain where nothing was measured, which leaves
+                the alarms that need no losses.
+        """
+        if self._reference is None or self._settings.strategy not in STRATEGIES_WITH_REFERENCE:
+            return []
+        measured = sums.tokens > 0
+        losses, lref = np.nan_to_num(sums.mean_loss()), self._reference.losses
+        gamma = learnable_potential(losses, lref)
+        return reference_alarms(self._table, losses, lref, np.where(measured, gamma, 0.0), measured)
+
     def update(
         self, step: int, probe_sums: DomainSums | npt.NDArray[np.float64] | None = None
     ) -> WeightUpdate:

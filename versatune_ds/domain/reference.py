@@ -3,20 +3,29 @@
 A reference loss is a *held-out* loss in nats per supervised token. A training-set minimum is near 0 for
 every domain, which makes gamma about 1 everywhere and the weights stand still.
 
-Format of reference.json (order of domains is free; `stderr` and `fingerprints` may be left out):
+Format of reference.json (order of domains is free; all but the first three may be left out):
 
     {"format": "versatune_ds.reference", "version": 1,
      "losses": {"law": 1.91, ...},            nats per supervised token, > 0
      "stderr": {"law": 0.02, ...},            standard errors of the losses
-     "fingerprints": {"model": "...", "tokenizer": "...", "data": "..."}}
+     "bytes_per_token": {"law": 4.3, ...},    UTF-8 bytes of supervised text per supervised token, > 0
+     "fingerprints": {"model": "...", "tokenizer": "...", "data": "..."},
+     "method": "early_stopping",              or "evaluated", "given": how the losses were found
+     "provenance": {...}}                     when, with what, per domain; for people
 
-What is not covered: measuring reference losses, and the format of knowledge.json (`knowledge.py`).
+Another tokenizer makes other tokens, so its nats per token cannot be compared. Bits per byte can: with b the
+bytes per token of each side, l / (b ln 2) bits per byte. `loss_unit: byte` therefore turns a reference loss
+into lref * b_run / b_reference nats per token of the run, which leaves every ratio (gamma, phi) as it would
+be in bits per byte.
+
+What is not covered: measuring reference losses (`engine/reference.py`), counting bytes
+(`data/text_bytes.py`), and the format of knowledge.json (`knowledge.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +42,23 @@ from versatune_ds.foundations.errors import ConfigError, DataError, unknown_name
 
 REFERENCE_FORMAT = "versatune_ds.reference"
 REFERENCE_VERSION = 1
-REFERENCE_KEYS = ("format", "version", "losses", "stderr", "fingerprints")
+REFERENCE_KEYS = (
+    "format",
+    "version",
+    "losses",
+    "stderr",
+    "bytes_per_token",
+    "fingerprints",
+    "method",
+    "provenance",
+)
+MEASURE_AGAIN = "measure it again with `versatune-ds reference`"
+
+CURES = {
+    "model": f"{MEASURE_AGAIN}, or name the model that it was measured with in reference.model",
+    "tokenizer": f"{MEASURE_AGAIN} with this run's tokenizer, or set weights.loss_unit: byte",
+    "data": f"the held-out data (data.eval) changed since; {MEASURE_AGAIN}",
+}
 
 
 @dataclass(frozen=True)
@@ -54,22 +79,55 @@ class ReferenceLosses:
     stderr: Vector
     """float64[k], standard errors; 0 where not known."""
     fingerprints: Fingerprints = field(default_factory=Fingerprints)
+    bytes_per_token: Vector | None = None
+    """float64[k], > 0: UTF-8 bytes of supervised text per supervised token; None: not known."""
+    method: str | None = None
+    """`early_stopping`, `evaluated` or `given`; None: not known."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Facts for people."""
 
     def to_json(self, table: DomainTable) -> dict[str, Any]:
         """Content of a reference.json."""
-        return {
+        content: dict[str, Any] = {
             "format": REFERENCE_FORMAT,
             "version": REFERENCE_VERSION,
             "losses": table.by_name(self.losses),
             "stderr": table.by_name(self.stderr),
             "fingerprints": {k: v for k, v in asdict(self.fingerprints).items() if v is not None},
         }
+        if self.bytes_per_token is not None:
+            content["bytes_per_token"] = table.by_name(self.bytes_per_token)
+        if self.method is not None:
+            content["method"] = self.method
+        if self.provenance:
+            content["provenance"] = dict(self.provenance)
+        return content
+
+    def in_tokens_of(self, bytes_per_token: Vector) -> ReferenceLosses:
+        """The same losses in nats per token of another tokenizer: equal bits per byte of text.
+
+        Args:
+            bytes_per_token: float64[k], of that tokenizer.
+
+        Raises:
+            ConfigError: this side's bytes per token are not known.
+        """
+        if self.bytes_per_token is None:
+            raise ConfigError(
+                "weights.loss_unit is byte, and the reference has no bytes_per_token: "
+                f"{MEASURE_AGAIN}, or set loss_unit: token"
+            )
+        ratio = bytes_per_token / self.bytes_per_token
+        return replace(
+            self, losses=self.losses * ratio, stderr=self.stderr * ratio, bytes_per_token=bytes_per_token
+        )
 
 
 def load_reference(
     source: Mapping[str, float] | Path | None,
     table: DomainTable,
     expected: Fingerprints | None = None,
+    bytes_per_token: Vector | None = None,
 ) -> ReferenceLosses | None:
     """Reference losses from `weights.reference`.
 
@@ -79,6 +137,8 @@ def load_reference(
         expected: fingerprints of the run. One that is known on both sides must be equal. The tokenizer's
             always matters (it decides what a token is); pass the model's or the data's only if a reference
             from another one is wrong for the study.
+        bytes_per_token: float64[k] of the run's tokenizer, for `weights.loss_unit: byte`: the tokenizers may
+            differ, and losses and standard errors come back in nats per token of the run.
 
     Raises:
         ConfigError: domains or fingerprints differ, or a loss is not a number > 0.
@@ -87,13 +147,13 @@ def load_reference(
     if source is None:
         return None
     if isinstance(source, Mapping):
-        return _checked(dict(source), {}, Fingerprints(), table, "weights.reference")
+        return checked_losses(dict(source), {}, Fingerprints(), table, "weights.reference")
     path = Path(source)
     raw = read_object(path, "weights.reference")
     if raw.get("format") != REFERENCE_FORMAT or raw.get("version") != REFERENCE_VERSION:
         raise DataError(
             f"format {raw.get('format')!r}, version {raw.get('version')!r}; expected "
-            f"{REFERENCE_FORMAT!r}, version {REFERENCE_VERSION}",
+            f"{REFERENCE_FORMAT!r}, version {REFERENCE_VERSION}; {MEASURE_AGAIN}",
             path=path,
         )
     for key in raw:
@@ -101,9 +161,20 @@ def load_reference(
             raise DataError(unknown_name("key", key, REFERENCE_KEYS), path=path)
     losses = numbers(raw.get("losses"), "losses", path)
     stderr = numbers(raw.get("stderr", {}), "stderr", path)
+    sizes = numbers(raw["bytes_per_token"], "bytes_per_token", path) if "bytes_per_token" in raw else None
+    method, provenance = raw.get("method"), raw.get("provenance", {})
+    if not isinstance(method, str | None) or not isinstance(provenance, dict):
+        raise DataError("method must be a text and provenance an object", path=path)
     found = _fingerprints(raw.get("fingerprints", {}), path)
-    _require_same(found, expected or Fingerprints(), path)
-    return _checked(losses, stderr, found, table, str(path))
+    wanted = expected or Fingerprints()
+    _require_same(found, wanted if bytes_per_token is None else replace(wanted, tokenizer=None), path)
+    reference = replace(
+        checked_losses(losses, stderr, found, table, str(path)),
+        bytes_per_token=None if sizes is None else _positive(sizes, table, f"{path}: bytes_per_token"),
+        method=method,
+        provenance=provenance,
+    )
+    return reference if bytes_per_token is None else reference.in_tokens_of(bytes_per_token)
 
 
 def prior_weights(domains: Domains, table: DomainTable) -> Vector:
@@ -145,13 +216,23 @@ def initial_weights(domains: Domains, weights: Weights, table: DomainTable) -> V
     return STATIC_WEIGHTS.get(weights.strategy, STATIC_WEIGHTS["constant"])(prior)
 
 
-def _checked(
+def checked_losses(
     losses: Mapping[str, float],
     stderr: Mapping[str, float],
     fingerprints: Fingerprints,
     table: DomainTable,
     what: str,
 ) -> ReferenceLosses:
+    """Reference losses by name, checked.
+
+    Args:
+        losses: nats per supervised token, > 0.
+        stderr: standard errors, >= 0; empty: not known.
+        what: where they come from, for error texts.
+
+    Raises:
+        ConfigError: a domain is missing or unknown, or a value is out of bounds.
+    """
     values = table.vector(losses, f"{what}: losses")
     errors = table.vector(stderr, f"{what}: stderr") if stderr else np.zeros(len(table))
     for name, value, error in zip(table.names, values, errors, strict=True):
@@ -162,13 +243,21 @@ def _checked(
     return ReferenceLosses(losses=values, stderr=errors, fingerprints=fingerprints)
 
 
+def _positive(values: Mapping[str, float], table: DomainTable, what: str) -> Vector:
+    vector = table.vector(values, what)
+    for name, value in zip(table.names, vector, strict=True):
+        if value <= 0:
+            raise ConfigError(f"{what}: {name} has {value}; it must be > 0")
+    return vector
+
+
 def _require_same(found: Fingerprints, expected: Fingerprints, path: Path) -> None:
     for item in fields(Fingerprints):
         theirs, ours = getattr(found, item.name), getattr(expected, item.name)
         if theirs is not None and ours is not None and theirs != ours:
             raise ConfigError(
-                f"{path}: measured with another {item.name} (fingerprint {theirs}; this run has {ours}); "
-                "its losses cannot be compared: measure the reference again for this run"
+                f"{path}: measured with another {item.name} (fingerprint {theirs[:12]}; this run has "
+                f"{ours[:12]}); its losses cannot be compared: {CURES[item.name]}"
             )
 
 

@@ -41,6 +41,7 @@ from versatune_ds.data.loader import StepLoader
 from versatune_ds.data.planner import Corpus, PlannerState, StepPlan
 from versatune_ds.data.prepare import open_caches
 from versatune_ds.domain.controller import WeightController
+from versatune_ds.domain.early_stopping import EarlyStopping
 from versatune_ds.domain.reference import load_reference
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.bench_phases import Stopwatch, phases, timed_phases, without_statistics
@@ -489,6 +490,7 @@ def open_bench_run(config: Config, settings: BenchSettings, device: torch.device
         total_steps=config.train.max_steps or 0,
         first_step=0,
         nonfinite_in_a_row=0,
+        early_stopping=EarlyStopping(None),
     )
 
 

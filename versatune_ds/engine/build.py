@@ -107,9 +107,46 @@ def build_engine(config: Config, device: torch.device) -> Engine:
         VersaTuneError: the attention backend mixes samples.
     """
     settings = settings_for.deepspeed_config(config, distributed.world_size())
-    stage = settings_for.zero_stage(settings)
-    if config.model.dtype != "fp32" and stage == 0:
+    if config.model.dtype != "fp32" and settings_for.zero_stage(settings) == 0:
         raise ConfigError("deepspeed: ZeRO stage 0 keeps no fp32 master weights; use stage 1, 2 or 3")
+    model, attention = _build_model(config, device, settings)
+    buffers = float32_buffers(model)
+    optimizer = build_optimizer(model, config.optimizer, settings_for.offloads_optimizer(settings))
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    restore_buffers(model, buffers)
+    built = Engine(engine, model, device, attention, settings)
+    check_isolation(built)
+    return built
+
+
+def build_for_evaluation(config: Config, device: torch.device) -> Engine:
+    """Build a model that only goes forward: no gradients, no optimizer.
+
+    With ZeRO-3 it is partitioned over the ranks; with any other stage each rank holds all of it.
+
+    Raises:
+        ConfigError, VersaTuneError: as `build_engine`.
+    """
+    settings = settings_for.deepspeed_config(config, world_size=1)  # batch sizes do not matter here
+    settings["zero_optimization"].pop("offload_optimizer", None)
+    model, attention = _build_model(config, device, settings)
+    model.requires_grad_(False)
+    forward: Any = model
+    if settings_for.zero_stage(settings) == 3:
+        buffers = float32_buffers(model)
+        forward, _, _, _ = deepspeed.initialize(model=model, config=settings)
+        restore_buffers(model, buffers)
+    else:
+        model.to(device)
+    built = Engine(forward, model, device, attention, settings)
+    check_isolation(built)
+    return built
+
+
+def _build_model(
+    config: Config, device: torch.device, settings: dict[str, Any]
+) -> tuple[PackedCausalLM, AttentionChoice]:
+    """The model (partitioned as it is made under ZeRO-3) and how it attends."""
     if config.model.trust_remote_code:
         log.warning("model.trust_remote_code is on: Python code of %s will run here", config.model.source)
     if config.model.dtype == "fp16" and device.type == "cpu":
@@ -119,17 +156,12 @@ def build_engine(config: Config, device: torch.device) -> Engine:
     except KernelError as error:
         raise ConfigError(f"model.loss_backend: {error}") from None
     attention = choose_attention(config.model, device.type)
-    zero3 = HfDeepSpeedConfig(settings) if stage == 3 else None  # kept alive: transformers looks it up
+    is_zero3 = settings_for.zero_stage(settings) == 3
+    zero3 = HfDeepSpeedConfig(settings) if is_zero3 else None  # kept alive: transformers looks it up
     model = build_model(config.model, attention, config.run.seed, device.type)
     unset_hf_deepspeed_config()
     del zero3
-    buffers = float32_buffers(model)
-    optimizer = build_optimizer(model, config.optimizer, settings_for.offloads_optimizer(settings))
-    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    restore_buffers(model, buffers)
-    built = Engine(engine, model, device, attention, settings)
-    check_isolation(built)
-    return built
+    return model, attention
 
 
 def check_isolation(built: Engine) -> None:

@@ -3,13 +3,16 @@
 The samples of all domains share packs; every rank runs the same number of packs (empty ones at the end),
 because under ZeRO-3 each forward is a collective. Sums are reduced once and divided once.
 
-What is not covered: benchmark tasks and generation.
+`evaluate` gives the sums of a run in training; `evaluate_samples` also every sample's loss, for comparisons
+sample by sample.
+
+What is not covered: benchmark tasks (`engine/benchmarks.py`) and generation.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +27,8 @@ from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.engine.build import Engine
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import distributed
+from versatune_ds.foundations.errors import DataError
+from versatune_kernels import LossOutput
 
 
 class Evaluation(NamedTuple):
@@ -43,6 +48,9 @@ class HeldOut:
         pack_len: tokens in a pack.
         max_samples: first n samples of each domain; None for all.
         pad_id: token id of padding.
+
+    Raises:
+        DataError: no domain has held-out data.
     """
 
     def __init__(
@@ -57,6 +65,8 @@ class HeldOut:
         self.pad_id = pad_id
         counts = [0 if cache is None else len(cache) for cache in caches]
         self.samples = np.array([n if max_samples is None else min(n, max_samples) for n in counts])
+        if not self.samples.any():
+            raise DataError("no domain to evaluate has held-out data; give data.eval")
         self.packs = self._rank_packs()
 
     def _rank_packs(self) -> list[Pack]:
@@ -80,19 +90,47 @@ class HeldOut:
         return rank_packs(by_cost(packs, self.pack_len), distributed.rank(), world)
 
 
-@torch.no_grad()
 def evaluate(engine: Engine, held_out: HeldOut, num_domains: int) -> Evaluation:
     """Loss sums of the held-out data, reduced over ranks; a collective."""
     start = time.perf_counter()
     statistics = StepStatistics(num_domains, engine.device)
-    engine.deepspeed.eval()
-    for pack in held_out.packs:
-        batch = collate(pack, held_out.caches, held_out.pack_len, held_out.pad_id).to(engine.device)
-        statistics.add(engine.deepspeed(**model_inputs(batch, 1.0)), batch.sample_domains)
-    engine.deepspeed.train()
+    for _, batch, out in _forward(engine, held_out):
+        statistics.add(out, batch.sample_domains)
     totals = statistics.reduce()
     sums = totals.sums if totals.sums is not None else DomainSums.zeros(num_domains)
     return Evaluation(sums, held_out.samples, time.perf_counter() - start)
+
+
+def evaluate_samples(engine: Engine, held_out: HeldOut) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Loss and size of every held-out sample; a collective.
+
+    Returns:
+        Per domain, in cache order: summed token losses float64[n] in nats, supervised tokens int64[n].
+    """
+    mine = [
+        (pack.domains, pack.samples, out.sample_loss, out.sample_tokens)
+        for pack, _, out in _forward(engine, held_out)
+    ]
+    on_host = [(d, s, loss.double().cpu().numpy(), n.cpu().numpy()) for d, s, loss, n in mine]
+    losses = [np.full(n, np.nan) for n in held_out.samples]
+    tokens = [np.zeros(n, dtype=np.int64) for n in held_out.samples]
+    for packs in distributed.gather_objects(on_host):
+        for domains, samples, loss, count in packs:
+            for domain in np.unique(domains):
+                of_domain = domains == domain
+                losses[domain][samples[of_domain]] = loss[of_domain]
+                tokens[domain][samples[of_domain]] = count[of_domain]
+    return losses, tokens
+
+
+def _forward(engine: Engine, held_out: HeldOut) -> Iterator[tuple[Pack, Batch, LossOutput]]:
+    """Every pack of this rank with its batch on the device and the model's output."""
+    engine.deepspeed.eval()
+    with torch.no_grad():
+        for pack in held_out.packs:
+            batch = collate(pack, held_out.caches, held_out.pack_len, held_out.pad_id).to(engine.device)
+            yield pack, batch, engine.deepspeed(**model_inputs(batch, 1.0))
+    engine.deepspeed.train()
 
 
 def model_inputs(batch: Batch, normalizer: float) -> dict[str, object]:

@@ -10,8 +10,10 @@ What is not covered: quantised formats, and pushing to a hub.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +22,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from versatune_ds.config.load import load_config
 from versatune_ds.config.schema import Config
-from versatune_ds.data.templating import stop_token
-from versatune_ds.engine.model import DTYPES, PackedCausalLM
+from versatune_ds.data.templating import load_tokenizer, set_chat_template, stop_token
+from versatune_ds.engine.model import DTYPES, PackedCausalLM, load_architecture
 from versatune_ds.engine.safe_loading import tensors_only
-from versatune_ds.foundations import distributed
+from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.files import fsync_dir, write_json_atomic
 
 NAME_PREFIX = "lm."
@@ -159,6 +162,27 @@ def export_checkpoint(
     writer.close()
     config.dtype = DTYPES[dtype]
     _finish(config, companions, temporary, folder)
+
+
+def export_from_run(run_dir: Path, checkpoint: Path, target: Path) -> None:
+    """`export_checkpoint` with the settings, tokenizer and architecture of the run that made it.
+
+    Args:
+        run_dir: the run folder; its resolved.yaml is read.
+        checkpoint: a sound checkpoint of it.
+        target: folder to write.
+
+    Raises:
+        ConfigError: its settings, model or tokenizer cannot be found any more.
+    """
+    config = load_config(run_dir / constants.RESOLVED_CONFIG_FILE)
+    tokenizer = load_tokenizer(config)
+    set_chat_template(tokenizer, config.data.chat_template)
+    architecture = load_architecture(config.model)
+    shard_bytes = int(config.checkpoint.export_shard_gb * 1e9)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints; a command's output is its result alone
+        companions = Companions.of(config, tokenizer, architecture)
+        export_checkpoint(checkpoint, architecture, companions, target, config.model.dtype, shard_bytes)
 
 
 def _gathered_parameters(model: PackedCausalLM) -> Iterator[tuple[str, torch.Tensor]]:

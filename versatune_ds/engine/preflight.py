@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,23 @@ def check_domains_have_data(
             raise DataError(f"domain {name} has no training data, and {reason}; add a source to data.train")
 
 
+def evaluated_caches(config: Config, table: DomainTable, caches: Sequence[Any]) -> list[Any]:
+    """Held-out caches of the domains in `evaluation.domains`, None for the others.
+
+    Raises:
+        DataError: a domain named there has no held-out data.
+    """
+    wanted = config.evaluation.domains
+    if wanted is None:
+        return list(caches)
+    lacking = [name for name in wanted if caches[table.id_of(name)] is None]
+    if lacking:
+        raise DataError(
+            f"evaluation.domains names {', '.join(lacking)}, without held-out data; add a source to data.eval"
+        )
+    return [cache if name in wanted else None for name, cache in zip(table.names, caches, strict=True)]
+
+
 def check_architecture(architecture: Any, tokenizer: Any, corpus: Corpus) -> None:
     """Refuse models whose loss we would compute wrongly or whose embedding is too small for the tokenizer.
 
@@ -161,4 +179,8 @@ def ignored_settings(config: Config) -> list[str]:
         ignored.append(f"weights.schedule (strategy is {strategy})")
     if config.evaluation.max_samples_per_domain is not None and config.evaluation.every_n_steps is None:
         ignored.append("evaluation.max_samples_per_domain (evaluation.every_n_steps is not set)")
+    if config.evaluation.domains is not None and config.evaluation.every_n_steps is None:
+        ignored.append("evaluation.domains (evaluation.every_n_steps is not set)")
+    if config.weights.loss_unit == "byte" and config.weights.reference is None:
+        ignored.append("weights.loss_unit (there is no weights.reference)")
     return ignored

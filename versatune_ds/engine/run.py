@@ -25,7 +25,8 @@ from versatune_ds.data.planner import Corpus, PlannerSettings, PlannerState, ste
 from versatune_ds.data.prepare import open_caches
 from versatune_ds.data.templating import ChatEncoder, load_tokenizer, set_chat_template
 from versatune_ds.domain.controller import WeightController
-from versatune_ds.domain.reference import Fingerprints, load_reference
+from versatune_ds.domain.early_stopping import EarlyStopping
+from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine import preflight
 from versatune_ds.engine.build import Engine, build_engine, describe_hardware, describe_versions
@@ -33,6 +34,7 @@ from versatune_ds.engine.checkpoint import load_model_state, newest_sound_checkp
 from versatune_ds.engine.deepspeed_config import deepspeed_config, offloads_optimizer, zero_stage
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.model import load_architecture, parameter_counts
+from versatune_ds.engine.reference_input import open_reference
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError
@@ -68,6 +70,7 @@ class Run:
     first_step: int
     """Steps done before this process."""
     nonfinite_in_a_row: int
+    early_stopping: EarlyStopping
 
     @property
     def folder(self) -> Path:
@@ -82,8 +85,25 @@ class Run:
             "planner": self.loader.state.to_json(),
             "controller": self.controller.state(),
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "early_stopping": self.early_stopping.state(),
             "offsets": self.sinks.offsets(),
         }
+
+    def after_evaluation(self, done: int, loss: float | None, sums: DomainSums) -> None:
+        """Alarms of the reference losses before the first step; whether to stop early, on all ranks alike."""
+        if done == 0:
+            report_alarms(self.controller.starting_alarms(sums))
+        stopping = self.early_stopping
+        stopping.observe(done, loss)
+        if stopping.exhausted and done < self.total_steps:
+            log.info(
+                "stopping early after step %d: %d evaluations in a row without a lower held-out loss than "
+                "%.4f after step %d (evaluation.patience)",
+                done,
+                stopping.waited,
+                stopping.best_loss,
+                stopping.best_step,
+            )
 
     def close(self) -> None:
         """Stop the prefetch thread and close the files."""
@@ -116,8 +136,7 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     preflight.check_architecture(load_architecture(config.model), tokenizer, corpus)
     total_steps = count_steps(config, corpus, settings)
     encoder = ChatEncoder.build(tokenizer, config.data.chat_template)
-    expected = Fingerprints(tokenizer=encoder.fingerprint)
-    reference = load_reference(config.weights.reference, table, expected)
+    reference = open_reference(config, table, tokenizer, encoder.fingerprint, caches)
     controller = WeightController(table, config.domains, config.weights, reference)
     preflight.check_domains_have_data(config, table, corpus, controller)
     preflight.check_supply(corpus, settings, controller, total_steps)
@@ -126,12 +145,16 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     checkpoint = newest_sound_checkpoint(config.run.dir / constants.CHECKPOINTS_DIR) if resuming else None
     state: dict[str, Any] | None = None
     planner = PlannerState.initial(len(table))
+    early_stopping = EarlyStopping(config.evaluation.patience)
     if checkpoint is not None:
         state = read_state(checkpoint, state_layout(config))
         planner = PlannerState.from_json(state["planner"])
         planner.check(corpus, settings)
         controller.load_state(state["controller"])
+        early_stopping.load_state(state["early_stopping"])
     first_step = planner.step
+    if first_step == 0 and config.evaluation.every_n_steps is None:
+        report_alarms(controller.starting_alarms(DomainSums.zeros(len(table))))
     # 4. Model and engine.
     engine = build_engine(config, device)
     if checkpoint is not None:
@@ -145,7 +168,8 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read
     pack_len, max_samples = config.batch.pack_len, config.evaluation.max_samples_per_domain
     evaluates = config.evaluation.every_n_steps is not None
-    held_out = HeldOut(caches["eval"], pack_len, max_samples, pad_id) if evaluates else None
+    evaluated = preflight.evaluated_caches(config, table, caches["eval"])
+    held_out = HeldOut(evaluated, pack_len, max_samples, pad_id) if evaluates else None
     probe_samples = config.weights.probe_samples
     probe = HeldOut(caches["eval"], pack_len, probe_samples, pad_id) if controller.needs_probe else None
     return Run(
@@ -176,7 +200,14 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
         total_steps=total_steps,
         first_step=first_step,
         nonfinite_in_a_row=0 if state is None else int(state["nonfinite_in_a_row"]),
+        early_stopping=early_stopping,
     )
+
+
+def report_alarms(alarms: list[str]) -> None:
+    """Say what is wrong with the reference losses, on rank 0."""
+    for alarm in alarms:
+        log.warning("reference losses: %s", alarm)
 
 
 def state_layout(config: Config) -> dict[str, Any]:

@@ -72,14 +72,15 @@ def train(config: Config, config_path: Path | None = None) -> None:
     close_process_group()
 
 
-def train_in_group(config: Config, device: torch.device, config_path: Path | None = None) -> None:
-    """`train` within a process group that is already there and stays."""
+def train_in_group(config: Config, device: torch.device, config_path: Path | None = None) -> bool:
+    """`train` within a process group that is already there and stays; False when it was asked to stop."""
     with StopRequest() as stop:
         run = open_run(config, device, config_path)
         try:
             finished = run_steps(run, stop)
             if finished:
                 finish(run)
+            return finished
         finally:
             run.close()
 
@@ -88,8 +89,11 @@ def run_steps(run: Run, stop: StopRequest) -> bool:
     """All remaining steps; False when the run was asked to stop before its last one."""
     if run.first_step == 0:
         record_weights(run, run.controller.initial_update().to_json())
-    evaluate_when_due(run, run.first_step)
+    if not run.early_stopping.exhausted:
+        evaluate_when_due(run, run.first_step)
     for step in range(run.first_step, run.total_steps):
+        if run.early_stopping.exhausted:
+            break
         stopping = run_step(run, step, stop)
         done = step + 1
         last = done == run.total_steps
@@ -295,6 +299,8 @@ def evaluate_when_due(run: Run, done: int) -> None:
     if run.held_out is None or every is None or not (done % every == 0 or done == run.total_steps):
         return
     record_evaluation(run, done, run.held_out)
+    if run.early_stopping.exhausted and run.config.checkpoint.every_n_steps:
+        save(run, done)  # a restart then knows that the run is over
 
 
 def record_evaluation(run: Run, done: int, held_out: HeldOut) -> None:
@@ -306,10 +312,12 @@ def record_evaluation(run: Run, done: int, held_out: HeldOut) -> None:
         domain_loss=run.table.by_name(result.sums.mean_loss()),
         domain_supervised_tokens=dict(zip(names, map(int, result.sums.tokens), strict=True)),
         domain_samples=dict(zip(names, map(int, result.samples), strict=True)),
+        domain_stderr=run.table.by_name(result.sums.stderr()),
         eval_s=result.seconds,
     )
     run.sinks.evaluation(record)
     run.progress.evaluation(record)
+    run.after_evaluation(done, record.loss, result.sums)
 
 
 # --- saving -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,9 @@ def canonical_hash(value: Any) -> str:
     """Hex SHA-256 of `value` as JSON with sorted keys: equal values give equal hashes on every machine."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def folder_name(name: str) -> str:
+    """A folder name for any name; names with odd characters get a hash, so that no two fall together."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:60].lstrip(".")
+    return safe if safe == name else f"{safe}-{canonical_hash(name)[:8]}"

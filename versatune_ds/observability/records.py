@@ -17,9 +17,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from versatune_ds.domain.evaluation import perplexity
+
 GIB = 1 << 30
-MAX_PERPLEXITY_LOSS = 700.0
-"""exp() of a larger loss overflows a float64; such a perplexity is written as null."""
 
 
 def finite(value: Any) -> float | None:
@@ -156,6 +156,8 @@ class EvalRecord:
     """Supervised held-out tokens, by domain."""
     domain_samples: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Held-out samples, by domain."""
+    domain_stderr: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    """Standard error of `domain_loss`, by domain; None where it is not known (fewer than two samples)."""
     eval_s: float
     """Wall-clock seconds."""
     unix_time_s: float = dataclasses.field(default_factory=time.time)
@@ -176,13 +178,6 @@ class EvalRecord:
         """The eval line as plain JSON types: all fields, the overall loss and perplexities exp(loss)."""
         line = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         line["loss"] = self.loss
-        line["domain_perplexity"] = {
-            name: perplexity(finite(loss)) for name, loss in self.domain_loss.items()
-        }
+        line["domain_perplexity"] = {name: perplexity(loss) for name, loss in self.domain_loss.items()}
         result: dict[str, Any] = clean(line)
         return result
-
-
-def perplexity(loss: float | None) -> float | None:
-    """exp(loss) for a loss in nats; None when the loss is None or exp() would overflow."""
-    return None if loss is None or loss > MAX_PERPLEXITY_LOSS else math.exp(loss)

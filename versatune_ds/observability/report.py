@@ -21,6 +21,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from versatune_ds.domain.evaluation import perplexity
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import StateError
 from versatune_ds.foundations.files import write_text_atomic
@@ -331,6 +332,8 @@ def domains_section(runs: Sequence[RunData]) -> Section:
     if len(runs) > 1:
         tables += [comparison_table(runs)]
     tables += [domain_table(run, run.label if len(runs) > 1 else "") for run in runs]
+    for run in runs:
+        tables += evaluation_tables(run)
     lead = (
         "Losses in nats per supervised token: first → last. Training losses are means over the first and "
         "the last steps (a twentieth of the run); shares are of everything trained on."
@@ -368,6 +371,31 @@ def domain_table(run: RunData, caption: str) -> Table:
         "Change",
     ]
     return Table(head, rows, caption=caption, color_rows=not caption)
+
+
+def evaluation_tables(run: RunData) -> list[Table]:
+    """Held-out losses and benchmark scores of the finished model, if `versatune-ds evaluate` was run."""
+    if run.evaluation is None:
+        return []
+    evaluation, sums = run.evaluation, run.evaluation.sums
+    measured = zip(evaluation.names, sums.mean_loss(), sums.stderr(), sums.samples, strict=True)
+    rows = [
+        (
+            name,
+            [Cell(number(loss)), Cell(number(error)), Cell(number(perplexity(loss), 2)), Cell(f"{n:,.0f}")],
+        )
+        for name, loss, error, n in measured
+    ]
+    head = ["Domain", "Held-out loss", "Standard error", "Perplexity", "Samples"]
+    tables = [Table(head, rows, caption=f"Evaluation of {evaluation.model}")]
+    scores = [
+        (s.name, [Cell(s.domain), Cell(s.metric), Cell(number(s.value)), Cell(number(s.stderr))])
+        for s in evaluation.benchmarks
+    ]
+    if scores:
+        head = ["Benchmark", "Domain", "Metric", "Score", "Standard error"]
+        tables.append(Table(head, scores, caption=f"Benchmarks of {evaluation.model}"))
+    return tables
 
 
 def comparison_table(runs: Sequence[RunData]) -> Table:

@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from versatune_ds.domain.evaluation import ModelEvaluation
 from versatune_ds.foundations import constants
-from versatune_ds.foundations.errors import StateError
+from versatune_ds.foundations.errors import DataError, StateError
 from versatune_ds.observability.records import finite
 
 Array = npt.NDArray[np.float64]
@@ -110,6 +111,8 @@ class RunData:
     """[e, k]."""
     eval_s: Array
     """[e] seconds."""
+    evaluation: ModelEvaluation | None
+    """evaluation.json of `versatune-ds evaluate`, if there is one."""
     alarms: tuple[Alarm, ...]
     notes: tuple[str, ...]
     """What was found damaged or missing, in words."""
@@ -177,6 +180,7 @@ def read_run(folder: Path, label: str | None = None) -> RunData:
         eval_loss=_column(evals, "loss"),
         eval_domain_loss=_matrix(evals, "domain_loss", names),
         eval_s=_column(evals, "eval_s"),
+        evaluation=_read_evaluation(folder / constants.EVALUATION_FILE, notes),
         alarms=_alarms(steps.steps[steps.skipped], updates),
         notes=tuple(notes),
     )
@@ -222,6 +226,17 @@ def _read_config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
         notes.append(f"{path.name} cannot be read ({error})")
         return "", {}
     return text, value if isinstance(value, dict) else {}
+
+
+def _read_evaluation(path: Path, notes: list[str]) -> ModelEvaluation | None:
+    """The evaluation of the finished model; a damaged file becomes a note."""
+    if not path.is_file():
+        return None
+    try:
+        return ModelEvaluation.read(path)
+    except DataError as error:
+        notes.append(str(error))
+        return None
 
 
 def _read_jsonl(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:

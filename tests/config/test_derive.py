@@ -1,0 +1,71 @@
+"""Settings that follow from a run's settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launching import REPOSITORY
+
+from versatune_ds.config.derive import proxy_config, single_domain_config, with_model
+from versatune_ds.config.load import load_config
+from versatune_ds.foundations.errors import ConfigError
+
+
+@pytest.fixture
+def quickstart(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+
+    def load(*overrides):
+        return load_config("configs/quickstart.yaml", overrides)
+
+    return load
+
+
+def test_one_domain_alone_with_early_stopping(quickstart):
+    config = quickstart(
+        "reference.packs_per_step=4", "reference.max_epochs=5", "reference.evaluations_per_epoch=2",
+        "reference.patience=7", "reference.lr=1e-4", "domains.max_epochs=1",
+        "reference.model={source: small, dtype: bf16}",
+    )  # fmt: skip
+    derived = single_domain_config(config, "law", Path("out/law"), 10 * 4 * 256)  # 10 steps a pass
+    assert derived.domains.initial == {name: float(name == "law") for name in config.domains.names}
+    assert derived.domains.min_weight == 0 and derived.domains.max_epochs is None
+    assert derived.weights.strategy == "constant" and derived.weights.reference is None
+    assert (derived.train.max_steps, derived.train.epochs) == (50, None)
+    assert (derived.evaluation.every_n_steps, derived.evaluation.patience) == (5, 7)
+    assert derived.evaluation.domains == ["law"]
+    assert (derived.model.source, derived.model.dtype, derived.optimizer.lr) == ("small", "bf16", 1e-4)
+    assert derived.batch.packs_per_step == 4 and not derived.checkpoint.export_at_end
+    assert derived.run.dir == Path("out/law") and derived.run.seed == config.run.seed
+    assert derived.data == config.data  # so the same caches are read
+
+
+def test_without_a_reference_section_the_run_itself_is_the_example(quickstart):
+    config = quickstart("reference={}", "evaluation.max_samples_per_domain=3")
+    derived = single_domain_config(config, "code", Path("out"), 100)
+    assert derived.model == config.model and derived.optimizer == config.optimizer
+    assert derived.batch == config.batch
+    assert derived.evaluation.every_n_steps == 1  # a domain smaller than a step
+    assert derived.evaluation.max_samples_per_domain == 3
+
+
+def test_another_model_keeps_the_tokenizer(quickstart):
+    config = quickstart()
+    derived = with_model(config, "elsewhere/model")
+    assert derived.model.weights == "pretrained" and derived.model.tokenizer == config.model.source
+    assert proxy_config(config) is config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["evaluation.patience=3", "evaluation.every_n_steps=null"], "give every_n_steps"),
+        (["evaluation.domains=[law, lore]"], r"evaluation.domains: unknown domains \['lore'\]"),
+        (["weights.loss_unit=byte"], "needs the bytes per token"),
+        (["reference.patiense=3"], "did you mean patience"),
+    ],
+)
+def test_settings_that_cannot_be_meant(quickstart, overrides, text):
+    with pytest.raises(ConfigError, match=text):
+        quickstart(*overrides)

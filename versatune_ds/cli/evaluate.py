@@ -1,0 +1,79 @@
+"""`versatune-ds evaluate`: held-out loss and perplexity per domain of any model, and benchmark tasks.
+
+What is not covered: evaluation during training (`evaluation.every_n_steps`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from versatune_ds.foundations import constants
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="held-out loss per domain of a model, run or checkpoint, and benchmark tasks",
+        description=(
+            "Evaluate a model on the held-out data of a configuration: loss, standard error and perplexity "
+            "per domain into evaluation.json, a table, and a radar chart."
+        ),
+    )
+    parser.add_argument(
+        "--config", required=True, type=Path, metavar="FILE", help="YAML settings; see configs/"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="Hugging Face folder or hub name, run folder, or checkpoint folder; default: run.dir",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="compare with this model, run, checkpoint or evaluation.json (evaluated first if need be)",
+    )
+    parser.add_argument(
+        "--tasks", type=Path, metavar="FILE", help="benchmark tasks (extra eval); see configs/benchmarks/"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="target folder; default: the run folder")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print the tables, draw the chart; 1 when a benchmark that was asked for failed."""
+    from versatune_ds.config.load import load_config
+
+    config = load_config(args.config, args.overrides)
+    tasks = None
+    if args.tasks is not None:
+        from versatune_ds.config.benchmarks import load_benchmarks
+
+        tasks = load_benchmarks(args.tasks, config.domains.names)
+
+    from versatune_ds.engine.measure import run_evaluation
+
+    done = run_evaluation(
+        config,
+        args.model or str(config.run.dir),
+        against=args.against,
+        tasks=tasks,
+        out=args.out,
+        config_path=args.config,
+    )
+    from versatune_ds.foundations import distributed
+
+    if distributed.is_main():
+        from versatune_ds.observability.evaluation import show
+
+        print(show(done.after, done.before, done.changes, done.out / constants.EVALUATION_PICTURE_FILE))
+        print(done.out / constants.EVALUATION_FILE)
+    from versatune_ds.engine.benchmarks import NO_TASK
+
+    not_run = done.after.provenance.get("benchmarks_not_run", {})
+    failed = any(why != NO_TASK for why in not_run.values())
+    return constants.EXIT_FAILURE if failed else constants.EXIT_OK

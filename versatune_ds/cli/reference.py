@@ -1,0 +1,82 @@
+"""`versatune-ds reference`: measure the reference losses that weights move by.
+
+What is not covered: using them (`weights.reference`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from versatune_ds.foundations import constants
+from versatune_ds.foundations.errors import ConfigError
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser(
+        "reference",
+        help="measure reference losses: how low each domain's held-out loss can get",
+        description=(
+            "Write reference.json for weights.reference. Default: train reference.model on each domain alone "
+            "until its held-out loss stops falling; a domain that is finished is kept when the command is "
+            "started again."
+        ),
+    )
+    parser.add_argument(
+        "--config", required=True, type=Path, metavar="FILE", help="YAML settings; see configs/"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--model", metavar="MODEL", help="take the held-out losses of this finished model or run"
+    )
+    how.add_argument(
+        "--losses", metavar="NAME=NATS,...", help="take these numbers (nats per supervised token)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="target folder; default: RUN/reference")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write reference.json, print it and how to use it."""
+    from versatune_ds.config.load import load_config
+
+    config = load_config(args.config, args.overrides)
+    out = args.out or config.run.dir / constants.REFERENCE_DIR
+    given = None if args.losses is None else parse_losses(args.losses)
+
+    from versatune_ds.engine.reference import write_reference
+
+    path = write_reference(config, out, model=args.model, losses=given, config_path=args.config)
+    if path is None:
+        return constants.EXIT_OK
+    from versatune_ds.foundations import distributed
+
+    if distributed.is_main():
+        print(path)
+        print(f"use it: weights.reference={path}")
+    return constants.EXIT_OK
+
+
+def parse_losses(text: str) -> dict[str, float]:
+    """`law=1.9,code=0.7` as numbers by name.
+
+    Raises:
+        ConfigError: not of this form.
+    """
+    losses = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            equals = ""
+        if not (name.strip() and equals):
+            raise ConfigError(f"--losses: {part!r} is not NAME=NATS, for example law=1.9,code=0.7")
+        if name.strip() in losses:
+            raise ConfigError(f"--losses: {name.strip()} stands twice")
+        losses[name.strip()] = number
+    return losses

@@ -1,0 +1,69 @@
+"""Settings of other runs that follow from a run's settings.
+
+`versatune-ds reference` trains a model on each domain alone with the run's own trainer: the run's settings,
+with the model, data share, length and evaluation of the `reference` section.
+
+What is not covered: running them (`engine/reference.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from versatune_ds.config.load import validate_config
+from versatune_ds.config.schema import Config
+
+
+def with_model(config: Config, source: str) -> Config:
+    """The run with another, finished model in its place; the tokenizer stays."""
+    raw = config.model_dump(mode="json")
+    raw["model"] |= {
+        "source": source,
+        "weights": "pretrained",
+        "tokenizer": config.model.tokenizer or config.model.source,
+    }
+    return validate_config(raw, f"settings with the model {source}")
+
+
+def proxy_config(config: Config) -> Config:
+    """The run with `reference.model` in place of its model, if that is set."""
+    if config.reference.model is None:
+        return config
+    raw = config.model_dump(mode="json")
+    raw["model"] = raw["reference"]["model"]
+    return validate_config(raw, "settings with reference.model")
+
+
+def single_domain_config(config: Config, domain: str, folder: Path, num_tokens: int) -> Config:
+    """Settings that train `reference.model` on one domain until its held-out loss stops falling.
+
+    Args:
+        config: the run's settings.
+        domain: the one to train on; the others stay in the table with weight 0.
+        folder: run folder.
+        num_tokens: training tokens of the domain.
+    """
+    raw = proxy_config(config).model_dump(mode="json")
+    settings = config.reference
+    packs_per_step = settings.packs_per_step or config.batch.packs_per_step
+    steps_per_epoch = num_tokens / (packs_per_step * config.batch.pack_len)
+    raw["run"] |= {"dir": str(folder), "resume": "auto"}
+    raw["domains"] |= {
+        "initial": {name: float(name == domain) for name in config.domains.names},
+        "min_weight": 0.0,
+        "max_weight": 1.0,
+        "max_relative_change": None,
+        "max_epochs": None,
+    }
+    raw["weights"] = {"strategy": "constant"}
+    raw["batch"]["packs_per_step"] = packs_per_step
+    raw["optimizer"]["lr"] = settings.lr or config.optimizer.lr
+    raw["train"] |= {"max_steps": math.ceil(settings.max_epochs * steps_per_epoch), "epochs": None}
+    raw["evaluation"] |= {
+        "every_n_steps": max(1, round(steps_per_epoch / settings.evaluations_per_epoch)),
+        "domains": [domain],
+        "patience": settings.patience,
+    }
+    raw["checkpoint"] |= {"keep_last": 1, "milestone_every_n_steps": None, "export_at_end": False}
+    return validate_config(raw, f"settings of the reference run of {domain}")

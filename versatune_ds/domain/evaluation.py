@@ -1,0 +1,226 @@
+"""Held-out losses of a finished model, sample by sample, and what changed between two models.
+
+Both models saw the same held-out samples, so their losses are compared pair by pair. With a_i and b_i the
+summed token losses of sample i after and before, over the n samples of a domain:
+
+    relative change   r = sum a_i / sum b_i - 1
+    its variance      n / (n - 1) * sum (a_i - (1 + r) b_i)^2 / (sum b_i)^2
+    forgetting        max(r, 0), the phi of docs/weights.md between the two models
+
+(ratio estimator: Cochran, Sampling Techniques, 3rd ed., section 2.11). What both find hard cancels, so the
+interval is far narrower than that of two unrelated means.
+
+What is not covered: measuring (`engine/evaluation.py`) and drawing (`observability/evaluation.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from versatune_ds.domain.reference import Fingerprints
+from versatune_ds.domain.statistics import DomainSums
+from versatune_ds.foundations.errors import ConfigError, DataError
+from versatune_ds.foundations.files import write_text_atomic
+
+EVALUATION_FORMAT = "versatune_ds.evaluation"
+EVALUATION_VERSION = 1
+Z_95 = 1.959964
+"""Standard errors to either side of a 95 % interval."""
+MAX_PERPLEXITY_LOSS = 700.0
+"""exp() of more than this overflows float64."""
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class BenchmarkScore:
+    """One benchmark task's score."""
+
+    task: str
+    name: str
+    """What people call it."""
+    domain: str
+    metric: str
+    value: float
+    """Usually 0 .. 1."""
+    stderr: float | None
+    samples: int
+
+
+@dataclass(frozen=True, eq=False)
+class ModelEvaluation:
+    """Held-out losses of a model. Dicts are by domain, in the settings' order; domains without held-out data
+    are absent."""
+
+    model: str
+    """Folder or hub name."""
+    losses: Mapping[str, Array]
+    """float64[n] by domain: summed token losses of each sample in nats, in cache order."""
+    tokens: Mapping[str, Array]
+    """float64[n] by domain: supervised tokens of each sample."""
+    fingerprints: Fingerprints
+    benchmarks: tuple[BenchmarkScore, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Facts for people."""
+
+    @property
+    def names(self) -> list[str]:
+        """Domains with held-out data."""
+        return list(self.losses)
+
+    @property
+    def sums(self) -> DomainSums:
+        """Sums by domain, in the order of `names`."""
+        ids = np.concatenate([np.full(len(self.losses[name]), i) for i, name in enumerate(self.names)])
+        losses = np.concatenate([self.losses[name] for name in self.names])
+        tokens = np.concatenate([self.tokens[name] for name in self.names])
+        return DomainSums.from_samples(ids, losses, tokens, len(self.names))
+
+    def to_json(self) -> dict[str, Any]:
+        """Content of an evaluation.json."""
+        sums = self.sums
+        mean, stderr = sums.mean_loss(), sums.stderr()
+        domains = {
+            name: {
+                "loss": _number(mean[i]),
+                "stderr": _number(stderr[i]),
+                "perplexity": perplexity(mean[i]),
+                "supervised_tokens": int(sums.tokens[i]),
+                "samples": int(sums.samples[i]),
+            }
+            for i, name in enumerate(self.names)
+        }
+        return {
+            "format": EVALUATION_FORMAT,
+            "version": EVALUATION_VERSION,
+            "model": self.model,
+            "loss_unit": "nats per supervised token",
+            "domains": domains,
+            "benchmarks": [asdict(score) for score in self.benchmarks],
+            "fingerprints": {k: v for k, v in asdict(self.fingerprints).items() if v is not None},
+            "provenance": dict(self.provenance),
+            "sample_losses": {name: values.tolist() for name, values in self.losses.items()},
+            "sample_tokens": {name: values.astype(int).tolist() for name, values in self.tokens.items()},
+        }
+
+    def write(self, path: Path) -> None:
+        """Write evaluation.json; the long lists of samples stand on one line each."""
+        content = self.to_json()
+        samples = {key: content.pop(key) for key in ("sample_losses", "sample_tokens")}
+        head = json.dumps(content, indent=2, allow_nan=False).removesuffix("\n}")
+        lines = [f'  "{key}": {json.dumps(value, allow_nan=False)}' for key, value in samples.items()]
+        tail = ",\n".join(lines)
+        write_text_atomic(path, f"{head},\n{tail}\n}}\n")
+
+    @classmethod
+    def read(cls, path: Path) -> ModelEvaluation:
+        """Inverse of `write`.
+
+        Raises:
+            DataError: it is missing, cut short, or something else.
+        """
+        again = "make it again with `versatune-ds evaluate`"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"cannot be read ({error.strerror}); {again}", path=path) from None
+        except ValueError as error:
+            raise DataError(f"not JSON, or cut short ({error}); {again}", path=path) from None
+        found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (None, None)
+        if found != (EVALUATION_FORMAT, EVALUATION_VERSION):
+            raise DataError(
+                f"format {found[0]!r}, version {found[1]!r}; expected {EVALUATION_FORMAT!r}, version "
+                f"{EVALUATION_VERSION}; {again}",
+                path=path,
+            )
+        try:
+            known = {item.name for item in fields(Fingerprints)}
+            prints = {str(k): str(v) for k, v in raw["fingerprints"].items() if k in known}
+            return cls(
+                model=str(raw["model"]),
+                losses={str(k): np.array(v, dtype=np.float64) for k, v in raw["sample_losses"].items()},
+                tokens={str(k): np.array(v, dtype=np.float64) for k, v in raw["sample_tokens"].items()},
+                fingerprints=Fingerprints(**prints),
+                benchmarks=tuple(BenchmarkScore(**score) for score in raw["benchmarks"]),
+                provenance=dict(raw["provenance"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"damaged ({error!r}); {again}", path=path) from None
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one domain's held-out loss changed."""
+
+    domain: str
+    before: float
+    """Nats per supervised token."""
+    after: float
+    relative: float
+    """(after - before) / before; negative is better."""
+    stderr: float | None
+    """Standard error of `relative`, over samples; None for fewer than two."""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of `relative`."""
+        if self.stderr is None:
+            return None
+        return self.relative - Z_95 * self.stderr, self.relative + Z_95 * self.stderr
+
+    @property
+    def forgetting(self) -> float:
+        """max(relative, 0)."""
+        return max(self.relative, 0.0)
+
+
+def compare(after: ModelEvaluation, before: ModelEvaluation) -> list[Change]:
+    """Relative change of every domain's loss, sample by sample.
+
+    Raises:
+        ConfigError: the two were not measured on the same tokens.
+    """
+    for kind in ("tokenizer", "data"):
+        ours, theirs = getattr(after.fingerprints, kind), getattr(before.fingerprints, kind)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ConfigError(
+                f"{after.model} and {before.model} were evaluated with another {kind}; evaluate both with "
+                "the same settings to compare them"
+            )
+    if after.names != before.names or any(
+        not np.array_equal(after.tokens[name], before.tokens[name]) for name in after.names
+    ):
+        raise ConfigError(
+            f"{after.model} and {before.model} were evaluated on other samples (evaluation.domains, "
+            "evaluation.max_samples_per_domain); evaluate both with the same settings to compare them"
+        )
+    return [_change(name, after, before) for name in after.names]
+
+
+def _change(name: str, after: ModelEvaluation, before: ModelEvaluation) -> Change:
+    a, b = after.losses[name], before.losses[name]
+    tokens, total = math.fsum(after.tokens[name]), math.fsum(b)
+    ratio = math.fsum(a) / total
+    n = int((after.tokens[name] > 0).sum())
+    residual = math.fsum((a - ratio * b) ** 2)
+    stderr = math.sqrt(n / (n - 1) * residual) / total if n >= 2 else None
+    return Change(name, total / tokens, math.fsum(a) / tokens, ratio - 1.0, stderr)
+
+
+def perplexity(loss: float | None) -> float | None:
+    """exp(loss) for a loss in nats; None when the loss is not known or exp() would overflow."""
+    if loss is None or not math.isfinite(loss) or loss > MAX_PERPLEXITY_LOSS:
+        return None
+    return math.exp(loss)
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
