@@ -36,7 +36,7 @@ run_and_requeue() {
             kill -USR1 "$step" 2> /dev/null || true
             next=$((SECONDS + ASK_AGAIN_S))
         fi
-        sleep 1
+        sleep 1 || true # a signal to the whole job ends it early
     done
     wait "$step" || code=$?
     if [[ -n $warned && -f $VERSATUNE_STOP_FILE ]]; then
