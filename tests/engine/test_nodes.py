@@ -23,11 +23,15 @@ def test_equal_caches_pass(shared):
     compare_caches([view("n1"), view("n1"), view("n2")], shared)
 
 
-def test_a_problem_of_all_ranks_is_raised_as_it_is():
+def test_a_problem_of_all_nodes_is_raised_as_it_is():
     problem = DataError("no such file", path="law.jsonl")
-    with pytest.raises(DataError) as raised:
-        compare_caches([view("n1", problem), view("n2", problem)], True)
-    assert raised.value is problem
+    for views in (
+        [view("n1", problem), view("n2", problem)],
+        [view("n1"), view("n1", problem)],  # one node: there is no other to compare with
+    ):
+        with pytest.raises(DataError) as raised:
+            compare_caches(views, True)
+        assert raised.value is problem
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def open_caches_on_all_nodes(config: Config, config_path: Path | None) -> dict[s
     """`open_caches`, and proof that every node has caches with the same content; a collective.
 
     Raises:
-        VersaTuneError: what `open_caches` raises, when all ranks say the same.
+        VersaTuneError: what `open_caches` raises, when it fails on all nodes.
         StateError: some nodes cannot open the caches, or hold others; names these nodes.
     """
     caches: dict[str, list[Any]] = {}
@@ -111,10 +111,11 @@ def compare_caches(views: list[CacheView], cache_shared: bool) -> None:
         cache_shared: `data.cache_shared`, which decides what to do about a node that differs.
     """
     failed = [view for view in views if view.problem is not None]
-    if len(failed) == len(views) and failed[0].problem is not None:
+    hosts = _unique(view.host for view in failed)
+    if failed and failed[0].problem is not None and hosts == _unique(view.host for view in views):
         raise failed[0].problem
     if failed:
-        where = _listed(_unique(view.host for view in failed))
+        where = _listed(hosts)
         raise StateError(
             f"on {where}, and not on the other nodes: {failed[0].problem}\n{_cure(cache_shared)}"
         )
