@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 
-from launching import rank_environment
+import pytest
+from launching import free_port, rank_environment
 
 JOIN = """
 from versatune_ds.engine.build import start_process_group
 from versatune_ds.foundations.errors import VersaTuneError
 try:
-    start_process_group()
+    start_process_group(timeout_s=3)
 except VersaTuneError as error:
     print(error)
 """
@@ -31,3 +32,17 @@ def test_a_taken_port_is_named_with_the_cure():
             timeout=300,
         )
     assert f"cannot meet at 127.0.0.1:{port}" in done.stdout and "--master_port" in done.stdout, done
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_in_vain_says_so(rank):
+    port = free_port()
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN],
+        env=rank_environment(rank, 2, port),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert f"not all ranks came to 127.0.0.1:{port} within 3 s" in done.stdout, done
+    assert "Were all nodes started" in done.stdout

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 from launching import REPOSITORY
 
-SCRIPTS = [*sorted(REPOSITORY.glob("launch/*.sh")), *sorted((REPOSITORY / ".ci").iterdir())]
+SCRIPTS = [
+    *sorted(
+        path
+        for folder in ("launch", "tests")
+        for pattern in ("**/*.sh", "**/*.sbatch")
+        for path in (REPOSITORY / folder).glob(pattern)
+    ),
+    *sorted((REPOSITORY / ".ci").iterdir()),
+]
 WHEELS = REPOSITORY / "launch" / "airgapped_wheels.sh"
 
 
@@ -27,7 +35,8 @@ def test_script_parses_and_can_be_run(path):
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_has_nothing_to_say(path):
-    done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True)
+    command = ["shellcheck", "--external-sources", str(path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

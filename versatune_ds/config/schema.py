@@ -26,6 +26,7 @@ Strategy = Literal["uniform", "inverse", "constant", "manual", "fostering", "exp
 STRATEGIES_WITH_REFERENCE = ("fostering", "expansion", "doremi")
 WEIGHT_SUM_TOLERANCE = 1e-3
 """How far given shares may be from summing to 1 (rounded decimals); they are then scaled to sum to 1."""
+DEFAULT_COLLECTIVE_TIMEOUT_S = 1800.0
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -64,6 +65,9 @@ class Run(Section):
     resume: Literal["auto", "never"] = "auto"
     """`auto`: go on from the newest sound checkpoint in `dir`, or start when there is none. `never`: refuse
     to start in a folder that holds a run."""
+    collective_timeout_s: float = Field(DEFAULT_COLLECTIVE_TIMEOUT_S, gt=0)
+    """Seconds that ranks wait for each other, at the start and in every collective, before the run ends with
+    an error. Longer than the slowest thing one rank does alone (writing a shard of the export, say)."""
 
 
 class Model(Section):
@@ -133,6 +137,8 @@ class Data(Section):
     """`error`: stop at the first unusable row with its place. `skip`: write it to rejected.jsonl, go on."""
     cache_dir: Path = Path("cache")
     """Folder of token caches, shared by all runs."""
+    cache_shared: bool = True
+    """All nodes see one `cache_dir`: prepare once. False: every node has its own; prepare once on each."""
     num_workers: int | None = Field(None, ge=1)
     """Processes that tokenise; default: all cores."""
 

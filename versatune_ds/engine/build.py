@@ -11,6 +11,7 @@ import os
 import socket
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import DEFAULT_COLLECTIVE_TIMEOUT_S, Config
 from versatune_ds.engine import deepspeed_config as settings_for
 from versatune_ds.engine.attention import AttentionChoice, choose_attention, isolation_leak
 from versatune_ds.engine.doctor import SHARED_MEMORY, extension_folders, stale_locks
@@ -57,8 +58,15 @@ class Engine(NamedTuple):
     """The DeepSpeed configuration in force."""
 
 
-def start_process_group() -> torch.device:
-    """Join the process group (alone without a launcher) and return this rank's device."""
+def start_process_group(timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S) -> torch.device:
+    """Join the process group (alone without a launcher) and return this rank's device.
+
+    Args:
+        timeout_s: how long ranks wait for each other, here and in every collective.
+
+    Raises:
+        VersaTuneError: the ranks do not meet.
+    """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
@@ -75,14 +83,29 @@ def start_process_group() -> torch.device:
     # torch 2.13 renames collectives that DeepSpeed 0.19 calls; the hint is for its authors
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
     try:
-        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    except dist.DistNetworkError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise VersaTuneError(
-            f"the ranks cannot meet at {where}: {str(error).splitlines()[0]} Is another run using it? Give "
-            "this one its own: deepspeed --master_port PORT ..., or MASTER_PORT=PORT for other launchers."
-        ) from error
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name(),
+            verbose=False,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise VersaTuneError(_why_ranks_cannot_meet(str(error).splitlines()[0], timeout_s)) from error
     return device
+
+
+def _why_ranks_cannot_meet(reason: str, timeout_s: float) -> str:
+    """What the first line of torch's error means for the user."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "timed out" in reason.lower():
+        return (
+            f"not all ranks came to {where} within {timeout_s:g} s (run.collective_timeout_s): {reason} Were "
+            "all nodes started, did a rank fail before, and can all nodes reach that address (name, port, "
+            "firewall)?"
+        )
+    return (
+        f"the ranks cannot meet at {where}: {reason} Is another run using it? Give "
+        "this one its own: deepspeed --master_port PORT ..., or MASTER_PORT=PORT for other launchers."
+    )
 
 
 def close_process_group() -> None:

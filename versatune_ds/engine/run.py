@@ -22,7 +22,6 @@ from versatune_ds.config.schema import Config
 from versatune_ds.data.balance import check_world_size
 from versatune_ds.data.loader import StepLoader
 from versatune_ds.data.planner import Corpus, PlannerSettings, PlannerState, steps_per_epoch
-from versatune_ds.data.prepare import open_caches
 from versatune_ds.data.templating import ChatEncoder, load_tokenizer, set_chat_template
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.early_stopping import EarlyStopping
@@ -34,6 +33,7 @@ from versatune_ds.engine.checkpoint import load_model_state, newest_sound_checkp
 from versatune_ds.engine.deepspeed_config import deepspeed_config, offloads_optimizer, zero_stage
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.model import load_architecture, parameter_counts
+from versatune_ds.engine.nodes import check_shared_folder, open_caches_on_all_nodes
 from versatune_ds.engine.reference_input import open_reference
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
@@ -123,13 +123,14 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     """
     # 1. The folder, before anything is written into it.
     preflight.check_folder(config)
+    check_shared_folder(config.run.dir)
     preflight.check_trackers(config)
     # 2. Data and weights.
     table = DomainTable(config.domains.names)
     check_world_size(config.batch.packs_per_step, distributed.world_size())
     tokenizer = load_tokenizer(config)
     set_chat_template(tokenizer, config.data.chat_template)
-    caches: dict[str, list[Any]] = open_caches(config, config_path=config_path)  # type: ignore[assignment]
+    caches = open_caches_on_all_nodes(config, config_path)
     corpus = Corpus.from_caches(caches["train"], table.names)
     settings = planner_settings(config, table)
     corpus.check(settings)

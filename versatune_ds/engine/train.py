@@ -34,9 +34,10 @@ from versatune_ds.engine.build import (
 from versatune_ds.engine.checkpoint import checkpoint_due, save_checkpoint
 from versatune_ds.engine.evaluate import HeldOut, evaluate, model_inputs
 from versatune_ds.engine.export import Companions, export_model
+from versatune_ds.engine.nodes import lost_peers_explained
 from versatune_ds.engine.optimizer import learning_rate, set_learning_rate
 from versatune_ds.engine.run import Run, open_run
-from versatune_ds.engine.signals import StopRequest
+from versatune_ds.engine.signals import StopRequest, note_stopped
 from versatune_ds.engine.statistics import StepTotals
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import DivergenceError, VersaTuneError
@@ -67,9 +68,11 @@ def train(config: Config, config_path: Path | None = None) -> None:
     Raises:
         VersaTuneError: bad settings, data or state, or a run that diverged.
     """
-    device = start_process_group()
-    train_in_group(config, device, config_path)
-    close_process_group()
+    timeout_s = config.run.collective_timeout_s
+    device = start_process_group(timeout_s)
+    with lost_peers_explained(timeout_s):
+        train_in_group(config, device, config_path)
+        close_process_group()
 
 
 def train_in_group(config: Config, device: torch.device, config_path: Path | None = None) -> bool:
@@ -107,6 +110,7 @@ def run_steps(run: Run, stop: StopRequest) -> bool:
             log.info(
                 "stopped after step %d as asked (%s); start the same command to go on", done, stop.reason
             )
+            note_stopped(done, run.total_steps)
             return False
         evaluate_when_due(run, done)
     return True

@@ -1,0 +1,84 @@
+"""Hosts, SLURM and a prepared run, made once for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from hosts import Hosts, Slurm, why_no_hosts, why_no_slurm
+from launching import REPOSITORY, launch_soundly, read_jsonl
+
+STEPS = 10
+
+
+class Job:
+    """A small run: its settings' file, a place for run folders, and the losses it must have."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "config.yaml"
+        self.losses: list[float] = []
+
+    def arguments(self, name: str, *overrides: str) -> list[str]:
+        """The program's arguments for a run of its own."""
+        return ["--config", str(self.config), f"run.dir={self.folder / name}", *overrides]
+
+    def losses_of(self, name: str) -> list[float]:
+        """The losses recorded so far."""
+        path = self.folder / name / "metrics.jsonl"
+        return [line["loss"] for line in read_jsonl(path)] if path.exists() else []
+
+    def checkpoints_of(self, name: str) -> list[str]:
+        """Names of the finished checkpoints, oldest first."""
+        return sorted(path.name for path in (self.folder / name / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="session")
+def hosts(tmp_path_factory) -> Iterator[Hosts]:
+    reason = why_no_hosts()
+    if reason is not None:
+        pytest.skip(reason)
+    made = Hosts(tmp_path_factory.mktemp("hosts"))
+    yield made
+    made.down()
+
+
+@pytest.fixture(scope="session")
+def slurm(hosts) -> Slurm:
+    reason = why_no_slurm()
+    if reason is not None:
+        pytest.skip(reason)
+    return Slurm(hosts)
+
+
+@pytest.fixture(scope="session")
+def job(hosts, tmp_path_factory) -> Job:
+    """Prepared data, and the yardstick: the run on two ranks of one host that nothing disturbs."""
+    from versatune_ds.config.load import load_config
+    from versatune_ds.data.prepare import prepare
+    from versatune_ds.data.sample import unpack_sample
+
+    job = Job(tmp_path_factory.mktemp("job"))
+    sample = job.folder / "sample"
+    unpack_sample(sample)
+    raw = yaml.safe_load((REPOSITORY / "configs" / "quickstart.yaml").read_text())
+    for split in ("train", "eval"):
+        for source in raw["data"][split]:
+            source["path"] = source["path"].replace("runs/sample", str(sample))
+    raw["run"] = {"dir": "unused"}
+    raw["model"]["source"] = str(sample / "model")
+    raw["data"]["cache_dir"] = str(job.folder / "cache")
+    raw["batch"] = {"pack_len": 192, "packs_per_step": 4}
+    raw["weights"]["every_n_steps"] = 4
+    raw["train"] = {"max_steps": STEPS}
+    raw["evaluation"] = {}
+    raw["checkpoint"] = {"every_n_steps": 1, "keep_last": 2, "export_at_end": False}
+    raw["deepspeed"] = {"zero_optimization": {"stage": 3}}
+    job.config.write_text(yaml.safe_dump(raw))
+    prepare(load_config(job.config), progress=False)
+    launch_soundly(REPOSITORY / "launch" / "train.py", 2, job.arguments("yardstick"))
+    job.losses = job.losses_of("yardstick")
+    assert len(job.losses) == STEPS
+    return job
