@@ -61,6 +61,10 @@ class Run(Section):
     resume: Literal["auto", "never"] = "auto"
     """`auto`: go on from the newest sound checkpoint in `dir`, or start when there is none. `never`: refuse
     to start in a folder that holds a run."""
+    hang_timeout_s: float | None = Field(1200.0, ge=10)
+    """End the run when a rank gives no sign of life, or makes no progress within a step or evaluation, for
+    so many seconds. Longer than any step takes (the first one may compile), and shorter than the collectives'
+    own limit, which DeepSpeed sets to 30 minutes. None: never."""
 
 
 class Model(Section):

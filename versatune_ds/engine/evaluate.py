@@ -22,6 +22,7 @@ from versatune_ds.data.packing import pack_all
 from versatune_ds.data.planner import Pack
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.engine.build import Engine
+from versatune_ds.engine.liveness import mark
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import distributed
 
@@ -86,7 +87,8 @@ def evaluate(engine: Engine, held_out: HeldOut, num_domains: int) -> Evaluation:
     start = time.perf_counter()
     statistics = StepStatistics(num_domains, engine.device)
     engine.deepspeed.eval()
-    for pack in held_out.packs:
+    for i, pack in enumerate(held_out.packs):
+        mark(f"evaluation of pack {i + 1} of {len(held_out.packs)}")
         batch = collate(pack, held_out.caches, held_out.pack_len, held_out.pad_id).to(engine.device)
         statistics.add(engine.deepspeed(**model_inputs(batch, 1.0)), batch.sample_domains)
     engine.deepspeed.train()

@@ -22,7 +22,6 @@ from versatune_ds.config.schema import Config
 from versatune_ds.data.balance import check_world_size
 from versatune_ds.data.loader import StepLoader
 from versatune_ds.data.planner import Corpus, PlannerSettings, PlannerState, steps_per_epoch
-from versatune_ds.data.prepare import open_caches
 from versatune_ds.data.templating import ChatEncoder, load_tokenizer, set_chat_template
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.reference import Fingerprints, load_reference
@@ -33,9 +32,11 @@ from versatune_ds.engine.checkpoint import load_model_state, newest_sound_checkp
 from versatune_ds.engine.deepspeed_config import deepspeed_config, offloads_optimizer, zero_stage
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.model import load_architecture, parameter_counts
+from versatune_ds.engine.run_lock import unwritable
+from versatune_ds.engine.sameness import cache_fingerprints, code_and_settings, require_sameness
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
-from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.foundations.errors import ConfigError, StateError
 from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.progress import Progress
@@ -101,7 +102,8 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     Raises:
         ConfigError, DataError, StateError: settings, data or saved state that cannot be used.
     """
-    # 1. The folder, before anything is written into it.
+    # 1. The same everywhere, and the folder, before anything is written into it.
+    require_sameness("code, settings and model", code_and_settings(config))
     preflight.check_folder(config)
     preflight.check_trackers(config)
     # 2. Data and weights.
@@ -109,7 +111,8 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     check_world_size(config.batch.packs_per_step, distributed.world_size())
     tokenizer = load_tokenizer(config)
     set_chat_template(tokenizer, config.data.chat_template)
-    caches: dict[str, list[Any]] = open_caches(config, config_path=config_path)  # type: ignore[assignment]
+    caches = preflight.open_verified_caches(config, config_path)
+    require_sameness("data", cache_fingerprints(caches))
     corpus = Corpus.from_caches(caches["train"], table.names)
     settings = planner_settings(config, table)
     corpus.check(settings)
@@ -138,10 +141,16 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
         load_model_state(checkpoint, engine)
         log.info("resuming from %s", checkpoint)
     # 5. Files and console.
-    sinks = Sinks()
+    sinks, problem = Sinks(), None
     if distributed.is_main():
-        sinks = open_files(config, engine, total_steps, state, first_step)
         introduce(config, corpus, settings, engine, total_steps)
+        try:
+            sinks = open_files(config, engine, total_steps, state, first_step)
+        except StateError as error:
+            problem = error
+        except OSError as error:
+            problem = unwritable(config.run.dir, error)
+    distributed.raise_together(problem)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read
     pack_len, max_samples = config.batch.pack_len, config.evaluation.max_samples_per_domain
     evaluates = config.evaluation.every_n_steps is not None

@@ -34,8 +34,11 @@ from versatune_ds.engine.build import (
 from versatune_ds.engine.checkpoint import checkpoint_due, save_checkpoint
 from versatune_ds.engine.evaluate import HeldOut, evaluate, model_inputs
 from versatune_ds.engine.export import Companions, export_model
+from versatune_ds.engine.heartbeat import Heartbeat
+from versatune_ds.engine.liveness import mark
 from versatune_ds.engine.optimizer import learning_rate, set_learning_rate
 from versatune_ds.engine.run import Run, open_run
+from versatune_ds.engine.run_lock import RunLock
 from versatune_ds.engine.signals import StopRequest
 from versatune_ds.engine.statistics import StepTotals
 from versatune_ds.foundations import constants, distributed
@@ -74,7 +77,8 @@ def train(config: Config, config_path: Path | None = None) -> None:
 
 def train_in_group(config: Config, device: torch.device, config_path: Path | None = None) -> None:
     """`train` within a process group that is already there and stays."""
-    with StopRequest() as stop:
+    watched = Heartbeat(config.run.hang_timeout_s)
+    with StopRequest() as stop, watched, RunLock(config.run.dir):
         run = open_run(config, device, config_path)
         try:
             finished = run_steps(run, stop)
@@ -112,13 +116,16 @@ def run_step(run: Run, step: int, stop: StopRequest) -> bool:
     """One optimizer step; returns whether the ranks agreed to stop after it."""
     started = time.perf_counter()
     rate = learning_rate(run.config.optimizer, step, run.total_steps)
+    mark("waiting for data", step + 1)
     plan, batches = run.loader.take(run.controller.weights)
     sample_losses = accumulate(run, plan, batches)
 
+    mark("reduction of the statistics", step + 1)
     reached_boundary = time.perf_counter()
     totals = run.statistics.reduce(stop.requested is not None)
     left_boundary = time.perf_counter()
 
+    mark("optimizer step", step + 1)
     applied = apply_step(run, totals, rate)
     bad = totals.sums is None or not (
         applied or run.config.model.dtype == "fp16"
@@ -151,6 +158,7 @@ def accumulate(run: Run, plan: StepPlan, batches: list[Batch]) -> list[torch.Ten
     normalizer = plan.supervised_tokens / distributed.world_size()
     sample_losses = []
     for i, batch in enumerate(batches):
+        mark(f"forward and backward of pack {i + 1} of {len(batches)}", plan.step + 1)
         engine.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
         on_device = batch.to(engine.device, non_blocking=True)
         out = engine.deepspeed(**model_inputs(on_device, normalizer))
@@ -317,12 +325,14 @@ def record_evaluation(run: Run, done: int, held_out: HeldOut) -> None:
 
 def save(run: Run, done: int) -> None:
     """A complete checkpoint after `done` steps; on all ranks."""
+    mark("checkpoint", done, is_limited=False)
     folder = run.folder / constants.CHECKPOINTS_DIR
     save_checkpoint(folder, done, run.engine, run.state(), run.config.checkpoint)
 
 
 def finish(run: Run) -> None:
     """Export the model and say where things lie."""
+    mark("export", is_limited=False)
     target = run.folder / constants.EXPORT_DIR
     if run.config.checkpoint.export_at_end:
         shard_bytes = int(run.config.checkpoint.export_shard_gb * 1e9)
