@@ -1,4 +1,4 @@
-"""A disk that is full during the preparation: a clear error, nothing half-written accepted, and it goes on."""
+"""A disk that is full during the preparation: a clear error, nothing half-written accepted, it goes on."""
 
 from __future__ import annotations
 

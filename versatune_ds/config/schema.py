@@ -283,8 +283,17 @@ class Train(Section):
     """Optimizer steps; give this or `epochs`."""
     epochs: float | None = Field(None, gt=0)
     """Steps are chosen so that the tokens trained on are this many times the tokens of all domains."""
-    max_nonfinite_steps: int = Field(3, ge=1)
-    """Abort after this many steps in a row with a NaN or infinite loss; each one is skipped on all ranks."""
+    max_skipped_steps: int = Field(3, ge=1)
+    """Abort after this many skipped steps in a row. A step is skipped on all ranks when its loss or gradient
+    is NaN or infinite, or its loss is a spike."""
+    spike_factor: float | None = Field(None, gt=1)
+    """Skip a step whose loss is more than this many times the median of the last `spike_window` applied
+    steps; 2 catches leaps only. None: never."""
+    spike_window: int = Field(50, ge=10)
+    """Applied steps whose losses the median is taken of; nothing is a spike before 10 are known."""
+    rehearse: Literal["auto", "on", "off"] = "auto"
+    """Before the first step, run forward and backward of a full pack and forget them: too little memory is
+    found in seconds, with what to lower. `auto`: on CUDA."""
 
     @model_validator(mode="after")
     def _check(self) -> Train:

@@ -32,8 +32,10 @@ from versatune_ds.engine.checkpoint import load_model_state, newest_sound_checkp
 from versatune_ds.engine.deepspeed_config import deepspeed_config, offloads_optimizer, zero_stage
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.model import load_architecture, parameter_counts
+from versatune_ds.engine.rehearsal import rehearse_when_asked
 from versatune_ds.engine.run_lock import unwritable
 from versatune_ds.engine.sameness import cache_fingerprints, code_and_settings, require_sameness
+from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError, StateError
@@ -48,7 +50,8 @@ log = get_logger(__name__)
 
 @dataclass
 class Run:
-    """A run in progress. What changes from step to step: `loader`, `controller`, `nonfinite_in_a_row`."""
+    """A run in progress. What changes from step to step: `loader`, `controller`, `skipped_in_a_row`,
+    `spikes`."""
 
     config: Config
     table: DomainTable
@@ -68,7 +71,8 @@ class Run:
     total_steps: int
     first_step: int
     """Steps done before this process."""
-    nonfinite_in_a_row: int
+    skipped_in_a_row: int
+    spikes: SpikeGuard
 
     @property
     def folder(self) -> Path:
@@ -82,7 +86,8 @@ class Run:
             "layout": state_layout(self.config),
             "planner": self.loader.state.to_json(),
             "controller": self.controller.state(),
-            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "losses": self.spikes.state(),
             "offsets": self.sinks.offsets(),
         }
 
@@ -140,6 +145,7 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     if checkpoint is not None:
         load_model_state(checkpoint, engine)
         log.info("resuming from %s", checkpoint)
+    rehearse_when_asked(engine, config)
     # 5. Files and console.
     sinks, problem = Sinks(), None
     if distributed.is_main():
@@ -184,7 +190,10 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
         peak_tflops=config.metrics.peak_tflops or peak_tflops(describe_hardware(device)["device"]),
         total_steps=total_steps,
         first_step=first_step,
-        nonfinite_in_a_row=0 if state is None else int(state["nonfinite_in_a_row"]),
+        skipped_in_a_row=0 if state is None else int(state["skipped_in_a_row"]),
+        spikes=SpikeGuard(
+            config.train.spike_factor, config.train.spike_window, () if state is None else state["losses"]
+        ),
     )
 
 
