@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 
 import pytest
 from launching import read_jsonl
-from small_runs import START_TIMEOUT_S, LaunchedRun, prepare_small_run
+from small_runs import BIN, START_TIMEOUT_S, LaunchedRun, prepare_small_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launched")]
 END_S = 60
@@ -27,6 +29,9 @@ def test_a_killed_rank_ends_the_run_with_its_name_and_the_next_start_goes_on(con
     with LaunchedRun(config, run, "checkpoint.every_n_steps=2") as launched:
         launched.await_steps(3)
         pid = launched.ranks[victim].pid
+        command = [BIN / "versatune-ds", "train", "--config", config, f"run.dir={run}"]
+        second = subprocess.run(command, capture_output=True, text=True, timeout=START_TIMEOUT_S)
+        assert second.returncode == 4 and f"{run} is in use by process {pid} on " in second.stderr
         launched.ranks[victim].kill()
         code = launched.await_end(END_S)
         output = launched.output
@@ -53,8 +58,9 @@ def test_without_its_launcher_a_run_saves_and_leaves(config, how):
             launched.inner_launcher.kill()
         else:
             launched.interrupt()
-        launched.await_end(END_S)
+        code = launched.await_end(END_S)
         output = launched.output
+    assert how == "ctrl-c" or code == (-signal.SIGTERM if how == "terminate deepspeed" else 0)
     (step,) = checkpoints(run)
     assert f"stopped after step {step} as asked" in output
     if how != "ctrl-c":
