@@ -22,9 +22,11 @@ def free_port() -> int:
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """Environment of one rank, as a launcher would set it."""
+    """Environment of one rank, as a launcher would set it; scripts may import the modules of this folder."""
+    python_path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),

@@ -20,6 +20,7 @@ from versatune_ds.data.packing import Pack
 from versatune_ds.engine.build import build_engine, close_process_group, start_process_group
 from versatune_ds.engine.export import _gathered_parameters
 from versatune_ds.engine.model import LossHead
+from versatune_ds.engine.skipping import SpikeGuard, reason_to_skip
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.engine.train import accumulate, apply_step
 from versatune_ds.foundations import distributed
@@ -91,20 +92,22 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
         "loss_backend": "triton" if "triton" in words else "chunked",
     }
     config = validate_config(settings(model, layout, zero), case)
-    run = SimpleNamespace(engine=build_engine(config, device), statistics=StepStatistics(2, device))
+    run = SimpleNamespace(
+        engine=build_engine(config, device), statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 10)
+    )
     chosen = packs(layout)
     mine = rank_packs(chosen, distributed.rank(), distributed.world_size())
     sources = [Samples(), Samples()]
     batches = [collate(pack, sources, PACK_LEN, 0) for pack in mine]
     everything = [collate(pack, sources, PACK_LEN, 0) for pack in chosen]
-    plan = SimpleNamespace(supervised_tokens=sum(batch.supervised_tokens for batch in everything))
+    plan = SimpleNamespace(step=0, supervised_tokens=sum(batch.supervised_tokens for batch in everything))
     out = {}
     for step in ("first", "poisoned", "second") if "nan" in words else ("first", "second"):
         if step == "poisoned":
             poison_last_rank()
         accumulate(run, plan, batches)
         totals = run.statistics.reduce()
-        applied = apply_step(run, totals, LEARNING_RATE)
+        applied = apply_step(run, reason_to_skip(run, totals), LEARNING_RATE)
         if step == "poisoned":
             LossHead.forward = ORIGINAL_FORWARD
             assert totals.sums is None and not applied

@@ -84,6 +84,9 @@ def run(args: argparse.Namespace) -> int:
         from versatune_ds.foundations.errors import ConfigError
 
         raise ConfigError("bench: give --shape (or --page FOLDER to compare results); see --help")
+    from versatune_ds.engine.launcher import leave_with_launcher
+
+    leave_with_launcher()
     from versatune_ds.engine.bench import BenchSettings, bench, check_settings
     from versatune_ds.foundations import distributed
     from versatune_ds.foundations.files import write_json_atomic, write_text_atomic

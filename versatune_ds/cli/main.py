@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 from versatune_ds import __version__
@@ -29,7 +30,7 @@ from versatune_ds.cli import (
     train,
 )
 from versatune_ds.foundations.constants import EXIT_FAILURE
-from versatune_ds.foundations.errors import VersaTuneError
+from versatune_ds.foundations.errors import PeerLostError, VersaTuneError
 from versatune_ds.foundations.log import setup_logging
 
 OTHER_RANKS_WAIT_S = 5.0
@@ -57,14 +58,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except VersaTuneError as error:
         rank = os.environ.get("RANK", "0")
-        if rank != "0":  # mostly rank 0 has the same to say, and its exit makes the launcher end this rank
+        is_rank_0_gone = isinstance(error, PeerLostError) and 0 in error.ranks
+        if rank != "0" and not is_rank_0_gone:
+            # mostly rank 0 has the same to say, and its exit makes the launcher end this rank
             time.sleep(OTHER_RANKS_WAIT_S)
         where = f" [rank {rank}]" if rank != "0" else ""
-        print(f"versatune-ds: error{where}: {error}", file=sys.stderr)
+        print(f"versatune-ds: error{where}: {error}", file=sys.stderr, flush=True)
+        abandon_process_group()
         return error.exit_code
     except BrokenPipeError:  # `versatune-ds inspect | head`
         sys.stderr.close()
         return EXIT_FAILURE
+    except Exception:
+        traceback.print_exc()
+        abandon_process_group()
+        return EXIT_FAILURE
+
+
+def abandon_process_group() -> None:
+    """After an error: take the process group down, if this verb has one (else torch is not even loaded)."""
+    if "versatune_ds.engine.build" in sys.modules:
+        from versatune_ds.engine.build import leave_process_group
+
+        leave_process_group()
 
 
 if __name__ == "__main__":

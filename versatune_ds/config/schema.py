@@ -68,6 +68,10 @@ class Run(Section):
     collective_timeout_s: float = Field(DEFAULT_COLLECTIVE_TIMEOUT_S, gt=0)
     """Seconds that ranks wait for each other, at the start and in every collective, before the run ends with
     an error. Longer than the slowest thing one rank does alone (writing a shard of the export, say)."""
+    hang_timeout_s: float | None = Field(1200.0, ge=10)
+    """End the run when a rank gives no sign of life, or makes no progress within a step or evaluation, for
+    so many seconds. Longer than any step takes (the first one may compile); shorter than
+    `collective_timeout_s`, or the ranks that wait fail before it is known for whom. None: never."""
 
 
 class Model(Section):
@@ -296,8 +300,17 @@ class Train(Section):
     """Optimizer steps; give this or `epochs`."""
     epochs: float | None = Field(None, gt=0)
     """Steps are chosen so that the tokens trained on are this many times the tokens of all domains."""
-    max_nonfinite_steps: int = Field(3, ge=1)
-    """Abort after this many steps in a row with a NaN or infinite loss; each one is skipped on all ranks."""
+    max_skipped_steps: int = Field(3, ge=1)
+    """Abort after this many skipped steps in a row. A step is skipped on all ranks when its loss or gradient
+    is NaN or infinite, or its loss is a spike."""
+    spike_factor: float | None = Field(None, gt=1)
+    """Skip a step whose loss is more than this many times the median of the last `spike_window` applied
+    steps; 2 catches leaps only. None: never."""
+    spike_window: int = Field(50, ge=10)
+    """Applied steps whose losses the median is taken of; nothing is a spike before 10 are known."""
+    rehearse: Literal["auto", "on", "off"] = "auto"
+    """Before the first step, run forward and backward of a full pack and forget them: too little memory is
+    found in seconds, with what to lower. `auto`: on CUDA."""
 
     @model_validator(mode="after")
     def _check(self) -> Train:

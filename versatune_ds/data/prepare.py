@@ -121,6 +121,24 @@ def prepare(config: Config, *, progress: bool = True) -> PreparedData:
         ConfigError: the tokenizer or its template cannot be used.
         StateError: the cache folder cannot be written.
     """
+    with _full_disk_named(config.data.cache_dir):
+        return _prepare(config, progress)
+
+
+@contextlib.contextmanager
+def _full_disk_named(cache_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StateError(
+            f"no space left in data.cache_dir {cache_dir}; free some and run the command again: it goes on "
+            "where it stopped"
+        ) from error
+
+
+def _prepare(config: Config, progress: bool) -> PreparedData:
     cache_dir = config.data.cache_dir
     _make_writable(cache_dir)
     encoder = ChatEncoder.build(load_tokenizer(config), config.data.chat_template)
@@ -506,13 +524,6 @@ class _Preparation:
                     work.discard()
                     raise
                 bar.advance((i, place[0]), place[2], sum(len(s.lengths) for s in result.samples.values()))
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StateError(
-                    f"no space left in data.cache_dir {self.config.data.cache_dir}; free some and run the "
-                    "command again: it goes on where it stopped"
-                ) from error
-            raise
         finally:
             bar.close()
             workers.close()

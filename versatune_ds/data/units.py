@@ -150,14 +150,18 @@ def why_missing(unit: Unit, cache_dir: Path) -> str:
     """No such cache: is there a similar one, and what is different?"""
     what = f"{unit.split} data of {', '.join(unit.domains)}"
     best: list[str] | None = None
+    prepared: dict[str, str] = {}
     for path in sorted(cache_dir.glob(f"*/{UNIT_FILE}")):
         with contextlib.suppress(StateError):
-            inputs = read_unit(path.parent)["inputs"]
+            manifest = read_unit(path.parent)
+            inputs = manifest["inputs"]
             differing = [name for name in unit.inputs if inputs.get(name) != unit.inputs[name]]
             if "domains" not in differing and (best is None or len(differing) < len(best)):
-                best = differing
+                best, prepared = differing, {s["path"]: s["sha256"] for s in manifest["sources"]}
     if best:
-        changed = ["source files or columns" if name == "sources" else name for name in best]
+        other = [file.path for file, digest, _ in unit.files if prepared.get(file.path, digest) != digest]
+        sources = f"{', '.join(other)} (changed since)" if other else "source files or columns"
+        changed = [sources if name == "sources" else name for name in best]
         return f"the prepared {what} in {cache_dir} differs in: {', '.join(changed)}"
     return f"the {what} is not prepared (nothing for it in {cache_dir})"
 

@@ -62,6 +62,7 @@ from versatune_ds.engine.deepspeed_config import zero_stage
 from versatune_ds.engine.model import DTYPES, parameter_counts
 from versatune_ds.engine.run import Run, planner_settings
 from versatune_ds.engine.signals import StopRequest
+from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.engine.train import run_step, update_weights
 from versatune_ds.foundations import distributed
@@ -489,7 +490,8 @@ def open_bench_run(config: Config, settings: BenchSettings, device: torch.device
         peak_tflops=config.metrics.peak_tflops or peak_tflops(describe_hardware(device)["device"]),
         total_steps=config.train.max_steps or 0,
         first_step=0,
-        nonfinite_in_a_row=0,
+        skipped_in_a_row=0,
+        spikes=SpikeGuard(None, 1),
         early_stopping=EarlyStopping(None),
     )
 

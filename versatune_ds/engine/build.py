@@ -12,7 +12,6 @@ import socket
 import time
 import warnings
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -26,7 +25,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from versatune_ds.config.schema import DEFAULT_COLLECTIVE_TIMEOUT_S, Config
 from versatune_ds.engine import deepspeed_config as settings_for
 from versatune_ds.engine.attention import AttentionChoice, choose_attention, isolation_leak
-from versatune_ds.engine.doctor import SHARED_MEMORY, extension_folders, stale_locks
+from versatune_ds.engine.leftovers import shared_memory_buffer, take_away_leftovers
 from versatune_ds.engine.model import (
     PackedCausalLM,
     build_model,
@@ -76,10 +75,7 @@ def start_process_group(timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S) -> torc
     else:
         accelerator.set_device(distributed.local_rank())
         device = torch.device(accelerator.device_name(), distributed.local_rank())
-    for lock in stale_locks(extension_folders()):
-        log.warning(
-            "%s was left by a killed process; if this run seems to hang, stop it and delete that file", lock
-        )
+    take_away_leftovers()
     # torch 2.13 renames collectives that DeepSpeed 0.19 calls; the hint is for its authors
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
     try:
@@ -109,17 +105,21 @@ def _why_ranks_cannot_meet(reason: str, timeout_s: float) -> str:
 
 
 def close_process_group() -> None:
-    """Leave together. Without the pause gloo aborts some runs at exit: DeepSpeed still holds the group."""
+    """Leave together, after a run that went well."""
     dist.barrier()
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Leave alone, if there is a group to leave.
+
+    Without the pause gloo aborts some runs at exit: DeepSpeed still holds the group.
+    """
+    if not dist.is_initialized():
+        return
     dist.destroy_process_group()
     shared_memory_buffer().unlink(missing_ok=True)
     time.sleep(0.5)
-
-
-def shared_memory_buffer() -> Path:
-    """The file of DeepSpeed's CPU all-reduce on this rank (66 MiB), which it never removes itself."""
-    parts = (os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], distributed.rank())
-    return SHARED_MEMORY / ("deepspeed_allreduce_buffer_" + "_".join(map(str, parts)))
 
 
 def build_engine(config: Config, device: torch.device) -> Engine:

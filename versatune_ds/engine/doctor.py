@@ -14,6 +14,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from versatune_ds.engine.leftovers import (
+    BUFFERS,
+    SHARED_MEMORY,
+    extension_folders,
+    locks,
+    unused_buffers,
+)
+
 PACKAGES = (
     "versatune-ds",
     "torch",
@@ -27,10 +35,7 @@ PACKAGES = (
     "flash-attn",
     "liger-kernel",
 )
-SHARED_MEMORY = Path("/dev/shm")
 LOW_DISK_GB = 20.0
-STALE_LOCK_MINUTES = 5.0
-"""Building DeepSpeed's extensions takes under a minute; an older lock was left by a killed process."""
 
 
 class Finding(NamedTuple):
@@ -117,18 +122,10 @@ def disk(folder: Path) -> Finding:
     return Finding("disk", text)
 
 
-def extension_folders() -> Path:
-    """Where torch builds extensions just in time."""
-    if "TORCH_EXTENSIONS_DIR" in os.environ:
-        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(cache).expanduser() / "torch_extensions"
-
-
 def jit_locks(folder: Path) -> list[Finding]:
-    """Locks of extension builds. One left by a killed process makes every later run wait without a word."""
+    """Locks of extension builds. One left by a killed process would make later runs wait without a word."""
     found = []
-    for lock in sorted(folder.glob("**/lock")) if folder.is_dir() else []:
+    for lock in locks(folder):
         minutes = (time.time() - lock.stat().st_mtime) / 60
         text = (
             f"{lock} is {minutes:.0f} min old; if no build is running, delete it: runs wait for it for ever"
@@ -137,21 +134,13 @@ def jit_locks(folder: Path) -> list[Finding]:
     return found or [Finding("jit lock", f"none in {folder}")]
 
 
-def stale_locks(folder: Path) -> list[Path]:
-    """Locks that are older than any build takes."""
-    oldest = time.time() - 60 * STALE_LOCK_MINUTES
-    return [lock for lock in sorted(folder.glob("**/lock")) if lock.stat().st_mtime < oldest]
-
-
 def leftover_shared_memory(folder: Path) -> list[Finding]:
     """DeepSpeed's CPU all-reduce buffers that no process maps any more."""
-    buffers = sorted(folder.glob("deepspeed_allreduce_buffer_*")) if folder.is_dir() else []
-    unused = [path for path in buffers if not _is_mapped(path)]
+    unused = unused_buffers(folder)
     if not unused:
         return [Finding("shared memory", "no leftovers of killed runs")]
     used_mib = sum(path.stat().st_blocks * 512 for path in unused) / 2**20
-    pattern = folder / "deepspeed_allreduce_buffer_*"
-    text = f"{len(unused)} buffers of killed runs use {used_mib:.0f} MiB; delete {pattern}"
+    text = f"{len(unused)} buffers of killed runs use {used_mib:.0f} MiB; delete {folder / BUFFERS}"
     return [Finding("shared memory", text, True)]
 
 
@@ -164,14 +153,3 @@ def kernels_import() -> Finding:
         text = f"`import kernels` finds {spec.origin}; remove that file: it hides Hugging Face's package"
         return Finding("kernels", text, True)
     return Finding("kernels", "not shadowed")
-
-
-def _is_mapped(path: Path) -> bool:
-    """Whether any process has the file mapped."""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            if str(path) in maps.read_text():
-                return True
-        except OSError:
-            continue  # the process ended, or belongs to somebody else
-    return False

@@ -25,6 +25,7 @@ from versatune_ds.data.packing import pack_all
 from versatune_ds.data.planner import Pack
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.engine.build import Engine
+from versatune_ds.engine.liveness import mark
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import DataError
@@ -127,7 +128,8 @@ def _forward(engine: Engine, held_out: HeldOut) -> Iterator[tuple[Pack, Batch, L
     """Every pack of this rank with its batch on the device and the model's output."""
     engine.deepspeed.eval()
     with torch.no_grad():
-        for pack in held_out.packs:
+        for i, pack in enumerate(held_out.packs):
+            mark(f"evaluation of pack {i + 1} of {len(held_out.packs)}")
             batch = collate(pack, held_out.caches, held_out.pack_len, held_out.pad_id).to(engine.device)
             yield pack, batch, engine.deepspeed(**model_inputs(batch, 1.0))
     engine.deepspeed.train()

@@ -1,19 +1,14 @@
-"""Several nodes: they must see one run folder and the same data, and a lost node must be explained.
+"""Several nodes: they must see one run folder and the same data.
 
 Both checks run before a model is built, on all ranks. Each rank says what it sees, all get all answers, and
 all raise the same error, which names the nodes. A rank that raised alone would leave the others waiting.
 
-A dead peer shows up as an error of a collective: a connection that was closed (the process died) or a
-timeout (the process hangs, or the network is cut). `lost_peers_explained` turns both into a text that says
-so.
-
-What is not covered: different code or settings on the nodes, and which of the ranks is late.
+What is not covered: different code or settings on the nodes (`sameness.py`), and ranks that are lost or late
+during the run (`heartbeat.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import re
 import socket
 import time
 import uuid
@@ -22,19 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from versatune_ds.config.schema import Config
-from versatune_ds.data.prepare import open_caches
+from versatune_ds.engine import preflight
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError, VersaTuneError
 
 SEEN_WITHIN_S = 10.0
 """Network file systems may show a new file to other nodes a little later."""
-
-TIMEOUT = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
-CONNECTION_LOST = re.compile(
-    r"connection (was )?(closed|reset|refused)|broken pipe|socket closed|no route to host"
-    r"|remote process exited|ncclremoteerror|ncclsystemerror",
-    re.IGNORECASE,
-)
 
 
 class CacheView(NamedTuple):
@@ -80,7 +68,7 @@ def check_shared_folder(folder: Path) -> None:
 
 
 def open_caches_on_all_nodes(config: Config, config_path: Path | None) -> dict[str, list[Any]]:
-    """`open_caches`, and proof that every node has caches with the same content; a collective.
+    """The verified caches, and proof that every node has caches with the same content; a collective.
 
     Raises:
         VersaTuneError: what `open_caches` raises, when it fails on all nodes.
@@ -89,7 +77,7 @@ def open_caches_on_all_nodes(config: Config, config_path: Path | None) -> dict[s
     caches: dict[str, list[Any]] = {}
     problem: VersaTuneError | None = None
     try:
-        caches = open_caches(config, config_path=config_path)  # type: ignore[assignment]
+        caches = preflight.open_verified_caches(config, config_path)
     except VersaTuneError as error:
         problem = error
     fingerprints = {
@@ -158,42 +146,3 @@ def _unique(hosts: Iterator[str]) -> list[str]:
 def _listed(hosts: list[str], most: int = 8) -> str:
     more = f" and {len(hosts) - most} more" if len(hosts) > most else ""
     return f"node{'s' if len(hosts) > 1 else ''} {', '.join(hosts[:most])}{more}"
-
-
-# --- during training ----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def lost_peers_explained(timeout_s: float) -> Iterator[None]:
-    """Turn the error of a collective whose peer is gone into one that says what happened and what to do.
-
-    Args:
-        timeout_s: `run.collective_timeout_s`, for the text.
-
-    Raises:
-        VersaTuneError: instead of torch's RuntimeError; other errors pass unchanged.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        text = explain_lost_peer(str(error), timeout_s)
-        if text is None:
-            raise
-        raise VersaTuneError(f"{text} ({str(error).splitlines()[0]})") from error
-
-
-def explain_lost_peer(error: str, timeout_s: float) -> str | None:
-    """What the text of a collective's error means, or None if it is about something else."""
-    go_on = "The last checkpoint is intact; start the same command to go on from it"
-    if TIMEOUT.search(error):
-        return (
-            f"{socket.gethostname()}: a collective waited {timeout_s:g} s (run.collective_timeout_s) for "
-            "another rank: a rank hangs, or the network between the nodes is cut. Look at the other nodes' "
-            f"last lines. {go_on}"
-        )
-    if CONNECTION_LOST.search(error):
-        return (
-            f"{socket.gethostname()}: the connection to another rank was lost: its process or node died. "
-            f"Look for the first error of the other ranks, and for the kernel's out-of-memory killer. {go_on}"
-        )
-    return None

@@ -13,12 +13,15 @@ import importlib.util
 import math
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from versatune_ds.config.schema import Config
+from versatune_ds.data.cache import check_file
 from versatune_ds.data.planner import Corpus, PlannerSettings, supply
+from versatune_ds.data.prepare import open_caches
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.replay import resolve_schedule
 from versatune_ds.domain.table import DomainTable
@@ -34,7 +37,7 @@ def check_folder(config: Config) -> None:
     """Refuse to overwrite a run: any with `resume: never`, or a finished one without checkpoints.
 
     Raises:
-        StateError: the folder holds such a run, or cannot be written.
+        StateError: the folder holds such a run.
     """
     folder = config.run.dir
     metrics = folder / constants.METRICS_FILE
@@ -51,14 +54,24 @@ def check_folder(config: Config) -> None:
             "replace it. "
             "Choose another run.dir or remove the folder"
         )
-    elif distributed.is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            problem = StateError(f"run.dir {folder} cannot be written ({error.strerror}); choose another one")
     distributed.raise_together(problem)
+
+
+def open_verified_caches(config: Config, config_path: Path | None) -> dict[str, list[Any]]:
+    """The token caches, every byte of this rank's share of them checked.
+
+    The ranks of a node share out the files, so that each node proves its own copy; about 1 GB/s a rank.
+
+    Raises:
+        DataError, StateError: caches are missing, stale or damaged.
+    """
+    caches: dict[str, list[Any]] = open_caches(config, config_path=config_path)  # type: ignore[assignment]
+    present = [cache for of_split in caches.values() for cache in of_split if cache is not None]
+    files = {c.folder / name: entry for c in present for name, entry in c.manifest["files"].items()}
+    by_size = sorted(files, key=lambda path: (-files[path]["bytes"], path))
+    for path in by_size[distributed.local_rank() :: distributed.local_size()]:
+        check_file(path, files[path], full=True)
+    return caches
 
 
 def check_trackers(config: Config) -> None:

@@ -35,9 +35,13 @@ from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.model import load_architecture, parameter_counts
 from versatune_ds.engine.nodes import check_shared_folder, open_caches_on_all_nodes
 from versatune_ds.engine.reference_input import open_reference
+from versatune_ds.engine.rehearsal import rehearse_when_asked
+from versatune_ds.engine.run_lock import unwritable
+from versatune_ds.engine.sameness import code_and_settings, require_sameness
+from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
-from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.foundations.errors import ConfigError, StateError
 from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.progress import Progress
@@ -49,7 +53,8 @@ log = get_logger(__name__)
 
 @dataclass
 class Run:
-    """A run in progress. What changes from step to step: `loader`, `controller`, `nonfinite_in_a_row`."""
+    """A run in progress. What changes from step to step: `loader`, `controller`, `skipped_in_a_row`,
+    `spikes`."""
 
     config: Config
     table: DomainTable
@@ -69,7 +74,8 @@ class Run:
     total_steps: int
     first_step: int
     """Steps done before this process."""
-    nonfinite_in_a_row: int
+    skipped_in_a_row: int
+    spikes: SpikeGuard
     early_stopping: EarlyStopping
 
     @property
@@ -84,7 +90,8 @@ class Run:
             "layout": state_layout(self.config),
             "planner": self.loader.state.to_json(),
             "controller": self.controller.state(),
-            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "losses": self.spikes.state(),
             "early_stopping": self.early_stopping.state(),
             "offsets": self.sinks.offsets(),
         }
@@ -121,7 +128,8 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     Raises:
         ConfigError, DataError, StateError: settings, data or saved state that cannot be used.
     """
-    # 1. The folder, before anything is written into it.
+    # 1. The same everywhere, and the folder, before anything is written into it.
+    require_sameness("code, settings and model", code_and_settings(config))
     preflight.check_folder(config)
     check_shared_folder(config.run.dir)
     preflight.check_trackers(config)
@@ -161,11 +169,18 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     if checkpoint is not None:
         load_model_state(checkpoint, engine)
         log.info("resuming from %s", checkpoint)
+    rehearse_when_asked(engine, config)
     # 5. Files and console.
-    sinks = Sinks()
+    sinks, problem = Sinks(), None
     if distributed.is_main():
-        sinks = open_files(config, engine, total_steps, state, first_step)
         introduce(config, corpus, settings, engine, total_steps)
+        try:
+            sinks = open_files(config, engine, total_steps, state, first_step)
+        except StateError as error:
+            problem = error
+        except OSError as error:
+            problem = unwritable(config.run.dir, error)
+    distributed.raise_together(problem)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read
     pack_len, max_samples = config.batch.pack_len, config.evaluation.max_samples_per_domain
     evaluates = config.evaluation.every_n_steps is not None
@@ -200,7 +215,10 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
         peak_tflops=config.metrics.peak_tflops or peak_tflops(describe_hardware(device)["device"]),
         total_steps=total_steps,
         first_step=first_step,
-        nonfinite_in_a_row=0 if state is None else int(state["nonfinite_in_a_row"]),
+        skipped_in_a_row=0 if state is None else int(state["skipped_in_a_row"]),
+        spikes=SpikeGuard(
+            config.train.spike_factor, config.train.spike_window, () if state is None else state["losses"]
+        ),
         early_stopping=early_stopping,
     )
 

@@ -22,25 +22,26 @@ from typing import Any, NamedTuple
 import torch
 
 from versatune_ds.config.schema import Config
-from versatune_ds.data.balance import rank_packs
 from versatune_ds.data.collate import Batch
 from versatune_ds.data.planner import StepPlan
 from versatune_ds.engine.build import (
     close_process_group,
     discard_step,
-    gradients_are_finite,
     start_process_group,
 )
 from versatune_ds.engine.checkpoint import checkpoint_due, save_checkpoint
 from versatune_ds.engine.evaluate import HeldOut, evaluate, model_inputs
 from versatune_ds.engine.export import Companions, export_model
-from versatune_ds.engine.nodes import lost_peers_explained
+from versatune_ds.engine.heartbeat import Heartbeat
+from versatune_ds.engine.liveness import mark
 from versatune_ds.engine.optimizer import learning_rate, set_learning_rate
 from versatune_ds.engine.run import Run, open_run
+from versatune_ds.engine.run_lock import RunLock
 from versatune_ds.engine.signals import StopRequest, note_stopped
+from versatune_ds.engine.skipping import NONFINITE_GRADIENT, reason_to_skip, report_skip
 from versatune_ds.engine.statistics import StepTotals
 from versatune_ds.foundations import constants, distributed
-from versatune_ds.foundations.errors import DivergenceError, VersaTuneError
+from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.records import EvalRecord, StepRecord
 from versatune_ds.observability.throughput import mfu, peak_memory_gib, step_flops
@@ -68,16 +69,15 @@ def train(config: Config, config_path: Path | None = None) -> None:
     Raises:
         VersaTuneError: bad settings, data or state, or a run that diverged.
     """
-    timeout_s = config.run.collective_timeout_s
-    device = start_process_group(timeout_s)
-    with lost_peers_explained(timeout_s):
-        train_in_group(config, device, config_path)
-        close_process_group()
+    device = start_process_group(config.run.collective_timeout_s)
+    train_in_group(config, device, config_path)
+    close_process_group()
 
 
 def train_in_group(config: Config, device: torch.device, config_path: Path | None = None) -> bool:
     """`train` within a process group that is already there and stays; False when it was asked to stop."""
-    with StopRequest() as stop:
+    watched = Heartbeat(config.run.hang_timeout_s)
+    with StopRequest() as stop, watched, RunLock(config.run.dir):
         run = open_run(config, device, config_path)
         try:
             finished = run_steps(run, stop)
@@ -120,20 +120,24 @@ def run_step(run: Run, step: int, stop: StopRequest) -> bool:
     """One optimizer step; returns whether the ranks agreed to stop after it."""
     started = time.perf_counter()
     rate = learning_rate(run.config.optimizer, step, run.total_steps)
+    mark("waiting for data", step + 1)
     plan, batches = run.loader.take(run.controller.weights)
     sample_losses = accumulate(run, plan, batches)
 
+    mark("reduction of the statistics", step + 1)
     reached_boundary = time.perf_counter()
     totals = run.statistics.reduce(stop.requested is not None)
     left_boundary = time.perf_counter()
 
-    applied = apply_step(run, totals, rate)
-    bad = totals.sums is None or not (
-        applied or run.config.model.dtype == "fp16"
-    )  # fp16 adapts its loss scale
+    mark("optimizer step", step + 1)
+    reason = reason_to_skip(run, totals)
+    applied = apply_step(run, reason, rate)
     if applied and totals.sums is not None:
         run.controller.observe(totals.sums)
-    run.nonfinite_in_a_row = run.nonfinite_in_a_row + 1 if bad else 0
+        run.spikes.observe(totals.sums.total_loss())
+    elif run.config.model.dtype != "fp16":  # fp16 adapts its loss scale
+        reason = reason or NONFINITE_GRADIENT  # found by ZeRO
+    run.skipped_in_a_row = run.skipped_in_a_row + 1 if reason else 0
     stepped = time.perf_counter()
     updated = run.controller.due(step + 1)
     if updated:
@@ -141,8 +145,9 @@ def run_step(run: Run, step: int, stop: StopRequest) -> bool:
     ended = time.perf_counter()
     times = StepTimes(ended - started, left_boundary - reached_boundary, ended - stepped if updated else 0.0)
     record_step(run, plan, totals, rate, applied, times)
-    if bad:
-        report_nonfinite(run, plan, totals, sample_losses)
+    if reason and (error := report_skip(run, plan, totals, sample_losses, reason)):
+        save(run, step + 1)
+        raise error
     return totals.stop
 
 
@@ -159,6 +164,7 @@ def accumulate(run: Run, plan: StepPlan, batches: list[Batch]) -> list[torch.Ten
     normalizer = plan.supervised_tokens / distributed.world_size()
     sample_losses = []
     for i, batch in enumerate(batches):
+        mark(f"forward and backward of pack {i + 1} of {len(batches)}", plan.step + 1)
         engine.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
         on_device = batch.to(engine.device, non_blocking=True)
         out = engine.deepspeed(**model_inputs(on_device, normalizer))
@@ -170,50 +176,14 @@ def accumulate(run: Run, plan: StepPlan, batches: list[Batch]) -> list[torch.Ten
     return sample_losses
 
 
-def apply_step(run: Run, totals: StepTotals, rate: float) -> bool:
-    """Take the optimizer step, or discard it on every rank when a loss or gradient was not finite."""
-    if totals.sums is None or not gradients_are_finite(run.engine):
+def apply_step(run: Run, reason: str | None, rate: float) -> bool:
+    """Take the optimizer step, or discard it on every rank when there is a reason to skip it."""
+    if reason is not None:
         discard_step(run.engine)
         return False
     set_learning_rate(run.engine.deepspeed.optimizer, rate)
     run.engine.deepspeed.step()
     return bool(run.engine.deepspeed.was_step_applied())
-
-
-def report_nonfinite(run: Run, plan: StepPlan, totals: StepTotals, sample_losses: list[torch.Tensor]) -> None:
-    """Write down a skipped step and its bad samples; save and give up after too many in a row.
-
-    All ranks come here together: the decision came out of the all-reduce, or of DeepSpeed's own.
-
-    Raises:
-        DivergenceError: `train.max_nonfinite_steps` steps in a row.
-    """
-    what = "non-finite loss" if totals.sums is None else "non-finite gradient"
-    mine = bad_samples(run, plan, sample_losses) if totals.sums is None else []
-    samples = [sample for found in distributed.gather_objects(mine) for sample in found]
-    run.sinks.skipped_step({"step": plan.step + 1, "reason": what, "samples": samples})
-    places = ", ".join(f"{s['domain']} {s['source']}" for s in samples[:3]) or "no sample that can be named"
-    log.warning("step %d skipped on all ranks: %s in %s", plan.step + 1, what, places)
-    if run.nonfinite_in_a_row >= run.config.train.max_nonfinite_steps:
-        save(run, plan.step + 1)
-        raise DivergenceError(
-            f"{run.nonfinite_in_a_row} steps in a row had a {what}, the last one in {places}; see "
-            f"{run.folder / constants.SKIPPED_STEPS_FILE}. The last good state is saved. Lower "
-            "optimizer.lr, or "
-            "look at these samples"
-        )
-
-
-def bad_samples(run: Run, plan: StepPlan, sample_losses: list[torch.Tensor]) -> list[dict[str, Any]]:
-    """This rank's samples with a non-finite loss and where they come from."""
-    found = []
-    packs = rank_packs(plan.packs, distributed.rank(), distributed.world_size())
-    for pack, losses in zip(packs, sample_losses, strict=True):
-        for i in (~torch.isfinite(losses)).nonzero().flatten().tolist():
-            domain, sample = int(pack.domains[i]), int(pack.samples[i])
-            path, line = run.caches[domain].source_of(sample)
-            found.append({"domain": run.table.names[domain], "sample": sample, "source": f"{path}:{line}"})
-    return found
 
 
 def update_weights(run: Run, done: int) -> None:
@@ -329,12 +299,14 @@ def record_evaluation(run: Run, done: int, held_out: HeldOut) -> None:
 
 def save(run: Run, done: int) -> None:
     """A complete checkpoint after `done` steps; on all ranks."""
+    mark("checkpoint", done, is_limited=False)
     folder = run.folder / constants.CHECKPOINTS_DIR
     save_checkpoint(folder, done, run.engine, run.state(), run.config.checkpoint)
 
 
 def finish(run: Run) -> None:
     """Export the model and say where things lie."""
+    mark("export", is_limited=False)
     target = run.folder / constants.EXPORT_DIR
     if run.config.checkpoint.export_at_end:
         shard_bytes = int(run.config.checkpoint.export_shard_gb * 1e9)

@@ -24,6 +24,8 @@ EVALUATION_PICTURE_FILE: Final = "evaluation.png"
 EVALUATIONS_DIR: Final = "evaluations"
 REFERENCE_DIR: Final = "reference"
 REFERENCE_FILE: Final = "reference.json"
+RUN_LOCK_FILE: Final = "run.lock"
+RUN_HOLDER_FILE: Final = "run.lock.json"
 CHECKPOINTS_DIR: Final = "checkpoints"
 EXPORT_DIR: Final = "model"
 
@@ -32,10 +34,22 @@ CHECKPOINT_STATE_FILE: Final = "versatune_state.json"
 CHECKPOINT_MANIFEST_FILE: Final = "manifest.json"
 LATEST_FILE: Final = "latest.json"
 
-# Exit codes of the command line (documented in docs/train.md).
+# Exit codes of the command line; docs/faults.md says what to do about each.
 EXIT_OK: Final = 0
+"""Finished, or stopped as asked after saving."""
 EXIT_FAILURE: Final = 1
+"""Anything without a code of its own."""
 EXIT_USAGE: Final = 2
+"""Settings or usage."""
 EXIT_DATA: Final = 3
+"""Input data."""
 EXIT_STATE: Final = 4
+"""A cache, checkpoint or run folder is missing, damaged, in use, or belongs to something else."""
 EXIT_DIVERGED: Final = 5
+"""Too many steps in a row had to be skipped."""
+EXIT_PEER_LOST: Final = 6
+"""Another rank was killed, or the connection to it was lost."""
+EXIT_HANG: Final = 7
+"""A rank gave no sign of life, or made no progress, for `run.hang_timeout_s`."""
+EXIT_LAUNCHER_LOST: Final = 8
+"""The launcher was gone and the next step boundary could not be reached."""

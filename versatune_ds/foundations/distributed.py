@@ -24,6 +24,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_size() -> int:
+    """Ranks on this node: LOCAL_SIZE (DeepSpeed) or LOCAL_WORLD_SIZE (torchrun); 1 if nobody says."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
+
+
 def world_size() -> int:
     """Number of ranks, from the launcher's environment (1 without a launcher)."""
     return int(os.environ.get("WORLD_SIZE", "1"))

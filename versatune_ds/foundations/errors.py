@@ -66,9 +66,24 @@ class StateError(VersaTuneError):
 
 
 class DivergenceError(VersaTuneError):
-    """Training produced non-finite losses for too many steps in a row."""
+    """Too many steps in a row had to be skipped: their losses or gradients were not finite, or leapt up."""
 
     exit_code = constants.EXIT_DIVERGED
+
+
+class PeerLostError(VersaTuneError):
+    """Another rank is gone, and this one cannot go on alone.
+
+    Args:
+        message: which one, why as far as it is known, what to do.
+        ranks: the ranks that are gone; empty when it cannot be told.
+        exit_code: that of the lost rank's own error, if it posted one.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...], exit_code: int) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+        self.exit_code = exit_code
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

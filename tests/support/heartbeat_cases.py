@@ -1,0 +1,64 @@
+"""Ranks that train nothing and meet a fault under the heartbeat; a script started by `start_ranks`.
+
+Usage: heartbeat_cases.py FAULT RANK FOLDER: what happens to which rank. Every rank leaves FOLDER/ready_RANK
+once it is about to enter the first collective after the fault's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from versatune_ds.engine.heartbeat import Heartbeat
+from versatune_ds.engine.liveness import mark
+from versatune_ds.foundations import distributed
+from versatune_ds.foundations.errors import DataError, VersaTuneError
+from versatune_ds.foundations.log import setup_logging
+
+TIMEOUT_S = 8.0
+
+
+def sleep_in_the_loader() -> None:
+    time.sleep(60)
+
+
+def main() -> None:
+    fault, victim, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    setup_logging()
+    dist.init_process_group("gloo")
+    try:
+        with Heartbeat(TIMEOUT_S):
+            for step in range(1, 4):
+                mark("waiting for data", step)
+                if step == 3:
+                    (folder / f"ready_{distributed.rank()}").touch()
+                    if distributed.rank() == victim:
+                        meet(fault)
+                mark("reduction", step)
+                dist.all_reduce(torch.ones(1))
+    except VersaTuneError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+    os._exit(0)
+
+
+def meet(fault: str) -> None:
+    if fault == "stuck":
+        sleep_in_the_loader()
+    elif fault == "stopped":
+        time.sleep(4)  # the test stops this process meanwhile
+    elif fault == "fails alone":
+        raise DataError("this row is bad", path="rows.jsonl", line=7)
+    elif fault == "fails alone, unexpectedly":
+        raise ZeroDivisionError("division by zero")
+    elif fault == "killed":
+        os.kill(os.getpid(), 9)
+
+
+if __name__ == "__main__":
+    main()
