@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
