@@ -8,8 +8,10 @@ used.
 Inside: DeepSpeed's model and optimizer shards, one file of our own state (planner cursor, weights, statistics
 window, file offsets, counters), one file of random generator states per rank, and the manifest.
 
-What is not covered: another number of ranks (refused with the number needed), asynchronous saving, and run
-folders that the ranks do not share.
+A run may go on on another number of ranks, in another ZeRO stage from 1 to 3, and with or without optimizer
+offload (`engine/reshard.py`).
+
+What is not covered: asynchronous saving, and run folders that the ranks do not share.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from versatune_ds.config.schema import Checkpoint
 from versatune_ds.engine.build import Engine
+from versatune_ds.engine.reshard import load_resharded
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.constants import (
     CHECKPOINT_MANIFEST_FILE,
@@ -34,7 +37,7 @@ from versatune_ds.foundations.constants import (
     LATEST_FILE,
 )
 from versatune_ds.foundations.errors import StateError
-from versatune_ds.foundations.files import fsync_dir, sha256_file, write_json_atomic
+from versatune_ds.foundations.files import canonical_hash, fsync_dir, sha256_file, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
@@ -136,37 +139,55 @@ def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
         layout: how this run lays out model and optimizer state (ZeRO stage, dtype, offload).
 
     Raises:
-        StateError: written by another version of the format, on another number of ranks or in another layout.
+        StateError: written by another version of the format, or in a layout that cannot become this run's.
     """
     state = json.loads((path / CHECKPOINT_STATE_FILE).read_text(encoding="utf-8"))
     if state["version"] != VERSION:
         raise StateError(f"{path}: state version {state['version']}, this program reads {VERSION}")
-    if state["world_size"] != distributed.world_size():
-        raise StateError(
-            f"{path} was written by {state['world_size']} ranks; this run has {distributed.world_size()}. "
-            f"Start it with {state['world_size']} ranks"
-        )
-    for key, value in layout.items():
-        if state["layout"][key] != value:
+    saved = state["layout"]
+    unsharded = "ZeRO stage 0" if 0 in (saved["ZeRO stage"], layout["ZeRO stage"]) else None
+    for key, why in (("model.dtype", "another precision"), ("ZeRO stage", unsharded)):
+        if why is not None and saved[key] != layout[key]:
             raise StateError(
-                f"{path} was written with {key} {state['layout'][key]!r}; this run has {value!r}. Set "
-                "it back, or "
-                "export the checkpoint and start a new run from the exported model"
+                f"{path} was written with {key} {saved[key]!r}; this run has {layout[key]!r}, and {why} "
+                "cannot go on from it. Set it back, or export the checkpoint and start a new run from the "
+                "exported model"
             )
     return dict(state)
 
 
-def load_model_state(path: Path, engine: Engine) -> None:
-    """Load model, optimizer and random generator states; every rank calls it."""
-    loaded, _ = engine.deepspeed.load_checkpoint(
-        str(path.parent), tag=path.name, load_lr_scheduler_states=False
-    )
-    if loaded is None:
-        raise StateError(f"{path}: DeepSpeed found nothing to load there")
-    states = load_file(_generator_file(path))
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], engine.device)
+def load_model_state(path: Path, engine: Engine, state: dict[str, Any], layout: dict[str, Any]) -> None:
+    """Load model, optimizer and random generator states; every rank calls it.
+
+    With the number of ranks and the layout it was saved in, the run goes on bit for bit. Otherwise the shards
+    are divided anew, and the generators are seeded from the checkpoint's name and the rank: generator states
+    belong to ranks. (The models drop nothing out, so no training step draws from them.)
+
+    Args:
+        state: our own state of the checkpoint.
+        layout: as for `read_state`.
+    """
+    same_ranks = state["world_size"] == distributed.world_size()
+    if layout["ZeRO stage"] == 0 or (same_ranks and state["layout"] == layout):
+        loaded, _ = engine.deepspeed.load_checkpoint(
+            str(path.parent), tag=path.name, load_lr_scheduler_states=False
+        )
+        if loaded is None:
+            raise StateError(f"{path}: DeepSpeed found nothing to load there")
+    else:
+        changes = {key: (state["layout"][key], value) for key, value in layout.items()}
+        changes["ranks"] = (state["world_size"], distributed.world_size())
+        moved = [f"{key} {old} -> {new}" for key, (old, new) in changes.items() if old != new]
+        log.info("dividing the state of %s anew: %s", path.name, ", ".join(moved))
+        load_resharded(path, state["world_size"], engine)
+    if same_ranks:
+        states = load_file(_generator_file(path))
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], engine.device)
+    else:
+        seed = canonical_hash([path.name, distributed.rank()])
+        torch.manual_seed(int(seed[:15], 16))
 
 
 def _generator_states() -> dict[str, torch.Tensor]:

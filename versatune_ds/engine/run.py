@@ -134,8 +134,8 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     first_step = planner.step
     # 4. Model and engine.
     engine = build_engine(config, device)
-    if checkpoint is not None:
-        load_model_state(checkpoint, engine)
+    if checkpoint is not None and state is not None:
+        load_model_state(checkpoint, engine, state, state_layout(config))
         log.info("resuming from %s", checkpoint)
     # 5. Files and console.
     sinks = Sinks()
