@@ -102,15 +102,6 @@ def test_what_a_run_can_go_on_from(tmp_path, layout, problem):
             ck.read_state(tmp_path, saved | layout)
 
 
-@pytest.mark.parametrize(
-    ("every", "milestone", "due"),
-    [(3, None, [3, 6, 9]), (None, 4, [4, 8]), (None, None, []), (5, 4, [4, 5, 8])],
-)
-def test_when_a_checkpoint_is_due(every, milestone, due):
-    settings = Checkpoint(every_n_steps=every, milestone_every_n_steps=milestone)
-    assert [step for step in range(1, 10) if ck.checkpoint_due(settings, step)] == due
-
-
 def test_shards_are_bounded_and_indexed(tmp_path):
     tensors = {f"t{i}": torch.arange(100, dtype=torch.float32) + i for i in range(7)}  # 400 bytes each
     tensors["large"] = torch.zeros(500)

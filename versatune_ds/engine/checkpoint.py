@@ -1,9 +1,9 @@
 """Checkpoints that are complete or invisible.
 
-A checkpoint is written into a hidden folder, every file is hashed into a manifest, and only then the folder
-gets its name; `latest.json` follows. A crash at any moment leaves the older checkpoints untouched. Loading
-verifies the manifest first: a damaged newest checkpoint is reported with its reason and the one before is
-used.
+A checkpoint is written into a hidden folder (`engine/saving.py`), every file is hashed into a manifest, and
+only then the folder gets its name; `latest.json` follows. A crash at any moment leaves the older checkpoints
+untouched. Loading verifies the manifest first: a damaged newest checkpoint is reported with its reason and
+the one before is used.
 
 Inside: DeepSpeed's model and optimizer shards, one file of our own state (planner cursor, weights, statistics
 window, file offsets, counters), one file of random generator states per rank, and the manifest.
@@ -11,13 +11,12 @@ window, file offsets, counters), one file of random generator states per rank, a
 A run may go on on another number of ranks, in another ZeRO stage from 1 to 3, and with or without optimizer
 offload (`engine/reshard.py`).
 
-What is not covered: asynchronous saving, and run folders that the ranks do not share.
+What is not covered: when and by whom files are written, and run folders that the ranks do not share.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from versatune_ds.config.schema import Checkpoint
 from versatune_ds.engine.build import Engine
@@ -45,12 +44,6 @@ log = get_logger(__name__)
 VERSION = 1
 NAME = re.compile(r"step-(\d{8})")
 UNFINISHED_PREFIX = ".unfinished-"
-
-
-def checkpoint_due(settings: Checkpoint, step: int) -> bool:
-    """True when a checkpoint is to be written after `step` finished optimizer steps."""
-    every, milestone = settings.every_n_steps, settings.milestone_every_n_steps
-    return bool((every and step % every == 0) or (milestone and step % milestone == 0))
 
 
 def checkpoint_name(step: int) -> str:
@@ -73,39 +66,55 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
-def save_checkpoint(
-    folder: Path, step: int, engine: Engine, state: dict[str, Any], settings: Checkpoint
-) -> Path:
-    """Write the checkpoint after `step` steps; every rank calls it. Older ones are pruned by `settings`.
+def unfinished_name(step: int) -> str:
+    """Folder name of a checkpoint while it is written."""
+    return f"{UNFINISHED_PREFIX}{checkpoint_name(step)}"
+
+
+def generator_name(rank: int) -> str:
+    """File of a rank's random generator states."""
+    return f"generators_rank_{rank:05d}.safetensors"
+
+
+def part_name(rank: int) -> str:
+    """A rank's list of the files that it wrote, until rank 0 merges them."""
+    return f"manifest_rank_{rank:05d}.json"
+
+
+def begin(folder: Path, temporary: Path) -> None:
+    """Make the folder of a new checkpoint and remove what crashes have left; rank 0 only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"{UNFINISHED_PREFIX}*"):
+        shutil.rmtree(leftover)
+    temporary.mkdir()
+
+
+def publish(temporary: Path, step: int, world_size: int, settings: Checkpoint) -> Path:
+    """Make a written checkpoint visible and prune older ones by `settings`; rank 0 only.
 
     Args:
-        folder: the run's checkpoint folder, shared by all ranks.
-        state: our own state, JSON-serialisable, the same on all ranks.
+        temporary: its folder, with the lists of all ranks.
+        step: finished optimizer steps.
+        world_size: ranks that have written.
 
     Returns:
         The finished checkpoint folder.
     """
+    folder = temporary.parent
+    files: dict[str, Any] = {}
+    parts = [temporary / part_name(rank) for rank in range(world_size)]
+    for path in parts:
+        files.update(json.loads(path.read_text(encoding="utf-8")))
+    write_json_atomic(temporary / CHECKPOINT_MANIFEST_FILE, {"version": VERSION, "files": files})
+    for path in parts:
+        path.unlink()
+    # Going on from an older checkpoint abandons the newer ones (damaged, or this very step).
+    _remove(path for path in list_checkpoints(folder) if step_of(path) >= step)
     final = folder / checkpoint_name(step)
-    temporary = folder / f"{UNFINISHED_PREFIX}{final.name}"
-    if distributed.is_main():
-        for leftover in folder.glob(f"{UNFINISHED_PREFIX}*"):
-            shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-    distributed.barrier()
-    engine.deepspeed.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
-    save_file(_generator_states(), _generator_file(temporary))
-    if distributed.is_main():
-        write_json_atomic(temporary / CHECKPOINT_STATE_FILE, {"version": VERSION, "step": step, **state})
-    distributed.barrier()
-    _write_manifest(temporary)
-    if distributed.is_main():
-        # Going on from an older checkpoint abandons the newer ones (damaged, or this very step).
-        _remove(path for path in list_checkpoints(folder) if step_of(path) >= step)
-        temporary.rename(final)
-        fsync_dir(folder)
-        write_json_atomic(folder / LATEST_FILE, {"checkpoint": final.name, "step": step})
-        _prune(folder, settings)
-    distributed.barrier()
+    temporary.rename(final)
+    fsync_dir(folder)
+    write_json_atomic(folder / LATEST_FILE, {"checkpoint": final.name, "step": step})
+    _prune(folder, settings)
     return final
 
 
@@ -181,7 +190,7 @@ def load_model_state(path: Path, engine: Engine, state: dict[str, Any], layout: 
         log.info("dividing the state of %s anew: %s", path.name, ", ".join(moved))
         load_resharded(path, state["world_size"], engine)
     if same_ranks:
-        states = load_file(_generator_file(path))
+        states = load_file(path / generator_name(distributed.rank()))
         torch.set_rng_state(states["cpu"])
         if "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], engine.device)
@@ -190,37 +199,12 @@ def load_model_state(path: Path, engine: Engine, state: dict[str, Any], layout: 
         torch.manual_seed(int(seed[:15], 16))
 
 
-def _generator_states() -> dict[str, torch.Tensor]:
+def generator_states() -> dict[str, torch.Tensor]:
+    """States of this rank's random generators."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
-
-
-def _generator_file(folder: Path) -> Path:
-    return folder / f"generators_rank_{distributed.rank():05d}.safetensors"
-
-
-def _write_manifest(folder: Path) -> None:
-    """Hash all files, shared out over the ranks, and merge the hashes into one manifest."""
-    part = folder / f"manifest_rank_{distributed.rank():05d}.json"
-    # rank 0's listing, taken before any rank adds a file
-    listing: list[Path] = distributed.gather_objects(sorted(folder.iterdir()))[0]
-    mine = listing[distributed.rank() :: distributed.world_size()]
-    for path in mine:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in mine}
-    write_json_atomic(part, entries)
-    distributed.barrier()
-    if distributed.is_main():
-        files: dict[str, Any] = {}
-        parts = sorted(folder.glob("manifest_rank_*.json"))
-        for path in parts:
-            files.update(json.loads(path.read_text(encoding="utf-8")))
-        write_json_atomic(folder / CHECKPOINT_MANIFEST_FILE, {"version": VERSION, "files": files})
-        for path in parts:
-            path.unlink()
 
 
 def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:

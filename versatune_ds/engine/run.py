@@ -33,6 +33,7 @@ from versatune_ds.engine.checkpoint import load_model_state, newest_sound_checkp
 from versatune_ds.engine.deepspeed_config import deepspeed_config, offloads_optimizer, zero_stage
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.model import load_architecture, parameter_counts
+from versatune_ds.engine.saving import Saver
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError
@@ -57,6 +58,7 @@ class Run:
     loader: StepLoader
     controller: WeightController
     statistics: StepStatistics
+    saver: Saver
     held_out: HeldOut | None
     probe: HeldOut | None
     tokenizer: Any
@@ -86,8 +88,9 @@ class Run:
         }
 
     def close(self) -> None:
-        """Stop the prefetch thread and close the files."""
+        """Stop the threads and close the files."""
         self.loader.close()
+        self.saver.close()
         self.progress.close()
         self.sinks.close()
 
@@ -166,6 +169,7 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
         ),
         controller=controller,
         statistics=StepStatistics(len(table), device),
+        saver=Saver(config.run.dir / constants.CHECKPOINTS_DIR, config.checkpoint, engine),
         held_out=held_out,
         probe=probe,
         tokenizer=tokenizer,

@@ -31,13 +31,12 @@ from versatune_ds.engine.build import (
     gradients_are_finite,
     start_process_group,
 )
-from versatune_ds.engine.checkpoint import checkpoint_due, save_checkpoint
 from versatune_ds.engine.evaluate import HeldOut, evaluate, model_inputs
 from versatune_ds.engine.export import Companions, export_model
 from versatune_ds.engine.optimizer import learning_rate, set_learning_rate
 from versatune_ds.engine.run import Run, open_run
 from versatune_ds.engine.signals import StopRequest
-from versatune_ds.engine.statistics import StepTotals
+from versatune_ds.engine.statistics import Flags, StepTotals
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import DivergenceError, VersaTuneError
 from versatune_ds.foundations.log import get_logger
@@ -90,33 +89,32 @@ def run_steps(run: Run, stop: StopRequest) -> bool:
         record_weights(run, run.controller.initial_update().to_json())
     evaluate_when_due(run, run.first_step)
     for step in range(run.first_step, run.total_steps):
-        stopping = run_step(run, step, stop)
+        agreed = run_step(run, step, stop)
         done = step + 1
         last = done == run.total_steps
-        if (
-            stopping
-            or checkpoint_due(run.config.checkpoint, done)
-            or (last and run.config.checkpoint.every_n_steps)
-        ):
-            save(run, done)
-        if stopping and not last:
+        run.saver.settle(agreed)
+        if run.saver.due(done, agreed, last):
+            run.saver.save(done, run.state)
+        if agreed.stop and not last:
+            run.saver.finish()
             log.info(
                 "stopped after step %d as asked (%s); start the same command to go on", done, stop.reason
             )
             return False
         evaluate_when_due(run, done)
+    run.saver.finish()
     return True
 
 
-def run_step(run: Run, step: int, stop: StopRequest) -> bool:
-    """One optimizer step; returns whether the ranks agreed to stop after it."""
+def run_step(run: Run, step: int, stop: StopRequest) -> Flags:
+    """One optimizer step; returns what the ranks agreed on at its boundary."""
     started = time.perf_counter()
     rate = learning_rate(run.config.optimizer, step, run.total_steps)
     plan, batches = run.loader.take(run.controller.weights)
     sample_losses = accumulate(run, plan, batches)
 
     reached_boundary = time.perf_counter()
-    totals = run.statistics.reduce(stop.requested is not None)
+    totals = run.statistics.reduce(run.saver.flags(stop=stop.requested is not None))
     left_boundary = time.perf_counter()
 
     applied = apply_step(run, totals, rate)
@@ -135,7 +133,7 @@ def run_step(run: Run, step: int, stop: StopRequest) -> bool:
     record_step(run, plan, totals, rate, applied, times)
     if bad:
         report_nonfinite(run, plan, totals, sample_losses)
-    return totals.stop
+    return totals.flags
 
 
 # --- the parts of a step ------------------------------------------------------------------------------------
@@ -187,7 +185,8 @@ def report_nonfinite(run: Run, plan: StepPlan, totals: StepTotals, sample_losses
     places = ", ".join(f"{s['domain']} {s['source']}" for s in samples[:3]) or "no sample that can be named"
     log.warning("step %d skipped on all ranks: %s in %s", plan.step + 1, what, places)
     if run.nonfinite_in_a_row >= run.config.train.max_nonfinite_steps:
-        save(run, plan.step + 1)
+        run.saver.save(plan.step + 1, run.state)
+        run.saver.finish()
         raise DivergenceError(
             f"{run.nonfinite_in_a_row} steps in a row had a {what}, the last one in {places}; see "
             f"{run.folder / constants.SKIPPED_STEPS_FILE}. The last good state is saved. Lower "
@@ -282,6 +281,7 @@ def record_step(
         plan_s=run.loader.last_plan_s,
         boundary_s=times.boundary,
         update_s=times.update,
+        save_stall_s=run.saver.take_stall_s(),
         memory_gib=peak_memory_gib(),
         mfu=mfu(flops, times.whole, distributed.world_size(), run.peak_tflops),
     )
@@ -312,13 +312,7 @@ def record_evaluation(run: Run, done: int, held_out: HeldOut) -> None:
     run.progress.evaluation(record)
 
 
-# --- saving -------------------------------------------------------------------------------------------------
-
-
-def save(run: Run, done: int) -> None:
-    """A complete checkpoint after `done` steps; on all ranks."""
-    folder = run.folder / constants.CHECKPOINTS_DIR
-    save_checkpoint(folder, done, run.engine, run.state(), run.config.checkpoint)
+# --- the end ------------------------------------------------------------------------------------------------
 
 
 def finish(run: Run) -> None:

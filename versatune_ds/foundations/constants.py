@@ -34,3 +34,4 @@ EXIT_USAGE: Final = 2
 EXIT_DATA: Final = 3
 EXIT_STATE: Final = 4
 EXIT_DIVERGED: Final = 5
+EXIT_SAVE: Final = 6

@@ -65,6 +65,12 @@ class StateError(VersaTuneError):
     exit_code = constants.EXIT_STATE
 
 
+class SaveError(VersaTuneError):
+    """A checkpoint could not be written."""
+
+    exit_code = constants.EXIT_SAVE
+
+
 class DivergenceError(VersaTuneError):
     """Training produced non-finite losses for too many steps in a row."""
 
