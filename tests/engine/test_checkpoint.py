@@ -80,25 +80,26 @@ def test_pruning_keeps_the_newest_and_milestones(tmp_path):
     assert sorted(p.name[-2:] for p in tmp_path.iterdir()) == ["04", "08", "10"]
 
 
-def test_state_of_another_number_of_ranks_or_layout_is_refused(tmp_path, monkeypatch):
-    state = {"version": 1, "world_size": 4, "layout": {"ZeRO stage": 3}}
-    (tmp_path / "versatune_state.json").write_text(json.dumps(state))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(StateError, match="written by 4 ranks; this run has 2"):
-        ck.read_state(tmp_path, {"ZeRO stage": 3})
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert ck.read_state(tmp_path, {"ZeRO stage": 3}) == state
-    with pytest.raises(StateError, match="written with ZeRO stage 3; this run has 2"):
-        ck.read_state(tmp_path, {"ZeRO stage": 2})
-
-
 @pytest.mark.parametrize(
-    ("every", "milestone", "due"),
-    [(3, None, [3, 6, 9]), (None, 4, [4, 8]), (None, None, []), (5, 4, [4, 5, 8])],
+    ("layout", "problem"),
+    [
+        ({}, None),
+        ({"ZeRO stage": 2}, None),
+        ({"optimizer offload": True}, None),
+        ({"model.dtype": "fp32"}, "model.dtype 'bf16'; this run has 'fp32'"),
+        ({"ZeRO stage": 0}, "ZeRO stage 3; this run has 0, and ZeRO stage 0 cannot go on"),
+    ],
 )
-def test_when_a_checkpoint_is_due(every, milestone, due):
-    settings = Checkpoint(every_n_steps=every, milestone_every_n_steps=milestone)
-    assert [step for step in range(1, 10) if ck.checkpoint_due(settings, step)] == due
+def test_what_a_run_can_go_on_from(tmp_path, layout, problem):
+    """Any number of ranks, ZeRO stages 1 to 3, offload or not; precision stays, and stage 0 alone."""
+    saved = {"ZeRO stage": 3, "model.dtype": "bf16", "optimizer offload": False}
+    state = {"version": 1, "world_size": 4, "layout": saved}
+    (tmp_path / "versatune_state.json").write_text(json.dumps(state))
+    if problem is None:
+        assert ck.read_state(tmp_path, saved | layout) == state
+    else:
+        with pytest.raises(StateError, match=problem):
+            ck.read_state(tmp_path, saved | layout)
 
 
 def test_shards_are_bounded_and_indexed(tmp_path):

@@ -31,7 +31,7 @@ def test_batch_precision_and_clipping_come_from_our_sections():
     assert zero_stage(made) == 3 and not offloads_optimizer(made)
 
 
-@pytest.mark.parametrize("key", ["optimizer", "train_batch_size", "bf16", "gradient_clipping"])
+@pytest.mark.parametrize("key", ["optimizer", "train_batch_size", "bf16", "gradient_clipping", "checkpoint"])
 def test_a_key_that_we_own_is_refused(key):
     with pytest.raises(ConfigError, match=f"'{key}' is set by"):
         deepspeed_config(config(deepspeed={key: 1}), 1)

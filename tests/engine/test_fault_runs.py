@@ -7,10 +7,10 @@ import re
 
 import pytest
 import torch
+from launched_runs import prepare_small_run
 from launching import REPOSITORY, launch, launch_soundly, read_jsonl
 from safetensors.torch import load_file
 from small_disk import fill, small_disk
-from small_runs import prepare_small_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fault_runs")]
 

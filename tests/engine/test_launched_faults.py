@@ -7,8 +7,8 @@ import signal
 import subprocess
 
 import pytest
+from launched_runs import BIN, START_TIMEOUT_S, LaunchedRun, prepare_small_run
 from launching import read_jsonl
-from small_runs import BIN, START_TIMEOUT_S, LaunchedRun, prepare_small_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launched")]
 END_S = 60

@@ -32,6 +32,7 @@ MEASURED = (
     "plan_s",
     "boundary_s",
     "update_s",
+    "save_stall_s",
     "memory_gib",
     "unix_time_s",
     "eval_s",

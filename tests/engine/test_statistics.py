@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from versatune_ds.domain.statistics import DomainSums
-from versatune_ds.engine.statistics import StepStatistics
+from versatune_ds.engine.statistics import Flags, StepStatistics
 
 CPU = torch.device("cpu")
 
@@ -28,11 +28,11 @@ def test_sums_equal_the_reference_over_micro_batches():
         losses[tokens == 0] = 0.0
         statistics.add(output(losses, tokens), torch.from_numpy(domains))
         expected += DomainSums.from_samples(domains, losses, tokens, 4)
-    totals = statistics.reduce(stop=True)
-    assert totals.stop
+    totals = statistics.reduce(Flags(stop=True))
+    assert totals.flags == Flags(stop=True)
     np.testing.assert_allclose(totals.sums.values, expected.values, rtol=1e-12)
     again = statistics.reduce()
-    assert not again.stop and not again.sums.values.any()  # reduce starts anew
+    assert again.flags == Flags() and not again.sums.values.any()  # reduce starts anew
 
 
 def test_a_nan_marks_the_step_and_no_other_domain():

@@ -28,6 +28,16 @@ def test_written_files_have_ordinary_permissions(tmp_path):
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_a_folder_is_made_durable_file_by_file(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "b").write_text("y")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    files.fsync_tree(tmp_path)
+    assert synced[-1] == tmp_path.stat().st_ino  # the names last
+    assert set(synced) == {path.stat().st_ino for path in (tmp_path, tmp_path / "a", tmp_path / "b")}
+
+
 def test_nan_is_not_json(tmp_path):
     with pytest.raises(ValueError):
         files.write_json_atomic(tmp_path / "x", {"a": float("nan")})

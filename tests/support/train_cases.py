@@ -1,31 +1,47 @@
 """Whole training runs on several ranks within one process group; a script started by `launch`.
 
-Usage: train_cases.py CASES.json, a list of {"config": FILE, "overrides": [...], "sabotage": NAME or null}. It
-leaves RUN_DIR/outcome_rank_R.json for every case: the error's type and text, or null.
+Usage: train_cases.py CASES.json, a list of {"config": FILE, "overrides": [...], "sabotage": NAME or null,
+"dump": [STEPS DONE, ...]}. It leaves RUN_DIR/outcome_rank_R.json for every case: the error's type and text,
+or null; and for every step in `dump` that the run trains to or begins with, all weights and moments:
+RUN_DIR/whole_STEP_trained.safetensors or whole_STEP_loaded.safetensors.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import resource
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import small_disk
 import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from safetensors.torch import save_file
 
 from versatune_ds.config.load import load_config
-from versatune_ds.engine import checkpoint, preflight, sameness, train
+from versatune_ds.data.balance import rank_packs
+from versatune_ds.engine import checkpoint, export, preflight, sameness, saving, train
 from versatune_ds.engine.build import close_process_group, start_process_group
+from versatune_ds.engine.export import _gathered_parameters
 from versatune_ds.engine.model import LossHead
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError, VersaTuneError
 from versatune_ds.foundations.log import setup_logging
 
 ORIGINAL_FORWARD, ORIGINAL_RUN_STEP = LossHead.forward, train.run_step
-ORIGINAL_MANIFEST = checkpoint._write_manifest
 ORIGINAL_HASH, ORIGINAL_CHECK = sameness.folder_hash, preflight.check_file
+ORIGINAL_RUN_STEPS, ORIGINAL_ACCUMULATE = train.run_steps, train.accumulate
+ORIGINAL_PART, ORIGINAL_BEGIN, ORIGINAL_WRITE = saving.write_part, saving.Share.begin, saving.Share._write
+ORIGINAL_PUBLISH, ORIGINAL_FLUSH = checkpoint.publish, export.ShardWriter._flush
+UNLIMITED = resource.RLIM_INFINITY
+LAST_STEP = 5
+"""Index of the last step of runs that write slowly."""
 
 
 def nan_in_steps(*steps: int) -> None:
@@ -133,15 +149,128 @@ def ask_to_stop_in_step(step_to_stop: int) -> None:
 def die_in_checkpoint(step: int) -> None:
     """kill -9 of rank 1 while the checkpoint of this step is being written."""
 
-    def write_manifest(folder):
+    def write_part(folder, files):
         if distributed.rank() == 1 and folder.name.endswith(f"{step:08d}"):
             os.kill(os.getpid(), signal.SIGKILL)
-        ORIGINAL_MANIFEST(folder)
+        ORIGINAL_PART(folder, files)
 
-    checkpoint._write_manifest = write_manifest
+    saving.write_part = write_part
+
+
+def dump_at(steps: list[int]) -> None:
+    """Write the whole state at these steps, be it trained to or loaded."""
+    original = train.run_step
+
+    def run_step(run, step, stop):
+        result = original(run, step, stop)
+        if step + 1 in steps:
+            dump(run, step + 1, "trained")
+        return result
+
+    def run_steps(run, stop):
+        if run.first_step in steps:
+            dump(run, run.first_step, "loaded")
+        return ORIGINAL_RUN_STEPS(run, stop)
+
+    train.run_step, train.run_steps = run_step, run_steps
+
+
+def dump(run, done: int, how: str) -> None:
+    """Gather fp32 weights, bf16/fp32 model weights and moments; AdamW's counters; hyperparameters."""
+    live = run.engine.deepspeed
+    if hasattr(live.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # stages 1 and 2 link moments once, in their first step, before AdamW has made any
+        live.optimizer._hp_optimizer_states_linked = False
+        live.optimizer._lazy_init_hp_params_optimizer_state()
+    whole = {}
+    for parameter, name in live.param_names.items():
+        whole[f"fp32.{name}"] = safe_get_full_fp32_param(parameter)
+        for kind in ("exp_avg", "exp_avg_sq"):
+            whole[f"{kind}.{name}"] = safe_get_full_optimizer_state(parameter, kind)
+    for name, parameter in _gathered_parameters(run.engine.model):
+        whole[f"model.{name}"] = parameter.detach()
+    steps = {float(state["step"]) for state in live.optimizer.optimizer.state.values()}
+    whole["steps"] = torch.tensor(sorted(steps))
+    whole["decay"] = torch.tensor([g["weight_decay"] for g in live.optimizer.optimizer.param_groups])
+    if distributed.is_main():
+        whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in whole.items()}
+        save_file(whole, run.folder / f"whole_{done}_{how}.safetensors")
+
+
+def fail_to_write(step: int) -> None:
+    """The last rank's files of this checkpoint cannot grow beyond 4 kB, as on a full disk."""
+
+    def begin(self, folder, keep):
+        if distributed.rank() == distributed.world_size() - 1 and folder.name.endswith(f"{step:08d}"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, UNLIMITED))
+        ORIGINAL_BEGIN(self, folder, keep)
+
+    saving.Share.begin = begin
+
+
+def fail_to_publish(step: int) -> None:
+    """The disk is full when rank 0 wants to make this checkpoint visible."""
+
+    def publish(folder, done, *args):
+        if done == step:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return ORIGINAL_PUBLISH(folder, done, *args)
+
+    checkpoint.publish = publish
+
+
+def fail_to_export() -> None:
+    """The disk is full when rank 0 writes the second shard of the finished model."""
+
+    def flush(self):
+        if self._names:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        ORIGINAL_FLUSH(self)
+
+    export.ShardWriter._flush = flush
+
+
+def write_slowly() -> None:
+    """Files of a checkpoint are written in the background when one more step has been trained."""
+    current = {"step": 0}
+
+    def run_step(run, step, stop):
+        current["step"] = step
+        return ORIGINAL_RUN_STEP(run, step, stop)
+
+    def write(self, path, content):
+        while threading.current_thread() is not threading.main_thread() and current["step"] < min(
+            int(path.parent.name[-8:]) + 1, LAST_STEP
+        ):
+            time.sleep(0.01)
+        ORIGINAL_WRITE(self, path, content)
+
+    train.run_step, saving.Share._write = run_step, write
+
+
+def record_samples() -> None:
+    """Every rank notes each pack it trains on: step, process, its samples and a hash of its tokens."""
+
+    def accumulate(run, plan, batches):
+        result = ORIGINAL_ACCUMULATE(run, plan, batches)
+        packs = rank_packs(plan.packs, distributed.rank(), distributed.world_size())
+        with open(run.folder / f"trained_rank_{distributed.rank()}.jsonl", "a") as file:
+            for pack, batch in zip(packs, batches, strict=True):
+                samples = [[int(d), int(i)] for d, i in zip(pack.domains, pack.samples, strict=True)]
+                tokens = hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest()
+                line = {"step": plan.step, "pid": os.getpid(), "samples": samples, "tokens": tokens}
+                file.write(json.dumps(line) + "\n")
+        return result
+
+    train.accumulate = accumulate
 
 
 SABOTAGE = {
+    "record samples": record_samples,
+    "write slowly": write_slowly,
+    "cannot export": fail_to_export,
+    "cannot write checkpoint 4": lambda: fail_to_write(4),
+    "cannot publish checkpoint 4": lambda: fail_to_publish(4),
     None: lambda: None,
     "nan in step 4": lambda: nan_in_steps(4),
     "nan from step 4 on": lambda: nan_in_steps(*range(4, 100)),
@@ -155,6 +284,7 @@ SABOTAGE = {
     "damaged cache on the last rank": lambda: on_the_last_rank("damaged cache"),
     "full disk in step 1": lambda: full_disk_after_step(0),
     "nothing": lambda: None,
+    "stop in step 3": lambda: ask_to_stop_in_step(3),
     "die in checkpoint 6": lambda: die_in_checkpoint(6),
 }
 
@@ -162,16 +292,21 @@ SABOTAGE = {
 def repair() -> None:
     """Undo any sabotage."""
     LossHead.forward, train.run_step = ORIGINAL_FORWARD, ORIGINAL_RUN_STEP
-    checkpoint._write_manifest = ORIGINAL_MANIFEST
     sameness.folder_hash, preflight.check_file = ORIGINAL_HASH, ORIGINAL_CHECK
+    train.run_steps, train.accumulate = ORIGINAL_RUN_STEPS, ORIGINAL_ACCUMULATE
+    saving.write_part, saving.Share.begin, saving.Share._write = ORIGINAL_PART, ORIGINAL_BEGIN, ORIGINAL_WRITE
+    checkpoint.publish, export.ShardWriter._flush = ORIGINAL_PUBLISH, ORIGINAL_FLUSH
+    resource.setrlimit(resource.RLIMIT_FSIZE, (UNLIMITED, UNLIMITED))
 
 
-def main() -> None:
+def main(cases: Path) -> None:
+    """Run the cases of a file, one after the other, within one process group."""
     setup_logging()
     device = start_process_group()
-    for case in json.loads(Path(sys.argv[1]).read_text()):
+    for case in json.loads(cases.read_text()):
         config = load_config(case["config"], case["overrides"])
         SABOTAGE[case["sabotage"]]()
+        dump_at(case.get("dump", []))
         outcome = None
         try:
             train.train_in_group(config, device, Path(case["config"]))
@@ -186,4 +321,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

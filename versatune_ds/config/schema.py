@@ -349,6 +349,12 @@ class Checkpoint(Section):
     """Newest checkpoints to keep."""
     milestone_every_n_steps: int | None = Field(None, ge=1)
     """Checkpoints at multiples of this are kept for ever."""
+    max_lost_minutes: float | None = Field(None, gt=0)
+    """Save so often that a crash costs at most this much training time, by measured step and save times;
+    works beside `every_n_steps`. None: by steps only."""
+    asynchronous: bool = False
+    """Copy the state to host memory and write it while training goes on. Needs room for a rank's share of
+    model and optimizer in host memory on every rank."""
     export_at_end: bool = True
     """Write the finished model as a Hugging Face folder `model/` into the run folder."""
     export_shard_gb: float = Field(5.0, gt=0)

@@ -61,6 +61,7 @@ from versatune_ds.engine.build import (
 from versatune_ds.engine.deepspeed_config import zero_stage
 from versatune_ds.engine.model import DTYPES, parameter_counts
 from versatune_ds.engine.run import Run, planner_settings
+from versatune_ds.engine.saving import Saver
 from versatune_ds.engine.signals import StopRequest
 from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
@@ -481,6 +482,7 @@ def open_bench_run(config: Config, settings: BenchSettings, device: torch.device
         loader=loader,
         controller=controller,
         statistics=StepStatistics(len(table), device),
+        saver=Saver(config.run.dir, config.checkpoint, engine),
         held_out=None,
         probe=None,
         tokenizer=None,

@@ -18,7 +18,7 @@ import torch
 
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.engine.run import Run
-from versatune_ds.engine.statistics import StepStatistics, StepTotals
+from versatune_ds.engine.statistics import NO_FLAGS, Flags, StepStatistics, StepTotals
 from versatune_ds.foundations import distributed
 from versatune_ds.observability.bench_results import PHASES
 
@@ -100,12 +100,12 @@ class TimedStatistics:
         with self._watch.span("statistics"):
             self._statistics.add(*args)
 
-    def reduce(self, stop: bool = False) -> StepTotals:
+    def reduce(self, flags: Flags = NO_FLAGS) -> StepTotals:
         """As `StepStatistics.reduce`."""
         with self._watch.span("rank_wait"):
             distributed.barrier()
         with self._watch.span("statistics"):
-            return self._statistics.reduce(stop)
+            return self._statistics.reduce(flags)
 
 
 @contextlib.contextmanager
@@ -146,9 +146,9 @@ class NoStatistics:
     def add(self, *args: Any) -> None:
         """Nothing."""
 
-    def reduce(self, stop: bool = False) -> StepTotals:
+    def reduce(self, flags: Flags = NO_FLAGS) -> StepTotals:
         """No sums, and no collective."""
-        return StepTotals(self._nothing, stop)
+        return StepTotals(self._nothing, flags)
 
 
 @contextlib.contextmanager

@@ -1,21 +1,22 @@
 """Checkpoints that are complete or invisible.
 
-A checkpoint is written into a hidden folder, every file is hashed into a manifest, and only then the folder
-gets its name; `latest.json` follows. A crash at any moment leaves the older checkpoints untouched. Loading
-verifies the manifest first: a damaged newest checkpoint is reported with its reason and the one before is
-used.
+A checkpoint is written into a hidden folder (`engine/saving.py`), every file is hashed into a manifest, and
+only then the folder gets its name; `latest.json` follows. A crash at any moment leaves the older checkpoints
+untouched. Loading verifies the manifest first: a damaged newest checkpoint is reported with its reason and
+the one before is used.
 
 Inside: DeepSpeed's model and optimizer shards, one file of our own state (planner cursor, weights, statistics
 window, file offsets, counters), one file of random generator states per rank, and the manifest.
 
-What is not covered: another number of ranks (refused with the number needed), asynchronous saving, and run
-folders that the ranks do not share.
+A run may go on on another number of ranks, in another ZeRO stage from 1 to 3, and with or without optimizer
+offload (`engine/reshard.py`).
+
+What is not covered: when and by whom files are written, and run folders that the ranks do not share.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -23,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from versatune_ds.config.schema import Checkpoint
 from versatune_ds.engine.build import Engine
+from versatune_ds.engine.reshard import load_resharded
 from versatune_ds.engine.safe_loading import tensors_only
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.constants import (
@@ -35,7 +37,7 @@ from versatune_ds.foundations.constants import (
     LATEST_FILE,
 )
 from versatune_ds.foundations.errors import StateError
-from versatune_ds.foundations.files import fsync_dir, sha256_file, write_json_atomic
+from versatune_ds.foundations.files import canonical_hash, fsync_dir, sha256_file, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
@@ -43,12 +45,6 @@ log = get_logger(__name__)
 VERSION = 1
 NAME = re.compile(r"step-(\d{8})")
 UNFINISHED_PREFIX = ".unfinished-"
-
-
-def checkpoint_due(settings: Checkpoint, step: int) -> bool:
-    """True when a checkpoint is to be written after `step` finished optimizer steps."""
-    every, milestone = settings.every_n_steps, settings.milestone_every_n_steps
-    return bool((every and step % every == 0) or (milestone and step % milestone == 0))
 
 
 def checkpoint_name(step: int) -> str:
@@ -71,39 +67,55 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
-def save_checkpoint(
-    folder: Path, step: int, engine: Engine, state: dict[str, Any], settings: Checkpoint
-) -> Path:
-    """Write the checkpoint after `step` steps; every rank calls it. Older ones are pruned by `settings`.
+def unfinished_name(step: int) -> str:
+    """Folder name of a checkpoint while it is written."""
+    return f"{UNFINISHED_PREFIX}{checkpoint_name(step)}"
+
+
+def generator_name(rank: int) -> str:
+    """File of a rank's random generator states."""
+    return f"generators_rank_{rank:05d}.safetensors"
+
+
+def part_name(rank: int) -> str:
+    """A rank's list of the files that it wrote, until rank 0 merges them."""
+    return f"manifest_rank_{rank:05d}.json"
+
+
+def begin(folder: Path, temporary: Path) -> None:
+    """Make the folder of a new checkpoint and remove what crashes have left; rank 0 only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"{UNFINISHED_PREFIX}*"):
+        shutil.rmtree(leftover)
+    temporary.mkdir()
+
+
+def publish(temporary: Path, step: int, world_size: int, settings: Checkpoint) -> Path:
+    """Make a written checkpoint visible and prune older ones by `settings`; rank 0 only.
 
     Args:
-        folder: the run's checkpoint folder, shared by all ranks.
-        state: our own state, JSON-serialisable, the same on all ranks.
+        temporary: its folder, with the lists of all ranks.
+        step: finished optimizer steps.
+        world_size: ranks that have written.
 
     Returns:
         The finished checkpoint folder.
     """
+    folder = temporary.parent
+    files: dict[str, Any] = {}
+    parts = [temporary / part_name(rank) for rank in range(world_size)]
+    for path in parts:
+        files.update(json.loads(path.read_text(encoding="utf-8")))
+    write_json_atomic(temporary / CHECKPOINT_MANIFEST_FILE, {"version": VERSION, "files": files})
+    for path in parts:
+        path.unlink()
+    # Going on from an older checkpoint abandons the newer ones (damaged, or this very step).
+    _remove(path for path in list_checkpoints(folder) if step_of(path) >= step)
     final = folder / checkpoint_name(step)
-    temporary = folder / f"{UNFINISHED_PREFIX}{final.name}"
-    if distributed.is_main():
-        for leftover in folder.glob(f"{UNFINISHED_PREFIX}*"):
-            shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-    distributed.barrier()
-    engine.deepspeed.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
-    save_file(_generator_states(), _generator_file(temporary))
-    if distributed.is_main():
-        write_json_atomic(temporary / CHECKPOINT_STATE_FILE, {"version": VERSION, "step": step, **state})
-    distributed.barrier()
-    _write_manifest(temporary)
-    if distributed.is_main():
-        # Going on from an older checkpoint abandons the newer ones (damaged, or this very step).
-        _remove(path for path in list_checkpoints(folder) if step_of(path) >= step)
-        temporary.rename(final)
-        fsync_dir(folder)
-        write_json_atomic(folder / LATEST_FILE, {"checkpoint": final.name, "step": step})
-        _prune(folder, settings)
-    distributed.barrier()
+    temporary.rename(final)
+    fsync_dir(folder)
+    write_json_atomic(folder / LATEST_FILE, {"checkpoint": final.name, "step": step})
+    _prune(folder, settings)
     return final
 
 
@@ -137,71 +149,64 @@ def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
         layout: how this run lays out model and optimizer state (ZeRO stage, dtype, offload).
 
     Raises:
-        StateError: written by another version of the format, on another number of ranks or in another layout.
+        StateError: written by another version of the format, or in a layout that cannot become this run's.
     """
     state = json.loads((path / CHECKPOINT_STATE_FILE).read_text(encoding="utf-8"))
     if state["version"] != VERSION:
         raise StateError(f"{path}: state version {state['version']}, this program reads {VERSION}")
-    if state["world_size"] != distributed.world_size():
-        raise StateError(
-            f"{path} was written by {state['world_size']} ranks; this run has {distributed.world_size()}. "
-            f"Start it with {state['world_size']} ranks"
-        )
-    for key, value in layout.items():
-        if state["layout"][key] != value:
+    saved = state["layout"]
+    unsharded = "ZeRO stage 0" if 0 in (saved["ZeRO stage"], layout["ZeRO stage"]) else None
+    for key, why in (("model.dtype", "another precision"), ("ZeRO stage", unsharded)):
+        if why is not None and saved[key] != layout[key]:
             raise StateError(
-                f"{path} was written with {key} {state['layout'][key]!r}; this run has {value!r}. Set "
-                "it back, or "
-                "export the checkpoint and start a new run from the exported model"
+                f"{path} was written with {key} {saved[key]!r}; this run has {layout[key]!r}, and {why} "
+                "cannot go on from it. Set it back, or export the checkpoint and start a new run from the "
+                "exported model"
             )
     return dict(state)
 
 
-def load_model_state(path: Path, engine: Engine) -> None:
-    """Load model, optimizer and random generator states; every rank calls it."""
-    with tensors_only(path):
-        loaded, _ = engine.deepspeed.load_checkpoint(
-            str(path.parent), tag=path.name, load_lr_scheduler_states=False
-        )
-    if loaded is None:
-        raise StateError(f"{path}: DeepSpeed found nothing to load there")
-    states = load_file(_generator_file(path))
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], engine.device)
+def load_model_state(path: Path, engine: Engine, state: dict[str, Any], layout: dict[str, Any]) -> None:
+    """Load model, optimizer and random generator states; every rank calls it.
+
+    With the number of ranks and the layout it was saved in, the run goes on bit for bit. Otherwise the shards
+    are divided anew, and the generators are seeded from the checkpoint's name and the rank: generator states
+    belong to ranks. (The models drop nothing out, so no training step draws from them.)
+
+    Args:
+        state: our own state of the checkpoint.
+        layout: as for `read_state`.
+    """
+    same_ranks = state["world_size"] == distributed.world_size()
+    if layout["ZeRO stage"] == 0 or (same_ranks and state["layout"] == layout):
+        with tensors_only(path):
+            loaded, _ = engine.deepspeed.load_checkpoint(
+                str(path.parent), tag=path.name, load_lr_scheduler_states=False
+            )
+        if loaded is None:
+            raise StateError(f"{path}: DeepSpeed found nothing to load there")
+    else:
+        changes = {key: (state["layout"][key], value) for key, value in layout.items()}
+        changes["ranks"] = (state["world_size"], distributed.world_size())
+        moved = [f"{key} {old} -> {new}" for key, (old, new) in changes.items() if old != new]
+        log.info("dividing the state of %s anew: %s", path.name, ", ".join(moved))
+        load_resharded(path, state["world_size"], engine)
+    if same_ranks:
+        states = load_file(path / generator_name(distributed.rank()))
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], engine.device)
+    else:
+        seed = canonical_hash([path.name, distributed.rank()])
+        torch.manual_seed(int(seed[:15], 16))
 
 
-def _generator_states() -> dict[str, torch.Tensor]:
+def generator_states() -> dict[str, torch.Tensor]:
+    """States of this rank's random generators."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
-
-
-def _generator_file(folder: Path) -> Path:
-    return folder / f"generators_rank_{distributed.rank():05d}.safetensors"
-
-
-def _write_manifest(folder: Path) -> None:
-    """Hash all files, shared out over the ranks, and merge the hashes into one manifest."""
-    part = folder / f"manifest_rank_{distributed.rank():05d}.json"
-    # rank 0's listing, taken before any rank adds a file
-    listing: list[Path] = distributed.gather_objects(sorted(folder.iterdir()))[0]
-    mine = listing[distributed.rank() :: distributed.world_size()]
-    for path in mine:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in mine}
-    write_json_atomic(part, entries)
-    distributed.barrier()
-    if distributed.is_main():
-        files: dict[str, Any] = {}
-        parts = sorted(folder.glob("manifest_rank_*.json"))
-        for path in parts:
-            files.update(json.loads(path.read_text(encoding="utf-8")))
-        write_json_atomic(folder / CHECKPOINT_MANIFEST_FILE, {"version": VERSION, "files": files})
-        for path in parts:
-            path.unlink()
 
 
 def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:

@@ -27,6 +27,8 @@ OWNED_KEYS = {
     "bf16": "model.dtype",
     "fp16": "model.dtype",
     "steps_per_print": "(the console is ours)",
+    "checkpoint": "checkpoint (its files are written and verified by the trainer)",
+    "datastates_ckpt": "checkpoint (its files are written and verified by the trainer)",
 }
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
@@ -28,7 +29,8 @@ from versatune_ds.data.templating import load_tokenizer, set_chat_template, stop
 from versatune_ds.engine.model import DTYPES, PackedCausalLM, load_architecture
 from versatune_ds.engine.safe_loading import tensors_only
 from versatune_ds.foundations import constants, distributed
-from versatune_ds.foundations.files import fsync_dir, write_json_atomic
+from versatune_ds.foundations.errors import SaveError
+from versatune_ds.foundations.files import fsync_dir, fsync_tree, write_json_atomic
 
 NAME_PREFIX = "lm."
 """Parameters of `PackedCausalLM` carry this prefix; Hugging Face's names do not."""
@@ -118,19 +120,30 @@ def export_model(model: PackedCausalLM, companions: Companions, folder: Path, ma
         companions: saved beside the weights.
         folder: target; replaced if it exists.
         max_shard_bytes: bound of a shard, and of the host memory needed.
+
+    Raises:
+        SaveError: on all ranks, when rank 0 could not write.
     """
     temporary = folder.with_name(f".unfinished-{folder.name}")
-    writer = None
+    problem: Exception | None = None
+    parameters = _gathered_parameters(model)
     if distributed.is_main():
-        _make_empty(temporary)
-        writer = ShardWriter(temporary, max_shard_bytes)
-    for name, tensor in _gathered_parameters(model):
-        if writer is not None:
-            writer.add(name, tensor.detach().to("cpu", copy=True))
-    if writer is not None:
-        writer.close()
-        _finish(model.lm.config, companions, temporary, folder)
-    distributed.barrier()
+        try:
+            _make_empty(temporary)
+            writer = ShardWriter(temporary, max_shard_bytes)
+            for name, tensor in parameters:
+                writer.add(name, tensor.detach().to("cpu", copy=True))
+            writer.close()
+            _finish(model.lm.config, companions, temporary, folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            problem = SaveError(
+                f"the model could not be written into {folder}: {error}. Make room, then start the same "
+                "command again, or make it from the last checkpoint: versatune-ds export RUN"
+            )
+    for _ in parameters:  # the other ranks' part, and that of a rank 0 that could not write
+        pass
+    distributed.raise_together(problem)
 
 
 def export_checkpoint(
@@ -210,6 +223,7 @@ def _finish(config: Any, companions: Companions, temporary: Path, folder: Path) 
     settings["use_cache"] = True  # switched off for training only
     write_json_atomic(temporary / "config.json", settings)
     companions.save(temporary)
+    fsync_tree(temporary)
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)

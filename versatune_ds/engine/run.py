@@ -38,6 +38,7 @@ from versatune_ds.engine.reference_input import open_reference
 from versatune_ds.engine.rehearsal import rehearse_when_asked
 from versatune_ds.engine.run_lock import unwritable
 from versatune_ds.engine.sameness import code_and_settings, require_sameness
+from versatune_ds.engine.saving import Saver
 from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
@@ -64,6 +65,7 @@ class Run:
     loader: StepLoader
     controller: WeightController
     statistics: StepStatistics
+    saver: Saver
     held_out: HeldOut | None
     probe: HeldOut | None
     tokenizer: Any
@@ -113,8 +115,9 @@ class Run:
             )
 
     def close(self) -> None:
-        """Stop the prefetch thread and close the files."""
+        """Stop the threads and close the files."""
         self.loader.close()
+        self.saver.close()
         self.progress.close()
         self.sinks.close()
 
@@ -166,8 +169,8 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
         report_alarms(controller.starting_alarms(DomainSums.zeros(len(table))))
     # 4. Model and engine.
     engine = build_engine(config, device)
-    if checkpoint is not None:
-        load_model_state(checkpoint, engine)
+    if checkpoint is not None and state is not None:
+        load_model_state(checkpoint, engine, state, state_layout(config))
         log.info("resuming from %s", checkpoint)
     rehearse_when_asked(engine, config)
     # 5. Files and console.
@@ -206,6 +209,7 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
         ),
         controller=controller,
         statistics=StepStatistics(len(table), device),
+        saver=Saver(config.run.dir / constants.CHECKPOINTS_DIR, config.checkpoint, engine),
         held_out=held_out,
         probe=probe,
         tokenizer=tokenizer,

@@ -1,8 +1,8 @@
 """Domain sums of a step, gathered on the device and reduced once.
 
 Every micro-batch adds its per-sample sums to one float64 buffer without asking the host to wait. At the step
-boundary a single all-reduce carries the buffer together with the two facts the ranks must agree on: whether
-any loss was not finite, and whether any rank was asked to stop. What comes back is the same on all ranks, so
+boundary a single all-reduce carries the buffer together with the facts the ranks must agree on: whether any
+loss was not finite, and what any rank has to say (`Flags`). What comes back is the same on all ranks, so
 every decision taken from it is too.
 
 What is not covered: what is done with the sums (`versatune_ds.domain`).
@@ -20,17 +20,33 @@ from versatune_ds.foundations import distributed
 from versatune_kernels import LossOutput
 
 
+class Flags(NamedTuple):
+    """What a rank says at a step boundary; agreed upon, each is true when any rank said so."""
+
+    stop: bool = False
+    """Asked to stop."""
+    save: bool = False
+    """A checkpoint is due by the clock (rank 0's counts)."""
+    writing: bool = False
+    """Still writing a checkpoint in the background."""
+    failed: bool = False
+    """Could not write it."""
+
+
+NO_FLAGS = Flags()
+
+
 class StepTotals(NamedTuple):
     """What all ranks together know about a step."""
 
     sums: DomainSums | None
     """Reduced sums per domain; None when a loss was not finite."""
-    stop: bool
-    """True when any rank was asked to stop."""
+    flags: Flags
+    """What any rank has said."""
 
 
 class StepStatistics:
-    """The [NUM_ROWS, k] buffer of one step, plus two flags.
+    """The [NUM_ROWS, k] buffer of one step, plus flags.
 
     Args:
         num_domains: k.
@@ -69,12 +85,16 @@ class StepStatistics:
         """This rank's sums so far, float64[NUM_ROWS, k]; may hold NaN."""
         return self._sums.cpu().numpy().copy()
 
-    def reduce(self, stop: bool = False) -> StepTotals:
+    def reduce(self, flags: Flags = NO_FLAGS) -> StepTotals:
         """Sum over ranks and start anew. The one collective, and the one wait of the host, of a step."""
-        flags = torch.stack([self._nonfinite, torch.full_like(self._nonfinite, float(stop))])
-        buffer = distributed.all_reduce_sum(torch.cat([self._sums.flatten(), flags])).cpu().numpy()
+        # filled on the device: a copy from the host would wait for it
+        said = [torch.full_like(self._nonfinite, float(flag)) for flag in flags]
+        packed = torch.cat([self._sums.flatten(), torch.stack([self._nonfinite, *said])])
+        buffer = distributed.all_reduce_sum(packed).cpu().numpy()
         self._sums.zero_()
         self._nonfinite.zero_()
-        sums = buffer[:-2].reshape(NUM_ROWS, self.num_domains)
-        finite = buffer[-2] == 0 and bool(np.isfinite(sums).all())
-        return StepTotals(DomainSums(sums) if finite else None, bool(buffer[-1] > 0))
+        count = self._sums.numel()
+        sums = buffer[:count].reshape(NUM_ROWS, self.num_domains)
+        finite = buffer[count] == 0 and bool(np.isfinite(sums).all())
+        agreed = Flags(*(bool(votes > 0) for votes in buffer[count + 1 :]))
+        return StepTotals(DomainSums(sums) if finite else None, agreed)

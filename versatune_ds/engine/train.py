@@ -29,7 +29,6 @@ from versatune_ds.engine.build import (
     discard_step,
     start_process_group,
 )
-from versatune_ds.engine.checkpoint import checkpoint_due, save_checkpoint
 from versatune_ds.engine.evaluate import HeldOut, evaluate, model_inputs
 from versatune_ds.engine.export import Companions, export_model
 from versatune_ds.engine.heartbeat import Heartbeat
@@ -39,7 +38,7 @@ from versatune_ds.engine.run import Run, open_run
 from versatune_ds.engine.run_lock import RunLock
 from versatune_ds.engine.signals import StopRequest, note_stopped
 from versatune_ds.engine.skipping import NONFINITE_GRADIENT, reason_to_skip, report_skip
-from versatune_ds.engine.statistics import StepTotals
+from versatune_ds.engine.statistics import Flags, StepTotals
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.log import get_logger
@@ -97,27 +96,26 @@ def run_steps(run: Run, stop: StopRequest) -> bool:
     for step in range(run.first_step, run.total_steps):
         if run.early_stopping.exhausted:
             break
-        stopping = run_step(run, step, stop)
+        agreed = run_step(run, step, stop)
         done = step + 1
         last = done == run.total_steps
-        if (
-            stopping
-            or checkpoint_due(run.config.checkpoint, done)
-            or (last and run.config.checkpoint.every_n_steps)
-        ):
-            save(run, done)
-        if stopping and not last:
+        run.saver.settle(agreed)
+        if run.saver.due(done, agreed, last):
+            run.saver.save(done, run.state)
+        if agreed.stop and not last:
+            run.saver.finish()
             log.info(
                 "stopped after step %d as asked (%s); start the same command to go on", done, stop.reason
             )
             note_stopped(done, run.total_steps)
             return False
         evaluate_when_due(run, done)
+    run.saver.finish()
     return True
 
 
-def run_step(run: Run, step: int, stop: StopRequest) -> bool:
-    """One optimizer step; returns whether the ranks agreed to stop after it."""
+def run_step(run: Run, step: int, stop: StopRequest) -> Flags:
+    """One optimizer step; returns what the ranks agreed on at its boundary."""
     started = time.perf_counter()
     rate = learning_rate(run.config.optimizer, step, run.total_steps)
     mark("waiting for data", step + 1)
@@ -126,7 +124,7 @@ def run_step(run: Run, step: int, stop: StopRequest) -> bool:
 
     mark("reduction of the statistics", step + 1)
     reached_boundary = time.perf_counter()
-    totals = run.statistics.reduce(stop.requested is not None)
+    totals = run.statistics.reduce(run.saver.flags(stop=stop.requested is not None))
     left_boundary = time.perf_counter()
 
     mark("optimizer step", step + 1)
@@ -146,9 +144,10 @@ def run_step(run: Run, step: int, stop: StopRequest) -> bool:
     times = StepTimes(ended - started, left_boundary - reached_boundary, ended - stepped if updated else 0.0)
     record_step(run, plan, totals, rate, applied, times)
     if reason and (error := report_skip(run, plan, totals, sample_losses, reason)):
-        save(run, step + 1)
+        run.saver.save(step + 1, run.state)
+        run.saver.finish()
         raise error
-    return totals.stop
+    return totals.flags
 
 
 # --- the parts of a step ------------------------------------------------------------------------------------
@@ -260,6 +259,7 @@ def record_step(
         plan_s=run.loader.last_plan_s,
         boundary_s=times.boundary,
         update_s=times.update,
+        save_stall_s=run.saver.take_stall_s(),
         memory_gib=peak_memory_gib(),
         mfu=mfu(flops, times.whole, distributed.world_size(), run.peak_tflops),
     )
@@ -274,7 +274,7 @@ def evaluate_when_due(run: Run, done: int) -> None:
         return
     record_evaluation(run, done, run.held_out)
     if run.early_stopping.exhausted and run.config.checkpoint.every_n_steps:
-        save(run, done)  # a restart then knows that the run is over
+        run.saver.save(done, run.state)  # a restart then knows that the run is over
 
 
 def record_evaluation(run: Run, done: int, held_out: HeldOut) -> None:
@@ -294,14 +294,7 @@ def record_evaluation(run: Run, done: int, held_out: HeldOut) -> None:
     run.after_evaluation(done, record.loss, result.sums)
 
 
-# --- saving -------------------------------------------------------------------------------------------------
-
-
-def save(run: Run, done: int) -> None:
-    """A complete checkpoint after `done` steps; on all ranks."""
-    mark("checkpoint", done, is_limited=False)
-    folder = run.folder / constants.CHECKPOINTS_DIR
-    save_checkpoint(folder, done, run.engine, run.state(), run.config.checkpoint)
+# --- the end ------------------------------------------------------------------------------------------------
 
 
 def finish(run: Run) -> None:

@@ -53,3 +53,5 @@ EXIT_HANG: Final = 7
 """A rank gave no sign of life, or made no progress, for `run.hang_timeout_s`."""
 EXIT_LAUNCHER_LOST: Final = 8
 """The launcher was gone and the next step boundary could not be reached."""
+EXIT_SAVE: Final = 9
+"""A checkpoint or the finished model could not be written."""

@@ -65,6 +65,12 @@ class StateError(VersaTuneError):
     exit_code = constants.EXIT_STATE
 
 
+class SaveError(VersaTuneError):
+    """A checkpoint could not be written."""
+
+    exit_code = constants.EXIT_SAVE
+
+
 class DivergenceError(VersaTuneError):
     """Too many steps in a row had to be skipped: their losses or gradients were not finite, or leapt up."""
 

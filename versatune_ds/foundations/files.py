@@ -29,6 +29,14 @@ def fsync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_tree(folder: Path) -> None:
+    """Make all files directly inside `folder` durable, and their names."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    fsync_dir(folder)
+
+
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, durably, so that readers see all of it or none."""
     path = Path(path)

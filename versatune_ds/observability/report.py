@@ -227,6 +227,7 @@ def summary_table(runs: Sequence[RunData]) -> Table:
         ("Throughput", throughput_text),
         ("MFU", lambda run: percent(median(run.series["mfu"]))),
         ("Time in steps", lambda run: _duration(total(run.series["step_s"]))),
+        ("Standing still for checkpoints", lambda run: _duration(total(run.series["save_stall_s"]))),
         ("Time in evaluations", lambda run: _duration(total(run.eval_s))),
         ("Waiting for data", lambda run: percent(part_share(run, "data_wait_s"), 2)),
         ("Peak memory", memory_text),
