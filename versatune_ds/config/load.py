@@ -24,6 +24,8 @@ from versatune_ds.config.schema import Config
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import write_text_atomic
 
+Settings = typing.TypeVar("Settings", bound=BaseModel)
+
 
 class StrictLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 booleans and floats and without silently repeated keys."""
@@ -75,6 +77,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file is missing or not YAML, or a setting is unknown or invalid.
     """
+    return load_settings(Config, path, overrides)
+
+
+def load_settings(model: type[Settings], path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """`load_config` for any settings file, here and in `config/study.py`."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give a YAML file with --config (examples: configs/)")
@@ -83,7 +90,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: holds {_kind(raw)}; a run's settings are sections with keys")
     for override in overrides:
         _apply_override(raw, override)
-    return validate_config(raw, str(path))
+    return validate_settings(model, raw, str(path))
 
 
 def validate_config(raw: dict[str, Any], origin: str) -> Config:
@@ -92,10 +99,15 @@ def validate_config(raw: dict[str, Any], origin: str) -> Config:
     Raises:
         ConfigError: naming every problem with its place.
     """
+    return validate_settings(Config, raw, origin)
+
+
+def validate_settings(model: type[Settings], raw: dict[str, Any], origin: str) -> Settings:
+    """`validate_config` for any settings."""
     try:
-        return Config.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        problems = [_problem(dict(item)) for item in error.errors(include_url=False)]
+        problems = [_problem(model, dict(item)) for item in error.errors(include_url=False)]
         text = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
         raise ConfigError(f"{origin}: {len(set(problems))} problem(s) in the settings\n{text}") from None
 
@@ -137,12 +149,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node[parts[-1]] = _parse_yaml(value, f"override {key}") if value.strip() else None
 
 
-def _problem(item: dict[str, Any]) -> str:
+def _problem(root: type[BaseModel], item: dict[str, Any]) -> str:
     # pydantic adds a part per member of a union, e.g. `list[...]`; only names and positions help a user
     parts = [p for p in item["loc"] if isinstance(p, int) or p.replace("_", "").isalnum()]
     place = ".".join(str(part) for part in parts)
     if item["type"] == "extra_forbidden":
-        return f"{place}: unknown key{_nearest(item['loc'])}"
+        return f"{place}: unknown key{_nearest(root, item['loc'])}"
     if item["type"] == "missing":
         return f"{place}: required, but not given"
     message = item["msg"].removeprefix("Value error, ")
@@ -151,9 +163,9 @@ def _problem(item: dict[str, Any]) -> str:
     return f"{place}: {message} (found {item['input']!r})"
 
 
-def _nearest(location: tuple[Any, ...]) -> str:
+def _nearest(root: type[BaseModel], location: tuple[Any, ...]) -> str:
     """Hint for an unknown key: the nearest key of its section, else of any section, else the known keys."""
-    model: type[BaseModel] | None = Config
+    model: type[BaseModel] | None = root
     for part in location[:-1]:
         if isinstance(part, str) and model is not None and part in model.model_fields:
             model = _section(model.model_fields[part].annotation)
@@ -164,7 +176,7 @@ def _nearest(location: tuple[Any, ...]) -> str:
         return f"; did you mean {near[0]}?"
     elsewhere = [
         f"{section}.{field}"
-        for section, info in Config.model_fields.items()
+        for section, info in root.model_fields.items()
         if (inner := _section(info.annotation)) is not None
         for field in inner.model_fields
         if field == unknown
