@@ -225,7 +225,7 @@ class Workers:
         self._done += len(jobs) - len(waiting)
         if kept := len(jobs) - len(waiting):
             log.info("[%d/%d] %d finished runs are kept", self._done, self._total, kept)
-        threads = max(1, (os.cpu_count() or 1) // min(self._study.workers, max(1, len(waiting))))
+        threads = max(1, (os.cpu_count() or 1) // self._study.workers)
         waiting.reverse()
         while len(self._processes) < min(self._study.workers, len(waiting)):
             self._start()
