@@ -14,13 +14,24 @@ import time
 from collections.abc import Sequence
 
 from versatune_ds import __version__
-from versatune_ds.cli import bench, doctor, export, inspect, prepare, report, sample, study, train
+from versatune_ds.cli import (
+    bench,
+    doctor,
+    export,
+    inspect,
+    plan_weights,
+    prepare,
+    report,
+    sample,
+    study,
+    train,
+)
 from versatune_ds.foundations.constants import EXIT_FAILURE
 from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.log import setup_logging
 
 OTHER_RANKS_WAIT_S = 5.0
-VERBS = (sample, prepare, inspect, train, export, report, doctor, bench, study)
+VERBS = (sample, prepare, inspect, train, export, report, doctor, bench, plan_weights, study)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -89,7 +89,7 @@ def load_settings(model: type[Settings], path: str | Path, overrides: Sequence[s
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds {_kind(raw)}; a run's settings are sections with keys")
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     return validate_settings(model, raw, str(path))
 
 
@@ -133,7 +133,8 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in plain sections; ConfigError where that cannot be done."""
     key, equals, value = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
