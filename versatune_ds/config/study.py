@@ -68,7 +68,8 @@ class Tuning(Section):
     seeds: list[int] = Field(min_length=1)
     """Seeds for choosing; none of them is a seed of the study."""
     arms: dict[str, Sections] = Field(min_length=1)
-    """Candidates by name; the one with the lowest mean loss, averaged over domains and seeds, wins."""
+    """Candidates by name; the one whose held-out loss changes best, averaged over domains and
+    seeds, wins."""
 
 
 class Study(Section):

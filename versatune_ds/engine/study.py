@@ -42,7 +42,7 @@ from versatune_ds.observability.progress import duration
 from versatune_ds.observability.study_results import (
     RunResult,
     last_evaluation,
-    mean_loss,
+    mean_change,
     read_result,
     reference_losses,
     summarise,
@@ -106,7 +106,7 @@ def run_study(study: Study) -> StudyRuns:
         confirmed = []
         if tuning:
             winner = best_arm(found[len(arms) :])
-            log.info("tuning: %s has the lowest mean loss; now on the seeds of the study", winner)
+            log.info("tuning: %s has the lowest mean change; now on the seeds of the study", winner)
             confirmed = workers.run(plan.confirmation(reference, winner))
     return StudyRuns(
         base=base,
@@ -170,10 +170,10 @@ def reference_file(reference: dict[str, float]) -> dict[str, Any]:
 
 
 def best_arm(results: Sequence[RunResult]) -> str:
-    """The candidate with the lowest mean over domains and seeds of the final held-out loss."""
+    """The candidate with the lowest mean change of the held-out loss, over domains and seeds."""
     by_arm: dict[str, list[float]] = {}
     for result in results:
-        by_arm.setdefault(result.arm, []).append(mean_loss(result))
+        by_arm.setdefault(result.arm, []).append(mean_change(result))
     return min(by_arm, key=lambda arm: sum(by_arm[arm]) / len(by_arm[arm]))
 
 

@@ -134,6 +134,7 @@ class StudyPlan:
         Raises:
             ConfigError: an arm is not a valid run.
         """
+        self._max_steps()
         unknown = dict.fromkeys(self.domains, 1.0)
         jobs = [self.base(), *self.references(), *self.arms(unknown), *self.tuning(unknown)]
         for expansion in self.study.expansions:

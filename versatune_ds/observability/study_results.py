@@ -115,9 +115,9 @@ def reference_losses(runs: Sequence[RunResult]) -> dict[str, float]:
     return {run.arm: float(run.lowest[run.arm]) for run in runs}
 
 
-def mean_loss(run: RunResult) -> float:
-    """Unweighted mean over domains of the final held-out loss."""
-    return float(np.mean(list(run.after.values())))
+def mean_change(run: RunResult) -> float:
+    """Unweighted mean over domains of the relative change of the held-out loss."""
+    return float(changes(run, list(run.after)).mean())
 
 
 def changes(run: RunResult, names: Sequence[str]) -> Array:
