@@ -49,7 +49,8 @@ def test_a_missing_loss_has_no_tokens_and_a_missing_error_none():
     np.testing.assert_array_equal(sums.tokens > 0, [True, False])
     assert np.isnan(sums.stderr()).all()
     # losses of weights.jsonl stand for an absent domain too: its tokens tell
-    assert sums_of(losses(1, losses={"law": 2.0}, tokens={"law": 0.0}), TABLE).tokens[0] == 0
+    absent = sums_of(losses(1, losses={"law": 2.0}, tokens={"law": 0.0}), TABLE)
+    assert absent.tokens[0] == absent.samples[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_reference_runs_see_one_domain_and_are_evaluated_on_the_way():
     assert [job.arm for job in jobs] == list(REFERENCE)
     for job in jobs:
         assert job.config.domains.initial == {name: float(name == job.arm) for name in REFERENCE}
-        assert job.config.evaluation.every_n_steps == 10 and job.total_steps == 40
+        assert job.config.evaluation.every_n_steps == 20 and job.total_steps == 40
 
 
 def test_the_winner_is_confirmed_on_the_seeds_of_the_study():
@@ -67,7 +67,7 @@ def test_the_winner_is_confirmed_on_the_seeds_of_the_study():
 
 
 def test_all_runs_are_counted_and_checked_before_the_first():
-    assert plan_of().check() == 1 + 6 + 65 + 14 + 5
+    assert plan_of().check() == 1 + 6 + 65 + 12 + 5
     with pytest.raises(ConfigError, match=r"run inverse_seed-11.*\n.*weights.strategy"):
         plan_of("strategies", "arms.inverse.weights.strategy=invers").check()
     with pytest.raises(ConfigError, match="'math' is no domain"):

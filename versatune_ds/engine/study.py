@@ -73,7 +73,6 @@ class Outcome(NamedTuple):
 class StudyRuns:
     """All finished runs of a study."""
 
-    base: RunResult
     reference: dict[str, float]
     """Reference loss by domain, nats per supervised token."""
     arms: list[RunResult]
@@ -98,7 +97,7 @@ def run_study(study: Study) -> StudyRuns:
     prepared = prepare(plan.base().config)
     log.info("%s", prepared.table())
     with StopRequest() as stop, Workers(study, data_fingerprint(prepared), total, stop) as workers:
-        [base] = workers.run([plan.base()])
+        workers.run([plan.base()])
         reference = reference_losses(workers.run(plan.references()))
         write_json_atomic(study.dir / "reference.json", reference_file(reference))
         arms, tuning = plan.arms(reference), plan.tuning(reference)
@@ -109,7 +108,6 @@ def run_study(study: Study) -> StudyRuns:
             log.info("tuning: %s has the lowest mean change; now on the seeds of the study", winner)
             confirmed = workers.run(plan.confirmation(reference, winner))
     return StudyRuns(
-        base=base,
         reference=reference,
         arms=found[: len(arms)],
         tuning=found[len(arms) :],
@@ -315,7 +313,7 @@ def train_job(job: Job, fingerprint: str, threads: int, device: Any) -> Outcome:
     from versatune_ds.engine.bench import git_commit
     from versatune_ds.engine.train import train_in_group
 
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     torch.set_num_threads(threads)
     folder = job.config.run.dir
     begun = folder / "begun.json"
@@ -332,9 +330,13 @@ def train_job(job: Job, fingerprint: str, threads: int, device: Any) -> Outcome:
     finished = last_evaluation(folder)[0] == job.total_steps
     if finished:
         shutil.rmtree(folder / constants.CHECKPOINTS_DIR, ignore_errors=True)
-        write_json_atomic(
-            folder / FINISHED_FILE, {"fingerprint": fingerprint, "seconds": seconds, "commit": git_commit()}
-        )
+        done = {
+            "fingerprint": fingerprint,
+            "seconds": seconds,
+            "cpu_s": time.process_time() - cpu_started,
+            "commit": git_commit(),
+        }
+        write_json_atomic(folder / FINISHED_FILE, done)
     return Outcome(job.name, None, finished, seconds)
 
 
@@ -358,7 +360,6 @@ def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
     from versatune_ds.observability.study_page import write_results
 
     summary = summarise(
-        base=runs.base,
         reference=runs.reference,
         arms=runs.arms,
         tuning=runs.tuning,
@@ -380,6 +381,7 @@ def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
         "study": study.model_dump(mode="json"),
         "runs": 1 + len(runs.reference) + len(runs.arms) + len(runs.tuning) + len(runs.confirmed),
         "run_s": sum(done["seconds"] for done in finished),
+        "cpu_s": sum(done["cpu_s"] for done in finished),
         "wall_s": runs.seconds,
     }
     return write_results(summary, study.dir / "results")

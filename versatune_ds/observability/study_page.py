@@ -97,7 +97,8 @@ def _provenance(summary: Mapping[str, Any]) -> list[Block]:
         Text(
             f"{made['date']}; {device}, {made['workers']} runs at a time; {versions}; commit "
             f"{', '.join(made['commits'])}. Settings: `{made['config']}`. {made['runs']} runs took "
-            f"{made['run_s'] / 60:.0f} minutes of wall time added up; the last call of the command took "
+            f"{made['cpu_s'] / 60:.0f} minutes of CPU time and {made['run_s'] / 60:.0f} minutes of wall time "
+            f"added up; the last call of the command took "
             f"{made['wall_s'] / 60:.0f} minutes."
         ),
         Text(

@@ -226,7 +226,6 @@ def weight_summary(runs: Sequence[RunResult], names: Sequence[str]) -> dict[str,
 
 def summarise(
     *,
-    base: RunResult,
     reference: Mapping[str, float],
     arms: Sequence[RunResult],
     tuning: Sequence[RunResult],
@@ -242,7 +241,7 @@ def summarise(
     return {
         "domains": list(names),
         "baseline": baseline,
-        "base_loss": dict(base.after),
+        "base_loss": dict(next(iter(against.values())).before),
         "reference": dict(reference),
         "arms": {arm: arm_summary(runs, against, names) for arm, runs in found.items()},
         "expansions": {
