@@ -55,7 +55,7 @@ def test_reference_runs_see_one_domain_and_are_evaluated_on_the_way():
     assert [job.arm for job in jobs] == list(REFERENCE)
     for job in jobs:
         assert job.config.domains.initial == {name: float(name == job.arm) for name in REFERENCE}
-        assert job.config.evaluation.every_n_steps == 20 and job.total_steps == 40
+        assert job.config.evaluation.every_n_steps == 16 and job.total_steps == 32
 
 
 def test_the_winner_is_confirmed_on_the_seeds_of_the_study():

@@ -51,7 +51,7 @@ from versatune_ds.observability.study_results import (
 log = get_logger(__name__)
 
 CORPUS_VARIABLE = "VERSATUNE_CORPUS"
-FINISHED_FILE = "finished.json"
+BEGUN_FILE, FINISHED_FILE = "begun.json", "finished.json"
 POLL_S = 1.0
 STOP_WAIT_S = 120.0
 
@@ -307,7 +307,7 @@ def work(link: connection.Connection, log_file: Path) -> None:
 
 
 def train_job(job: Job, fingerprint: str, threads: int, device: Any) -> Outcome:
-    """Train one run to its end; a part of it that another setting left is removed first."""
+    """Train one run to its end, from its checkpoint if it was stopped; other remains are removed first."""
     import torch
 
     from versatune_ds.engine.bench import git_commit
@@ -316,8 +316,9 @@ def train_job(job: Job, fingerprint: str, threads: int, device: Any) -> Outcome:
     started, cpu_started = time.perf_counter(), time.process_time()
     torch.set_num_threads(threads)
     folder = job.config.run.dir
-    begun = folder / "begun.json"
-    if folder.exists() and not (begun.is_file() and json.loads(begun.read_text()) == fingerprint):
+    begun = folder / BEGUN_FILE
+    ours = begun.is_file() and json.loads(begun.read_text()) == fingerprint
+    if folder.exists() and not (ours and (folder / constants.CHECKPOINTS_DIR).is_dir()):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(begun, fingerprint)
@@ -356,7 +357,6 @@ def is_finished(job: Job, fingerprint: str) -> bool:
 
 def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
     """Write summary.json, the pictures and the pages; returns the folder."""
-    from versatune_ds.engine.build import describe_versions
     from versatune_ds.observability.study_page import write_results
 
     summary = summarise(
@@ -375,7 +375,7 @@ def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
         "config": str(config_path),
         "commits": sorted({str(done["commit"]) for done in finished}),
         "hardware": info["hardware"],
-        "versions": describe_versions(),
+        "versions": info["versions"],
         "num_parameters": info["num_parameters"],
         "workers": study.workers,
         "study": study.model_dump(mode="json"),
