@@ -154,6 +154,21 @@ def test_expansion_gate_is_recorded():
     assert "gate closed: mean phi of the others 0.5 > 0.2" in record.reasons
 
 
+@pytest.mark.parametrize(
+    ("noise_z", "phi", "is_open"), [(0.0, 0.2, False), (0.1, 0.1292893, False), (1.0, 0.0, True)]
+)
+def test_a_rise_within_its_noise_does_not_close_the_gate(noise_z, phi, is_open):
+    # code: 40 nats, then 48, on two samples of 10 tokens: l = 2 and 2.4, se = 1 each (as above), of the
+    # difference sqrt(2): phi = (0.4 - z sqrt(2)) / 2; mean over code and other phi / 2 against 0.1 * 0.5
+    controller = controller_of("expansion", target="law", epsilon=0.1, noise_z=noise_z)
+    for step, (first, second) in ((10, (30.0, 10.0)), (20, (34.0, 14.0))):
+        nats = [20.0, 20.0, first, second, 20.0, 20.0]
+        controller.observe(DomainSums.from_samples([0, 0, 1, 1, 2, 2], nats, [10] * 6, 3))
+        record = controller.update(step)
+    assert record.gamma["law"] == 0.5 and record.phi["code"] == pytest.approx(phi, abs=1e-6)
+    assert record.gate_open is is_open
+
+
 def test_limits_hold_and_are_explained():
     controller = controller_of("raw_loss", limits={"min_weight": 0.1, "max_relative_change": 0.5})
     for step in range(10, 100, 10):

@@ -69,6 +69,15 @@ TABLE = [
     # closed, exponential: 0.3 * exp(ln 2) = 0.6 against 0.5; 0.8 * 6 / 11 and 0.8 * 5 / 11
     ("expansion", {"form": "exponential"}, [0.2, 0.3, 0.5],
      {"gamma": [0.1, LN2, 0.0], "phi": [0.0, 0.9, 0.0]}, [0.2, 4.8 / 11, 4 / 11]),
+    # gates: phi of the others 0.3 and 0.1, gamma of the target 0.25. mean 0.2 <= 0.25: relative is open
+    ("expansion", {"gate": "relative"}, [0.2, 0.3, 0.5], {"gamma": [0.25, 0.5, 0.1], "phi": [0.0, 0.3, 0.1]},
+     [0.25, 0.28125, 0.46875]),
+    # largest 0.3 > 0.25: worst is closed; 0.8 shared as 0.45 : 0.55
+    ("expansion", {"gate": "worst"}, [0.2, 0.3, 0.5], {"gamma": [0.25, 0.5, 0.1], "phi": [0.0, 0.3, 0.1]},
+     [0.2, 0.36, 0.44]),
+    # mean 0.2 > 0.15, whatever gamma is: absolute is closed
+    ("expansion", {"gate": "absolute", "epsilon": 0.15}, [0.2, 0.3, 0.5],
+     {"gamma": [0.25, 0.5, 0.1], "phi": [0.0, 0.3, 0.1]}, [0.2, 0.36, 0.44]),
     # excess ln 2, 0 (loss below its reference), 0: products 0.5, 0.25, 0.5, sum 1.25 -> 0.4, 0.2, 0.4;
     # mixed 0.7 : 0.3 with 1/3 each: 0.28 + 0.1, 0.14 + 0.1, 0.28 + 0.1
     ("doremi", {"smoothing": 0.3}, QUARTER, {"losses": [1 + LN2, 0.5, 2.0], "reference": [1.0, 1.5, 2.0]},

@@ -8,12 +8,16 @@ import pytest
 from launching import REPOSITORY
 
 from versatune_ds.config.load import load_config
+from versatune_ds.config.study import load_study
 from versatune_ds.domain.reference import prior_weights
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.deepspeed_config import deepspeed_config
+from versatune_ds.engine.study_jobs import StudyPlan
 
+STUDIES = sorted((REPOSITORY / "configs" / "studies").glob("*.yaml"))
 # files of benchmark tasks are no run's settings: tests/config/test_benchmarks.py
-CONFIGS = sorted(p for p in (REPOSITORY / "configs").rglob("*.yaml") if p.parent.name != "benchmarks")
+TASKS = sorted((REPOSITORY / "configs" / "benchmarks").glob("*.yaml"))
+CONFIGS = sorted(set((REPOSITORY / "configs").rglob("*.yaml")) - set(STUDIES) - set(TASKS))
 # Counts of judged generations per domain (law, medicine, finance, science, code, other); VersaTune, phase 1.
 COUNTS = {
     "llama-2-7b": (571, 866, 653, 595, 813, 6489),
@@ -36,6 +40,16 @@ def test_config_is_valid_and_introduces_itself(path, monkeypatch):
         assert str(path.relative_to(REPOSITORY)) in opening
     world_size = 2 if "strategies" in path.parts or path.stem == "quickstart" else 8
     deepspeed_config(config, world_size)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_every_run_of_a_study_is_valid(path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    plan = StudyPlan(load_study(path), REPOSITORY, REPOSITORY)
+    assert plan.check() > len(plan.study.arms) * len(plan.study.seeds)
+    opening = path.read_text(encoding="utf-8").split("\ndir:")[0]
+    for word in ("# What:", "# Hardware:", "# Command:", str(path.relative_to(REPOSITORY))):
+        assert word in opening
 
 
 @pytest.mark.parametrize("name", COUNTS)

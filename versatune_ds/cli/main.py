@@ -23,10 +23,12 @@ from versatune_ds.cli import (
     export,
     inspect,
     plan,
+    plan_weights,
     prepare,
     reference,
     report,
     sample,
+    study,
     train,
 )
 from versatune_ds.foundations.constants import EXIT_FAILURE
@@ -34,7 +36,22 @@ from versatune_ds.foundations.errors import PeerLostError, VersaTuneError
 from versatune_ds.foundations.log import setup_logging
 
 OTHER_RANKS_WAIT_S = 5.0
-VERBS = (sample, prepare, inspect, plan, detect, reference, train, evaluate, export, report, doctor, bench)
+VERBS = (
+    sample,
+    prepare,
+    inspect,
+    plan,
+    detect,
+    reference,
+    plan_weights,
+    train,
+    evaluate,
+    export,
+    report,
+    study,
+    doctor,
+    bench,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

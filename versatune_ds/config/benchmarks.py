@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from versatune_ds.config.load import read_yaml, validation_problems
+from versatune_ds.config.load import read_yaml
 from versatune_ds.config.schema import Section
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 

@@ -24,6 +24,8 @@ from versatune_ds.config.schema import Config
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import write_text_atomic
 
+Settings = typing.TypeVar("Settings", bound=BaseModel)
+
 
 class StrictLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 booleans and floats and without silently repeated keys."""
@@ -75,11 +77,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file is missing or not YAML, or a setting is unknown or invalid.
     """
+    return load_settings(Config, path, overrides)
+
+
+def load_settings(model: type[Settings], path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """`load_config` for any settings file, here and in `config/study.py`."""
     path = Path(path)
     raw = read_yaml(path, "give a YAML file with --config (examples: configs/)")
     for override in overrides:
-        _apply_override(raw, override)
-    return validate_config(raw, str(path))
+        apply_override(raw, override)
+    return validate_settings(model, raw, str(path))
 
 
 def read_yaml(path: Path, cure: str) -> dict[str, Any]:
@@ -105,22 +112,17 @@ def validate_config(raw: dict[str, Any], origin: str) -> Config:
     Raises:
         ConfigError: naming every problem with its place.
     """
+    return validate_settings(Config, raw, origin)
+
+
+def validate_settings(model: type[Settings], raw: dict[str, Any], origin: str) -> Settings:
+    """`validate_config` for any settings."""
     try:
-        return Config.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(validation_problems(error, origin)) from None
-
-
-def validation_problems(error: ValidationError, origin: str, root: type[BaseModel] = Config) -> str:
-    """Every problem of a validation with its place, as text.
-
-    Args:
-        origin: stands in front.
-        root: what was validated, for hints about unknown keys.
-    """
-    problems = [_problem(dict(item), root) for item in error.errors(include_url=False)]
-    text = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
-    return f"{origin}: {len(set(problems))} problem(s) in the settings\n{text}"
+        problems = [_problem(dict(item), model) for item in error.errors(include_url=False)]
+        text = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
+        raise ConfigError(f"{origin}: {len(set(problems))} problem(s) in the settings\n{text}") from None
 
 
 def write_resolved(config: Config, path: Path) -> None:
@@ -144,7 +146,8 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in plain sections; ConfigError where that cannot be done."""
     key, equals, value = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):

@@ -200,7 +200,7 @@ def _model_files(shipped: Mapping[str, bytes], vocab_size: int) -> dict[str, byt
         for name, data in shipped.items()
         if name.startswith("data/train/")
         for row in _rows(name, data)
-        for text in _strings(row)
+        for text in strings_in(row)
     ]
     files = _tokenizer_files(texts, vocab_size)
     return files | {"config.json": _json_bytes(llama_config(vocab_size))}
@@ -214,17 +214,17 @@ def _rows(name: str, data: bytes) -> list[Any]:
     return [json.loads(line) for line in text.splitlines() if line]
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings_in(value: Any) -> Iterator[str]:
     """Every text in a row of any format; the speaker's name ("role", "from") is not text."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item)
+            yield from strings_in(item)
     elif isinstance(value, dict):
         for key, item in value.items():
             if key not in ("role", "from"):
-                yield from _strings(item)
+                yield from strings_in(item)
 
 
 def _read_marker(folder: Path) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ weights.jsonl holds one `WeightUpdate.to_json()` a line. Of each line a replay n
 in force from then on: `after` where the update was applied, `before` where it was only computed (shadow).
 Python writes floats so that they read back bit for bit; a replay trains with exactly the weights of the run.
 
-What is not covered: computing another strategy's weights from the losses of a finished run.
+What is not covered: computing another strategy's weights from the losses of a finished run (`history`).
 """
 
 from __future__ import annotations

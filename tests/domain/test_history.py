@@ -1,0 +1,146 @@
+"""Loss histories: reading them, and replaying them through the rules of a run."""
+
+import json
+
+import numpy as np
+import pytest
+
+from versatune_ds.config.schema import Domains, Weights
+from versatune_ds.domain.controller import WeightController
+from versatune_ds.domain.history import Losses, domains_of, read_history, replay_history, sums_of
+from versatune_ds.domain.reference import load_reference
+from versatune_ds.domain.statistics import DomainSums
+from versatune_ds.domain.table import DomainTable
+from versatune_ds.foundations.errors import ConfigError, DataError
+
+TABLE = DomainTable(["law", "code"])
+REFERENCE = {"law": 1.0, "code": 1.2}
+
+
+def controller_of(**weights) -> WeightController:
+    settings = Weights(**({"strategy": "fostering", "reference": REFERENCE} | weights))
+    domains = Domains(names=list(TABLE.names), initial={"law": 0.7, "code": 0.3})
+    return WeightController(TABLE, domains, settings, load_reference(REFERENCE, TABLE))
+
+
+def losses(step: int, **more) -> Losses:
+    return Losses(**({"step": step, "losses": {}, "stderr": {}, "tokens": {}, "samples": {}} | more))
+
+
+@pytest.mark.parametrize("tokens", [{}, {"law": 700.0, "code": 3.0}])
+@pytest.mark.parametrize("samples", [{}, {"law": 2.0, "code": 31.0}])
+def test_sums_have_the_recorded_means_and_errors(tokens, samples):
+    update = losses(
+        1,
+        losses={"law": 2.37, "code": 1.9},
+        stderr={"law": 0.01, "code": 0.4},
+        tokens=tokens,
+        samples=samples,
+    )
+    sums = sums_of(update, TABLE)
+    np.testing.assert_allclose(sums.mean_loss(), [2.37, 1.9], rtol=1e-15)
+    np.testing.assert_allclose(sums.stderr(), [0.01, 0.4], rtol=1e-8)
+    if tokens:
+        np.testing.assert_array_equal(sums.tokens, [700.0, 3.0])
+
+
+def test_a_missing_loss_has_no_tokens_and_a_missing_error_none():
+    sums = sums_of(losses(1, losses={"law": 2.0}), TABLE)
+    np.testing.assert_array_equal(sums.tokens > 0, [True, False])
+    assert np.isnan(sums.stderr()).all()
+    # losses of weights.jsonl stand for an absent domain too: its tokens tell
+    absent = sums_of(losses(1, losses={"law": 2.0}, tokens={"law": 0.0}), TABLE)
+    assert absent.tokens[0] == absent.samples[0] == 0
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"sigma": 3.0, "noise_z": 1.5},
+        {"form": "exponential"},
+        {"strategy": "expansion", "target": "code", "epsilon": 0.1},
+        {"strategy": "doremi"},
+        {"strategy": "raw_loss"},
+    ],
+)
+def test_the_replay_of_a_run_with_its_own_settings_is_that_run(tmp_path, weights):
+    controller = controller_of(**weights)
+    records = [controller.initial_update()]
+    rng = np.random.default_rng(0)
+    for step in (10, 20, 30, 40):
+        ids = [0, 0, 0, 1, 1] if step != 30 else [0, 0, 0]  # code is absent once
+        loss = rng.uniform(150, 400, len(ids))
+        controller.observe(DomainSums.from_samples(ids, loss, rng.integers(90, 130, len(ids)), 2))
+        records.append(controller.update(step))
+    path = tmp_path / "weights.jsonl"
+    path.write_text("".join(json.dumps(record.to_json()) + "\n" for record in records))
+    replayed = replay_history(read_history(path), controller_of(**weights), TABLE)
+    assert [r.step for r in replayed] == [0, 10, 20, 30, 40]
+    for ours, theirs in zip(replayed, records, strict=True):
+        assert ours.after == pytest.approx(theirs.after, rel=1e-9)
+        assert ours.phi == pytest.approx(theirs.phi, rel=1e-6, abs=1e-12)
+        assert ours.gate_open == theirs.gate_open
+    assert records[-1].after != records[0].after
+
+
+def test_by_hand(tmp_path):
+    # gamma: law (2 - 1) / 2 = 0.5, code (1.6 - 1.2) / 1.6 = 0.25; 0.7 * 1.5 = 1.05 to 0.3 * 1.25 = 0.375
+    path = tmp_path / "h.csv"
+    path.write_text("step,law,code\n10,2.0,1.6\n")
+    replayed = replay_history(read_history(path), controller_of(), TABLE)
+    assert replayed[-1].after == pytest.approx({"law": 1.05 / 1.425, "code": 0.375 / 1.425})
+
+
+def test_csv_and_jsonl_say_the_same(tmp_path):
+    table, lines = tmp_path / "h.csv", tmp_path / "h.jsonl"
+    table.write_text("\ufeffstep, law ,code,law.stderr\n5,2.5,,0.1\n10,2.25,1.5,\n", encoding="utf-8")
+    lines.write_text(
+        '{"step": 5, "losses": {"law": 2.5, "code": null}, "stderr": {"law": 0.1}}\n'
+        '{"step": 10, "losses": {"law": 2.25, "code": 1.5}}\n'
+    )
+    first, second = read_history(table), read_history(lines)
+    assert [vars(update) for update in first] == [vars(update) for update in second]
+    assert domains_of(first) == ["law", "code"] and first[0].losses == {"law": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("h.csv", "step,law\n10,2\n10,2\n", ":3: step 10 follows step 10"),
+        ("h.csv", "step,law\n0,2\n", ":2: step 0: an update has step 1"),
+        ("h.csv", "step,law\n5,x\n", ":2: not a number"),
+        ("h.csv", "step,law\n5,2,3\n", ":2: 3 cells under 2 columns"),
+        ("h.csv", "step,law\n5,nan\n", ":2: losses of law is nan"),
+        ("h.csv", "law,code\n5,2\n", ":1: its first line is .*expected `step`"),
+        ("h.csv", "step,law,law\n5,2,3\n", ":1: its first line"),
+        ("h.csv", "step,law,code.stderr\n5,2,3\n", ":1: column 'code.stderr' has no column"),
+        ("h.csv", "", ":1: its first line"),
+        ("h.csv", "step,law\n", "holds no losses"),
+        ("h.jsonl", "", "holds no losses"),
+        ("h.jsonl", '{"step": 5', ":1: not JSON .*half a last line"),
+        ("h.jsonl", '{"step": 5, "loss": 2.0}', ":1: no losses: a line needs `step`"),
+        ("h.jsonl", '{"step": true, "losses": {"law": 2}}', ":1: no losses"),
+        ("h.jsonl", '{"step": 5, "losses": {"law": "2"}}', ":1: losses of law is '2'"),
+        ("h.jsonl", '{"step": 5, "losses": {"law": 2}, "stderr": {"law": -1}}', ":1: stderr of law is -1"),
+    ],
+)
+def test_bad_history_is_named_with_its_line(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_history(path)
+
+
+def test_missing_file_and_unknown_domain(tmp_path):
+    with pytest.raises(DataError, match=r"no such file; give a weights.jsonl"):
+        read_history(tmp_path / "none.csv")
+    with pytest.raises(ConfigError, match=r"unknown domain 'math'.*known: law, code"):
+        replay_history([losses(5, losses={"math": 2.0})], controller_of(), TABLE)
+
+
+def test_noise_cannot_be_subtracted_where_the_history_has_none(tmp_path):
+    path = tmp_path / "h.csv"
+    path.write_text("step,law,code\n10,2.0,1.6\n")
+    last = replay_history(read_history(path), controller_of(noise_z=1.0), TABLE)[-1]
+    assert last.after == last.before
+    assert any("no standard error" in reason for reason in last.reasons)
