@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from versatune_ds.config.load import read_yaml
 from versatune_ds.config.schema import Section
@@ -60,10 +60,7 @@ def load_benchmarks(path: Path, names: Sequence[str]) -> Benchmarks:
         ConfigError: it is missing, not YAML, has unknown keys or domains, or names a task twice.
     """
     raw = read_yaml(path, "--tasks names it; ready ones: configs/benchmarks/")
-    try:
-        found = Benchmarks.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(validation_problems(error, str(path), Benchmarks)) from None
+    found = validate_settings(Benchmarks, raw, str(path))
     tasks = [task.task for task in found.tasks if task.task is not None]
     for task in found.tasks:
         if task.domain not in names:
