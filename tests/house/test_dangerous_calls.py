@@ -18,6 +18,7 @@ FORBIDDEN = {
     "subprocess.getstatusoutput": "runs a shell",
     "pickle.load": "runs code of a file",
     "pickle.loads": "runs code of a file",
+    "joblib.load": "runs code of a file",
     "torch.load": "runs code of a file unless weights_only=True",
     "yaml.load": "builds any object",
     "yaml.unsafe_load": "builds any object",
@@ -42,6 +43,9 @@ def findings(path: Path, text: str) -> list[str]:
         arguments = {word.arg: ast.unparse(word.value) for word in node.keywords}
         if arguments.get("shell", "False") != "False":
             found.append(f"{path}:{node.lineno}: shell={arguments['shell']}")
+        is_model = name.startswith("AutoModel") and name.endswith(".from_pretrained")
+        if is_model and arguments.get("use_safetensors") != "True":
+            found.append(f"{path}:{node.lineno}: {name} without use_safetensors=True may unpickle")
         is_safe = (name == "torch.load" and arguments.get("weights_only") == "True") or (
             name in ("np.load", "numpy.load") and arguments.get("allow_pickle") == "False"
         )
@@ -70,6 +74,7 @@ def test_no_file_makes_a_dangerous_call():
         "torch.load(path, weights_only=False)",
         "pickle.loads(data)",
         "np.load(path, allow_pickle=True)",
+        "AutoModelForCausalLM.from_pretrained(name)",
         "eval(text)",
     ],
 )

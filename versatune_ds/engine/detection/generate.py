@@ -226,7 +226,7 @@ def load_model(settings: Model, seed: int, device: torch.device) -> Any:
             model = AutoModelForCausalLM.from_config(load_architecture(settings), **more)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                settings.source, output_loading_info=True, **more
+                settings.source, output_loading_info=True, use_safetensors=True, **more
             )
             model, info = loaded
             missing = set(info["missing_keys"])
