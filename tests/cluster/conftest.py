@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hosts import Hosts, Slurm, why_no_hosts, why_no_slurm
+from hosts import Hosts, Slurm, wait_until, why_no_hosts, why_no_slurm
 from launching import REPOSITORY, launch_soundly, read_jsonl
 
 STEPS = 10
@@ -46,11 +46,19 @@ def hosts(tmp_path_factory) -> Iterator[Hosts]:
 
 
 @pytest.fixture(scope="session")
-def slurm(hosts) -> Slurm:
+def slurm_of_session(hosts) -> Slurm:
     reason = why_no_slurm()
     if reason is not None:
         pytest.skip(reason)
     return Slurm(hosts)
+
+
+@pytest.fixture
+def slurm(slurm_of_session) -> Iterator[Slurm]:
+    """An empty queue before and after: a test that failed leaves its job to nobody."""
+    yield slurm_of_session
+    slurm_of_session.command("scancel", "--user", "root")
+    wait_until(lambda: not slurm_of_session.command("squeue", "--noheader"), "an empty queue")
 
 
 @pytest.fixture(scope="session")
