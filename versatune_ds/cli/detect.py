@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
         print(picture)
         return EXIT_OK
     from versatune_ds.config.load import load_config
+    from versatune_ds.engine.launcher import leave_with_launcher
 
+    leave_with_launcher()
     overrides = list(args.overrides)
     if args.model is not None:
         overrides.append(f"detect.model={args.model}")
