@@ -105,7 +105,7 @@ def test_file_round_trips_and_can_be_read_by_people(tmp_path):
     ("damage", "text"),
     [
         (lambda text: text[: len(text) // 2], "cut short"),
-        (lambda text: "[]", "expected 'versatune_ds.evaluation'"),
+        (lambda text: "[]", "holds a list"),
         (lambda text: text.replace("versatune_ds.evaluation", "lm_eval"), "format 'lm_eval'"),
         (lambda text: text.replace('"version": 1', '"version": 7'), "version 7"),
         (lambda text: text.replace("sample_losses", "loses"), "damaged"),
@@ -118,5 +118,5 @@ def test_damaged_files_are_refused(tmp_path, damage, text):
     path.write_text(damage(path.read_text()))
     with pytest.raises(DataError, match=text):
         ModelEvaluation.read(path)
-    with pytest.raises(DataError, match="versatune-ds evaluate"):
+    with pytest.raises(DataError, match="no such file; --against"):
         ModelEvaluation.read(tmp_path / "none.json")

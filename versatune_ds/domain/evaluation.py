@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from versatune_ds.domain.json_input import read_object
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.foundations.errors import ConfigError, DataError
@@ -128,13 +129,8 @@ class ModelEvaluation:
             DataError: it is missing, cut short, or something else.
         """
         again = "make it again with `versatune-ds evaluate`"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"cannot be read ({error.strerror}); {again}", path=path) from None
-        except ValueError as error:
-            raise DataError(f"not JSON, or cut short ({error}); {again}", path=path) from None
-        found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (None, None)
+        raw = read_object(path, "--against")
+        found = (raw.get("format"), raw.get("version"))
         if found != (EVALUATION_FORMAT, EVALUATION_VERSION):
             raise DataError(
                 f"format {found[0]!r}, version {found[1]!r}; expected {EVALUATION_FORMAT!r}, version "

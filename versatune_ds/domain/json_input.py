@@ -27,9 +27,7 @@ def read_object(path: Path, setting: str) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(
-            f"not JSON, or cut short ({error}); make it again or restore it from a copy", path=path
-        ) from None
+        raise DataError(f"not JSON, or cut short ({error}); make it again", path=path) from None
     if not isinstance(raw, dict):
         raise DataError(f"holds a {type(raw).__name__}; expected an object", path=path)
     return raw
