@@ -88,7 +88,6 @@ def test_a_stopped_rank_is_named_by_the_others(victim, tmp_path):
     while not (tmp_path / f"ready_{victim}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(2.5)  # it beats once more
     os.kill(ranks[victim].pid, signal.SIGSTOP)
     survivor = ranks[1 - victim]
     (code,), (output,) = finish([survivor])

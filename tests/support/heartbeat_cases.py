@@ -20,7 +20,7 @@ from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import DataError, VersaTuneError
 from versatune_ds.foundations.log import setup_logging
 
-TIMEOUT_S = 8.0
+TIMEOUT_S = 12.0
 
 
 def sleep_in_the_loader() -> None:
@@ -36,6 +36,7 @@ def main() -> None:
             for step in range(1, 4):
                 mark("waiting for data", step)
                 if step == 3:
+                    time.sleep(5 if fault == "stopped" else 0)  # two beats: the others have read the mark
                     (folder / f"ready_{distributed.rank()}").touch()
                     if distributed.rank() == victim:
                         meet(fault)
