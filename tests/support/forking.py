@@ -1,8 +1,9 @@
 """Ranks that start in a second: forked from one process that has imported everything, nothing else.
 
 Importing torch, DeepSpeed and transformers takes most of the start of a rank. `ForkServer` starts one process
-that imports them, and forks every rank of every launch from it, before any thread or process group exists.
-The ranks are processes of their own with their own files, sockets and signals; only their imports are shared.
+that imports them and loads DeepSpeed's extension, and forks every rank of every launch from it, before any
+thread or process group exists. The ranks are processes of their own with their own files, sockets and
+signals; only their imports are shared.
 
 Run as a script it is the server: it reads a JSON line per request and answers with one.
 """
@@ -104,6 +105,10 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # imports print
     import train_cases  # noqa: F401  the imports that the ranks share
+    from deepspeed.comm.torch import build_shm_op
+
+    # the extension too: loading it takes a lock on its folder, which a killed rank would never release
+    build_shm_op()
 
     running: set[int] = set()
     for line in sys.stdin:
