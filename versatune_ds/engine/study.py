@@ -365,7 +365,7 @@ def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
         tuning=runs.tuning,
         confirmed=runs.confirmed,
         names=runs.domains,
-        baseline=study.baseline,
+        baselines=study.baselines,
         expansions=[(expansion.target, expansion.arms) for expansion in study.expansions],
     )
     finished = [json.loads(path.read_text()) for path in study.dir.glob(f"runs/*/{FINISHED_FILE}")]
