@@ -112,7 +112,7 @@ def test_bad_knowledge_file_is_refused(write):
         ({"domains": {"law": 0.8, "code": 0.1}}, ConfigError, "sum to 0.9"),
         ({"domains": {"law": 1.2, "code": -0.2}}, ConfigError, "negative"),
         ({"domains": {"law": 1.0}}, ConfigError, "no value for code"),
-        ({"law": 0.8, "code": 0.2}, DataError, "'domains' must be an object"),
+        ({"law": 0.8, "code": 0.2}, DataError, "no key 'domains'"),
     ):
         with pytest.raises(error, match=text):
             prior_weights(domains(write(content)), TABLE)

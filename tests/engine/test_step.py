@@ -19,12 +19,22 @@ from safetensors.torch import load_file
 CASES_FILE = Path(cases.__file__)
 
 CASES = {
-    1: ["untied-packed-zero0", "untied-packed-zero3", "untied-unpacked-zero1", "tied-packed-zero3-recompute"],
+    1: [
+        "untied-packed-zero0",
+        "untied-packed-zero3",
+        "untied-unpacked-zero1",
+        "tied-packed-zero3-recompute",
+        "tied-packed-zero0-triton",
+        "untied-packed-zero2-triton-compile",
+    ],
     2: [
         "untied-packed-zero3",
         "untied-unpacked-zero3",
         "tied-packed-zero3",
         "tied-packed-zero2",
+        "untied-packed-zero3-triton",
+        "tied-packed-zero3-triton-recompute",
+        "untied-unpacked-zero1-triton-nan",
         "untied-packed-zero3-nan",
         "untied-packed-zero2-nan",
         "untied-packed-zero1-nan",

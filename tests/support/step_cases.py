@@ -60,10 +60,10 @@ def packs(layout: tuple[tuple[int, ...], ...]) -> list[Pack]:
     ]
 
 
-def settings(model: str, layout: tuple[tuple[int, ...], ...], zero: dict, checkpointing: str) -> dict:
+def settings(model: dict, layout: tuple[tuple[int, ...], ...], zero: dict) -> dict:
     return {
         "run": {"dir": "unused"},
-        "model": {"source": model, "dtype": "fp32", "activation_checkpointing": checkpointing},
+        "model": {"dtype": "fp32", **model},
         "data": {"train": [{"path": "unused", "domain": "a"}]},
         "domains": {"names": ["a", "b"]},
         "batch": {"pack_len": PACK_LEN, "packs_per_step": len(layout)},
@@ -74,14 +74,23 @@ def settings(model: str, layout: tuple[tuple[int, ...], ...], zero: dict, checkp
 
 
 def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """`<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-nan]`: two steps; their results."""
+    """Two steps and their results.
+
+    Args:
+        case: `<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-compile][-triton][-nan]`.
+    """
     words = case.split("-")
     layout = PACKED if "packed" in words else UNPACKED
     zero: dict = {"stage": int(next(w for w in words if w.startswith("zero")).removeprefix("zero"))}
     if "offload" in words:
         zero["offload_optimizer"] = {"device": "cpu"}
-    checkpointing = "all" if "recompute" in words else "off"
-    config = validate_config(settings(str(models / words[0]), layout, zero, checkpointing), case)
+    model = {
+        "source": str(models / words[0]),
+        "activation_checkpointing": "all" if "recompute" in words else "off",
+        "compile": "body" if "compile" in words else "off",
+        "loss_backend": "triton" if "triton" in words else "chunked",
+    }
+    config = validate_config(settings(model, layout, zero), case)
     run = SimpleNamespace(engine=build_engine(config, device), statistics=StepStatistics(2, device))
     chosen = packs(layout)
     mine = rank_packs(chosen, distributed.rank(), distributed.world_size())

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from versatune_ds import __version__
 from versatune_ds.cli import (
     bench,
+    detect,
     doctor,
     export,
     inspect,
@@ -31,7 +32,7 @@ from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.log import setup_logging
 
 OTHER_RANKS_WAIT_S = 5.0
-VERBS = (sample, prepare, inspect, train, export, report, doctor, bench, plan_weights, study)
+VERBS = (sample, prepare, inspect, detect, train, export, report, doctor, bench, plan_weights, study)
 
 
 def build_parser() -> argparse.ArgumentParser:

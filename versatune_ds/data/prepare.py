@@ -144,13 +144,14 @@ def prepare(config: Config, *, progress: bool = True) -> PreparedData:
 
 
 def open_caches(
-    config: Config, *, config_path: str | Path | None = None
+    config: Config, *, config_path: str | Path | None = None, all_domains: bool = True
 ) -> dict[str, list[TokenCache | None]]:
     """The caches that `prepare` made for exactly these settings and source files; makes nothing.
 
     Args:
         config: the run's settings.
         config_path: for the command in error texts; default: the run folder's resolved.yaml if there.
+        all_domains: require training data for every domain with initial weight; False: the caller looks.
 
     Returns:
         `{"train": [...], "eval": [...]}`, a cache per domain in the table's order; None for a domain without
@@ -170,7 +171,8 @@ def open_caches(
         caches = _open_all(config, units)
     except StateError as error:
         raise StateError(f"{error}\nrun: {command}") from None
-    _require_train_data(config, caches["train"])
+    if all_domains:
+        _require_train_data(config, caches["train"])
     return caches
 
 

@@ -10,13 +10,11 @@ Format of reference.json (order of domains is free; `stderr` and `fingerprints` 
      "stderr": {"law": 0.02, ...},            standard errors of the losses
      "fingerprints": {"model": "...", "tokenizer": "...", "data": "..."}}
 
-What is not covered: measuring reference losses and detecting knowledge distributions.
+What is not covered: measuring reference losses, and the format of knowledge.json (`knowledge.py`).
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -25,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.config.schema import Domains, Weights, require_shares
+from versatune_ds.domain.json_input import numbers, read_object
+from versatune_ds.domain.knowledge import read_knowledge
 from versatune_ds.domain.simplex import normalise
 from versatune_ds.domain.statistics import Vector
 from versatune_ds.domain.table import DomainTable
@@ -89,7 +89,7 @@ def load_reference(
     if isinstance(source, Mapping):
         return _checked(dict(source), {}, Fingerprints(), table, "weights.reference")
     path = Path(source)
-    raw = _read_object(path, "weights.reference")
+    raw = read_object(path, "weights.reference")
     if raw.get("format") != REFERENCE_FORMAT or raw.get("version") != REFERENCE_VERSION:
         raise DataError(
             f"format {raw.get('format')!r}, version {raw.get('version')!r}; expected "
@@ -99,8 +99,8 @@ def load_reference(
     for key in raw:
         if key not in REFERENCE_KEYS:
             raise DataError(unknown_name("key", key, REFERENCE_KEYS), path=path)
-    losses = _numbers(raw.get("losses"), "losses", path)
-    stderr = _numbers(raw.get("stderr", {}), "stderr", path)
+    losses = numbers(raw.get("losses"), "losses", path)
+    stderr = numbers(raw.get("stderr", {}), "stderr", path)
     found = _fingerprints(raw.get("fingerprints", {}), path)
     _require_same(found, expected or Fingerprints(), path)
     return _checked(losses, stderr, found, table, str(path))
@@ -109,8 +109,8 @@ def load_reference(
 def prior_weights(domains: Domains, table: DomainTable) -> Vector:
     """`domains.initial` as float64[k] on the simplex: uniform, given shares, or a knowledge.json.
 
-    A knowledge.json holds `{"domains": {name: probability}}`; other keys are left to its writer. Shares may
-    be rounded (see `WEIGHT_SUM_TOLERANCE` in the schema) and are scaled to sum 1.
+    A knowledge.json holds `{"domains": {name: probability}}`; other keys are `knowledge.py`'s. Shares may be
+    rounded (see `WEIGHT_SUM_TOLERANCE` in the schema) and are scaled to sum 1.
 
     Raises:
         ConfigError: the shares are not those of the table's domains, or do not sum to 1.
@@ -118,17 +118,18 @@ def prior_weights(domains: Domains, table: DomainTable) -> Vector:
     """
     initial = domains.initial
     if isinstance(initial, dict):
-        shares, what = initial, "domains.initial"
+        shares, what, cure = initial, "domains.initial", ""
     elif isinstance(initial, Path):
-        what = str(initial)
-        shares = _numbers(_read_object(initial, "domains.initial").get("domains"), "domains", initial)
+        shares, what = read_knowledge(initial, "domains.initial")["domains"], str(initial)
+        cure = "; run versatune-ds detect for these domains.names, or give shares in domains.initial"
     else:
         return np.full(len(table), 1.0 / len(table))
     try:
+        vector = table.vector(shares, what)
         require_shares(shares, what)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return normalise(table.vector(shares, what))
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{error}{cure}") from None
+    return normalise(vector)
 
 
 def initial_weights(domains: Domains, weights: Weights, table: DomainTable) -> Vector:
@@ -179,24 +180,3 @@ def _fingerprints(raw: Any, path: Path) -> Fingerprints:
         if name not in known:
             raise DataError(unknown_name("fingerprint", name, known), path=path)
     return Fingerprints(**raw)
-
-
-def _read_object(path: Path, setting: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise DataError(f"no such file; {setting} names it", path=path)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"not JSON: {error}", path=path) from None
-    if not isinstance(raw, dict):
-        raise DataError(f"holds a {type(raw).__name__}; expected an object", path=path)
-    return raw
-
-
-def _numbers(raw: Any, key: str, path: Path) -> dict[str, float]:
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-    if not isinstance(raw, dict) or not all(is_number(value) for value in raw.values()):
-        raise DataError(f"{key!r} must be an object of finite numbers by domain name", path=path)
-    return {name: float(value) for name, value in raw.items()}

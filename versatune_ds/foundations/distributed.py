@@ -71,6 +71,16 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def broadcast_object(value: Any) -> Any:
+    """`value` of rank 0 on every rank; pickles, so not for the hot path."""
+    values = [value]
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def all_agree(value: bool) -> bool:
     """True if `value` is true on every rank; a collective."""
     import torch

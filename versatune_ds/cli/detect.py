@@ -1,0 +1,67 @@
+"""`versatune-ds detect`: the knowledge distribution of a base model, or a picture of several.
+
+What is not covered: how it is done (`engine/detection`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from versatune_ds.foundations.constants import EXIT_OK
+
+DEFAULT_FOLDER = "detect"
+DEFAULT_PICTURE = Path("knowledge.png")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser(
+        "detect",
+        help="what a base model knows: domain shares of the texts that it writes by itself",
+        description=(
+            "Generate texts from the BOS token alone, let a judge tell their domains, and write the mean "
+            "as knowledge.json, which domains.initial takes. Goes on where it was stopped or killed."
+        ),
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, metavar="FILE", help="YAML settings; see configs/")
+    what.add_argument(
+        "--compare", nargs="+", type=Path, metavar="FILE", help="only draw these knowledge.json files"
+    )
+    parser.add_argument("--model", metavar="FOLDER", help="short for detect.model=...")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="folder of the files (default: run.dir/detect); with --compare the picture (./knowledge.png)",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Detect, or draw; print the path of what was written."""
+    if args.compare is not None:
+        from versatune_ds.observability.knowledge_chart import draw_knowledge
+
+        picture = args.out or DEFAULT_PICTURE
+        draw_knowledge(args.compare, picture)
+        print(picture)
+        return EXIT_OK
+    from versatune_ds.config.load import load_config
+
+    overrides = list(args.overrides)
+    if args.model is not None:
+        overrides.append(f"detect.model={args.model}")
+    config = load_config(args.config, overrides)
+
+    from versatune_ds.engine.detection.run import detect
+    from versatune_ds.foundations import distributed
+
+    path = detect(config, args.out or config.run.dir / DEFAULT_FOLDER, args.config)
+    if path is not None and distributed.is_main():
+        print(path)
+    return EXIT_OK

@@ -1,0 +1,90 @@
+"""An append-only file of JSON lines, one per text, that a killed run goes on from.
+
+Every line has an `index`. Blocks of lines are written, flushed and synced together; a last line that a kill
+left without its end is cut off with a warning. A line that cannot be written stops the run (compare
+`observability.sinks.MetricsLog`, which must not stop a training run): what is not on disk was not done.
+
+What is not covered: which lines are needed (`run.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from versatune_ds.foundations.errors import StateError
+from versatune_ds.foundations.log import get_logger
+
+log = get_logger(__name__)
+
+
+class Journal:
+    """Lines by index; opening an existing file reads them.
+
+    Args:
+        path: the file; made when absent, its folder must exist.
+
+    Raises:
+        StateError: the file cannot be written, a line before the last is damaged, or an index stands twice.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # lives as long as the journal
+            self._file = open(path, "r+b" if path.exists() else "x+b")  # noqa: SIM115
+        except OSError as error:
+            raise StateError(f"{path} cannot be written ({error.strerror})") from error
+        self.lines: dict[int, dict[str, Any]] = {}
+        """Index -> line."""
+        self._read()
+
+    def _read(self) -> None:
+        for number, data in enumerate(self._file, start=1):
+            if not data.endswith(b"\n"):
+                log.warning(
+                    "%s: its last line was incomplete (the run was killed while writing it); %d bytes were "
+                    "cut off and the text is made again",
+                    self.path,
+                    len(data),
+                )
+                self._file.truncate(self._file.tell() - len(data))
+                break
+            try:
+                line = json.loads(data)
+                index = line["index"]
+            except (ValueError, KeyError, TypeError):
+                raise StateError(
+                    f"{self.path}:{number}: not a line that this program wrote; move the file away to start "
+                    "this step again"
+                ) from None
+            if index in self.lines:
+                raise StateError(
+                    f"{self.path}:{number}: index {index} stands twice; was the run started twice at the "
+                    "same time? Move the file away to start this step again"
+                )
+            self.lines[index] = line
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write lines with new indices; they are on disk when this returns."""
+        for line in lines:
+            assert line["index"] not in self.lines
+            self.lines[line["index"]] = dict(line)
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        try:
+            self._file.write(text.encode("ascii"))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise StateError(
+                f"{self.path} cannot be written ({error.strerror}); make room and start the same command "
+                "again"
+            ) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
