@@ -379,7 +379,7 @@ def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
         "num_parameters": info["num_parameters"],
         "workers": study.workers,
         "study": study.model_dump(mode="json"),
-        "runs": 1 + len(runs.reference) + len(runs.arms) + len(runs.tuning) + len(runs.confirmed),
+        "runs": len(finished),
         "run_s": sum(done["seconds"] for done in finished),
         "cpu_s": sum(done["cpu_s"] for done in finished),
         "wall_s": runs.seconds,

@@ -18,7 +18,7 @@ from typing import Any
 
 from versatune_ds.foundations.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from versatune_ds.observability.measures import NOTHING, number, percent
-from versatune_ds.observability.pictures import Bar, Panel, bar_rows, line_panels
+from versatune_ds.observability.pictures import Bar, Panel, bar_rows, weight_panels
 
 SUMMARY_FILE, MARKDOWN_FILE, PAGE_FILE = "summary.json", "results.md", "index.html"
 MINUS = "\u2212"
@@ -282,7 +282,7 @@ def _paths(summary: Mapping[str, Any]) -> list[Block]:
     panels = [Panel(name, arm["weights"]["steps"], arm["weights"]["paths"]) for name, arm in arms.items()]
     return [
         Heading("Paths of the weights"),
-        Picture("weights.png", "weights by domain over optimizer steps", line_panels(panels)),
+        Picture("weights.png", "weights by domain over optimizer steps", weight_panels(panels)),
         Text("Means over the seeds; arms whose weights stand still are left out."),
         Table(
             ["arm", *(f"{d}: first, last (%)" for d in summary["domains"])],
