@@ -10,7 +10,7 @@ STUDY = {
     "dir": "runs/x",
     "corpus": "sample",
     "seeds": [1, 2],
-    "baseline": "uniform",
+    "baselines": ["uniform"],
     "pretraining": {"mixture": {"law": 0.9, "code": 0.1}},
     "settings": {"domains": {"names": ["law", "code"]}, "train": {"max_steps": 4}},
     "arms": {"uniform": {"weights": {"strategy": "uniform"}}},
@@ -33,11 +33,11 @@ def test_overrides_reach_arms(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"baseline": "none"}, "baseline 'none' is no arm; arms: .'uniform'"),
+        ({"baselines": ["none"]}, "baselines: 'none' is no arm; arms: .'uniform'"),
         ({"seeds": [1, 1]}, "seeds repeat"),
         ({"seeds": [1, 3]}, "seed 3 is in seeds and in tuning.seeds; confirm on fresh seeds"),
         ({"tuning": {"seeds": [3], "arms": {"uniform": {}}}}, "tuning.arms repeats uniform"),
-        ({"arms": {"a/b": {}}, "baseline": "a/b"}, "arm 'a/b': use letters"),
+        ({"arms": {"a/b": {}}, "baselines": ["a/b"]}, "arm 'a/b': use letters"),
         ({"expansions": [{"target": "law", "arms": ["x"]}]}, "expansions: 'x' is no arm"),
         ({"pretraining": {"mixture": {"law": 0.5, "math": 0.5}}}, r"mixture names \['law', 'math'\]"),
         ({"pretraining": {"mixture": {"law": 0.5, "code": 0.4}}}, "shares sum to 0.9"),

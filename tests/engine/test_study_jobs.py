@@ -67,7 +67,7 @@ def test_the_winner_is_confirmed_on_the_seeds_of_the_study():
 
 
 def test_all_runs_are_counted_and_checked_before_the_first():
-    assert plan_of().check() == 1 + 6 + 65 + 12 + 5
+    assert plan_of().check() == 1 + 6 + 65 + 22 + 5
     with pytest.raises(ConfigError, match=r"run inverse_seed-11.*\n.*weights.strategy"):
         plan_of("strategies", "arms.inverse.weights.strategy=invers").check()
     with pytest.raises(ConfigError, match="'math' is no domain"):

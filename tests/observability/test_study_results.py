@@ -70,13 +70,14 @@ def test_differences_are_taken_seed_by_seed():
         tuning=[],
         confirmed=[],
         names=NAMES,
-        baseline="uniform",
+        baselines=["uniform"],
         expansions=[],
     )
     better = summary["arms"]["better"]
-    assert better["against"]["mean"] == pytest.approx(-0.005)  # -1 % on one of two domains
-    assert better["against"]["half_width"] == pytest.approx(0.0, abs=1e-12)
-    assert better["domain_against"]["law"]["mean"] == pytest.approx(-0.01)
+    against = better["against"]["uniform"]
+    assert against["mean_change"]["mean"] == pytest.approx(-0.005)  # -1 % on one of two domains
+    assert against["mean_change"]["half_width"] == pytest.approx(0.0, abs=1e-12)
+    assert against["domain_change"]["law"]["mean"] == pytest.approx(-0.01)
     assert better["mean_change"]["half_width"] > 0.01
     assert better["seeds"] == [1, 2, 3]
 
@@ -153,7 +154,7 @@ def test_the_page_has_every_arm_and_needs_no_network(tmp_path):
         tuning=[run("try", 3, (3.0, 2.0))],
         confirmed=[run("try", s, (3.0, 2.0)) for s in (1, 2)],
         names=NAMES,
-        baseline="uniform",
+        baselines=["uniform"],
         expansions=[("law", ["law_only"])],
     )
     summary["provenance"] = {

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+from launching import REPOSITORY
 
 from versatune_ds.cli.main import main
 from versatune_ds.foundations import constants
@@ -71,6 +72,28 @@ def test_settings_of_the_run_beside_the_history_are_taken(history, tmp_path, cap
 def test_mistakes_are_one_line(history, capsys, more, code, message):
     assert plan(history, *more)[0] == code
     assert message in capsys.readouterr().err
+
+
+def test_numbers_of_the_page_about_the_method(tmp_path):
+    """docs/method.md quotes these from the histories beside it."""
+    folder = REPOSITORY / "docs" / "method"
+    reference = f"weights.reference={folder / 'reference.json'}"
+
+    def last(history, *settings):
+        out = tmp_path / "out"
+        code = main(
+            ["plan-weights", "--history", str(folder / history), "--out", str(out), reference, *settings]
+        )
+        assert code == 0
+        return json.loads((out / "plan.json").read_text())["variants"][0]["updates"]
+
+    updates = last("probe.jsonl", "weights.strategy=fostering", "weights.sigma=4")
+    assert [round(w, 3) for w in updates[1]["after"].values()] == [0.209, 0.155, 0.175, 0.156, 0.156, 0.149]
+    assert round(updates[-1]["after"]["law"], 3) == 0.463
+    expansion = ("weights.strategy=expansion", "weights.target=law", "weights.delta=0.1")
+    for epsilon, open_gates in ((0, 2), (0.003, 5), (0.01, 6), (0.1, 8)):
+        updates = last("probe.jsonl", *expansion, f"weights.epsilon={epsilon}")
+        assert sum(update["gate_open"] is True for update in updates) == open_gates
 
 
 def test_no_torch_is_loaded(history):

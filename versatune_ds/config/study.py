@@ -91,8 +91,8 @@ class Study(Section):
     """How often such a run is evaluated."""
     settings: Sections
     """Sections of a run that all fine-tuning runs share."""
-    baseline: str
-    """Arm that the others are compared with."""
+    baselines: list[str] = Field(min_length=1)
+    """Arms that the others are compared with; the first one also domain by domain."""
     arms: dict[str, Sections] = Field(min_length=1)
     """Arm name -> the sections in which it differs."""
     expansions: list[Expansion] = Field(default_factory=list)
@@ -112,8 +112,8 @@ class Study(Section):
         for seeds in (self.seeds, self.tuning.seeds if self.tuning else []):
             if len(set(seeds)) < len(seeds):
                 raise ValueError(f"seeds repeat: {seeds}")
-        if self.baseline not in self.arms:
-            raise ValueError(f"baseline {self.baseline!r} is no arm; arms: {list(self.arms)}")
+        if unknown := [name for name in self.baselines if name not in self.arms]:
+            raise ValueError(f"baselines: {unknown[0]!r} is no arm; arms: {list(self.arms)}")
         for expansion in self.expansions:
             if unknown := [name for name in expansion.arms if name not in self.arms]:
                 raise ValueError(f"expansions: {unknown[0]!r} is no arm; arms: {list(self.arms)}")

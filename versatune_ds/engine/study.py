@@ -365,7 +365,7 @@ def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
         tuning=runs.tuning,
         confirmed=runs.confirmed,
         names=runs.domains,
-        baseline=study.baseline,
+        baselines=study.baselines,
         expansions=[(expansion.target, expansion.arms) for expansion in study.expansions],
     )
     finished = [json.loads(path.read_text()) for path in study.dir.glob(f"runs/*/{FINISHED_FILE}")]
@@ -379,7 +379,7 @@ def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
         "num_parameters": info["num_parameters"],
         "workers": study.workers,
         "study": study.model_dump(mode="json"),
-        "runs": 1 + len(runs.reference) + len(runs.arms) + len(runs.tuning) + len(runs.confirmed),
+        "runs": len(finished),
         "run_s": sum(done["seconds"] for done in finished),
         "cpu_s": sum(done["cpu_s"] for done in finished),
         "wall_s": runs.seconds,

@@ -22,19 +22,19 @@ DASHES = ("-", "--", ":", "-.")
 GRID, MUTED, INK = "#e6e9ee", "#5b6675", "#1c2430"
 DPI = 110
 PANEL_INCHES = (3.1, 2.3)
-MAX_COLUMNS = 4
+COLUMNS = (4, 3)
+"""Panels in a row: of these the number that leaves fewer places empty."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One small picture: a line a domain over optimizer steps."""
+    """One small picture: weights by domain over optimizer steps."""
 
     title: str
     steps: Sequence[int]
-    lines: Mapping[str, Sequence[float | None]]
-    """Values by domain, one a step; None leaves a gap."""
-    note: str = ""
-    """Small text under the title."""
+    """Steps from which on the weights hold."""
+    paths: Mapping[str, Sequence[float]]
+    """Weights by domain, one a step."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,9 @@ class Bar:
     """Colour."""
 
 
-def line_panels(
-    panels: Sequence[Panel], *, percent: bool = True, steps: bool = True, columns: int = MAX_COLUMNS
-) -> bytes:
-    """Panels side by side with one scale and one legend, as PNG.
-
-    Args:
-        percent: values are shares.
-        steps: values hold from their step on (weights), instead of being points joined by lines.
-    """
-    columns = min(columns, len(panels))
+def weight_panels(panels: Sequence[Panel]) -> bytes:
+    """Panels side by side with one scale and one legend, as PNG."""
+    columns = min(len(panels), min(COLUMNS, key=lambda count: -len(panels) % count))
     rows = math.ceil(len(panels) / columns)
     width, height = PANEL_INCHES
     figure = Figure(figsize=(columns * width, rows * height + 0.45), dpi=DPI, layout="constrained")
@@ -70,27 +63,19 @@ def line_panels(
             continue
         panel = panels[index]
         _style(axes)
-        axes.set_title(panel.title, fontsize=9, color=INK, loc="left", pad=14 if panel.note else 6)
-        if panel.note:
-            axes.text(0, 1.02, panel.note, transform=axes.transAxes, fontsize=7, color=MUTED)
-        for number, (name, values) in enumerate(panel.lines.items()):
-            numbers = [math.nan if value is None else value for value in values]
-            style: dict[str, Any] = (
-                {"drawstyle": "steps-post"} if steps else {"marker": "o", "markersize": 2.5}
-            )
+        axes.set_title(panel.title, fontsize=9, color=INK, loc="left")
+        for number, (name, weights) in enumerate(panel.paths.items()):
             (handles[name],) = axes.plot(
-                *_held(panel.steps, numbers, steps),
+                *_held(panel.steps, weights),
                 color=COLORS[number % len(COLORS)],
                 linestyle=DASHES[number // len(COLORS) % len(DASHES)],
                 linewidth=1.5,
-                **style,
+                drawstyle="steps-post",
             )
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    if percent:
-        largest = max(v for panel in panels for line in panel.lines.values() for v in line if v is not None)
-        grid[0, 0].set_ylim(0, 1.05 * largest)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    largest = max(weight for panel in panels for path in panel.paths.values() for weight in path)
+    grid[0, 0].set_ylim(0, 1.05 * largest)
     figure.supxlabel("optimizer steps done", fontsize=8, color=MUTED)
     legend = figure.legend(
         handles.values(), handles.keys(), loc="outside upper left", ncols=8, frameon=False, fontsize=8
@@ -118,13 +103,10 @@ def bar_rows(bars: Sequence[Bar], label: str) -> bytes:
     return _png(figure)
 
 
-def _held(
-    steps: Sequence[int], values: Sequence[float], holds: bool
-) -> tuple[Sequence[int], Sequence[float]]:
-    """Points of a line; one that holds its last value goes on for one more interval, so that it is seen."""
-    if not holds or len(steps) < 2:
-        return steps, values
-    return [*steps, 2 * steps[-1] - steps[-2]], [*values, values[-1]]
+def _held(steps: Sequence[int], weights: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Points of a line that goes on for one more interval, so that the last weight is seen."""
+    after = 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1
+    return [*steps, after], [*weights, weights[-1]]
 
 
 def _style(axes: Any) -> None:

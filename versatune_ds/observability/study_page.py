@@ -18,7 +18,7 @@ from typing import Any
 
 from versatune_ds.foundations.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from versatune_ds.observability.measures import NOTHING, number, percent
-from versatune_ds.observability.pictures import Bar, Panel, bar_rows, line_panels
+from versatune_ds.observability.pictures import Bar, Panel, bar_rows, weight_panels
 
 SUMMARY_FILE, MARKDOWN_FILE, PAGE_FILE = "summary.json", "results.md", "index.html"
 MINUS = "\u2212"
@@ -92,7 +92,7 @@ def _provenance(summary: Mapping[str, Any]) -> list[Block]:
     device = f"{hardware['cpu_count']} CPU cores" if hardware["device"] == "CPU" else hardware["device"]
     pretraining = study["pretraining"]
     steps = pretraining["settings"].get("train", settings["train"])["max_steps"]
-    tokens = summary["arms"][summary["baseline"]]["tokens"]["mean"]
+    tokens = summary["arms"][summary["baselines"][0]]["tokens"]["mean"]
     return [
         Text(
             f"{made['date']}; {device}, {made['workers']} runs at a time; {versions}; commit "
@@ -116,16 +116,15 @@ def _provenance(summary: Mapping[str, Any]) -> list[Block]:
             ["", *summary["domains"]],
             [
                 ["base model", *(number(summary["base_loss"][d], 3) for d in summary["domains"])],
-                [
-                    "reference",
-                    *(number(summary["reference"][d], 3) for d in summary["domains"]),
-                ],
+                ["reference", *(number(summary["reference"][d], 3) for d in summary["domains"])],
+                ["gamma of the base", *(number(summary["gamma"][d], 3) for d in summary["domains"])],
             ],
         ),
     ]
 
 
 def _strategies(summary: Mapping[str, Any]) -> list[Block]:
+    baselines = summary["baselines"]
     specialised = {arm for arms in summary["expansions"].values() for arm in arms}
     arms = {name: arm for name, arm in summary["arms"].items() if name not in specialised}
     arms |= {f"{name} (tuned)": arm for name, arm in summary["confirmed"].items()}
@@ -136,12 +135,12 @@ def _strategies(summary: Mapping[str, Any]) -> list[Block]:
     return [
         Heading("Strategies"),
         Table(
-            ["arm", "mean change", f"against {summary['baseline']} (points)", *summary["domains"]],
+            ["arm", "mean change", *(f"against {name} (points)" for name in baselines), *summary["domains"]],
             [
                 [
                     name,
                     _percent(arm["mean_change"], 2),
-                    _points(arm.get("against")),
+                    *(_against(arm, name, base) for base in baselines),
                     *(_percent(arm["domain_change"][d], 1) for d in summary["domains"]),
                 ]
                 for name, arm in arms.items()
@@ -152,13 +151,16 @@ def _strategies(summary: Mapping[str, Any]) -> list[Block]:
             "mean change of the held-out loss by strategy",
             bar_rows(bars, "mean relative change of the held-out loss (95 % interval over seeds)"),
         ),
-        Text("Change against the baseline by domain, in percentage points:"),
+        Text(f"Change against {baselines[0]} by domain, in percentage points:"),
         Table(
             ["arm", *summary["domains"]],
             [
-                [name, *(_points(arm["domain_against"][d]) for d in summary["domains"])]
+                [
+                    name,
+                    *(_points(arm["against"][baselines[0]]["domain_change"][d]) for d in summary["domains"]),
+                ]
                 for name, arm in arms.items()
-                if "domain_against" in arm and name != summary["baseline"]
+                if name != baselines[0]
             ],
         ),
     ]
@@ -169,14 +171,17 @@ def _tuning(summary: Mapping[str, Any]) -> list[Block]:
         return []
     [winner] = summary["confirmed"]
     confirmed = summary["confirmed"][winner]
+    against = ", ".join(
+        f"against {name} {_points(found['mean_change'])} points"
+        for name, found in confirmed["against"].items()
+    )
     seeds = next(iter(summary["tuning"].values()))["seeds"]
     return [
         Heading("Search for a better setting"),
         Text(
             f"Candidates on the tuning seeds {', '.join(map(str, seeds))}; the one with the lowest mean "
             f"change, {winner}, was then trained with the seeds of the study: mean change "
-            f"{_percent(confirmed['mean_change'], 2)}, against {summary['baseline']} "
-            f"{_points(confirmed['against'])} points."
+            f"{_percent(confirmed['mean_change'], 2)}; {against}."
         ),
         Table(
             ["candidate", "mean change", "weights moved"],
@@ -277,7 +282,7 @@ def _paths(summary: Mapping[str, Any]) -> list[Block]:
     panels = [Panel(name, arm["weights"]["steps"], arm["weights"]["paths"]) for name, arm in arms.items()]
     return [
         Heading("Paths of the weights"),
-        Picture("weights.png", "weights by domain over optimizer steps", line_panels(panels)),
+        Picture("weights.png", "weights by domain over optimizer steps", weight_panels(panels)),
         Text("Means over the seeds; arms whose weights stand still are left out."),
         Table(
             ["arm", *(f"{d}: first, last (%)" for d in summary["domains"])],
@@ -344,7 +349,7 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 
 
 def _seeds(summary: Mapping[str, Any]) -> list[int]:
-    seeds: list[int] = summary["arms"][summary["baseline"]]["seeds"]
+    seeds: list[int] = summary["arms"][summary["baselines"][0]]["seeds"]
     return seeds
 
 
@@ -368,10 +373,14 @@ def _percent(value: Mapping[str, float | None], digits: int) -> str:
     return f"{_signed(100 * mean, digits)}{_plus_minus(value, digits)} %"
 
 
-def _points(value: Mapping[str, float | None] | None) -> str:
-    """A difference of two changes in percentage points, with a sign; a dash where there is none."""
-    if value is None or value["mean"] is None:
-        return NOTHING
+def _against(arm: Mapping[str, Any], name: str, baseline: str) -> str:
+    """Mean change against a baseline; a dash for the baseline itself."""
+    return NOTHING if name == baseline else _points(arm["against"][baseline]["mean_change"])
+
+
+def _points(value: Mapping[str, float | None]) -> str:
+    """A difference of two changes in percentage points, with a sign."""
+    assert value["mean"] is not None
     return f"{_signed(100 * value['mean'], 2)}{_plus_minus(value, 2)}"
 
 

@@ -4,7 +4,8 @@ Losses are held-out nats per supervised token, l(d) of domain d. For a run from 
 
     change(d)      l(d) / b(d) - 1: negative is better
     mean change    unweighted mean of change(d) over all domains: every domain counts the same
-    against        mean change minus that of the baseline arm *with the same seed*
+    against        mean change minus that of a baseline arm *with the same seed*
+    gamma          (b(d) - lref(d)) / b(d), what the base model can learn by held-out losses
     forgetting     mean over the domains other than a target of max(change(d), 0)
 
 Intervals are 95 % t intervals of the mean over seeds; differences are taken seed by seed first. With five
@@ -145,9 +146,11 @@ def by_arm(runs: Sequence[RunResult]) -> dict[str, dict[int, RunResult]]:
 
 
 def arm_summary(
-    runs: Mapping[int, RunResult], baseline: Mapping[int, RunResult], names: Sequence[str]
+    runs: Mapping[int, RunResult],
+    baselines: Mapping[str, Mapping[int, RunResult]],
+    names: Sequence[str],
 ) -> dict[str, Any]:
-    """Numbers of one arm: all intervals are over its seeds, differences from `baseline` seed by seed."""
+    """Numbers of one arm: all intervals are over its seeds, differences from `baselines` seed by seed."""
     seeds = sorted(runs)
     change = np.array([changes(runs[seed], names) for seed in seeds])
     loss = np.array([[runs[seed].after[name] for name in names] for seed in seeds])
@@ -159,14 +162,19 @@ def arm_summary(
         "token_shares": _mean_by_name([runs[seed].token_shares for seed in seeds], names),
         "tokens": interval([runs[seed].tokens for seed in seeds]).to_json(),
         "weights": weight_summary([runs[seed] for seed in seeds], names),
+        "against": {},
     }
-    shared = [seed for seed in seeds if seed in baseline]
-    if shared:
+    for name, baseline in baselines.items():
+        shared = [seed for seed in seeds if seed in baseline]
+        if not shared:
+            continue
         other = np.array([changes(baseline[seed], names) for seed in shared])
         mine = np.array([changes(runs[seed], names) for seed in shared])
-        summary["against"] = interval((mine - other).mean(axis=1)).to_json()
-        summary["domain_against"] = {
-            name: interval(mine[:, j] - other[:, j]).to_json() for j, name in enumerate(names)
+        summary["against"][name] = {
+            "mean_change": interval((mine - other).mean(axis=1)).to_json(),
+            "domain_change": {
+                domain: interval(mine[:, j] - other[:, j]).to_json() for j, domain in enumerate(names)
+            },
         }
     return summary
 
@@ -231,18 +239,20 @@ def summarise(
     tuning: Sequence[RunResult],
     confirmed: Sequence[RunResult],
     names: Sequence[str],
-    baseline: str,
+    baselines: Sequence[str],
     expansions: Sequence[tuple[str, Sequence[str]]],
 ) -> dict[str, Any]:
     """All numbers of a study as plain JSON; `expansions` are targets with the names of their arms."""
     found = by_arm(arms)
-    against = found[baseline]
+    against = {name: found[name] for name in baselines}
+    before = dict(next(iter(against[baselines[0]].values())).before)
     candidates = by_arm(tuning)
     return {
         "domains": list(names),
-        "baseline": baseline,
-        "base_loss": dict(next(iter(against.values())).before),
+        "baselines": list(baselines),
+        "base_loss": before,
         "reference": dict(reference),
+        "gamma": {name: (before[name] - reference[name]) / before[name] for name in names},
         "arms": {arm: arm_summary(runs, against, names) for arm, runs in found.items()},
         "expansions": {
             target: {arm: expansion_summary(found[arm], target, names) for arm in members}

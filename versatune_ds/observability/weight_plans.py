@@ -16,7 +16,7 @@ import numpy as np
 from versatune_ds.config.variants import Variant
 from versatune_ds.domain.controller import WeightUpdate
 from versatune_ds.domain.history import window_weights
-from versatune_ds.observability.pictures import Panel, line_panels
+from versatune_ds.observability.pictures import Panel, weight_panels
 
 NOTE = (
     "The losses are those of the recorded run. They do not react to these weights: a domain that would get "
@@ -84,4 +84,4 @@ def picture(plans: Sequence[WeightPlan]) -> bytes:
         paths = np.array(window_weights(plan.updates, plan.names))
         lines = {name: paths[:, j].tolist() for j, name in enumerate(plan.names)}
         panels.append(Panel(plan.variant.label, [update.step for update in plan.updates], lines))
-    return line_panels(panels)
+    return weight_panels(panels)
