@@ -74,7 +74,8 @@ def kill(chance: random.Random, run: Path, ranks: Ranks, moment: str) -> None:
     while time.monotonic() < deadline:
         if moment == "saving" and unfinished(checkpoints) - left_behind:
             break
-        if moment == "training" and trained(run, ranks.pids[0]) >= goal:
+        # a start that was quick must not get to the end either
+        if moment != "saving" and trained(run, ranks.pids[0]) >= goal:
             break
         time.sleep(0.001 if moment == "saving" else 0.01)
     else:

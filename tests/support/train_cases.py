@@ -249,9 +249,13 @@ def write_slowly() -> None:
 
 
 def record_samples() -> None:
-    """Every rank notes each pack it trains on: step, process, its samples and a hash of its tokens."""
+    """Every rank notes each pack it trains on: step, process, its samples and a hash of its tokens.
+
+    Steps of milliseconds are stretched: whoever watches for a moment to kill must not come too late.
+    """
 
     def accumulate(run, plan, batches):
+        time.sleep(0.05)
         result = ORIGINAL_ACCUMULATE(run, plan, batches)
         packs = rank_packs(plan.packs, distributed.rank(), distributed.world_size())
         with open(run.folder / f"trained_rank_{distributed.rank()}.jsonl", "a") as file:
