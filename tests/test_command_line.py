@@ -81,7 +81,6 @@ def test_a_mistake_is_one_line_and_an_exit_code(tmp_path):
     assert out.startswith("versatune-ds: error:") and "Traceback" not in out
 
 
-@pytest.mark.xdist_group("corpus")
 def test_a_real_corpus_is_learnt_in_all_six_domains(corpus_folder, tmp_path):
     """A few million parameters from random initialisation: held-out loss falls in every domain."""
     from transformers import LlamaConfig

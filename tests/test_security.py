@@ -17,7 +17,7 @@ from launching import REPOSITORY
 
 from versatune_ds.foundations.files import sha256_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("security")]
+pytestmark = pytest.mark.slow
 
 CANARY = "canary7f3e"
 SECRETS = {

@@ -18,7 +18,7 @@ from launching import REPOSITORY, free_port, rank_environment
 from versatune_ds.config.load import load_config
 from versatune_ds.data.prepare import prepare
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 MULTINODE = "launch/multinode.sh"
 RANK = "--local_rank="

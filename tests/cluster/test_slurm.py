@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hosts import tail, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TWO_NODES = ("--nodes", "2", "--gpus-per-node", "1")
 

@@ -24,7 +24,7 @@ from launching import read_jsonl
 from safetensors.torch import load_file
 from small_runs import small_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chaos")]
+pytestmark = pytest.mark.slow
 
 KILLS, STEPS, EVERY = 20, 40, 2
 SEED = 20261120

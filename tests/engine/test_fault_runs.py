@@ -12,7 +12,7 @@ from launching import REPOSITORY, launch, launch_soundly, read_jsonl
 from safetensors.torch import load_file
 from small_disk import fill, small_disk
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fault_runs")]
+pytestmark = pytest.mark.slow
 
 CASES_FILE = REPOSITORY / "tests" / "support" / "train_cases.py"
 SABOTAGED = REPOSITORY / "tests" / "support" / "sabotaged_train.py"

@@ -11,7 +11,7 @@ import time
 import pytest
 from launching import REPOSITORY, free_port, rank_environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heartbeat")]
+pytestmark = pytest.mark.slow
 
 SCRIPT = REPOSITORY / "tests" / "support" / "heartbeat_cases.py"
 TIMEOUT_S = 120

@@ -10,7 +10,7 @@ import pytest
 from launched_runs import BIN, START_TIMEOUT_S, LaunchedRun, prepare_small_run
 from launching import read_jsonl
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launched")]
+pytestmark = pytest.mark.slow
 END_S = 60
 
 

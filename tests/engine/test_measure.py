@@ -19,7 +19,7 @@ from versatune_ds.config.load import load_config
 from versatune_ds.domain.evaluation import ModelEvaluation
 from versatune_ds.domain.table import DomainTable
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("measure")]
+pytestmark = pytest.mark.slow
 
 SCRIPT = REPOSITORY / "tests" / "support" / "measure_cases.py"
 DOMAINS = ["law", "medicine", "code"]

@@ -103,7 +103,6 @@ def planned(case: tuple) -> tuple[Decoder, Setup]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("plan_memory")
 @pytest.mark.parametrize(("name", "case"), zip(NAMES, CASES, strict=True), ids=NAMES)
 def test_plan_is_within_ten_percent_of_measured_memory(measured, name, case):
     shape, setup = planned(case)

@@ -133,12 +133,9 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
-pytest_slow = [pytest.mark.slow, pytest.mark.xdist_group("reshard")]
-
-
 @pytest.mark.parametrize("name", FROM_CUT)
 class TestEveryChange:
-    pytestmark = pytest_slow
+    pytestmark = pytest.mark.slow
 
     def test_all_weights_and_moments_arrive_bit_for_bit(self, runs, name):
         saved = load_file(runs / "whole" / f"whole_{CUT}_trained.safetensors")
@@ -162,7 +159,6 @@ class TestEveryChange:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("reshard")
 class TestRuns:
     def test_back_to_where_it_came_from(self, runs):
         """4 ranks stage 3 -> 2 ranks stage 2 -> 4 ranks stage 3: loaded once more, and the run is whole."""

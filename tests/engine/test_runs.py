@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from versatune_ds.cli.main import main
 from versatune_ds.config.load import load_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runs")]
+pytestmark = pytest.mark.slow
 
 CASES_FILE = REPOSITORY / "tests" / "support" / "train_cases.py"
 STEPS = 12

@@ -22,7 +22,6 @@ from versatune_ds.engine.intervals import LossBound, checkpoint_due
 from versatune_ds.engine.saving import Share, host_copy
 
 STEPS = 6
-RUNS = [pytest.mark.slow, pytest.mark.xdist_group("saving")]
 
 
 # --- when ---------------------------------------------------------------------------------------------------
@@ -214,7 +213,7 @@ def same_parameters(run: Path, other: Path) -> bool:
 
 
 class TestBackground:
-    pytestmark = RUNS
+    pytestmark = pytest.mark.slow
 
     @pytest.mark.parametrize(
         ("name", "yardstick"), [("background", "whole"), ("background_stage_2", "stage_2")]
@@ -237,7 +236,7 @@ class TestBackground:
 
 
 class TestFailure:
-    pytestmark = RUNS
+    pytestmark = pytest.mark.slow
 
     @pytest.mark.parametrize("name", FAILED)
     def test_all_ranks_end_with_the_reason_and_the_former_checkpoint_stays(self, runs, name):
@@ -258,7 +257,7 @@ class TestFailure:
 
 
 class TestExport:
-    pytestmark = RUNS
+    pytestmark = pytest.mark.slow
 
     def test_a_full_disk_ends_the_run_on_all_ranks_and_keeps_the_checkpoint(self, runs):
         run = runs / "cannot_export"
@@ -270,7 +269,7 @@ class TestExport:
 
 
 class TestBoundOnLostWork:
-    pytestmark = RUNS
+    pytestmark = pytest.mark.slow
 
     @pytest.mark.parametrize(
         ("name", "steps"),
@@ -292,7 +291,6 @@ class TestBoundOnLostWork:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("saving")
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk(tmp_path_factory, background):
     """The file system of the checkpoints has room for a few."""

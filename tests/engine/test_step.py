@@ -116,7 +116,6 @@ def reference(models):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("step")
 @pytest.mark.parametrize(("ranks", "case"), [(n, case) for n, names in CASES.items() for case in names])
 def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
     """Same losses per domain and same parameters; the -nan cases skip a poisoned step in between."""
@@ -148,7 +147,6 @@ def test_a_discarded_step_leaves_nothing_in_an_offloaded_optimizer(stage, models
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("step")
 def test_the_comparison_would_see_a_wrong_scale(models, reference):
     """A gradient that is too large by the number of ranks moves parameters further than the tolerance."""
     from transformers import AutoModelForCausalLM

@@ -30,7 +30,6 @@ def study(folder: Path, *overrides: str, code: int = 0) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("study")
 def test_a_small_study_from_raw_files_to_its_page(tmp_path):
     folder = tmp_path / "study"
     out = study(folder)
