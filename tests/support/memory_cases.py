@@ -35,8 +35,9 @@ from versatune_ds.data.balance import rank_packs
 from versatune_ds.data.collate import collate
 from versatune_ds.data.packing import Pack
 from versatune_ds.engine.build import build_engine, close_process_group, start_process_group
-from versatune_ds.engine.checkpoint import save_checkpoint
 from versatune_ds.engine.evaluate import model_inputs
+from versatune_ds.engine.saving import Saver
+from versatune_ds.engine.skipping import SpikeGuard, reason_to_skip
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.engine.train import accumulate, apply_step
 from versatune_ds.foundations import distributed
@@ -153,17 +154,19 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
     mine = rank_packs(packs, distributed.rank(), distributed.world_size())
     batches = [collate(pack, [source, source], length, 0) for pack in mine]
     plan = SimpleNamespace(
-        supervised_tokens=sum(b.supervised_tokens for b in batches) * distributed.world_size()
+        step=0, supervised_tokens=sum(b.supervised_tokens for b in batches) * distributed.world_size()
     )
     out: dict[str, Any] = {"ranks": distributed.world_size()}
 
     def step() -> None:
         accumulate(run, plan, batches)
-        assert apply_step(run, run.statistics.reduce(), 1e-4)
+        assert apply_step(run, reason_to_skip(run, run.statistics.reduce()), 1e-4)
 
     before = held_bytes()  # of earlier cases: DeepSpeed's destroy() does not let go of everything
     engine = build_engine(config, device)
-    run: Any = SimpleNamespace(engine=engine, statistics=StepStatistics(2, device))
+    run: Any = SimpleNamespace(
+        engine=engine, statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 1)
+    )
     step()
     step()
     out["state"] = held_bytes(engine.model) - before
@@ -176,8 +179,9 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
     out["peak"], out["unseen"] = out["state"] + clearest.peak, clearest.unseen
     out["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     out["activations"] = 0 if case["zero"]["stage"] == 3 else saved_activations(engine, batches[0])
-    saved = save_checkpoint(folder / f"checkpoints-{case['name']}", 1, engine, {}, config.checkpoint)
-    out["checkpoint"] = sum(path.stat().st_size for path in saved.iterdir())
+    checkpoints = folder / f"checkpoints-{case['name']}"
+    Saver(checkpoints, config.checkpoint, engine).save(1, dict)
+    out["checkpoint"] = sum(path.stat().st_size for path in checkpoints.glob("step-*/*"))
     engine.deepspeed.destroy()
     return out
 
