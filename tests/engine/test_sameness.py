@@ -49,12 +49,12 @@ def test_model_folders_are_compared_by_settings_and_weight_sizes(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"0" * (sameness.HASHED_BYTES + 1))
-    before = sameness.model_fingerprint(str(tmp_path))
+    before = sameness.folder_fingerprint(str(tmp_path))
     weights.write_bytes(b"0" * (sameness.HASHED_BYTES + 2))
-    larger = sameness.model_fingerprint(str(tmp_path))
+    larger = sameness.folder_fingerprint(str(tmp_path))
     (tmp_path / "config.json").write_text("{ }")
-    assert len({before, larger, sameness.model_fingerprint(str(tmp_path))}) == 3
-    assert sameness.model_fingerprint("owner/name") == "owner/name"
+    assert len({before, larger, sameness.folder_fingerprint(str(tmp_path))}) == 3
+    assert sameness.folder_fingerprint("owner/name") == "owner/name"
 
 
 @pytest.fixture

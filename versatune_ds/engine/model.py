@@ -161,11 +161,7 @@ def build_model(
     """
     lm, problem = None, None
     try:
-        lm = _make(settings, attention, seed)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        problem = ConfigError(
-            f"model.source {settings.source} cannot be loaded (weights: {settings.weights}): {error}"
-        )
+        lm = load_lm(settings, seed, attn_implementation=attention.implementation)
     except ConfigError as error:
         problem = error
     distributed.raise_together(problem)  # under ZeRO-3 only rank 0 reads the files
@@ -179,19 +175,31 @@ def build_model(
     return PackedCausalLM(lm, settings.loss_backend, liger)
 
 
-def _make(settings: Model, attention: AttentionChoice, seed: int) -> PreTrainedModel:
-    common: dict[str, Any] = {
-        "trust_remote_code": settings.trust_remote_code,
-        "attn_implementation": attention.implementation,
-        "dtype": DTYPES[settings.dtype],
-    }
+def load_lm(settings: Model, seed: int, **options: Any) -> PreTrainedModel:
+    """The causal LM of transformers in `model.dtype`, pretrained or random.
+
+    Args:
+        settings: `model` section, of which source, weights, dtype and trust_remote_code matter here.
+        seed: of random initialisation.
+        options: further arguments of transformers, e.g. `attn_implementation`.
+
+    Raises:
+        ConfigError: it cannot be loaded, or lacks weights.
+    """
+    options |= {"trust_remote_code": settings.trust_remote_code, "dtype": DTYPES[settings.dtype]}
     torch.manual_seed(seed)
-    if settings.weights == "random":
-        return AutoModelForCausalLM.from_config(load_architecture(settings), **common)
-    # safetensors or nothing: a pytorch_model.bin is a pickle, which could run code
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        settings.source, output_loading_info=True, use_safetensors=True, **common
-    )
+    try:
+        if settings.weights == "random":
+            return AutoModelForCausalLM.from_config(load_architecture(settings), **options)
+        # safetensors or nothing: a pytorch_model.bin is a pickle, which could run code
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            settings.source, output_loading_info=True, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise ConfigError(
+            f"the model {settings.source} cannot be loaded (weights: {settings.weights}): {error}"
+        ) from error
+    lm: PreTrainedModel
     lm, info = loaded
     missing = set(info["missing_keys"])
     if lm.config.tie_word_embeddings:
@@ -199,7 +207,7 @@ def _make(settings: Model, attention: AttentionChoice, seed: int) -> PreTrainedM
     if missing or info["mismatched_keys"]:
         names = ", ".join(sorted(missing | {str(key) for key in info["mismatched_keys"]})[:5])
         raise ConfigError(
-            f"model.source {settings.source} lacks {len(missing)} of the model's weights or has them in "
+            f"the model {settings.source} lacks {len(missing)} of the model's weights or has them in "
             f"another shape ({names}); they would be random. Get the whole model, or set "
             "model.weights: random"
         )

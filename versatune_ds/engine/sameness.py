@@ -72,8 +72,8 @@ def code_and_settings(config: Config) -> dict[str, str]:
         "code of versatune_ds": folder_hash(_package(versatune_ds), ".py"),
         "code of versatune_kernels": folder_hash(_package(versatune_kernels), ".py"),
         "configuration": short(canonical_hash(config.model_dump(mode="json"))),
-        "model folder": model_fingerprint(config.model.source),
-        "tokenizer folder": model_fingerprint(config.model.tokenizer or config.model.source),
+        "model folder": folder_fingerprint(config.model.source),
+        "tokenizer folder": folder_fingerprint(config.model.tokenizer or config.model.source),
         **{f"version of {name}": version for name, version in describe_versions().items()},
         "version of Python": platform.python_version(),
     }
@@ -85,7 +85,7 @@ def folder_hash(folder: Path, ending: str) -> str:
     return short(canonical_hash({str(path.relative_to(folder)): sha256_file(path) for path in files}))
 
 
-def model_fingerprint(source: str) -> str:
+def folder_fingerprint(source: str) -> str:
     """Hash over a model folder: contents of small files, sizes of large ones; a hub name is itself."""
     folder = Path(source)
     if not folder.is_dir():

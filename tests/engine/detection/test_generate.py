@@ -21,9 +21,9 @@ from versatune_ds.engine.detection.generate import (
     end_tokens,
     load_text_tokenizer,
     max_new_tokens,
-    model_fingerprint,
     prompt_token,
     subject,
+    subject_fingerprint,
 )
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 
@@ -136,16 +136,16 @@ def test_a_shape_without_weights_is_an_error_with_a_cure(tmp_path):
     LlamaConfig(vocab_size=64).save_pretrained(tmp_path)
     model = config_of(tmp_path).model
     with pytest.raises(ConfigError, match=r"has no weights.*--model FOLDER.*random"):
-        model_fingerprint(model, seed=0)
+        subject_fingerprint(model, seed=0)
     random = model.model_copy(update={"weights": "random"})
-    assert model_fingerprint(random, seed=0) != model_fingerprint(random, seed=1)
+    assert subject_fingerprint(random, seed=0) != subject_fingerprint(random, seed=1)
 
 
 def test_fingerprints_tell_models_apart(folder, tmp_path):
     model = config_of(folder).model
-    assert model_fingerprint(model, 0) == model_fingerprint(model, 1)
+    assert subject_fingerprint(model, 0) == subject_fingerprint(model, 1)
     other = unigram_model(tmp_path / "other", {" law": 0.4, " code": 0.35, " \n": 0.05}, end=0.2)
-    assert model_fingerprint(config_of(other).model, 0) != model_fingerprint(model, 0)
+    assert subject_fingerprint(config_of(other).model, 0) != subject_fingerprint(model, 0)
 
 
 def test_a_model_that_gives_nan_is_named(folder):

@@ -22,20 +22,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from versatune_ds.config.schema import Config, Detect, Model
-from versatune_ds.engine.model import DTYPES, load_architecture
+from versatune_ds.engine.fingerprints import model_fingerprint, weight_files
+from versatune_ds.engine.model import DTYPES, load_architecture, load_lm
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 from versatune_ds.foundations.files import canonical_hash
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
-
-FINGERPRINT_BYTES = 1 << 20
-"""Bytes at both ends of a weight file that its fingerprint is made of; safetensors begin with shapes."""
-WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True)
@@ -85,40 +82,22 @@ def subject(config: Config) -> Model:
     )
 
 
-def model_fingerprint(settings: Model, seed: int) -> str:
-    """Hash that tells models apart without reading all their weights.
-
-    A local folder: its config.json and the name, size and both ends of every weight file. A hub model: name
-    and commit. A random model: its configuration and seed.
+def subject_fingerprint(settings: Model, seed: int) -> str:
+    """Hash of the model to examine: `fingerprints.model_fingerprint`, and the seed of a random one.
 
     Raises:
         ConfigError: no such model, or a folder without weights.
     """
-    architecture = load_architecture(settings)
-    described = architecture.to_dict()
-    for volatile in ("transformers_version", "_name_or_path"):
-        described.pop(volatile, None)
+    fingerprint = model_fingerprint(settings)
     if settings.weights == "random":
-        return canonical_hash([described, "random", seed])
+        return canonical_hash([fingerprint, "random", seed])
     folder = Path(settings.source)
-    if not folder.is_dir():
-        return canonical_hash([settings.source, getattr(architecture, "_commit_hash", None)])
-    files = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
-    if not files:
+    if folder.is_dir() and not weight_files(folder):
         raise ConfigError(
             f"{settings.source} has no weights (*.safetensors): it is the shape of a model. Name a trained "
             "one with --model FOLDER, e.g. RUN/model; model.weights: random examines an untrained one"
         )
-    return canonical_hash([described, [_file_fingerprint(path) for path in files]])
-
-
-def _file_fingerprint(path: Path) -> list[Any]:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(FINGERPRINT_BYTES)
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        tail = file.read()
-    return [path.name, size, hashlib.sha256(head + tail).hexdigest()]
+    return fingerprint
 
 
 def load_text_tokenizer(settings: Model) -> Any:
@@ -214,31 +193,12 @@ def load_model(settings: Model, seed: int, device: torch.device) -> Any:
     Raises:
         ConfigError: it cannot be loaded, or lacks weights.
     """
-    dtype = DTYPES[settings.dtype]
-    more: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "dtype": dtype}
-    try:
-        if settings.weights == "random":
-            log.warning(
-                "model.weights is random: an untrained model knows nothing, and its distribution is noise "
-                "as the judge sees it. Name a trained model with --model FOLDER"
-            )
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(load_architecture(settings), **more)
-        else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                settings.source, output_loading_info=True, use_safetensors=True, **more
-            )
-            model, info = loaded
-            missing = set(info["missing_keys"])
-            if model.config.tie_word_embeddings:
-                missing.discard("lm_head.weight")
-            if missing:
-                raise ConfigError(
-                    f"{settings.source} lacks {len(missing)} of the model's weights "
-                    f"({', '.join(sorted(missing)[:3])}); get the whole model"
-                )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise ConfigError(f"the model {settings.source} cannot be loaded: {error}") from error
+    if settings.weights == "random":
+        log.warning(
+            "model.weights is random: an untrained model knows nothing, and its distribution is noise "
+            "as the judge sees it. Name a trained model with --model FOLDER"
+        )
+    model: Any = load_lm(settings, seed)
     return model.to(device).eval()
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from versatune_ds.config.schema import Model
-from versatune_ds.engine.detection.generate import load_model, load_text_tokenizer, model_fingerprint
+from versatune_ds.engine.detection.generate import load_model, load_text_tokenizer, subject_fingerprint
 from versatune_ds.engine.detection.judge import PLAIN_ENDING, PROMPT_VERSION, Judgement, question, shares
 from versatune_ds.foundations.errors import ConfigError
 
@@ -45,7 +45,7 @@ class ModelJudge:
         self.settings = settings
         self.texts_at_once = batch_size
         self.device = device
-        self.fingerprint = model_fingerprint(settings, seed=0)
+        self.fingerprint = subject_fingerprint(settings, seed=0)
         self.tokenizer = load_text_tokenizer(settings)
         self.model: Any = None
 

@@ -40,8 +40,8 @@ from versatune_ds.engine.detection.generate import (
     choose_generator,
     load_text_tokenizer,
     max_new_tokens,
-    model_fingerprint,
     subject,
+    subject_fingerprint,
 )
 from versatune_ds.engine.detection.journal import Journal
 from versatune_ds.engine.detection.judge import Judge
@@ -144,7 +144,7 @@ def describe_generation(config: Config, device: torch.device) -> dict[str, Any]:
     return {
         "model": settings.source,
         "weights": settings.weights,
-        "model_fingerprint": model_fingerprint(settings, config.run.seed),
+        "model_fingerprint": subject_fingerprint(settings, config.run.seed),
         "dtype": settings.dtype,
         "generator": choose_generator(config.detect.generator, device.type),
         **config.detect.model_dump(exclude={"model", "generator", "judge", "max_new_tokens"}),
