@@ -18,7 +18,6 @@ a domain that would have got more data would have learnt faster than the replay 
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.domain.controller import WeightController, WeightUpdate
+from versatune_ds.domain.json_input import read_lines
 from versatune_ds.domain.statistics import NUM_ROWS, DomainSums, SumRow, Vector
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import ConfigError, DataError, unknown_name
@@ -139,16 +139,7 @@ def window_weights(records: Sequence[WeightUpdate], names: Sequence[str]) -> lis
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Losses]]:
-    text = path.read_bytes().removesuffix(b"\n")
-    for number, line in enumerate(text.split(b"\n") if text else [], start=1):
-        try:
-            record: Any = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
-            raise DataError(
-                f"not JSON ({error}); a run that was killed may leave half a last line: remove it",
-                path=path,
-                line=number,
-            ) from None
+    for number, record in read_lines(path):
         needed = isinstance(record, dict) and isinstance(record.get("losses"), dict)
         if not needed or not isinstance(record.get("step"), int) or isinstance(record["step"], bool):
             raise DataError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,24 @@ def read_object(path: Path, setting: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise DataError(f"holds a {type(raw).__name__}; expected an object", path=path)
     return raw
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number (from 1) and value of each line of a JSONL file that a run wrote.
+
+    Raises:
+        DataError: with the line, where one is not JSON.
+    """
+    text = path.read_bytes().removesuffix(b"\n")
+    for number, line in enumerate(text.split(b"\n") if text else [], start=1):
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise DataError(
+                f"not JSON ({error}); a run that was killed may leave half a last line: remove it",
+                path=path,
+                line=number,
+            ) from None
 
 
 def numbers(raw: Any, key: str, path: Path) -> dict[str, float]:

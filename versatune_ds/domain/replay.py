@@ -9,7 +9,6 @@ What is not covered: computing another strategy's weights from the losses of a f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from versatune_ds.config.schema import ScheduledWeights
+from versatune_ds.domain.json_input import read_lines
 from versatune_ds.domain.simplex import normalise
 from versatune_ds.domain.statistics import Vector
 from versatune_ds.domain.table import DomainTable
@@ -34,9 +34,8 @@ def schedule_from_weights_jsonl(path: Path) -> list[ScheduledWeights]:
     if not path.is_file():
         raise DataError("no such file; weights.schedule names it", path=path)
     schedule: list[ScheduledWeights] = []
-    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
-    for number, text in enumerate(lines if lines != [b""] else [], start=1):
-        entry = _scheduled(text, path, number)
+    for number, record in read_lines(path):
+        entry = _scheduled(record, path, number)
         if schedule and entry.step <= schedule[-1].step:
             raise DataError(
                 f"step {entry.step} follows step {schedule[-1].step}; steps must rise", path=path, line=number
@@ -65,15 +64,7 @@ def resolve_schedule(
     return {e.step: normalise(table.vector(e.weights, f"{what}: step {e.step}")) for e in entries}
 
 
-def _scheduled(text: bytes, path: Path, line: int) -> ScheduledWeights:
-    try:
-        record: Any = json.loads(text)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise DataError(
-            f"not JSON ({error}); a run that was killed may leave half a last line: remove it",
-            path=path,
-            line=line,
-        ) from None
+def _scheduled(record: Any, path: Path, line: int) -> ScheduledWeights:
     needed = ("step", "before", "after", "applied")
     missing = [key for key in needed if not isinstance(record, dict) or key not in record]
     if missing or not isinstance(record["applied"], bool):
