@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from launching import REPOSITORY
+from small_runs import sample_settings
 
 from versatune_ds.foundations.files import sha256_file
 
@@ -48,14 +49,8 @@ def run(*arguments: str, code: int = 0) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A finished run of two steps in `run`, with data, cache, report and the console's text in `console`."""
-    from versatune_ds.data.sample import unpack_sample
-
     folder = tmp_path_factory.mktemp("security")
-    unpack_sample(folder / "sample")
-    text = (REPOSITORY / "configs" / "quickstart.yaml").read_text()
-    raw = yaml.safe_load(text.replace("runs/sample", str(folder / "sample")))
-    raw["run"]["dir"] = str(folder / "run")
-    raw["data"]["cache_dir"] = str(folder / "cache")
+    raw = sample_settings(folder)
     raw["data"]["num_workers"] = 1
     raw["batch"] = {"pack_len": 192, "packs_per_step": 2}
     raw["train"] = {"max_steps": 2}

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from hosts import Hosts, Slurm, wait_until, why_no_hosts, why_no_slurm
 from launching import REPOSITORY, launch_soundly, read_jsonl
+from small_runs import prepare_run, sample_settings
 
 STEPS = 10
 
@@ -64,28 +64,13 @@ def slurm(slurm_of_session) -> Iterator[Slurm]:
 @pytest.fixture(scope="session")
 def job(hosts, tmp_path_factory) -> Job:
     """Prepared data, and the yardstick: the run on two ranks of one host that nothing disturbs."""
-    from versatune_ds.config.load import load_config
-    from versatune_ds.data.prepare import prepare
-    from versatune_ds.data.sample import unpack_sample
-
     job = Job(tmp_path_factory.mktemp("job"))
-    sample = job.folder / "sample"
-    unpack_sample(sample)
-    raw = yaml.safe_load((REPOSITORY / "configs" / "quickstart.yaml").read_text())
-    for split in ("train", "eval"):
-        for source in raw["data"][split]:
-            source["path"] = source["path"].replace("runs/sample", str(sample))
-    raw["run"] = {"dir": "unused"}
-    raw["model"]["source"] = str(sample / "model")
-    raw["data"]["cache_dir"] = str(job.folder / "cache")
+    raw = sample_settings(job.folder)
     raw["batch"] = {"pack_len": 192, "packs_per_step": 4}
     raw["weights"]["every_n_steps"] = 4
     raw["train"] = {"max_steps": STEPS}
-    raw["evaluation"] = {}
     raw["checkpoint"] = {"every_n_steps": 1, "keep_last": 2, "export_at_end": False}
-    raw["deepspeed"] = {"zero_optimization": {"stage": 3}}
-    job.config.write_text(yaml.safe_dump(raw))
-    prepare(load_config(job.config), progress=False)
+    prepare_run(job.folder, raw)
     launch_soundly(REPOSITORY / "launch" / "train.py", 2, job.arguments("yardstick"))
     job.losses = job.losses_of("yardstick")
     assert len(job.losses) == STEPS

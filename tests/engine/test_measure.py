@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from launching import REPOSITORY, launch, launch_soundly, read_jsonl
+from small_runs import prepare_run, sample_settings
 
 from versatune_ds.config.load import load_config
 from versatune_ds.domain.evaluation import ModelEvaluation
@@ -26,16 +26,13 @@ DOMAINS = ["law", "medicine", "code"]
 TABLE = DomainTable(DOMAINS)
 
 
-def settings(sample: Path, cache: Path) -> dict:
-    """Three domains of the shipped sample, a tiny model, a high learning rate: it overfits in a few steps."""
-    raw = yaml.safe_load((REPOSITORY / "configs" / "quickstart.yaml").read_text())
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three prepared domains of the sample; at this learning rate a tiny model overfits in a few steps."""
+    folder = tmp_path_factory.mktemp("measure")
+    raw = sample_settings(folder)
     for split in ("train", "eval"):
         raw["data"][split] = [s for s in raw["data"][split] if s["domain"] in DOMAINS]
-        for source in raw["data"][split]:
-            source["path"] = source["path"].replace("runs/sample", str(sample))
-    raw["run"] = {"dir": "unused", "seed": 5}
-    raw["model"]["source"] = str(sample / "model")
-    raw["data"]["cache_dir"] = str(cache)
     raw["domains"]["names"] = DOMAINS
     raw["batch"] = {"pack_len": 256, "packs_per_step": 2}
     raw["weights"] = {"strategy": "constant"}
@@ -44,21 +41,7 @@ def settings(sample: Path, cache: Path) -> dict:
     raw["evaluation"] = {"every_n_steps": 4, "patience": 2}
     raw["checkpoint"] = {"every_n_steps": 10, "keep_last": 1}
     raw["reference"] = {"lr": 5e-3, "max_epochs": 2, "patience": 2}
-    raw["deepspeed"] = {"zero_optimization": {"stage": 3}}
-    return raw
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Prepared data and a configuration."""
-    from versatune_ds.data.prepare import prepare
-    from versatune_ds.data.sample import unpack_sample
-
-    folder = tmp_path_factory.mktemp("measure")
-    unpack_sample(folder / "sample")
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(settings(folder / "sample", folder / "cache")))
-    prepare(load_config(config), progress=False)
+    prepare_run(folder, raw)
     return folder
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from launching import REPOSITORY, launch, launch_soundly, read_jsonl
 from safetensors.torch import load_file
+from small_runs import prepare_run, sample_settings
 
 from versatune_ds.cli.main import main
 from versatune_ds.config.load import load_config
@@ -39,35 +39,17 @@ MEASURED = (
 )
 
 
-def settings(sample: Path, cache: Path) -> dict:
-    """A run on the shipped sample that exercises everything in 12 steps."""
-    raw = yaml.safe_load((REPOSITORY / "configs" / "quickstart.yaml").read_text())
-    for split in ("train", "eval"):
-        for source in raw["data"][split]:
-            source["path"] = source["path"].replace("runs/sample", str(sample))
-    raw["run"] = {"dir": "unused", "seed": 5}
-    raw["model"]["source"] = str(sample / "model")
-    raw["data"]["cache_dir"] = str(cache)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Prepared sample, a configuration that exercises everything in 12 steps, and room for runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    raw = sample_settings(folder)
     raw["batch"] = {"pack_len": 192, "packs_per_step": 4}
     raw["weights"] |= {"every_n_steps": 4, "reference": dict.fromkeys(raw["domains"]["names"], 4.0)}
     raw["train"] = {"max_steps": STEPS}
     raw["evaluation"] = {"every_n_steps": 6}
     raw["checkpoint"] = {"every_n_steps": 2, "keep_last": 100}
-    raw["deepspeed"] = {"zero_optimization": {"stage": 3}}
-    return raw
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Prepared data, a configuration, and room for runs."""
-    from versatune_ds.data.prepare import prepare
-    from versatune_ds.data.sample import unpack_sample
-
-    folder = tmp_path_factory.mktemp("runs")
-    unpack_sample(folder / "sample")
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(settings(folder / "sample", folder / "cache")))
-    prepare(load_config(config), progress=False)
+    prepare_run(folder, raw)
     return folder
 
 

@@ -10,42 +10,22 @@ import time
 from pathlib import Path
 
 import psutil
-import yaml
 from launching import REPOSITORY, free_port
+from small_runs import prepare_run, sample_settings
 
 START_TIMEOUT_S = 180
 BIN = Path(sys.executable).parent
 
 
-def small_settings(folder: Path) -> dict:
-    """Settings of a run of two packs a step on the sample in `folder`."""
-    raw = yaml.safe_load((REPOSITORY / "configs" / "quickstart.yaml").read_text())
-    for split in ("train", "eval"):
-        for source in raw["data"][split]:
-            source["path"] = source["path"].replace("runs/sample", str(folder / "sample"))
-    raw["run"] = {"dir": "unused", "seed": 5}
-    raw["model"]["source"] = str(folder / "sample" / "model")
-    raw["data"]["cache_dir"] = str(folder / "cache")
+def prepare_small_run(folder: Path) -> Path:
+    """Sample, caches and settings of an endless run of two packs a step in `folder`; returns the last."""
+    raw = sample_settings(folder)
     raw["batch"] = {"pack_len": 192, "packs_per_step": 2}
     raw["weights"] |= {"every_n_steps": 4}
     raw["train"] = {"max_steps": 100_000}
-    raw["evaluation"] = {}
     raw["checkpoint"] = {"export_at_end": False}
     raw["deepspeed"] = {"zero_optimization": {"stage": 1}}
-    return raw
-
-
-def prepare_small_run(folder: Path) -> Path:
-    """Sample, caches and config.yaml in `folder`; returns the latter."""
-    from versatune_ds.config.load import load_config
-    from versatune_ds.data.prepare import prepare
-    from versatune_ds.data.sample import unpack_sample
-
-    unpack_sample(folder / "sample")
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(small_settings(folder)))
-    prepare(load_config(config), progress=False)
-    return config
+    return prepare_run(folder, raw)
 
 
 class LaunchedRun:

@@ -1,4 +1,4 @@
-"""Small whole runs on the shipped sample, for tests that start several of them."""
+"""The quickstart's settings in a folder of a test's own, prepared, and small whole runs on them."""
 
 from __future__ import annotations
 
@@ -21,35 +21,46 @@ SMALL_MODEL = {
 }
 
 
-def small_run(folder: Path, **sections: dict[str, Any]) -> Path:
-    """Prepare the sample and a model of 90 thousand parameters in `folder`.
+def sample_settings(folder: Path) -> dict[str, Any]:
+    """Unpack the shipped sample into `folder`/sample.
 
     Returns:
-        The configuration of quickstart with these sections' keys.
+        The quickstart's settings with all paths in `folder`, seed 5, ZeRO-3 and no evaluation.
     """
-    from versatune_ds.config.load import load_config
-    from versatune_ds.data.prepare import prepare
     from versatune_ds.data.sample import unpack_sample
 
-    sample = folder / "sample"
-    unpack_sample(sample)
-    architecture = sample / "model" / "config.json"
-    architecture.write_text(json.dumps({**json.loads(architecture.read_text()), **SMALL_MODEL}))
-    raw = yaml.safe_load((REPOSITORY / "configs" / "quickstart.yaml").read_text())
-    for split in ("train", "eval"):
-        for source in raw["data"][split]:
-            source["path"] = source["path"].replace("runs/sample", str(sample))
-    raw["run"] = {"dir": "unused", "seed": 5}
-    raw["model"]["source"] = str(sample / "model")
-    raw["data"]["cache_dir"] = str(folder / "cache")
+    unpack_sample(folder / "sample")
+    text = (REPOSITORY / "configs" / "quickstart.yaml").read_text()
+    raw: dict[str, Any] = yaml.safe_load(text.replace("runs/", f"{folder}/"))
+    raw["run"] = {"dir": str(folder / "run"), "seed": 5}
     raw["evaluation"] = {}
     raw["deepspeed"] = {"zero_optimization": {"stage": 3}}
-    for name, keys in sections.items():
-        raw[name] = {**raw.get(name, {}), **keys}
+    return raw
+
+
+def prepare_run(folder: Path, raw: dict[str, Any]) -> Path:
+    """Write settings to `folder`/config.yaml and the caches that they name; returns the former."""
+    from versatune_ds.config.load import load_config
+    from versatune_ds.data.prepare import prepare
+
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(raw))
     prepare(load_config(config), progress=False)
     return config
+
+
+def small_run(folder: Path, **sections: dict[str, Any]) -> Path:
+    """Prepare the sample and a model of 90 thousand parameters in `folder`.
+
+    Returns:
+        Configuration file: `sample_settings` with these sections' keys.
+    """
+    raw = sample_settings(folder)
+    architecture = folder / "sample" / "model" / "config.json"
+    architecture.write_text(json.dumps({**json.loads(architecture.read_text()), **SMALL_MODEL}))
+    for name, keys in sections.items():
+        raw[name] = {**raw.get(name, {}), **keys}
+    return prepare_run(folder, raw)
 
 
 def cut_back(source: Path, target: Path, step: int) -> None:

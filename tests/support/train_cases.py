@@ -44,8 +44,8 @@ LAST_STEP = 5
 """Index of the last step of runs that write slowly."""
 
 
-def nan_in_steps(*steps: int) -> None:
-    """In these steps (from 0) the last rank's first sample of each pack has NaN losses."""
+def disturb_hidden(change) -> None:
+    """On the last rank, the head is given change(step, head, hidden, sample_ids) as its hidden states."""
     current = {"step": -1}
 
     def run_step(run, step, stop):
@@ -53,46 +53,37 @@ def nan_in_steps(*steps: int) -> None:
         return ORIGINAL_RUN_STEP(run, step, stop)
 
     def forward(self, hidden, labels, sample_ids, *args):
-        last = distributed.rank() == distributed.world_size() - 1
-        if last and current["step"] in steps and self.training:
-            hidden = hidden.masked_fill((sample_ids == 0).unsqueeze(-1), float("nan"))
+        if distributed.rank() == distributed.world_size() - 1:
+            hidden = change(current["step"], self, hidden, sample_ids)
         return ORIGINAL_FORWARD(self, hidden, labels, sample_ids, *args)
 
     train.run_step, LossHead.forward = run_step, forward
 
 
+def nan_in_steps(*steps: int) -> None:
+    """In these steps (from 0) the last rank's first sample of each pack has NaN losses."""
+
+    def change(step, head, hidden, sample_ids):
+        is_hit = step in steps and head.training
+        return hidden.masked_fill((sample_ids == 0).unsqueeze(-1), float("nan")) if is_hit else hidden
+
+    disturb_hidden(change)
+
+
 def nan_gradient_from_step(first_step: int) -> None:
     """From this step on (from 0) the last rank's gradient is NaN, while every loss is finite."""
-    current = {"step": -1}
 
-    def run_step(run, step, stop):
-        current["step"] = step
-        return ORIGINAL_RUN_STEP(run, step, stop)
-
-    def forward(self, hidden, *args):
-        last = distributed.rank() == distributed.world_size() - 1
-        if last and current["step"] >= first_step and hidden.requires_grad:
+    def change(step, head, hidden, sample_ids):
+        if step >= first_step and hidden.requires_grad:
             hidden.register_hook(lambda gradient: gradient * float("nan"))
-        return ORIGINAL_FORWARD(self, hidden, *args)
+        return hidden
 
-    train.run_step, LossHead.forward = run_step, forward
+    disturb_hidden(change)
 
 
 def spike_in_steps(*steps: int) -> None:
     """In these steps (from 0) the last rank is so sure of wrong tokens that its losses leap."""
-    current = {"step": -1}
-
-    def run_step(run, step, stop):
-        current["step"] = step
-        return ORIGINAL_RUN_STEP(run, step, stop)
-
-    def forward(self, hidden, *args):
-        last = distributed.rank() == distributed.world_size() - 1
-        if last and current["step"] in steps and self.training:
-            hidden = hidden * 100
-        return ORIGINAL_FORWARD(self, hidden, *args)
-
-    train.run_step, LossHead.forward = run_step, forward
+    disturb_hidden(lambda step, head, hidden, _: hidden * 100 if step in steps and head.training else hidden)
 
 
 def on_the_last_rank(name: str) -> None:
