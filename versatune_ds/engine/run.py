@@ -174,23 +174,11 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
         log.info("resuming from %s", checkpoint)
     rehearse_when_asked(engine, config)
     # 5. Files and console.
-    sinks, problem = Sinks(), None
     if distributed.is_main():
         introduce(config, corpus, settings, engine, total_steps)
-        try:
-            sinks = open_files(config, engine, total_steps, state, first_step)
-        except StateError as error:
-            problem = error
-        except OSError as error:
-            problem = unwritable(config.run.dir, error)
-    distributed.raise_together(problem)
+    sinks = open_files(config, engine, total_steps, state, first_step)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read
-    pack_len, max_samples = config.batch.pack_len, config.evaluation.max_samples_per_domain
-    evaluates = config.evaluation.every_n_steps is not None
-    evaluated = preflight.evaluated_caches(config, table, caches["eval"])
-    held_out = HeldOut(evaluated, pack_len, max_samples, pad_id) if evaluates else None
-    probe_samples = config.weights.probe_samples
-    probe = HeldOut(caches["eval"], pack_len, probe_samples, pad_id) if controller.needs_probe else None
+    held_out, probe = open_held_out(config, table, caches["eval"], controller, pad_id)
     return Run(
         config=config,
         table=table,
@@ -267,17 +255,51 @@ def count_steps(config: Config, corpus: Corpus, settings: PlannerSettings) -> in
 def open_files(
     config: Config, engine: Engine, total_steps: int, state: dict[str, Any] | None, first_step: int
 ) -> Sinks:
-    """Write what describes the run and open its logs, cut back to the checkpoint; rank 0 only."""
-    _note_changes(config)
-    write_resolved(config, config.run.dir / constants.RESOLVED_CONFIG_FILE)
-    _write_run_info(config, engine, total_steps)
-    return open_sinks(
-        config.run.dir,
-        config.metrics,
-        offsets=None if state is None else state["offsets"],
-        first_step=first_step + 1,
-        config=config.model_dump(mode="json"),
-    )
+    """Write what describes the run and open its logs, cut back to the checkpoint, on rank 0; a collective.
+
+    Raises:
+        StateError: on every rank, where they cannot be written or are not those of the checkpoint.
+    """
+    sinks, problem = Sinks(), None
+    if distributed.is_main():
+        try:
+            _note_changes(config)
+            write_resolved(config, config.run.dir / constants.RESOLVED_CONFIG_FILE)
+            _write_run_info(config, engine, total_steps)
+            sinks = open_sinks(
+                config.run.dir,
+                config.metrics,
+                offsets=None if state is None else state["offsets"],
+                first_step=first_step + 1,
+                config=config.model_dump(mode="json"),
+            )
+        except StateError as error:
+            problem = error
+        except OSError as error:
+            problem = unwritable(config.run.dir, error)
+    distributed.raise_together(problem)
+    return sinks
+
+
+def open_held_out(
+    config: Config,
+    table: DomainTable,
+    caches: list[Any],
+    controller: WeightController,
+    pad_id: int,
+) -> tuple[HeldOut | None, HeldOut | None]:
+    """Held-out samples to evaluate on, and those whose losses drive the weights; None where not asked for.
+
+    Raises:
+        DataError: a domain in evaluation.domains has no held-out data.
+    """
+    pack_len, held_out, probe = config.batch.pack_len, None, None
+    evaluated = preflight.evaluated_caches(config, table, caches)
+    if config.evaluation.every_n_steps is not None:
+        held_out = HeldOut(evaluated, pack_len, config.evaluation.max_samples_per_domain, pad_id)
+    if controller.needs_probe:
+        probe = HeldOut(caches, pack_len, config.weights.probe_samples, pad_id)
+    return held_out, probe
 
 
 def _note_changes(config: Config) -> None:
