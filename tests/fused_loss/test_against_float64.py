@@ -27,11 +27,15 @@ def test_as_good_as_torch(tools, num_tokens, vocab_size, dtype, chunking_backend
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_as_good_as_torch_over_a_long_vocabulary(tools, dtype, chunking_backend, monkeypatch):
-    """32000 is no multiple of a tile, nor of the 8192 rows by which `chunked` multiplies a weight."""
+@pytest.mark.parametrize("vocab_size", [32000, 50257, 128256, 151936, 152064])
+@pytest.mark.parametrize("num_tokens", [5, CHUNK + 1])
+def test_as_good_as_torch_over_a_real_vocabulary(
+    tools, num_tokens, vocab_size, dtype, chunking_backend, monkeypatch
+):
+    """GPT-2's, Llama's and Qwen's: ragged tiles of the kernel, ragged blocks of `chunked`."""
     if chunking_backend == "triton":
         monkeypatch.setattr("versatune_kernels.triton_backend.VOCAB_TILE", 4096)
-    case = tools.case(CHUNK + 1, hidden_size=16, vocab_size=32000, dtype=dtype)
+    case = tools.case(num_tokens, hidden_size=16, vocab_size=vocab_size, dtype=dtype)
     _, ours = tools.run(case, chunk_tokens=CHUNK, backend=chunking_backend)
     assert tools.worse_than_torch(case, ours) == {}
 

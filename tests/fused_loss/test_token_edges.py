@@ -62,24 +62,28 @@ def test_first_and_last_class(tools, backend):
 
 def test_layouts_give_the_same_result(tools, backend):
     case = tools.case(24)
-    expected, answer = tools.run(case, backend=backend)
+    ids = torch.arange(24) // 6
+    expected, answer = tools.run(case, backend=backend, sample_ids=ids, num_samples=4)
     strided = torch.zeros(24, 64)[:, ::2].copy_(case.hidden)
     transposed = case.hidden.T.contiguous().T
     batched = case.hidden.reshape(2, 12, 32)
     time_major = batched.transpose(0, 1).contiguous().transpose(0, 1)
-    odd_start = torch.empty(25, dtype=torch.int32)[1:].copy_(case.labels)  # not 16-byte aligned
-    for hidden, labels in (
-        (strided, case.labels),
-        (transposed, odd_start),
-        (batched, case.labels.reshape(2, 12)),
-        (time_major, case.labels),
-        (case.hidden, case.labels.repeat_interleave(2)[::2]),
+    odd_labels, odd_ids = (torch.empty(25, dtype=torch.int32)[1:].copy_(t) for t in (case.labels, ids))
+    assert odd_labels.data_ptr() % 16 != 0
+    for hidden, labels, sample_ids in (
+        (strided, case.labels, ids),
+        (transposed, odd_labels, odd_ids),
+        (batched, case.labels.reshape(2, 12), ids.reshape(2, 12)),
+        (time_major, case.labels, ids),
+        (case.hidden, case.labels.repeat_interleave(2)[::2], ids.repeat_interleave(2)[::2]),
     ):
         hidden = hidden.detach().requires_grad_()
         weight = torch.zeros(1000, 64)[:, ::2].copy_(case.weight).requires_grad_()
-        out = linear_cross_entropy(hidden, weight, labels, backend=backend, **case.options)
+        sums = {"sample_ids": sample_ids, "num_samples": 4}
+        out = linear_cross_entropy(hidden, weight, labels, backend=backend, **sums, **case.options)
         out.loss.backward()
-        assert out.token_loss.shape == (24,)
+        assert out.token_loss.shape == (24,) and out.sample_tokens.equal(expected.sample_tokens)
+        torch.testing.assert_close(out.sample_loss, expected.sample_loss)
         torch.testing.assert_close(out.token_loss, expected.token_loss)
         torch.testing.assert_close(hidden.grad.reshape(24, 32), answer.d_hidden)
         torch.testing.assert_close(weight.grad, answer.d_weight)

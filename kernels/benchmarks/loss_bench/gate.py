@@ -25,6 +25,8 @@ from loss_bench.candidates import IGNORE_INDEX, Inputs, hf_eager
 GATE_ROWS = 96
 VOCAB_BLOCK = 8192
 WRONG_FROM = 0.1
+EPS = 2e-6
+"""A few roundings of fp32, in which the sums end: torch's own error may happen to be none."""
 ERRORS = ("loss", "dx", "dw")
 
 
@@ -91,8 +93,6 @@ class Gate:
         self._small = gate_inputs(inputs)
         self._exact = Exact(self._small)
         self._torch_errors = _errors(self._small, self._exact, hf_eager)
-        self._eps = {"loss": 16 * torch.finfo(torch.float32).eps}
-        self._eps["dx"] = self._eps["dw"] = 2 * torch.finfo(inputs.hidden.dtype).eps
 
     def judge(self, loss_of: Callable[[Inputs], Tensor | None]) -> dict[str, Any]:
         """Judge a candidate; `loss_of` gives its loss, without backward.
@@ -102,17 +102,17 @@ class Gate:
         """
         errors = _errors(self._small, self._exact, loss_of)
         return {
-            "verdict": judge(errors, self._torch_errors, self._eps),
+            "verdict": judge(errors, self._torch_errors),
             "errors": errors,
             "torch_errors": self._torch_errors,
         }
 
 
-def judge(errors: dict[str, float], torch_errors: dict[str, float], eps: dict[str, float]) -> str:
+def judge(errors: dict[str, float], torch_errors: dict[str, float]) -> str:
     """The verdict on errors, by the rule at the head of this file."""
     if not all(math.isfinite(errors[name]) and errors[name] <= WRONG_FROM for name in ERRORS):
         return "wrong"
-    within = all(errors[name] <= 2 * torch_errors[name] + eps[name] for name in ERRORS)
+    within = all(errors[name] <= 2 * torch_errors[name] + EPS for name in ERRORS)
     return "passed" if within else "outside"
 
 
