@@ -50,6 +50,8 @@ def main() -> int:
 
         serve(args.worker, args.device)
         return 0
+    # One thread, as a CPU rank of the trainer has: CPU time of several counts their waiting for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
     from loss_bench.candidates import CANDIDATES
     from loss_bench.driver import CPU_PROTOCOL, GPU_PROTOCOL

@@ -215,6 +215,26 @@ def test_a_small_run_writes_json_table_and_picture(tmp_path):
     assert cases[0] == case and [c["case"]["num_tokens"] for c in cases] == [64, 16]
 
 
+@pytest.mark.slow
+def test_the_chunked_loss_takes_a_quarter_of_eagers_transient_memory(tmp_path):
+    """At the vocabulary of Qwen2.5 (152,064 classes); measured as the benchmark does."""
+    command = [
+        sys.executable, str(FOLDER / "fused_loss.py"), "--device", "cpu", "--tokens", "512",
+        "--supervised", "1", "--dtype", "float32", "--candidates", "hf eager", "chunked",
+        "--rounds", "1", "--out", str(tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (case,) = json.loads((tmp_path / "results.json").read_text())["cases"]
+    assert case["case"]["vocab_size"] == 152_064
+    ratios = {
+        v["candidate"]: v["ratio_to_eager"]["transient"]
+        for v in case["variants"]
+        if v["variant"] == "default"
+    }
+    assert ratios["hf eager"] == 1 and 0 < ratios["chunked"] <= 0.25
+
+
 def test_real_hidden_states_come_from_a_file(tmp_path):
     from safetensors.torch import save_file
 
