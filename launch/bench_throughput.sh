@@ -19,7 +19,7 @@ packs_per_rank=2
 recompute="off all"
 zero_stages=3
 hostfile=
-ranks=$(python -c 'import torch; print(torch.cuda.device_count() or 1)')
+ranks=
 
 usage() { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; }
 while (($#)); do
@@ -37,6 +37,7 @@ while (($#)); do
         *) echo "bench_throughput.sh: unknown option $1; see --help" >&2; exit 2 ;;
     esac
 done
+ranks=${ranks:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 mkdir -p "$out"
 : > "$out/failures.txt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from launching import REPOSITORY
+from launching import REPOSITORY, free_port
 
 SCRIPTS = [
     *sorted(
@@ -121,6 +122,27 @@ def test_help_and_unknown_options(script):
     assert shown.returncode == 0 and script in shown.stdout
     wrong = subprocess.run(["bash", path, *arguments, "--flder", "x"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "--flder" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_results_failures_and_one_page(tmp_path):
+    """Two settings of a tiny model, of which one cannot be."""
+    command = [
+        "bash", str(REPOSITORY / "launch" / "bench_throughput.sh"), "--shapes", "tiny:2 no-such-shape",
+        "--pack-lens", "128", "--packs-per-rank", "1", "--recompute", "off", "--ranks", "1",
+        "--out", str(tmp_path), "--", "--dtype", "fp32", "--steps", "2", "--warmup-steps", "1",
+        "--split-steps", "1", "--metrics", "off",
+    ]  # fmt: skip
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    failures = (tmp_path / "failures.txt").read_text()
+    assert failures == "no-such-shape all layers, 1 x 128, recompute off, ZeRO-3\n"
+    (result,) = tmp_path.glob("*.json")
+    assert json.loads(result.read_text())["slices"][0]["layers"] == 2
+    page = (tmp_path / "comparison.md").read_text()
+    assert "| tiny" in page and f"Ended with an error:\n\n- {failures}" in page
 
 
 @pytest.mark.parametrize(
