@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from launching import read_jsonl
 from safetensors.torch import load_file
 from small_runs import cut_back, small_run
 
-from versatune_ds.engine.reshard import MOMENTS, cut, spans_of_stage3, spans_of_stages_1_and_2
+from versatune_ds.engine.saved_shards import MOMENTS, cut, spans_of_stage3, spans_of_stages_1_and_2
 
 STEPS, CUT, STOP = 6, 2, 4
 ZERO = {stage: f"deepspeed={{zero_optimization: {{stage: {stage}}}}}" for stage in (0, 1, 2)}
@@ -59,26 +57,22 @@ def test_stage3_spans_find_every_element(world_size):
     check_all_ranges(whole, spans, [[torch.cat(group) for group in rank] for rank in flat])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_stage2_spans_find_every_element(world_size):
-    """Against a flat group cut into equal parts without regard to parameters."""
+@pytest.mark.parametrize("paddings", [(0, 0, 0), (1, 2, 0)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 40])
+def test_stage2_spans_find_every_element(world_size, paddings):
+    """Against a flat group cut into equal parts without regard to parameters, with gaps between them."""
     whole = {name: torch.randn(numel) for name, numel in (("a", 11), ("b", 2), ("c", 17))}
-    flat = torch.cat(list(whole.values()))
+    flat = torch.cat(
+        [
+            torch.nn.functional.pad(tensor, (0, padding), value=float("nan"))
+            for tensor, padding in zip(whole.values(), paddings, strict=True)
+        ]
+    )
     part = -(-len(flat) // world_size)
-    mappings, shards, begin = [], [], OrderedDict()
-    at = 0
-    for name, tensor in whole.items():
-        begin[name], at = at, at + len(tensor)
-    for rank in range(world_size):
-        low, high = rank * part, min((rank + 1) * part, len(flat))
-        shards.append([flat[low:high]])
-        mine = {}
-        for name, tensor in whole.items():
-            first, last = max(low, begin[name]), min(high, begin[name] + len(tensor))
-            if first < last:
-                mine[name] = SimpleNamespace(start=first - low, numel=last - first)
-        mappings.append([mine])
-    check_all_ranges(whole, spans_of_stages_1_and_2(mappings), shards)
+    shards = [[flat[rank * part : (rank + 1) * part]] for rank in range(world_size)]
+    sizes = [[len(group) for group in shard] for shard in shards]
+    shapes = [{name: tensor.shape for name, tensor in whole.items()}]
+    check_all_ranges(whole, spans_of_stages_1_and_2(shapes, sizes, [paddings]), shards)
 
 
 def check_all_ranges(whole, spans, shards):
