@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,12 +18,13 @@ from launching import read_jsonl
 from safetensors.torch import load_file
 from small_runs import cut_back, small_run
 
-from versatune_ds.engine.reshard import MOMENTS, cut, spans_of_stage3, spans_of_stages_1_and_2
+from versatune_ds.engine.saved_shards import MOMENTS, cut, spans_of_stage3, spans_of_stages_1_and_2
 
 STEPS, CUT, STOP = 6, 2, 4
 ZERO = {stage: f"deepspeed={{zero_optimization: {{stage: {stage}}}}}" for stage in (0, 1, 2)}
 # parameters above the threshold are gathered when needed, smaller ones stay whole: there are both
 ZERO[3] = "deepspeed={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 1500}}"
+ROUND_ROBIN = "deepspeed={zero_optimization: {stage: 2, round_robin_gradients: true}}"
 OFFLOAD = "deepspeed={zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}"
 FROM_CUT = {
     # name: (ranks, ZeRO settings)
@@ -35,6 +34,7 @@ FROM_CUT = {
     "one_rank_stage_1": (1, ZERO[1]),
     "one_rank_stage_3": (1, ZERO[3]),
     "two_ranks_offload": (2, OFFLOAD),
+    "three_ranks_round_robin": (3, ROUND_ROBIN),
 }
 
 
@@ -59,26 +59,22 @@ def test_stage3_spans_find_every_element(world_size):
     check_all_ranges(whole, spans, [[torch.cat(group) for group in rank] for rank in flat])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_stage2_spans_find_every_element(world_size):
-    """Against a flat group cut into equal parts without regard to parameters."""
+@pytest.mark.parametrize("paddings", [(0, 0, 0), (1, 2, 0)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 40])
+def test_stage2_spans_find_every_element(world_size, paddings):
+    """Against a flat group cut into equal parts without regard to parameters, with gaps between them."""
     whole = {name: torch.randn(numel) for name, numel in (("a", 11), ("b", 2), ("c", 17))}
-    flat = torch.cat(list(whole.values()))
+    flat = torch.cat(
+        [
+            torch.nn.functional.pad(tensor, (0, padding), value=float("nan"))
+            for tensor, padding in zip(whole.values(), paddings, strict=True)
+        ]
+    )
     part = -(-len(flat) // world_size)
-    mappings, shards, begin = [], [], OrderedDict()
-    at = 0
-    for name, tensor in whole.items():
-        begin[name], at = at, at + len(tensor)
-    for rank in range(world_size):
-        low, high = rank * part, min((rank + 1) * part, len(flat))
-        shards.append([flat[low:high]])
-        mine = {}
-        for name, tensor in whole.items():
-            first, last = max(low, begin[name]), min(high, begin[name] + len(tensor))
-            if first < last:
-                mine[name] = SimpleNamespace(start=first - low, numel=last - first)
-        mappings.append([mine])
-    check_all_ranges(whole, spans_of_stages_1_and_2(mappings), shards)
+    shards = [[flat[rank * part : (rank + 1) * part]] for rank in range(world_size)]
+    sizes = [[len(group) for group in shard] for shard in shards]
+    shapes = [{name: tensor.shape for name, tensor in whole.items()}]
+    check_all_ranges(whole, spans_of_stages_1_and_2(shapes, sizes, [paddings]), shards)
 
 
 def check_all_ranges(whole, spans, shards):
@@ -142,7 +138,10 @@ class TestEveryChange:
         loaded = load_file(runs / name / f"whole_{CUT}_loaded.safetensors")
         assert loaded.keys() == saved.keys()
         assert any(saved[key].abs().max() > 0 for key in saved if key.startswith(MOMENTS[1]))
-        different = [key for key in saved if not torch.equal(loaded[key].flatten(), saved[key].flatten())]
+        # with round robin DeepSpeed itself gathers fp32 weights and moments under wrong names; the model is
+        # copied from those, and the next test shows what became of the moments
+        keys = [key for key in saved if "round_robin" not in name or key.startswith("model.")]
+        different = [key for key in keys if not torch.equal(loaded[key].flatten(), saved[key].flatten())]
         assert not different
         assert loaded["steps"].tolist() == [CUT] and loaded["decay"].tolist() == pytest.approx([0.1, 0])
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from versatune_ds.config.load import load_config
 from versatune_ds.data.balance import rank_packs
-from versatune_ds.engine import checkpoint, export, preflight, sameness, saving, train
+from versatune_ds.engine import build, checkpoint, export, preflight, sameness, saving, train
 from versatune_ds.engine.build import close_process_group, start_process_group
 from versatune_ds.engine.export import _gathered_parameters
 from versatune_ds.engine.model import LossHead
@@ -39,6 +39,7 @@ ORIGINAL_HASH, ORIGINAL_CHECK = sameness.folder_hash, preflight.check_file
 ORIGINAL_RUN_STEPS, ORIGINAL_ACCUMULATE = train.run_steps, train.accumulate
 ORIGINAL_PART, ORIGINAL_BEGIN, ORIGINAL_WRITE = saving.write_part, saving.Share.begin, saving.Share._write
 ORIGINAL_PUBLISH, ORIGINAL_FLUSH = checkpoint.publish, export.ShardWriter._flush
+ORIGINAL_BUILD = build.build_model
 UNLIMITED = resource.RLIM_INFINITY
 LAST_STEP = 5
 """Index of the last step of runs that write slowly."""
@@ -221,6 +222,18 @@ def fail_to_export() -> None:
     export.ShardWriter._flush = flush
 
 
+def freeze_two() -> None:
+    """A matrix and a vector of the model are not trained."""
+
+    def build_model(*args):
+        model = ORIGINAL_BUILD(*args)
+        for name in ("lm.model.layers.0.mlp.up_proj.weight", "lm.model.norm.weight"):
+            model.get_parameter(name).requires_grad_(False)
+        return model
+
+    build.build_model = build_model
+
+
 def write_slowly() -> None:
     """Files of a checkpoint are written in the background when one more step has been trained."""
     current = {"step": 0}
@@ -263,6 +276,7 @@ def record_samples() -> None:
 SABOTAGE = {
     "record samples": record_samples,
     "write slowly": write_slowly,
+    "freeze two": freeze_two,
     "cannot export": fail_to_export,
     "cannot write checkpoint 4": lambda: fail_to_write(4),
     "cannot publish checkpoint 4": lambda: fail_to_publish(4),
@@ -291,6 +305,7 @@ def repair() -> None:
     train.run_steps, train.accumulate = ORIGINAL_RUN_STEPS, ORIGINAL_ACCUMULATE
     saving.write_part, saving.Share.begin, saving.Share._write = ORIGINAL_PART, ORIGINAL_BEGIN, ORIGINAL_WRITE
     checkpoint.publish, export.ShardWriter._flush = ORIGINAL_PUBLISH, ORIGINAL_FLUSH
+    build.build_model = ORIGINAL_BUILD
     resource.setrlimit(resource.RLIMIT_FSIZE, (UNLIMITED, UNLIMITED))
 
 

@@ -35,7 +35,10 @@ def run(args: argparse.Namespace) -> int:
     if checkpoint is None or not checkpoint.is_dir():
         raise StateError(f"{folder} holds no such checkpoint; checkpoint.every_n_steps makes them")
     if not newest and (problem := damage(checkpoint)) is not None:
-        raise StateError(f"{checkpoint} is damaged: {problem}")
+        raise StateError(
+            f"{checkpoint} is damaged: {problem}; restore the file, or leave out --step to export the newest "
+            "sound checkpoint"
+        )
     target = args.out or args.run_dir / f"model-{checkpoint.name}"
     export_from_run(args.run_dir, checkpoint, target)
     print(target)

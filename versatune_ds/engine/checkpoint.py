@@ -141,19 +141,38 @@ def newest_sound_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def saved_state(path: Path) -> dict[str, Any]:
+    """Our own state of a checkpoint, whoever wants to read it.
+
+    Raises:
+        StateError: it has none, or one that another version of the format wrote.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / CHECKPOINT_STATE_FILE).read_text(encoding="utf-8"))
+        version = state["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError(
+            f"{path}: {CHECKPOINT_STATE_FILE} cannot be read ({type(error).__name__}: {error}); use a "
+            "checkpoint that this program wrote"
+        ) from error
+    if version != VERSION:
+        raise StateError(
+            f"{path}: state version {version}, this program reads {VERSION}; use the program that wrote it"
+        )
+    return state
+
+
 def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
-    """Our own state of a checkpoint.
+    """Our own state of a checkpoint that this run wants to go on from.
 
     Args:
         path: a sound checkpoint.
         layout: how this run lays out model and optimizer state (ZeRO stage, dtype, offload).
 
     Raises:
-        StateError: written by another version of the format, or in a layout that cannot become this run's.
+        StateError: as `saved_state`, or a layout that cannot become this run's.
     """
-    state = json.loads((path / CHECKPOINT_STATE_FILE).read_text(encoding="utf-8"))
-    if state["version"] != VERSION:
-        raise StateError(f"{path}: state version {state['version']}, this program reads {VERSION}")
+    state = saved_state(path)
     saved = state["layout"]
     unsharded = "ZeRO stage 0" if 0 in (saved["ZeRO stage"], layout["ZeRO stage"]) else None
     for key, why in (("model.dtype", "another precision"), ("ZeRO stage", unsharded)):
@@ -163,7 +182,7 @@ def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
                 "cannot go on from it. Set it back, or export the checkpoint and start a new run from the "
                 "exported model"
             )
-    return dict(state)
+    return state
 
 
 def load_model_state(path: Path, engine: Engine, state: dict[str, Any], layout: dict[str, Any]) -> None:
@@ -213,19 +232,19 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
     """What is wrong with one rank's share of a checkpoint's files (by default with any of them), or None."""
     try:
         manifest = json.loads((folder / CHECKPOINT_MANIFEST_FILE).read_text(encoding="utf-8"))
-        files = manifest["files"]
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         return f"{CHECKPOINT_MANIFEST_FILE} is missing"
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"{CHECKPOINT_MANIFEST_FILE} cannot be read: {error}"
     for name in sorted(files)[rank::world_size]:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        size = path.stat().st_size
-        if size != files[name]["bytes"]:
-            return f"{name} has {size} bytes instead of {files[name]['bytes']}"
-        if sha256_file(path) != files[name]["sha256"]:
+        size, (expected, sha256) = path.stat().st_size, files[name]
+        if size != expected:
+            return f"{name} has {size} bytes instead of {expected}"
+        if sha256_file(path) != sha256:
             return f"{name} has changed since it was written (SHA-256 differs)"
     return None
 

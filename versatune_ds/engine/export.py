@@ -1,20 +1,18 @@
 """Writing the trained model as a Hugging Face folder, one shard at a time.
 
-`export_model` gathers the parameters of a live engine one by one; `export_checkpoint` reads a checkpoint's
-shards on a CPU without any process group. Both hand (name, tensor) pairs to the same shard writer, which
-holds one shard in memory, so the peak on any rank is one shard and one parameter. The folder appears whole or
-not.
+`export_model` gathers the parameters of a live engine one by one; `export_checkpoint` takes them one by one
+out of the mapped files of a checkpoint of any ZeRO stage (`engine/saved_shards.py`), on a CPU without any
+process group. Both hand (name, tensor) pairs to the same shard writer, which holds one shard in memory, so
+the peak on any rank is one shard and one parameter. The folder appears whole or not.
 
 What is not covered: quantised formats, and pushing to a hub.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +24,11 @@ from transformers import GenerationConfig
 from versatune_ds.config.load import load_config
 from versatune_ds.config.schema import Config
 from versatune_ds.data.templating import load_tokenizer, set_chat_template, stop_token
+from versatune_ds.engine.checkpoint import saved_state
 from versatune_ds.engine.model import DTYPES, PackedCausalLM, load_architecture
-from versatune_ds.engine.safe_loading import tensors_only
+from versatune_ds.engine.saved_shards import SavedWeights
 from versatune_ds.foundations import constants, distributed
-from versatune_ds.foundations.errors import SaveError
+from versatune_ds.foundations.errors import SaveError, VersaTuneError
 from versatune_ds.foundations.files import fsync_dir, fsync_tree, write_json_atomic
 
 NAME_PREFIX = "lm."
@@ -124,23 +123,15 @@ def export_model(model: PackedCausalLM, companions: Companions, folder: Path, ma
     Raises:
         SaveError: on all ranks, when rank 0 could not write.
     """
-    temporary = folder.with_name(f".unfinished-{folder.name}")
     problem: Exception | None = None
     parameters = _gathered_parameters(model)
     if distributed.is_main():
+        copies = ((name, tensor.detach().to("cpu", copy=True)) for name, tensor in parameters)
+        cure = "start the same command again, or make it from the last checkpoint: versatune-ds export RUN"
         try:
-            _make_empty(temporary)
-            writer = ShardWriter(temporary, max_shard_bytes)
-            for name, tensor in parameters:
-                writer.add(name, tensor.detach().to("cpu", copy=True))
-            writer.close()
-            _finish(model.lm.config, companions, temporary, folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            problem = SaveError(
-                f"the model could not be written into {folder}: {error}. Make room, then start the same "
-                "command again, or make it from the last checkpoint: versatune-ds export RUN"
-            )
+            _write_folder(copies, model.lm.config, companions, folder, max_shard_bytes, cure)
+        except SaveError as error:
+            problem = error
     for _ in parameters:  # the other ranks' part, and that of a rank 0 that could not write
         pass
     distributed.raise_together(problem)
@@ -152,29 +143,22 @@ def export_checkpoint(
     """Write a checkpoint as a Hugging Face folder, on one CPU process.
 
     Args:
-        checkpoint: a finished checkpoint folder.
+        checkpoint: a finished checkpoint folder, of any ZeRO stage.
         config: the transformers config of the model.
+        companions: saved beside the weights.
+        folder: target; replaced if it exists.
         dtype: "bf16", "fp16" or "fp32"; fp32 master weights are rounded to it.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        max_shard_bytes: bound of a shard. Host memory holds one shard and one parameter.
 
-    with tensors_only(checkpoint):
-        state = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
-        )
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    temporary = folder.with_name(f".unfinished-{folder.name}")
-    _make_empty(temporary)
-    writer = ShardWriter(temporary, max_shard_bytes)
-    for name, value in state.items():
-        plain = name.removeprefix(NAME_PREFIX)
-        if tied and plain == "lm_head.weight":
-            continue
-        tensor = value.contiguous() if hasattr(value, "contiguous") else torch.as_tensor(value)
-        writer.add(plain, tensor.to(DTYPES[dtype]))
-    writer.close()
+    Raises:
+        StateError: the checkpoint's files are not as this program writes them.
+        SaveError: the folder could not be written.
+    """
+    weights = SavedWeights(checkpoint, saved_state(checkpoint))
     config.dtype = DTYPES[dtype]
-    _finish(config, companions, temporary, folder)
+    rounded = ((name.removeprefix(NAME_PREFIX), _rounded(weights[name], config.dtype)) for name in weights)
+    cure = "give another folder with --out if you like, then start the same command again"
+    _write_folder(rounded, config, companions, folder, max_shard_bytes, cure)
 
 
 def export_from_run(run_dir: Path, checkpoint: Path, target: Path) -> None:
@@ -187,15 +171,15 @@ def export_from_run(run_dir: Path, checkpoint: Path, target: Path) -> None:
 
     Raises:
         ConfigError: its settings, model or tokenizer cannot be found any more.
+        StateError, SaveError: as `export_checkpoint`.
     """
     config = load_config(run_dir / constants.RESOLVED_CONFIG_FILE)
     tokenizer = load_tokenizer(config)
     set_chat_template(tokenizer, config.data.chat_template)
     architecture = load_architecture(config.model)
     shard_bytes = int(config.checkpoint.export_shard_gb * 1e9)
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints; a command's output is its result alone
-        companions = Companions.of(config, tokenizer, architecture)
-        export_checkpoint(checkpoint, architecture, companions, target, config.model.dtype, shard_bytes)
+    companions = Companions.of(config, tokenizer, architecture)
+    export_checkpoint(checkpoint, architecture, companions, target, config.model.dtype, shard_bytes)
 
 
 def _gathered_parameters(model: PackedCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
@@ -208,6 +192,42 @@ def _gathered_parameters(model: PackedCausalLM) -> Iterator[tuple[str, torch.Ten
                 yield name.removeprefix(NAME_PREFIX), parameter.data
         else:
             yield name.removeprefix(NAME_PREFIX), parameter.data
+
+
+def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Weights in the dtype of the export; buffers of whole numbers stay what they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _write_folder(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    config: Any,
+    companions: Companions,
+    folder: Path,
+    max_shard_bytes: int,
+    cure: str,
+) -> None:
+    """Write the folder under a hidden name, then give it its own; a failure leaves nothing.
+
+    Args:
+        tensors: (Hugging Face name, CPU tensor), made one at a time.
+        cure: what to do when there is room again, for the error.
+    """
+    temporary = folder.with_name(f".unfinished-{folder.name}")
+    try:
+        _make_empty(temporary)
+        writer = ShardWriter(temporary, max_shard_bytes)
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+        writer.close()
+        _finish(config, companions, temporary, folder)
+    except (OSError, SafetensorError, VersaTuneError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, VersaTuneError):
+            raise
+        raise SaveError(
+            f"the model could not be written into {folder}: {error}. Make room, then {cure}"
+        ) from error
 
 
 def _make_empty(folder: Path) -> None:
