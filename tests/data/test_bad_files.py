@@ -201,9 +201,11 @@ def test_skip_goes_on_with_the_other_files_of_a_source(tmp_path: Path, tokenizer
     (tmp_path / "data" / "b.parquet").write_bytes(b"PAR1 no")
     write_jsonl(tmp_path / "data" / "c.jsonl", pairs(3))
     (tmp_path / "data" / "notes.csv").write_text("x")
+    write_jsonl(tmp_path / "data" / "_draft.jsonl", pairs(2))
     prepared = prepare(data_config(tmp_path, tokenizer, tmp_path / "data", on_bad_row="skip"))
     check_prepared(prepared, Outcome(3, None, rejected={"empty_file": 1, "damaged_file": 1}))
-    assert "notes.csv" in prepared.table()
+    assert "2 beside the data not read" in prepared.table()
+    assert all(name in prepared.table() for name in ("notes.csv", "_draft.jsonl"))
 
 
 def test_every_source_needs_a_sample_even_if_the_domain_has_others(tmp_path: Path, tokenizer: Path) -> None:

@@ -87,7 +87,7 @@ class UnitReport:
     manifest: dict[str, Any]
     reused: bool
     ignored: tuple[str, ...]
-    """Files beside the sources' that are of no known kind."""
+    """What lies beside the sources' files and is not read (`FoundFiles.ignored`)."""
 
 
 @dataclass(frozen=True)
@@ -614,7 +614,8 @@ def _report_lines(reports: Sequence[UnitReport]) -> Iterator[str]:
         if report.ignored:
             shown = ", ".join(report.ignored[:3]) + (", ..." if len(report.ignored) > 3 else "")
             notes.append(
-                f"note: {report.split}: {len(report.ignored)} files of other kinds are not read: {shown}"
+                f"note: {report.split}: {len(report.ignored)} beside the data not read (other kinds of file, "
+                f"names that begin with . or _): {shown}"
             )
         if unit["rejected"]:
             notes.append(f"rejected rows of {report.split}: {report.folder / REJECTED_FILE}")
