@@ -58,13 +58,16 @@ def test_columns_are_mapped_also_inside_turns() -> None:
 
 def test_pretokenized_rows_by_labels_or_mask() -> None:
     by_labels = parse({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]})
-    by_mask = parse({"input_ids": [5, 6, 7], "supervised_mask": [False, True, 1]})
+    by_mask = parse(
+        {"input_ids": [5, 6, 7], "supervised_mask": [False, True, 1], "attention_mask": [1, True, 1]}
+    )
     assert isinstance(by_labels, TokenRow)
     assert by_labels.tokens.tolist() == by_mask.tokens.tolist() == [5, 6, 7]
     assert by_labels.mask.tolist() == by_mask.mask.tolist() == [False, True, True]
 
 
 ANSWER = turn("assistant", "A")
+PADDED = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
 BAD_ROWS: list[tuple[dict[str, Any], Reason]] = [
     ({"instruction": "Q"}, Reason.MISSING_FIELD),
     ({"question": "Q"}, Reason.MISSING_FIELD),
@@ -98,6 +101,12 @@ BAD_ROWS: list[tuple[dict[str, Any], Reason]] = [
     ({"input_ids": [1, 2], "labels": [1]}, Reason.LENGTH_MISMATCH),
     ({"input_ids": [1, 2], "labels": [-100, 1]}, Reason.INVALID_LABEL),
     ({"input_ids": [1, 2], "supervised_mask": [0, 2]}, Reason.INVALID_LABEL),
+    ({**PADDED, "attention_mask": [0, 1, 1]}, Reason.INVALID_ATTENTION_MASK),
+    ({**PADDED, "attention_mask": [1, 1, False]}, Reason.INVALID_ATTENTION_MASK),
+    ({**PADDED, "attention_mask": [1, 1, 2]}, Reason.INVALID_ATTENTION_MASK),
+    ({**PADDED, "attention_mask": [1, 1]}, Reason.LENGTH_MISMATCH),
+    ({**PADDED, "attention_mask": 1}, Reason.WRONG_TYPE),
+    ({**PADDED, "attention_mask": [1, 1, 1.0]}, Reason.WRONG_TYPE),
     ({"input_ids": [1, 2]}, Reason.MISSING_FIELD),
     ({"input_ids": [1, 2.0], "labels": [1, 2]}, Reason.WRONG_TYPE),
     ({"input_ids": [True, 2], "labels": [1, 2]}, Reason.WRONG_TYPE),
@@ -138,4 +147,6 @@ def test_the_domain_comes_from_the_source_or_the_column() -> None:
 def test_only_needed_columns_of_a_table_are_read() -> None:
     schema = RowSchema(domain_column="d", domains=("law",))
     assert schema.needed_columns(["prompt", "embedding", "completion", "d"]) == ["prompt", "completion", "d"]
+    tokens = ["input_ids", "labels", "attention_mask"]
+    assert schema.needed_columns([*tokens, "text"]) == tokens
     assert schema.needed_columns(["text", "label"]) is None

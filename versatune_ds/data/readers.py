@@ -77,6 +77,7 @@ class Reason(str, Enum):
     LENGTH_MISMATCH = "length_mismatch"
     INVALID_TOKEN = "invalid_token"
     INVALID_LABEL = "invalid_label"
+    INVALID_ATTENTION_MASK = "invalid_attention_mask"
     # The row as tokens.
     REFUSED_BY_TEMPLATE = "refused_by_template"
     STOP_TOKEN_IN_TEXT = "stop_token_in_text"

@@ -1,12 +1,12 @@
 """Row schemas: a raw dict becomes a conversation, or token ids with a mask, or a reason why not.
 
-| format            | required columns                              | optional             |
-|-------------------|-----------------------------------------------|----------------------|
-| messages          | messages: [{role, content}, ...]              |                      |
-| sharegpt          | conversations: [{from, value}, ...]           | system               |
-| pretokenized      | input_ids and one of labels, supervised_mask  |                      |
-| alpaca            | instruction, output                           | input, system        |
-| prompt_completion | prompt, completion                            | system               |
+| format            | required columns                              | optional                 |
+|-------------------|-----------------------------------------------|--------------------------|
+| messages          | messages: [{role, content}, ...]              |                          |
+| sharegpt          | conversations: [{from, value}, ...]           | system                   |
+| pretokenized      | input_ids and one of labels, supervised_mask  | attention_mask, all ones |
+| alpaca            | instruction, output                           | input, system            |
+| prompt_completion | prompt, completion                            | system                   |
 
 A file has one format: the named one, or the first of the table whose required columns a row of the file has
 (the first such row decides). `columns` maps these names to the file's own ones, also inside the turns of
@@ -33,7 +33,7 @@ from versatune_ds.foundations.errors import unknown_name
 FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "messages": (("messages",), ()),
     "sharegpt": (("conversations",), ("system",)),
-    "pretokenized": (("input_ids",), ("labels", "supervised_mask")),
+    "pretokenized": (("input_ids",), ("labels", "supervised_mask", "attention_mask")),
     "alpaca": (("instruction", "output"), ("input", "system")),
     "prompt_completion": (("prompt", "completion"), ("system",)),
 }
@@ -246,6 +246,7 @@ class RowSchema:
         tokens = self._integers(row, "input_ids")
         if tokens.size == 0:
             raise BadRow(Reason.EMPTY_RESPONSE, f"{self.column('input_ids')} is an empty list")
+        self._refuse_padding(row, len(tokens))
         given = [name for name in ("labels", "supervised_mask") if row.get(self.column(name)) is not None]
         if len(given) != 1:
             found = "both are given" if given else "neither is given"
@@ -253,13 +254,8 @@ class RowSchema:
                 Reason.MISSING_FIELD,
                 f"{found}; one of {self.column('labels')} and {self.column('supervised_mask')} is needed",
             )
-        values = self._integers(row, given[0], allow_bool=given[0] == "supervised_mask")
+        values = self._per_token(row, given[0], len(tokens), allow_bool=given[0] == "supervised_mask")
         column = self.column(given[0])
-        if len(values) != len(tokens):
-            raise BadRow(
-                Reason.LENGTH_MISMATCH,
-                f"{column} has {len(values)} entries, {self.column('input_ids')} has {len(tokens)}",
-            )
         if given[0] == "labels":
             mask = values != IGNORE_INDEX
             allowed = f"{IGNORE_INDEX} or the token at the same position (labels are not shifted)"
@@ -271,6 +267,31 @@ class RowSchema:
         if bad.size:
             raise BadRow(Reason.INVALID_LABEL, f"{column}[{bad[0]}] is {values[bad[0]]}; allowed: {allowed}")
         return TokenRow(tokens, mask)
+
+    def _refuse_padding(self, row: Mapping[str, Any], num_tokens: int) -> None:
+        """Samples are packed one behind the other: padding in a row would be context like any other token."""
+        column = self.column("attention_mask")
+        if row.get(column) is None:
+            return
+        values = self._per_token(row, "attention_mask", num_tokens, allow_bool=True)
+        bad = np.flatnonzero(values != 1)
+        if bad.size:
+            raise BadRow(
+                Reason.INVALID_ATTENTION_MASK,
+                f"{column}[{bad[0]}] is {values[bad[0]]}; allowed: 1 everywhere, or no {column}. Take the "
+                "padding off: every token of a row is seen by those after it",
+            )
+
+    def _per_token(
+        self, row: Mapping[str, Any], name: str, num_tokens: int, allow_bool: bool
+    ) -> npt.NDArray[np.int64]:
+        values = self._integers(row, name, allow_bool)
+        if len(values) != num_tokens:
+            found = f"{self.column(name)} has {len(values)} entries"
+            raise BadRow(
+                Reason.LENGTH_MISMATCH, f"{found}, {self.column('input_ids')} has {num_tokens}; one per token"
+            )
+        return values
 
     def _integers(self, row: Mapping[str, Any], name: str, allow_bool: bool = False) -> npt.NDArray[np.int64]:
         values = self._value(row, name)
