@@ -117,6 +117,7 @@ MADE_FILES: dict[str, tuple[str | bytes | Callable[[], bytes], Outcome]] = {
     "tokens.jsonl": ('{"input_ids": [1, 2], "labels": [-100, 2]}\n{"input_ids": [1, 999999], "labels": [-100, 999999]}\n{"input_ids": [1, 2], "labels": [1, -100]}', Outcome(1, "allowed: 0 ..", line=2, rejected={"invalid_token": 1, "nothing_supervised": 1})),
     "padding.jsonl": ('{"input_ids": [1, 2, 3], "labels": [-100, -100, 3], "attention_mask": [1, 1, 1]}\n{"input_ids": [0, 2, 3], "labels": [-100, -100, 3], "attention_mask": [0, 1, 1]}', Outcome(1, r"attention_mask\[0\] is 0.*Take the padding off", line=2, rejected={"invalid_attention_mask": 1})),
     "padding.parquet": (parquet({"input_ids": [[2, 3], [0, 3]], "labels": [[2, 3], [-100, 3]], "attention_mask": [[1, 1], [0, 1]]}), Outcome(1, "Take the padding off", row=2, rejected={"invalid_attention_mask": 1})),
+    "invisible.jsonl": (GOOD[0] + '\n{"prompt": "Q", "completion": "\\u200b\\u200d"}', Outcome(1, "invisible characters only", line=2, rejected={"empty_response": 1})),
     "null_cells.parquet": (parquet({"prompt": ["a", None, "c"], "completion": ["x", "y", None]}), Outcome(1, "prompt is null", row=2, rejected={"null_field": 2})),
     "nested.parquet": (parquet({"messages": [NESTED, None, []]}), Outcome(1, "messages is null", row=2, rejected={"null_field": 1, "no_assistant_turn": 1})),
     "bytes.parquet": (parquet({"prompt": [b"a"], "completion": ["x"]}), Outcome(None, "prompt is bytes", row=1)),

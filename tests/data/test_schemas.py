@@ -33,6 +33,7 @@ def said(who: str, value: str) -> dict[str, str]:
         {"conversations": [said("user", "Q"), said("assistant", "A")], "system": "S"},
         {"instruction": "Q", "output": "A", "system": "S"},
         {"instruction": "Q", "input": "", "output": "A", "system": "S"},
+        {"instruction": "Q", "input": "\u200b", "output": "A", "system": "S"},
         {"instruction": "", "input": "Q", "output": "A", "system": "S", "text": "ignored"},
         {"prompt": "Q", "completion": "A", "system": "S"},
     ],
@@ -67,6 +68,7 @@ def test_pretokenized_rows_by_labels_or_mask() -> None:
 
 
 ANSWER = turn("assistant", "A")
+CHAT = [turn("user", "Q"), ANSWER]
 PADDED = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
 BAD_ROWS: list[tuple[dict[str, Any], Reason]] = [
     ({"instruction": "Q"}, Reason.MISSING_FIELD),
@@ -75,7 +77,9 @@ BAD_ROWS: list[tuple[dict[str, Any], Reason]] = [
     ({"instruction": "Q", "output": None}, Reason.NULL_FIELD),
     ({"instruction": "Q", "output": ""}, Reason.EMPTY_RESPONSE),
     ({"instruction": "Q", "output": " \n\t"}, Reason.EMPTY_RESPONSE),
+    ({"instruction": "Q", "output": "\u200b"}, Reason.EMPTY_RESPONSE),
     ({"instruction": "", "input": " ", "output": "A"}, Reason.EMPTY_PROMPT),
+    ({"instruction": "\ufeff", "input": "\u2060", "output": "A"}, Reason.EMPTY_PROMPT),
     ({"instruction": 42, "output": "A"}, Reason.WRONG_TYPE),
     ({"instruction": "Q", "output": ["A"]}, Reason.WRONG_TYPE),
     ({"instruction": "Q", "output": "A", "input": 1}, Reason.WRONG_TYPE),
@@ -97,7 +101,9 @@ BAD_ROWS: list[tuple[dict[str, Any], Reason]] = [
     ({"messages": [turn("user", "Q")]}, Reason.NO_ASSISTANT_TURN),
     ({"messages": []}, Reason.NO_ASSISTANT_TURN),
     ({"messages": [turn("user", "Q"), turn("assistant", "")]}, Reason.EMPTY_RESPONSE),
+    ({"messages": [turn("user", "Q"), turn("assistant", "\u200b\n"), *CHAT]}, Reason.EMPTY_RESPONSE),
     ({"messages": [turn("user", " "), ANSWER]}, Reason.EMPTY_PROMPT),
+    ({"messages": [turn("user", "\u200d"), ANSWER]}, Reason.EMPTY_PROMPT),
     ({"input_ids": [1, 2], "labels": [1]}, Reason.LENGTH_MISMATCH),
     ({"input_ids": [1, 2], "labels": [-100, 1]}, Reason.INVALID_LABEL),
     ({"input_ids": [1, 2], "supervised_mask": [0, 2]}, Reason.INVALID_LABEL),

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from versatune_ds.data.readers import BadRow, Reason, kind_of, short
 from versatune_ds.foundations.constants import IGNORE_INDEX
 from versatune_ds.foundations.errors import unknown_name
+from versatune_ds.foundations.text import is_blank
 
 # Required and optional columns, in the order of detection: the more specific first.
 FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -178,8 +179,8 @@ class RowSchema:
         prompt = self._text(row, "instruction")
         extra = self._text(row, "input", optional=True)
         response = self._text(row, "output")
-        if extra.strip():
-            prompt = f"{prompt}\n\n{extra}" if prompt.strip() else extra
+        if not is_blank(extra):
+            prompt = extra if is_blank(prompt) else f"{prompt}\n\n{extra}"
         return [*self._system(row), ("user", prompt), ("assistant", response)]
 
     def _prompt_completion(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -188,7 +189,7 @@ class RowSchema:
 
     def _system(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
         text = self._text(row, "system", optional=True)
-        return [("system", text)] if text.strip() else []
+        return [] if is_blank(text) else [("system", text)]
 
     def _turns(
         self, row: Mapping[str, Any], name: str, role: str, content: str, roles: Mapping[str, str]
@@ -329,9 +330,9 @@ def _check_turns(turns: Sequence[tuple[str, str]]) -> None:
         found = ", ".join(role for role, _ in turns[:8]) or "no turn at all"
         raise BadRow(Reason.NO_ASSISTANT_TURN, f"no assistant turn, so nothing to train on (found: {found})")
     for i, (role, content) in enumerate(turns):
-        if role == "system" or content.strip():
+        if role == "system" or not is_blank(content):
             continue
-        found = "whitespace only" if content else "empty"
+        found = "white space or invisible characters only" if content else "empty"
         if role == "assistant":
             raise BadRow(Reason.EMPTY_RESPONSE, f"the response (turn {i + 1}) is {found}")
         raise BadRow(Reason.EMPTY_PROMPT, f"the prompt (turn {i + 1}) is {found}")
