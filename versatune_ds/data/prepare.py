@@ -45,7 +45,15 @@ from versatune_ds.data.cache import (
     manifest_fingerprint,
     token_dtype,
 )
-from versatune_ds.data.encode import NEVER_FATAL, BlockResult, EncodeSettings, EncodeTask, Problem, Workers
+from versatune_ds.data.encode import (
+    NEVER_FATAL,
+    BlockResult,
+    EncodeSettings,
+    EncodeTask,
+    Problem,
+    Workers,
+    refuse_unguarded_import,
+)
 from versatune_ds.data.readers import WHOLE_FILE, BadRow, Block, InputFile, Place, decode_block, read_blocks
 from versatune_ds.data.schemas import RowSchema
 from versatune_ds.data.templating import ChatEncoder, load_tokenizer
@@ -118,9 +126,11 @@ def prepare(config: Config, *, progress: bool = True) -> PreparedData:
     Raises:
         DataError: a file or row cannot be used (and the policy is not to skip it), a source gives no sample,
             or a source file changed meanwhile.
-        ConfigError: the tokenizer or its template cannot be used.
+        ConfigError: the tokenizer or its template cannot be used, or the caller is a script without
+            `if __name__ == "__main__":`, which workers would run again.
         StateError: the cache folder cannot be written.
     """
+    refuse_unguarded_import()
     with _full_disk_named(config.data.cache_dir):
         return _prepare(config, progress)
 
