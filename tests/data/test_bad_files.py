@@ -115,6 +115,9 @@ MADE_FILES: dict[str, tuple[str | bytes | Callable[[], bytes], Outcome]] = {
     "stop.jsonl": (GOOD[0] + '\n{"prompt": "a", "completion": "b<|im_end|>c"}', Outcome(1, "text of the stop token", line=2, rejected={"stop_token_in_text": 1})),
     "other_format.jsonl": (GOOD[0] + '\n{"instruction": "a", "output": "b"}', Outcome(1, "format alpaca", line=2, rejected={"other_format": 1})),
     "tokens.jsonl": ('{"input_ids": [1, 2], "labels": [-100, 2]}\n{"input_ids": [1, 999999], "labels": [-100, 999999]}\n{"input_ids": [1, 2], "labels": [1, -100]}', Outcome(1, "allowed: 0 ..", line=2, rejected={"invalid_token": 1, "nothing_supervised": 1})),
+    "padding.jsonl": ('{"input_ids": [1, 2, 3], "labels": [-100, -100, 3], "attention_mask": [1, 1, 1]}\n{"input_ids": [0, 2, 3], "labels": [-100, -100, 3], "attention_mask": [0, 1, 1]}', Outcome(1, r"attention_mask\[0\] is 0.*Take the padding off", line=2, rejected={"invalid_attention_mask": 1})),
+    "padding.parquet": (parquet({"input_ids": [[2, 3], [0, 3]], "labels": [[2, 3], [-100, 3]], "attention_mask": [[1, 1], [0, 1]]}), Outcome(1, "Take the padding off", row=2, rejected={"invalid_attention_mask": 1})),
+    "invisible.jsonl": (GOOD[0] + '\n{"prompt": "Q", "completion": "\\u200b\\u200d"}', Outcome(1, "invisible characters only", line=2, rejected={"empty_response": 1})),
     "null_cells.parquet": (parquet({"prompt": ["a", None, "c"], "completion": ["x", "y", None]}), Outcome(1, "prompt is null", row=2, rejected={"null_field": 2})),
     "nested.parquet": (parquet({"messages": [NESTED, None, []]}), Outcome(1, "messages is null", row=2, rejected={"null_field": 1, "no_assistant_turn": 1})),
     "bytes.parquet": (parquet({"prompt": [b"a"], "completion": ["x"]}), Outcome(None, "prompt is bytes", row=1)),
@@ -201,9 +204,11 @@ def test_skip_goes_on_with_the_other_files_of_a_source(tmp_path: Path, tokenizer
     (tmp_path / "data" / "b.parquet").write_bytes(b"PAR1 no")
     write_jsonl(tmp_path / "data" / "c.jsonl", pairs(3))
     (tmp_path / "data" / "notes.csv").write_text("x")
+    write_jsonl(tmp_path / "data" / "_draft.jsonl", pairs(2))
     prepared = prepare(data_config(tmp_path, tokenizer, tmp_path / "data", on_bad_row="skip"))
     check_prepared(prepared, Outcome(3, None, rejected={"empty_file": 1, "damaged_file": 1}))
-    assert "notes.csv" in prepared.table()
+    assert "2 beside the data not read" in prepared.table()
+    assert all(name in prepared.table() for name in ("notes.csv", "_draft.jsonl"))
 
 
 def test_every_source_needs_a_sample_even_if_the_domain_has_others(tmp_path: Path, tokenizer: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from versatune_ds.data import order
 from versatune_ds.data import planner as planner_module
-from versatune_ds.data.balance import rank_packs
+from versatune_ds.data.balance import modelled_idle, quadratic_tokens, rank_packs
 from versatune_ds.data.planner import (
     WEIGHT_UNITS,
     Carried,
@@ -472,15 +472,20 @@ def test_a_limit_below_one_sample_is_refused() -> None:
 # --- the real corpus --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("pack_len", "packs", "efficiency"), [(8192, 8, 0.999), (8192, 64, 0.999), (32768, 8, 0.9995)]
-)
-def test_targets_on_real_lengths(corpus_folder: Path, pack_len: int, packs: int, efficiency: float) -> None:
+def real_lengths(corpus_folder: Path) -> list[np.ndarray]:
+    """Tokens of each row of each domain, 4 characters counted as one."""
     spec = importlib.util.spec_from_file_location("bench_planner", ROOT / "launch" / "bench_planner.py")
     assert spec and spec.loader
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    lengths = [bench.raw_lengths(corpus_folder / "train" / file) for file in CORPUS_FILES]
+    return [bench.raw_lengths(corpus_folder / "train" / file) for file in CORPUS_FILES]
+
+
+@pytest.mark.parametrize(
+    ("pack_len", "packs", "efficiency"), [(8192, 8, 0.999), (8192, 64, 0.999), (32768, 8, 0.9995)]
+)
+def test_targets_on_real_lengths(corpus_folder: Path, pack_len: int, packs: int, efficiency: float) -> None:
+    lengths = real_lengths(corpus_folder)
     corpus = Corpus(lengths, [n // 2 for n in lengths])
     settings = PlannerSettings(pack_len=pack_len, packs_per_step=packs)
     plans = run(corpus, settings, [np.array(UNEVEN)] * 30)
@@ -489,3 +494,33 @@ def test_targets_on_real_lengths(corpus_folder: Path, pack_len: int, packs: int,
     state = plans[-1].state_after
     assert max(map(abs, state.credit)) < 1
     assert np.abs(state.trained.shares().samples - UNEVEN).max() < 0.002
+
+
+# --- idle time --------------------------------------------------------------------------------------
+
+
+def long_tailed_lengths(domain: int) -> np.ndarray:
+    """Log-normal: medians of 120 to 330 tokens, one in a hundred ten times as long, at most 8,192."""
+    rng = np.random.default_rng(domain)
+    return rng.lognormal(4.8 + 0.2 * domain, 1.0, 20_000).clip(8, 8192).astype(np.int32)
+
+
+def mean_idle(lengths: list[np.ndarray]) -> float:
+    """Modelled idle time of a 7B model on 64 ranks with one pack of 32,768 tokens each, over 20 steps."""
+    corpus = Corpus(lengths, [n // 2 for n in lengths])
+    plans = run(corpus, PlannerSettings(pack_len=32768, packs_per_step=64), [np.array(UNEVEN)] * 20)
+    layers, hidden = 28, 3584
+    length = quadratic_tokens(6_500_000_000, layers, hidden)
+    return float(
+        np.mean([modelled_idle(p.packs, 64, pack_len=32768, quadratic_tokens=length) for p in plans])
+    )
+
+
+def test_idle_time_of_64_ranks_on_long_tailed_lengths() -> None:
+    lengths = [long_tailed_lengths(domain) for domain in range(6)]
+    assert max(n.max() for n in lengths) == 8192
+    assert mean_idle(lengths) <= 0.025
+
+
+def test_idle_time_of_64_ranks_on_real_lengths(corpus_folder: Path) -> None:
+    assert mean_idle(real_lengths(corpus_folder)) <= 0.025

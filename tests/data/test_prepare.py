@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -464,6 +465,49 @@ def is_running(pid: int) -> bool:
     except OSError:
         return False
     return stat.rpartition(")")[2].split()[0] != "Z"  # a zombie waits for init only
+
+
+UNGUARDED = """
+import sys
+from versatune_ds.config.load import load_config
+from versatune_ds.data import prepare as module
+from versatune_ds.foundations.errors import ConfigError
+
+module.INLINE_BYTES = 0
+try:
+    print(len(module.prepare(load_config(sys.argv[1])).reports))
+except ConfigError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_script_without_a_main_guard_is_told_and_does_not_hang(
+    tmp_path: Path, tokenizer: Path, start: Any, num_workers: int
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", pairs(20))
+    (tmp_path / "driver.py").write_text(UNGUARDED)
+    process = start(data_config(tmp_path, tokenizer, path, num_workers=num_workers))
+    try:
+        output, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "Traceback" not in errors, errors
+    if num_workers == 1:  # needs no workers, so nothing is imported again
+        assert output == "1\n"
+        return
+    (line,) = output.splitlines()
+    assert line.startswith(f"refused: {tmp_path / 'driver.py'} prepares data when it is imported")
+    assert "if __name__" in line and "data.num_workers to 1" in line
+
+
+def test_a_foreign_process_that_only_imports_a_script_is_told(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = data_config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", pairs(2)))
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(ConfigError, match="prepares data when it is imported"):
+        prepare(config)
 
 
 def test_two_processes_at_once_do_the_work_once(tmp_path: Path, tokenizer: Path, start: Any) -> None:

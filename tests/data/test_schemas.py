@@ -33,6 +33,7 @@ def said(who: str, value: str) -> dict[str, str]:
         {"conversations": [said("user", "Q"), said("assistant", "A")], "system": "S"},
         {"instruction": "Q", "output": "A", "system": "S"},
         {"instruction": "Q", "input": "", "output": "A", "system": "S"},
+        {"instruction": "Q", "input": "\u200b", "output": "A", "system": "S"},
         {"instruction": "", "input": "Q", "output": "A", "system": "S", "text": "ignored"},
         {"prompt": "Q", "completion": "A", "system": "S"},
     ],
@@ -58,13 +59,17 @@ def test_columns_are_mapped_also_inside_turns() -> None:
 
 def test_pretokenized_rows_by_labels_or_mask() -> None:
     by_labels = parse({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]})
-    by_mask = parse({"input_ids": [5, 6, 7], "supervised_mask": [False, True, 1]})
+    by_mask = parse(
+        {"input_ids": [5, 6, 7], "supervised_mask": [False, True, 1], "attention_mask": [1, True, 1]}
+    )
     assert isinstance(by_labels, TokenRow)
     assert by_labels.tokens.tolist() == by_mask.tokens.tolist() == [5, 6, 7]
     assert by_labels.mask.tolist() == by_mask.mask.tolist() == [False, True, True]
 
 
 ANSWER = turn("assistant", "A")
+CHAT = [turn("user", "Q"), ANSWER]
+PADDED = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
 BAD_ROWS: list[tuple[dict[str, Any], Reason]] = [
     ({"instruction": "Q"}, Reason.MISSING_FIELD),
     ({"question": "Q"}, Reason.MISSING_FIELD),
@@ -72,7 +77,9 @@ BAD_ROWS: list[tuple[dict[str, Any], Reason]] = [
     ({"instruction": "Q", "output": None}, Reason.NULL_FIELD),
     ({"instruction": "Q", "output": ""}, Reason.EMPTY_RESPONSE),
     ({"instruction": "Q", "output": " \n\t"}, Reason.EMPTY_RESPONSE),
+    ({"instruction": "Q", "output": "\u200b"}, Reason.EMPTY_RESPONSE),
     ({"instruction": "", "input": " ", "output": "A"}, Reason.EMPTY_PROMPT),
+    ({"instruction": "\ufeff", "input": "\u2060", "output": "A"}, Reason.EMPTY_PROMPT),
     ({"instruction": 42, "output": "A"}, Reason.WRONG_TYPE),
     ({"instruction": "Q", "output": ["A"]}, Reason.WRONG_TYPE),
     ({"instruction": "Q", "output": "A", "input": 1}, Reason.WRONG_TYPE),
@@ -94,10 +101,18 @@ BAD_ROWS: list[tuple[dict[str, Any], Reason]] = [
     ({"messages": [turn("user", "Q")]}, Reason.NO_ASSISTANT_TURN),
     ({"messages": []}, Reason.NO_ASSISTANT_TURN),
     ({"messages": [turn("user", "Q"), turn("assistant", "")]}, Reason.EMPTY_RESPONSE),
+    ({"messages": [turn("user", "Q"), turn("assistant", "\u200b\n"), *CHAT]}, Reason.EMPTY_RESPONSE),
     ({"messages": [turn("user", " "), ANSWER]}, Reason.EMPTY_PROMPT),
+    ({"messages": [turn("user", "\u200d"), ANSWER]}, Reason.EMPTY_PROMPT),
     ({"input_ids": [1, 2], "labels": [1]}, Reason.LENGTH_MISMATCH),
     ({"input_ids": [1, 2], "labels": [-100, 1]}, Reason.INVALID_LABEL),
     ({"input_ids": [1, 2], "supervised_mask": [0, 2]}, Reason.INVALID_LABEL),
+    ({**PADDED, "attention_mask": [0, 1, 1]}, Reason.INVALID_ATTENTION_MASK),
+    ({**PADDED, "attention_mask": [1, 1, False]}, Reason.INVALID_ATTENTION_MASK),
+    ({**PADDED, "attention_mask": [1, 1, 2]}, Reason.INVALID_ATTENTION_MASK),
+    ({**PADDED, "attention_mask": [1, 1]}, Reason.LENGTH_MISMATCH),
+    ({**PADDED, "attention_mask": 1}, Reason.WRONG_TYPE),
+    ({**PADDED, "attention_mask": [1, 1, 1.0]}, Reason.WRONG_TYPE),
     ({"input_ids": [1, 2]}, Reason.MISSING_FIELD),
     ({"input_ids": [1, 2.0], "labels": [1, 2]}, Reason.WRONG_TYPE),
     ({"input_ids": [True, 2], "labels": [1, 2]}, Reason.WRONG_TYPE),
@@ -138,4 +153,6 @@ def test_the_domain_comes_from_the_source_or_the_column() -> None:
 def test_only_needed_columns_of_a_table_are_read() -> None:
     schema = RowSchema(domain_column="d", domains=("law",))
     assert schema.needed_columns(["prompt", "embedding", "completion", "d"]) == ["prompt", "completion", "d"]
+    tokens = ["input_ids", "labels", "attention_mask"]
+    assert schema.needed_columns([*tokens, "text"]) == tokens
     assert schema.needed_columns(["text", "label"]) is None

@@ -10,6 +10,7 @@ from launching import launch_soundly
 
 from versatune_ds.foundations import distributed, files
 from versatune_ds.foundations.errors import DataError, unknown_name
+from versatune_ds.foundations.text import is_blank
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -100,3 +101,22 @@ def test_ranks_see_every_difference(tmp_path):
     script = tmp_path / "agreement.py"
     script.write_text(AGREEMENT)
     launch_soundly(script, 3, [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", " \n\t\u3000\u2028", "\x00\x1b\x85", "\u200b", "\u200c\u200d", "\u2060\ufeff", "\u00ad", "\u202e",
+        "\u034f", "\u3164\u115f", "\ufe0f", "\u2800", "\U000e0041\U000e01ef",
+    ],
+)  # fmt: skip
+def test_text_that_shows_nothing_is_blank(text):
+    assert is_blank(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "\u200b.", "0", "\u4e2d", "\u0301", "\ue000", "\U0001fae0", "\U0001fbff"]
+)
+def test_text_that_shows_anything_is_not_blank(text):
+    """Also a private character, and an emoji that this Python may not know."""
+    assert not is_blank(text)

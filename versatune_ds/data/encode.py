@@ -15,6 +15,7 @@ import os
 import pickle
 import queue
 import signal
+import sys
 import tempfile
 import threading
 from collections import Counter, deque
@@ -30,7 +31,7 @@ from versatune_ds.data.cache import Samples
 from versatune_ds.data.readers import BadRow, Block, InputFile, Place, Reason, decode_block, short
 from versatune_ds.data.schemas import Conversation, RowSchema, TokenRow
 from versatune_ds.data.templating import ChatEncoder, EncodedSample
-from versatune_ds.foundations.errors import VersaTuneError
+from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 
 TASKS_PER_WORKER = 2
 """One in work and one waiting."""
@@ -39,6 +40,9 @@ REORDER_TASKS_PER_WORKER = 4
 EXCERPT_CHARS = 200
 NO_DOMAIN = "(unknown)"
 """Stands for the domain of a row that has none."""
+WORKER_NAME = "versatune-prepare-worker"
+UNGUARDED_EXIT = 88
+"""Exit code of a worker that ran into the very call that started it; no other exit uses it."""
 NEVER_FATAL = (Reason.OVERLONG, Reason.OVERLONG_NOTHING_LEFT)
 
 
@@ -252,6 +256,32 @@ def _token_digests(row: TokenRow) -> tuple[int, int]:
 # Workers
 
 
+def refuse_unguarded_import() -> None:
+    """Stop a process that is only being started and imports the user's script again.
+
+    A spawned process first runs the main script, under another name than `__main__`. If that calls us again,
+    the process would wait for the locks of the one that started it, and this one for its worker, for ever.
+
+    Raises:
+        SystemExit: in one of our workers; its parent then says what is wrong, once.
+        ConfigError: in a process that something else started.
+    """
+    process = multiprocessing.current_process()
+    if not getattr(process, "_inheriting", False):  # what multiprocessing itself asks before it starts one
+        return
+    if process.name.startswith(WORKER_NAME):
+        raise SystemExit(UNGUARDED_EXIT)
+    raise _unguarded()
+
+
+def _unguarded() -> ConfigError:
+    script = getattr(sys.modules["__main__"], "__file__", "the main script")
+    return ConfigError(
+        f"{script} prepares data when it is imported, and every worker process imports it: put what it does "
+        'under `if __name__ == "__main__":`, or set data.num_workers to 1'
+    )
+
+
 class Workers:
     """Processes that encode blocks; results come back in the order of the tasks.
 
@@ -274,9 +304,11 @@ class Workers:
             self._file = file.name
             pickle.dump(settings, file)
         context = multiprocessing.get_context("spawn")
-        for _ in range(count):
+        for i in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker_main, args=(theirs, self._file), daemon=True)
+            process = context.Process(
+                target=_worker_main, name=f"{WORKER_NAME}-{i}", args=(theirs, self._file), daemon=True
+            )
             process.start()
             theirs.close()
             self.connections.append(ours)
@@ -338,6 +370,8 @@ class Workers:
         process = self.processes[worker]
         process.join(5)
         code = process.exitcode
+        if code == UNGUARDED_EXIT:
+            return _unguarded()
         why = f"exit code {code}"
         if code is not None and code < 0:
             why = f"killed by {signal.Signals(-code).name}"

@@ -6,9 +6,9 @@ they are thrown away and the step is planned again from the committed state. So 
 old weights, and `state` (what a checkpoint stores) is the state after the last plan that was taken: a plan
 that was only prefetched has left no trace.
 
-What is not covered: copies to the device (the engine does them), several threads or processes (reading a
-memory-mapped cache is far below 1 % of a step), and agreement between ranks (plans are equal because their
-inputs are; the engine compares hashes of the weights).
+What is not covered: copies to the device (the engine does them), several threads or processes (planning and
+reading a memory-mapped cache take little beside a step, see docs/planning.md for what was measured), and
+agreement between ranks (plans are equal because their inputs are; the engine compares hashes of the weights).
 """
 
 from __future__ import annotations

@@ -45,7 +45,15 @@ from versatune_ds.data.cache import (
     manifest_fingerprint,
     token_dtype,
 )
-from versatune_ds.data.encode import NEVER_FATAL, BlockResult, EncodeSettings, EncodeTask, Problem, Workers
+from versatune_ds.data.encode import (
+    NEVER_FATAL,
+    BlockResult,
+    EncodeSettings,
+    EncodeTask,
+    Problem,
+    Workers,
+    refuse_unguarded_import,
+)
 from versatune_ds.data.readers import WHOLE_FILE, BadRow, Block, InputFile, Place, decode_block, read_blocks
 from versatune_ds.data.schemas import RowSchema
 from versatune_ds.data.templating import ChatEncoder, load_tokenizer
@@ -87,7 +95,7 @@ class UnitReport:
     manifest: dict[str, Any]
     reused: bool
     ignored: tuple[str, ...]
-    """Files beside the sources' that are of no known kind."""
+    """What lies beside the sources' files and is not read (`FoundFiles.ignored`)."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +126,11 @@ def prepare(config: Config, *, progress: bool = True) -> PreparedData:
     Raises:
         DataError: a file or row cannot be used (and the policy is not to skip it), a source gives no sample,
             or a source file changed meanwhile.
-        ConfigError: the tokenizer or its template cannot be used.
+        ConfigError: the tokenizer or its template cannot be used, or the caller is a script without
+            `if __name__ == "__main__":`, which workers would run again.
         StateError: the cache folder cannot be written.
     """
+    refuse_unguarded_import()
     with _full_disk_named(config.data.cache_dir):
         return _prepare(config, progress)
 
@@ -614,7 +624,8 @@ def _report_lines(reports: Sequence[UnitReport]) -> Iterator[str]:
         if report.ignored:
             shown = ", ".join(report.ignored[:3]) + (", ..." if len(report.ignored) > 3 else "")
             notes.append(
-                f"note: {report.split}: {len(report.ignored)} files of other kinds are not read: {shown}"
+                f"note: {report.split}: {len(report.ignored)} beside the data not read (other kinds of file, "
+                f"names that begin with . or _): {shown}"
             )
         if unit["rejected"]:
             notes.append(f"rejected rows of {report.split}: {report.folder / REJECTED_FILE}")

@@ -77,6 +77,7 @@ class Reason(str, Enum):
     LENGTH_MISMATCH = "length_mismatch"
     INVALID_TOKEN = "invalid_token"
     INVALID_LABEL = "invalid_label"
+    INVALID_ATTENTION_MASK = "invalid_attention_mask"
     # The row as tokens.
     REFUSED_BY_TEMPLATE = "refused_by_template"
     STOP_TOKEN_IN_TEXT = "stop_token_in_text"
@@ -126,7 +127,11 @@ class InputFile:
 
 @dataclass(frozen=True)
 class FoundFiles:
-    """Files of a source in reading order, and what lay beside them and is not read."""
+    """Files of a source in reading order, and what lay beside them and is not read.
+
+    The latter are files of unknown kind, and inside folders names that begin with `.` or `_`; of a folder so
+    named only its own name.
+    """
 
     files: tuple[InputFile, ...]
     ignored: tuple[str, ...]
@@ -178,7 +183,9 @@ def find_files(path: str | Sequence[str], split: str = "train") -> FoundFiles:
     ignored: list[str] = []
     for pattern in [path] if isinstance(path, str) else path:
         pattern = os.path.expanduser(pattern)
-        for candidate, is_named in _candidates(pattern):
+        is_named, candidates, hidden = _candidates(pattern)
+        ignored += hidden
+        for candidate in candidates:
             file = _input_file(candidate, split)
             if file is None and is_named:
                 raise DataError(f"files of this kind cannot be read; {ALLOWED_FILES}", path=candidate)
@@ -191,29 +198,24 @@ def find_files(path: str | Sequence[str], split: str = "train") -> FoundFiles:
         if not files:
             beside = f" (it holds {', '.join(ignored[:3])})" if ignored else ""
             raise DataError(f"no data file found{beside}; {ALLOWED_FILES}", path=pattern)
-    return FoundFiles(tuple(files.values()), tuple(ignored))
+    return FoundFiles(tuple(files.values()), tuple(name for name in ignored if name not in files))
 
 
 def _identity(path: str) -> str:
     return path if path.startswith(HUB_PREFIX) else os.path.realpath(path)
 
 
-def _candidates(pattern: str) -> list[tuple[str, bool]]:
-    """(path, was it named outright?) for each file that `pattern` stands for."""
+def _candidates(pattern: str) -> tuple[bool, list[str], list[str]]:
+    """(was a file named outright?, files that `pattern` stands for, hidden names in a folder)."""
     if pattern.startswith(HUB_PREFIX) or os.path.isfile(pattern):
-        return [(pattern, True)]
+        return True, [pattern], []
     if os.path.isdir(pattern):
-        return [
-            (os.path.join(folder, name), False)
-            for folder, folders, names in _walk(pattern)
-            for name in sorted(names)
-            if not name.startswith((".", "_"))
-        ]
+        return False, *_walk(pattern)
     if globbing.has_magic(pattern):
         found = sorted(p for p in globbing.glob(pattern, recursive=True) if os.path.isfile(p))
         if not found:
             raise DataError("no file matches; check the pattern and the working folder", path=pattern)
-        return [(p, False) for p in found]
+        return False, found, []
     if os.path.exists(pattern):
         raise DataError("neither a file nor a folder; " + ALLOWED_FILES, path=pattern)
     raise DataError(
@@ -221,19 +223,31 @@ def _candidates(pattern: str) -> list[tuple[str, bool]]:
     )
 
 
-def _walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+def _walk(folder: str) -> tuple[list[str], list[str]]:
+    """Files below a folder, and hidden files and folders there (these with a slash at the end); sorted."""
+
     def refuse(error: OSError) -> None:
         raise DataError(f"folder cannot be read: {error.strerror}", path=error.filename)
 
+    files: list[str] = []
+    hidden: list[str] = []
     visited: set[str] = set()  # links may lead back up
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         visited.add(os.path.realpath(parent))
+        for name in sorted(names):
+            (hidden if _is_hidden(name) else files).append(os.path.join(parent, name))
+        hidden += [os.path.join(parent, name, "") for name in sorted(filter(_is_hidden, folders))]
         folders[:] = sorted(
-            f
-            for f in folders
-            if not f.startswith((".", "_")) and os.path.realpath(os.path.join(parent, f)) not in visited
+            name
+            for name in folders
+            if not _is_hidden(name) and os.path.realpath(os.path.join(parent, name)) not in visited
         )
-        yield parent, folders, names
+    return files, hidden
+
+
+def _is_hidden(name: str) -> bool:
+    """What tools name so is no data: .git, .cache, _SUCCESS, _metadata."""
+    return name.startswith((".", "_"))
 
 
 def _input_file(path: str, split: str) -> InputFile | None:

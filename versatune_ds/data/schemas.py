@@ -1,12 +1,12 @@
 """Row schemas: a raw dict becomes a conversation, or token ids with a mask, or a reason why not.
 
-| format            | required columns                              | optional             |
-|-------------------|-----------------------------------------------|----------------------|
-| messages          | messages: [{role, content}, ...]              |                      |
-| sharegpt          | conversations: [{from, value}, ...]           | system               |
-| pretokenized      | input_ids and one of labels, supervised_mask  |                      |
-| alpaca            | instruction, output                           | input, system        |
-| prompt_completion | prompt, completion                            | system               |
+| format            | required columns                              | optional                 |
+|-------------------|-----------------------------------------------|--------------------------|
+| messages          | messages: [{role, content}, ...]              |                          |
+| sharegpt          | conversations: [{from, value}, ...]           | system                   |
+| pretokenized      | input_ids and one of labels, supervised_mask  | attention_mask, all ones |
+| alpaca            | instruction, output                           | input, system            |
+| prompt_completion | prompt, completion                            | system                   |
 
 A file has one format: the named one, or the first of the table whose required columns a row of the file has
 (the first such row decides). `columns` maps these names to the file's own ones, also inside the turns of
@@ -28,12 +28,13 @@ import numpy.typing as npt
 from versatune_ds.data.readers import BadRow, Reason, kind_of, short
 from versatune_ds.foundations.constants import IGNORE_INDEX
 from versatune_ds.foundations.errors import unknown_name
+from versatune_ds.foundations.text import is_blank
 
 # Required and optional columns, in the order of detection: the more specific first.
 FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "messages": (("messages",), ()),
     "sharegpt": (("conversations",), ("system",)),
-    "pretokenized": (("input_ids",), ("labels", "supervised_mask")),
+    "pretokenized": (("input_ids",), ("labels", "supervised_mask", "attention_mask")),
     "alpaca": (("instruction", "output"), ("input", "system")),
     "prompt_completion": (("prompt", "completion"), ("system",)),
 }
@@ -178,8 +179,8 @@ class RowSchema:
         prompt = self._text(row, "instruction")
         extra = self._text(row, "input", optional=True)
         response = self._text(row, "output")
-        if extra.strip():
-            prompt = f"{prompt}\n\n{extra}" if prompt.strip() else extra
+        if not is_blank(extra):
+            prompt = extra if is_blank(prompt) else f"{prompt}\n\n{extra}"
         return [*self._system(row), ("user", prompt), ("assistant", response)]
 
     def _prompt_completion(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -188,7 +189,7 @@ class RowSchema:
 
     def _system(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
         text = self._text(row, "system", optional=True)
-        return [("system", text)] if text.strip() else []
+        return [] if is_blank(text) else [("system", text)]
 
     def _turns(
         self, row: Mapping[str, Any], name: str, role: str, content: str, roles: Mapping[str, str]
@@ -246,6 +247,7 @@ class RowSchema:
         tokens = self._integers(row, "input_ids")
         if tokens.size == 0:
             raise BadRow(Reason.EMPTY_RESPONSE, f"{self.column('input_ids')} is an empty list")
+        self._refuse_padding(row, len(tokens))
         given = [name for name in ("labels", "supervised_mask") if row.get(self.column(name)) is not None]
         if len(given) != 1:
             found = "both are given" if given else "neither is given"
@@ -253,13 +255,8 @@ class RowSchema:
                 Reason.MISSING_FIELD,
                 f"{found}; one of {self.column('labels')} and {self.column('supervised_mask')} is needed",
             )
-        values = self._integers(row, given[0], allow_bool=given[0] == "supervised_mask")
+        values = self._per_token(row, given[0], len(tokens), allow_bool=given[0] == "supervised_mask")
         column = self.column(given[0])
-        if len(values) != len(tokens):
-            raise BadRow(
-                Reason.LENGTH_MISMATCH,
-                f"{column} has {len(values)} entries, {self.column('input_ids')} has {len(tokens)}",
-            )
         if given[0] == "labels":
             mask = values != IGNORE_INDEX
             allowed = f"{IGNORE_INDEX} or the token at the same position (labels are not shifted)"
@@ -271,6 +268,31 @@ class RowSchema:
         if bad.size:
             raise BadRow(Reason.INVALID_LABEL, f"{column}[{bad[0]}] is {values[bad[0]]}; allowed: {allowed}")
         return TokenRow(tokens, mask)
+
+    def _refuse_padding(self, row: Mapping[str, Any], num_tokens: int) -> None:
+        """Samples are packed one behind the other: padding in a row would be context like any other token."""
+        column = self.column("attention_mask")
+        if row.get(column) is None:
+            return
+        values = self._per_token(row, "attention_mask", num_tokens, allow_bool=True)
+        bad = np.flatnonzero(values != 1)
+        if bad.size:
+            raise BadRow(
+                Reason.INVALID_ATTENTION_MASK,
+                f"{column}[{bad[0]}] is {values[bad[0]]}; allowed: 1 everywhere, or no {column}. Take the "
+                "padding off: every token of a row is seen by those after it",
+            )
+
+    def _per_token(
+        self, row: Mapping[str, Any], name: str, num_tokens: int, allow_bool: bool
+    ) -> npt.NDArray[np.int64]:
+        values = self._integers(row, name, allow_bool)
+        if len(values) != num_tokens:
+            found = f"{self.column(name)} has {len(values)} entries"
+            raise BadRow(
+                Reason.LENGTH_MISMATCH, f"{found}, {self.column('input_ids')} has {num_tokens}; one per token"
+            )
+        return values
 
     def _integers(self, row: Mapping[str, Any], name: str, allow_bool: bool = False) -> npt.NDArray[np.int64]:
         values = self._value(row, name)
@@ -308,9 +330,9 @@ def _check_turns(turns: Sequence[tuple[str, str]]) -> None:
         found = ", ".join(role for role, _ in turns[:8]) or "no turn at all"
         raise BadRow(Reason.NO_ASSISTANT_TURN, f"no assistant turn, so nothing to train on (found: {found})")
     for i, (role, content) in enumerate(turns):
-        if role == "system" or content.strip():
+        if role == "system" or not is_blank(content):
             continue
-        found = "whitespace only" if content else "empty"
+        found = "white space or invisible characters only" if content else "empty"
         if role == "assistant":
             raise BadRow(Reason.EMPTY_RESPONSE, f"the response (turn {i + 1}) is {found}")
         raise BadRow(Reason.EMPTY_PROMPT, f"the prompt (turn {i + 1}) is {found}")

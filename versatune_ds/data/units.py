@@ -30,7 +30,7 @@ from versatune_ds.foundations.log import get_logger
 
 logger = get_logger(__name__)
 
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 """Part of every key: raise it when the same input gives other tokens, masks or rejections."""
 SPLITS = ("train", "eval")
 UNIT_FILE = "unit.json"

@@ -126,7 +126,7 @@ def test_texts_end_at_the_folders_and_the_tokenizers_end_tokens(folder, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("text", "blank"), [("", True), (" \n\t\u3000", True), ("\x00\x1b", True), ("a", False), (" .", False)]
+    ("text", "blank"), [("", True), (" \n\t\u3000", True), ("\x00\u200b", True), ("a", False), (" .", False)]
 )
 def test_blank_is_what_nobody_can_read(text, blank):
     assert Text(0, text, 1, True).is_blank is blank

@@ -31,6 +31,7 @@ from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 from versatune_ds.foundations.files import canonical_hash
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.foundations.text import is_blank
 
 log = get_logger(__name__)
 
@@ -49,8 +50,8 @@ class Text:
 
     @property
     def is_blank(self) -> bool:
-        """Nothing a reader could see: empty, whitespace or control characters only."""
-        return not any(c.isprintable() and not c.isspace() for c in self.text)
+        """Nothing a judge could see (`foundations.text.is_blank`)."""
+        return is_blank(self.text)
 
     def to_json(self) -> dict[str, Any]:
         """Line of sequences.jsonl."""

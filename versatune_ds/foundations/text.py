@@ -1,0 +1,30 @@
+"""What a reader sees of a text: is anything there?
+
+Unicode gives every character a category; spaces, controls and format characters leave no mark. Some letters
+and marks leave none either: the Default_Ignorable_Code_Point property (Unicode Standard, section 5.21), which
+Python does not know, and the braille blank. Unassigned and private characters count as seen: a Python may be
+older than an emoji.
+
+What is not covered: fonts, and text in the colour of its background.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_LEAVE_NO_MARK = frozenset(("Cc", "Cf", "Cs", "Zs", "Zl", "Zp"))
+_IGNORABLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
+    "\U000e0000-\U000e0fff]"
+)
+"""Default ignorable characters of other categories, and U+2800."""
+
+
+def is_blank(text: str) -> bool:
+    """True when a text shows nothing: empty, or white space, controls and invisible characters only."""
+    return not any(map(_is_visible, text))
+
+
+def _is_visible(character: str) -> bool:
+    return unicodedata.category(character) not in _LEAVE_NO_MARK and not _IGNORABLE.match(character)
