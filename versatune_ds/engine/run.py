@@ -19,7 +19,6 @@ import torch
 
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
-from versatune_ds.data.balance import check_world_size
 from versatune_ds.data.loader import StepLoader
 from versatune_ds.data.planner import Corpus, PlannerSettings, PlannerState, steps_per_epoch
 from versatune_ds.data.templating import ChatEncoder, load_tokenizer, set_chat_template
@@ -133,12 +132,12 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     """
     # 1. The same everywhere, and the folder, before anything is written into it.
     require_sameness("code, settings and model", code_and_settings(config))
+    deepspeed_config(config, distributed.world_size())  # refuses what DeepSpeed would not know
     preflight.check_folder(config)
     check_shared_folder(config.run.dir)
     preflight.check_trackers(config)
     # 2. Data and weights.
     table = DomainTable(config.domains.names)
-    check_world_size(config.batch.packs_per_step, distributed.world_size())
     tokenizer = load_tokenizer(config)
     set_chat_template(tokenizer, config.data.chat_template)
     caches = open_caches_on_all_nodes(config, config_path)
