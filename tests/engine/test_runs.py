@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from small_runs import prepare_run, sample_settings
 
 from versatune_ds.cli.main import main
 from versatune_ds.config.load import load_config
+from versatune_ds.engine.build import git_commit
 
 pytestmark = pytest.mark.slow
 
@@ -273,6 +275,13 @@ def test_probe_measures_held_out_loss(finished):
     update = read_jsonl(finished / "probe" / "weights.jsonl")[1]
     assert update["loss_source"] == "probe"
     assert set(update["samples"].values()) == {3.0}
+
+
+def test_run_info_names_the_commit_of_the_code(finished):
+    """None outside of a checkout; the tests may run in either."""
+    commit = json.loads((finished / "whole" / "run.json").read_text())["commit"]
+    assert (commit is None) == (git_commit() is None)
+    assert commit is None or re.fullmatch("[0-9a-f]{12}(-dirty)?", commit)
 
 
 def test_a_finished_run_leaves_no_shared_memory(finished):

@@ -27,7 +27,7 @@ from versatune_ds.domain.early_stopping import EarlyStopping
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine import preflight
-from versatune_ds.engine.build import Engine, build_engine, describe_hardware, describe_versions
+from versatune_ds.engine.build import Engine, build_engine, describe_hardware, describe_versions, git_commit
 from versatune_ds.engine.checkpoint import load_model_state, newest_sound_checkpoint, read_state
 from versatune_ds.engine.deepspeed_config import deepspeed_config, offloads_optimizer, zero_stage
 from versatune_ds.engine.evaluate import HeldOut
@@ -334,6 +334,7 @@ def _write_run_info(config: Config, engine: Engine, total_steps: int) -> None:
             "name": config.run.dir.resolve().name,
             "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": describe_versions(),
+            "commit": git_commit(),
             "hardware": describe_hardware(engine.device),
             "world_size": distributed.world_size(),
             "model": {
