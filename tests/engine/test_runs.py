@@ -76,6 +76,7 @@ def finished(folder) -> Path:
     cases = [
         case(folder, "whole"),
         case(folder, "nan_once", "train.max_steps=8", sabotage="nan in step 4"),
+        case(folder, "nan_when_due", "train.max_steps=8", sabotage="nan in step 3"),
         case(folder, "nan_always", sabotage="nan from step 4 on"),
         case(folder, "nan_gradient", sabotage="nan gradient from step 4 on"),
         case(
@@ -112,6 +113,8 @@ def resumed(finished) -> Path:
     for step in RESUME_AT:
         cut_back(folder / "whole", folder / f"from_{step}", step)
         cases.append(case(folder, f"from_{step}"))
+    cut_back(folder / "nan_when_due", folder / "after_nan", 6)
+    cases.append(case(folder, "after_nan", "train.max_steps=8"))
     damaged = folder / "damaged"
     cut_back(folder / "whole", damaged, 6)
     shard = next((damaged / "checkpoints" / "step-00000006").glob("*optim_states.pt"))
@@ -222,6 +225,27 @@ def test_nan_is_skipped_on_all_ranks_and_named(finished):
     tokens = sum(line["supervised_tokens"] for line in metrics[4:8] if not line["skipped"])
     assert sum(update["tokens"].values()) == tokens
     assert sum(update["after"].values()) == pytest.approx(1)
+
+
+def test_no_weights_move_on_a_skipped_step_and_its_window_goes_on(finished):
+    """Step 4, after which an update is due, is skipped: the one after step 8 looks at all losses since 0."""
+    run = finished / "nan_when_due"
+    metrics, updates = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "weights.jsonl")
+    assert [line["step"] for line in metrics if line["skipped"]] == [4]
+    assert [update["step"] for update in updates] == [0, 8]
+    assert all(line["weights"] == updates[0]["after"] for line in metrics)
+    for name, tokens in updates[1]["tokens"].items():
+        assert tokens == sum(m["domain_supervised_tokens"][name] for m in metrics if not m["skipped"])
+    assert updates[1]["after"] != updates[1]["before"]
+
+
+def test_a_run_resumed_between_a_skipped_update_and_the_next_is_the_same(resumed):
+    for log in ("metrics.jsonl", "weights.jsonl"):
+        assert lines(resumed / "after_nan", log) == lines(resumed / "nan_when_due", log)
+    ours, expected = (
+        load_file(resumed / name / "model" / "model.safetensors") for name in ("after_nan", "nan_when_due")
+    )
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
 
 
 def test_nan_before_the_step_leaves_earlier_steps_alone(finished):

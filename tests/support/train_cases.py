@@ -281,6 +281,7 @@ SABOTAGE = {
     "cannot write checkpoint 4": lambda: fail_to_write(4),
     "cannot publish checkpoint 4": lambda: fail_to_publish(4),
     None: lambda: None,
+    "nan in step 3": lambda: nan_in_steps(3),
     "nan in step 4": lambda: nan_in_steps(4),
     "nan from step 4 on": lambda: nan_in_steps(*range(4, 100)),
     "nan gradient from step 4 on": lambda: nan_gradient_from_step(4),

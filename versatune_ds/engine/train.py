@@ -137,7 +137,7 @@ def run_step(run: Run, step: int, stop: StopRequest) -> Flags:
         reason = reason or NONFINITE_GRADIENT  # found by ZeRO
     run.skipped_in_a_row = run.skipped_in_a_row + 1 if reason else 0
     stepped = time.perf_counter()
-    updated = run.controller.due(step + 1)
+    updated = run.controller.due(step + 1, skipped=not applied)
     if updated:
         update_weights(run, step + 1)
     ended = time.perf_counter()
