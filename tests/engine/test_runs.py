@@ -34,6 +34,7 @@ MEASURED = (
     "plan_s",
     "boundary_s",
     "update_s",
+    "probe_s",
     "save_stall_s",
     "memory_gib",
     "unix_time_s",
@@ -299,6 +300,10 @@ def test_probe_measures_held_out_loss(finished):
     update = read_jsonl(finished / "probe" / "weights.jsonl")[1]
     assert update["loss_source"] == "probe"
     assert set(update["samples"].values()) == {3.0}
+    metrics = read_jsonl(finished / "probe" / "metrics.jsonl")
+    assert [line["probe_s"] > 0 for line in metrics] == [False] * 3 + [True]
+    assert metrics[3]["probe_s"] <= metrics[3]["update_s"] <= metrics[3]["step_s"]
+    assert all(line["probe_s"] == 0 for line in read_jsonl(finished / "whole" / "metrics.jsonl"))
 
 
 def test_run_info_names_the_commit_of_the_code(finished):

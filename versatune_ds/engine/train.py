@@ -54,6 +54,7 @@ class StepTimes(NamedTuple):
     whole: float
     boundary: float
     update: float
+    probe: float
 
 
 # --- the run ------------------------------------------------------------------------------------------------
@@ -138,10 +139,10 @@ def run_step(run: Run, step: int, stop: StopRequest) -> Flags:
     run.skipped_in_a_row = run.skipped_in_a_row + 1 if reason else 0
     stepped = time.perf_counter()
     updated = run.controller.due(step + 1, skipped=not applied)
-    if updated:
-        update_weights(run, step + 1)
+    probe_s = update_weights(run, step + 1) if updated else 0.0
     ended = time.perf_counter()
-    times = StepTimes(ended - started, left_boundary - reached_boundary, ended - stepped if updated else 0.0)
+    update_s = ended - stepped if updated else 0.0
+    times = StepTimes(ended - started, left_boundary - reached_boundary, update_s, probe_s)
     record_step(run, plan, totals, rate, applied, times)
     if reason and (error := report_skip(run, plan, totals, sample_losses, reason)):
         run.saver.save(step + 1, run.state)
@@ -185,21 +186,23 @@ def apply_step(run: Run, reason: str | None, rate: float) -> bool:
     return bool(run.engine.deepspeed.was_step_applied())
 
 
-def update_weights(run: Run, done: int) -> None:
+def update_weights(run: Run, done: int) -> float:
     """Move the domain weights; the next batch is drawn from them.
+
+    Returns:
+        Seconds that the held-out probe took; 0 without one.
 
     Raises:
         VersaTuneError: ranks came to different weights.
     """
-    probe_sums = None
-    if run.probe is not None:
-        probe_sums = evaluate(run.engine, run.probe, len(run.table)).sums
-    update = run.controller.update(done, probe_sums)
+    probed = None if run.probe is None else evaluate(run.engine, run.probe, len(run.table))
+    update = run.controller.update(done, None if probed is None else probed.sums)
     if not distributed.all_equal(run.controller.digest()):
         raise VersaTuneError(
             f"after step {done} the ranks hold different domain weights: this is a bug, report it"
         )
     record_weights(run, update.to_json())
+    return 0.0 if probed is None else probed.seconds
 
 
 # --- records ------------------------------------------------------------------------------------------------
@@ -259,6 +262,7 @@ def record_step(
         plan_s=run.loader.last_plan_s,
         boundary_s=times.boundary,
         update_s=times.update,
+        probe_s=times.probe,
         save_stall_s=run.saver.take_stall_s(),
         memory_gib=peak_memory_gib(),
         mfu=mfu(flops, times.whole, distributed.world_size(), run.peak_tflops),

@@ -121,6 +121,8 @@ class StepRecord:
     """Part of `step_s`: the all-reduce of statistics and the ranks' agreement at the step's end."""
     update_s: float = 0.0
     """Part of `step_s`: the domain weight update; 0 when none was due."""
+    probe_s: float = 0.0
+    """Part of `update_s`: measuring the held-out probe; 0 with `loss_source: train`."""
     save_stall_s: float = 0.0
     """Standing still for checkpoints since the step before; not part of `step_s`."""
     memory_gib: float | None = None

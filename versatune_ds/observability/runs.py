@@ -53,6 +53,7 @@ STEP_KEYS = (
     "plan_s",
     "boundary_s",
     "update_s",
+    "probe_s",
     "save_stall_s",
     "memory_gib",
     "unix_time_s",
