@@ -78,6 +78,7 @@ def finished(folder) -> Path:
         case(folder, "whole"),
         case(folder, "nan_once", "train.max_steps=8", sabotage="nan in step 4"),
         case(folder, "nan_when_due", "train.max_steps=8", sabotage="nan in step 3"),
+        case(folder, "other_weights", sabotage="other weights on the last rank"),
         case(folder, "nan_always", sabotage="nan from step 4 on"),
         case(folder, "nan_gradient", sabotage="nan gradient from step 4 on"),
         case(
@@ -247,6 +248,17 @@ def test_a_run_resumed_between_a_skipped_update_and_the_next_is_the_same(resumed
         load_file(resumed / name / "model" / "model.safetensors") for name in ("after_nan", "nan_when_due")
     )
     assert all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+def test_ranks_with_different_weights_all_end(finished):
+    """One rank's weights differ in the last bit after the first update: no batch is drawn from them."""
+    run = finished / "other_weights"
+    for rank in (0, 1):
+        failure = outcome(run, rank)
+        assert failure["type"] == "VersaTuneError"
+        assert "after step 4 the ranks hold different domain weights" in failure["text"]
+    assert [update["step"] for update in read_jsonl(run / "weights.jsonl")] == [0]
+    assert len(read_jsonl(run / "metrics.jsonl")) == 3
 
 
 def test_nan_before_the_step_leaves_earlier_steps_alone(finished):
