@@ -234,6 +234,7 @@ def test_no_weights_move_on_a_skipped_step_and_its_window_goes_on(finished):
     run = finished / "nan_when_due"
     metrics, updates = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "weights.jsonl")
     assert [line["step"] for line in metrics if line["skipped"]] == [4]
+    assert [line["skip_reason"] for line in metrics] == [None] * 3 + ["non-finite loss"] + [None] * 4
     assert [update["step"] for update in updates] == [0, 8]
     assert all(line["weights"] == updates[0]["after"] for line in metrics)
     for name, tokens in updates[1]["tokens"].items():

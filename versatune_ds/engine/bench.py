@@ -281,11 +281,13 @@ class Stepper:
             plans.append(run.loader.last_plan)  # type: ignore[attr-defined]
         self.synchronise()
         seconds = time.perf_counter() - started
-        skipped = sum(record.skipped for record in records[first_record:])
-        if skipped:
-            log.warning("%d of %d steps were skipped (loss or gradient not finite)", skipped, count)
+        reasons = [record.skip_reason for record in records[first_record:] if record.skipped]
+        if reasons:
+            log.warning(
+                "%d of %d steps were skipped (%s)", len(reasons), count, ", ".join(sorted(set(reasons)))
+            )
         flops = sum(plan_flops(plan, run.shape) for plan in plans)
-        return TimedSteps(seconds, step_s, plans, flops, skipped)
+        return TimedSteps(seconds, step_s, plans, flops, len(reasons))
 
     def synchronise(self) -> None:
         """Wait for the device and for all ranks."""

@@ -37,7 +37,7 @@ from versatune_ds.engine.optimizer import learning_rate, set_learning_rate
 from versatune_ds.engine.run import Run, open_run
 from versatune_ds.engine.run_lock import RunLock
 from versatune_ds.engine.signals import StopRequest, note_stopped
-from versatune_ds.engine.skipping import NONFINITE_GRADIENT, reason_to_skip, report_skip
+from versatune_ds.engine.skipping import FP16_OVERFLOW, NONFINITE_GRADIENT, reason_to_skip, report_skip
 from versatune_ds.engine.statistics import Flags, StepTotals
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import VersaTuneError
@@ -143,7 +143,7 @@ def run_step(run: Run, step: int, stop: StopRequest) -> Flags:
     ended = time.perf_counter()
     update_s = ended - stepped if updated else 0.0
     times = StepTimes(ended - started, left_boundary - reached_boundary, update_s, probe_s)
-    record_step(run, plan, totals, rate, applied, times)
+    record_step(run, plan, totals, rate, None if applied else reason or FP16_OVERFLOW, times)
     if reason and (error := report_skip(run, plan, totals, sample_losses, reason)):
         run.saver.save(step + 1, run.state)
         run.saver.finish()
@@ -216,7 +216,7 @@ def record_weights(run: Run, line: dict[str, Any]) -> None:
 
 
 def record_step(
-    run: Run, plan: StepPlan, totals: StepTotals, rate: float, applied: bool, times: StepTimes
+    run: Run, plan: StepPlan, totals: StepTotals, rate: float, why_skipped: str | None, times: StepTimes
 ) -> None:
     """A line of metrics.jsonl, and the console; rank 0 only."""
     if not distributed.is_main():
@@ -231,13 +231,14 @@ def record_step(
         supervised_tokens=plan.supervised_tokens,
         sum_squared_lengths=sum(int((n * n).sum()) for n in lengths),
     )
-    norm = run.engine.deepspeed.get_global_grad_norm() if applied else None
+    norm = run.engine.deepspeed.get_global_grad_norm() if why_skipped is None else None
     record = StepRecord(
         step=plan.step + 1,
         loss=None if sums is None else sums.total_loss(),
         lr=rate,
         grad_norm=None if norm is None else float(norm),
-        skipped=not applied,
+        skipped=why_skipped is not None,
+        skip_reason=why_skipped,
         real_tokens=plan.tokens,
         slot_tokens=plan.num_packs * plan.pack_len,
         supervised_tokens=plan.supervised_tokens,
