@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,35 +42,35 @@ def run(*command: str, cwd: Path = REPOSITORY, timeout_s: int = 900, code: int =
 
 
 def test_the_sample_from_raw_files_to_model_and_report(tmp_path):
-    run("versatune-ds", "sample", str(tmp_path / "sample"))
+    """launch/quickstart.sh as it is, in a folder of its own, with fewer steps in its settings."""
+    folder = tmp_path / "checkout"
+    (folder / "configs").mkdir(parents=True)
+    for shared in ("launch", "configs/deepspeed"):
+        (folder / shared).symlink_to(REPOSITORY / shared)
     config = yaml.safe_load((REPOSITORY / "configs" / "quickstart.yaml").read_text())
-    text = (
-        yaml.safe_dump(config)
-        .replace("runs/sample", str(tmp_path / "sample"))
-        .replace("runs/", f"{tmp_path}/")
-    )
-    path = tmp_path / "quickstart.yaml"
-    path.write_text(text)
-    missing = run("deepspeed", "--num_gpus", "2", "launch/train.py", "--config", str(path), code=4)
-    assert f"versatune-ds prepare --config {path}" in missing
-    prepared = run("versatune-ds", "prepare", "--config", str(path))
-    assert all(domain in prepared for domain in DOMAINS)
-    command = ("deepspeed", "--num_gpus", "2", "launch/train.py", "--config", str(path), "train.max_steps=12")
-    out = run(*command, "weights.every_n_steps=4", "evaluation.every_n_steps=6", "checkpoint.every_n_steps=6")
+    config["train"] = {"max_steps": 12}
+    for section in ("weights", "evaluation", "checkpoint"):
+        config[section]["every_n_steps"] = 4 if section == "weights" else 6
+    path = Path("configs") / "quickstart.yaml"
+    (folder / path).write_text(yaml.safe_dump(config))
+    run_dir = Path("runs") / "quickstart"
+    command = ("deepspeed", "--num_gpus", "2", "launch/train.py", "--config", str(path))
+    run("versatune-ds", "sample", "runs/sample", cwd=folder)
+    assert f"versatune-ds prepare --config {path}" in run(*command, cwd=folder, code=4)
+    out = run("bash", "launch/quickstart.sh", cwd=folder)
+    assert all(f"{domain} " in out for domain in DOMAINS)  # of `prepare`
+    assert re.search(r"^loss: (chunked|triton) \(auto: .+\)$", out, re.MULTILINE)
     assert "weights after step 4" in out and "step 12/12" in out
-    assert f"model: {tmp_path / 'quickstart' / 'model'}" in out
-    run_dir = tmp_path / "quickstart"
-    assert (run_dir / "model" / "model.safetensors").is_file()
-    again = run(
-        *command, "weights.every_n_steps=4", "evaluation.every_n_steps=6", "checkpoint.every_n_steps=6"
-    )
-    assert "resuming from" in again and len(read_jsonl(run_dir / "metrics.jsonl")) == 12
+    assert out.splitlines()[-2:] == [f"model:  {run_dir}/model", f"report: {run_dir}/report.html"]
+    assert (folder / run_dir / "model" / "model.safetensors").is_file()
+    page = (folder / run_dir / "report.html").read_text()
+    assert "resuming from" in run(*command, cwd=folder)
+    assert len(read_jsonl(folder / run_dir / "metrics.jsonl")) == 12
     earlier = str(run_dir / "checkpoints" / "step-00000006")
-    compared = run("versatune-ds", "evaluate", "--config", str(path), "--against", earlier)
+    compared = run("versatune-ds", "evaluate", "--config", str(path), "--against", earlier, cwd=folder)
     assert "forgotten: nothing" in compared and str(run_dir / "evaluation.png") in compared
+    run_dir = folder / run_dir
     assert (run_dir / "evaluation.json").is_file() and (run_dir / "model-step-00000006").is_dir()
-    assert str(run_dir / "report.html") in run("versatune-ds", "report", str(run_dir))
-    page = (run_dir / "report.html").read_text()
     assert "<svg" in page and all(domain in page for domain in DOMAINS)
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page.replace(
         "https://www.w3.org", ""

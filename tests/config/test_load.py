@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import yaml
+from pydantic import BaseModel
 
+from versatune_ds.config.benchmarks import Benchmarks
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
+from versatune_ds.config.study import Study
 from versatune_ds.foundations.errors import ConfigError
 
 MINIMAL = """
@@ -108,18 +113,44 @@ def test_resolved_settings_read_back_equal(file, tmp_path):
     assert raw["optimizer"]["betas"] == [0.9, 0.95]  # defaults are written too
 
 
-def test_every_setting_is_documented():
+@pytest.mark.parametrize(
+    ("root", "nested"),
+    [
+        (
+            Config,
+            {
+                "data.train.path",
+                "weights.schedule.step",
+                "detect.judge.endpoint.url",
+                "reference.model.source",
+            },
+        ),
+        (Study, {"tuning.seeds", "expansions.target"}),
+        (Benchmarks, {"tasks.metric"}),
+    ],
+)
+def test_every_setting_is_documented(root, nested):
     """Each field of each section has a description, which `resolved.yaml` readers and docs rely on."""
 
-    def undocumented(model, prefix=""):
-        for name, field in model.model_fields.items():
-            inner = field.annotation
-            if isinstance(inner, type) and hasattr(inner, "model_fields"):
-                yield from undocumented(inner, f"{prefix}{name}.")
-            elif not field.description:
-                yield prefix + name
+    def sections(annotation):
+        """Sections in an annotation such as `Weights`, `list[Source]` or `list[Weights] | Path | None`."""
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield annotation
+        for argument in get_args(annotation):
+            yield from sections(argument)
 
-    assert list(undocumented(Config)) == []
+    def fields(model, prefix=""):
+        """(place, documented) of every field; a section that stands alone is documented by its class."""
+        for name, field in model.model_fields.items():
+            inner = list(sections(field.annotation))
+            is_section = [field.annotation] == inner
+            yield prefix + name, bool(inner[0].__doc__ if is_section else field.description)
+            for section in inner:
+                yield from fields(section, f"{prefix}{name}.")
+
+    found = dict(fields(root))
+    assert [place for place, documented in found.items() if not documented] == []
+    assert nested <= found.keys()
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,12 @@ def test_due_is_every_n_steps_and_for_manual_the_schedule():
     assert [step for step in range(13) if manual.due(step)] == [7]
 
 
+def test_a_skipped_step_moves_no_weights_unless_they_are_scheduled():
+    controller = controller_of(every_n_steps=4)
+    assert not controller.due(4, skipped=True) and controller.due(8, skipped=False)
+    assert controller_of("manual", schedule=SCHEDULE).due(7, skipped=True)
+
+
 SCHEDULE = [
     {"step": 0, "weights": {"law": 0.5, "code": 0.3, "other": 0.2}},
     {"step": 7, "weights": {"law": 0.1, "code": 0.1, "other": 0.8}},

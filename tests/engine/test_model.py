@@ -18,6 +18,7 @@ from versatune_ds.engine.model import (
     restore_buffers,
 )
 from versatune_ds.foundations.errors import ConfigError
+from versatune_kernels import backends, resolve_backend
 
 SDPA = AttentionChoice("sdpa", "test")
 SHAPE = {
@@ -34,6 +35,18 @@ SHAPE = {
 def folder(tmp_path):
     LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path)
     return tmp_path
+
+
+def test_the_default_loss_is_the_triton_kernel_on_cuda(monkeypatch):
+    """As on a machine whose GPU and Triton have no problem; here it falls back, and says so."""
+    default = Model(source="any").loss_backend
+    assert default == "auto"
+    assert resolve_backend(default, "cpu").name == "chunked"
+    monkeypatch.setattr(backends, "_triton_problem", lambda: None)
+    monkeypatch.setattr(backends, "_gpu_problem", lambda: "no GPU that Triton knows")
+    assert resolve_backend(default, "cuda") == ("chunked", "auto: no GPU that Triton knows")
+    monkeypatch.setattr(backends, "_gpu_problem", lambda: None)
+    assert resolve_backend(default, "cuda").name == "triton"
 
 
 def build(folder, **more):

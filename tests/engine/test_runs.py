@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from small_runs import prepare_run, sample_settings
 
 from versatune_ds.cli.main import main
 from versatune_ds.config.load import load_config
+from versatune_ds.engine.build import git_commit
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +34,7 @@ MEASURED = (
     "plan_s",
     "boundary_s",
     "update_s",
+    "probe_s",
     "save_stall_s",
     "memory_gib",
     "unix_time_s",
@@ -74,6 +77,8 @@ def finished(folder) -> Path:
     cases = [
         case(folder, "whole"),
         case(folder, "nan_once", "train.max_steps=8", sabotage="nan in step 4"),
+        case(folder, "nan_when_due", "train.max_steps=8", sabotage="nan in step 3"),
+        case(folder, "other_weights", sabotage="other weights on the last rank"),
         case(folder, "nan_always", sabotage="nan from step 4 on"),
         case(folder, "nan_gradient", sabotage="nan gradient from step 4 on"),
         case(
@@ -110,6 +115,8 @@ def resumed(finished) -> Path:
     for step in RESUME_AT:
         cut_back(folder / "whole", folder / f"from_{step}", step)
         cases.append(case(folder, f"from_{step}"))
+    cut_back(folder / "nan_when_due", folder / "after_nan", 6)
+    cases.append(case(folder, "after_nan", "train.max_steps=8"))
     damaged = folder / "damaged"
     cut_back(folder / "whole", damaged, 6)
     shard = next((damaged / "checkpoints" / "step-00000006").glob("*optim_states.pt"))
@@ -222,6 +229,39 @@ def test_nan_is_skipped_on_all_ranks_and_named(finished):
     assert sum(update["after"].values()) == pytest.approx(1)
 
 
+def test_no_weights_move_on_a_skipped_step_and_its_window_goes_on(finished):
+    """Step 4, after which an update is due, is skipped: the one after step 8 looks at all losses since 0."""
+    run = finished / "nan_when_due"
+    metrics, updates = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "weights.jsonl")
+    assert [line["step"] for line in metrics if line["skipped"]] == [4]
+    assert [line["skip_reason"] for line in metrics] == [None] * 3 + ["non-finite loss"] + [None] * 4
+    assert [update["step"] for update in updates] == [0, 8]
+    assert all(line["weights"] == updates[0]["after"] for line in metrics)
+    for name, tokens in updates[1]["tokens"].items():
+        assert tokens == sum(m["domain_supervised_tokens"][name] for m in metrics if not m["skipped"])
+    assert updates[1]["after"] != updates[1]["before"]
+
+
+def test_a_run_resumed_between_a_skipped_update_and_the_next_is_the_same(resumed):
+    for log in ("metrics.jsonl", "weights.jsonl"):
+        assert lines(resumed / "after_nan", log) == lines(resumed / "nan_when_due", log)
+    ours, expected = (
+        load_file(resumed / name / "model" / "model.safetensors") for name in ("after_nan", "nan_when_due")
+    )
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+def test_ranks_with_different_weights_all_end(finished):
+    """One rank's weights differ in the last bit after the first update: no batch is drawn from them."""
+    run = finished / "other_weights"
+    for rank in (0, 1):
+        failure = outcome(run, rank)
+        assert failure["type"] == "VersaTuneError"
+        assert "after step 4 the ranks hold different domain weights" in failure["text"]
+    assert [update["step"] for update in read_jsonl(run / "weights.jsonl")] == [0]
+    assert len(read_jsonl(run / "metrics.jsonl")) == 3
+
+
 def test_nan_before_the_step_leaves_earlier_steps_alone(finished):
     whole, run = lines(finished / "whole", "metrics.jsonl"), lines(finished / "nan_once", "metrics.jsonl")
     for ours, expected in zip(run[:4], whole[:4], strict=True):
@@ -273,6 +313,17 @@ def test_probe_measures_held_out_loss(finished):
     update = read_jsonl(finished / "probe" / "weights.jsonl")[1]
     assert update["loss_source"] == "probe"
     assert set(update["samples"].values()) == {3.0}
+    metrics = read_jsonl(finished / "probe" / "metrics.jsonl")
+    assert [line["probe_s"] > 0 for line in metrics] == [False] * 3 + [True]
+    assert metrics[3]["probe_s"] <= metrics[3]["update_s"] <= metrics[3]["step_s"]
+    assert all(line["probe_s"] == 0 for line in read_jsonl(finished / "whole" / "metrics.jsonl"))
+
+
+def test_run_info_names_the_commit_of_the_code(finished):
+    """None outside of a checkout; the tests may run in either."""
+    commit = json.loads((finished / "whole" / "run.json").read_text())["commit"]
+    assert (commit is None) == (git_commit() is None)
+    assert commit is None or re.fullmatch("[0-9a-f]{12}(-dirty)?", commit)
 
 
 def test_a_finished_run_leaves_no_shared_memory(finished):

@@ -39,9 +39,14 @@ CASES = {
         "untied-packed-zero2-nan",
         "untied-packed-zero1-nan",
         "untied-packed-zero0-nan",
+        *(f"untied-packed-zero{stage}-clip" for stage in range(4)),
     ],
     4: ["untied-packed-zero3", "tied-unpacked-zero3-recompute", "untied-packed-zero1"],
 }
+
+
+BF16_CASES = ["untied-packed-zero3-bf16", "tied-packed-zero1-bf16"]
+"""On 2 ranks. They have a comparison of their own."""
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +78,9 @@ def results(models, tmp_path_factory):
     @functools.cache
     def run(ranks: int) -> dict[str, dict[str, torch.Tensor]]:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        launch_soundly(CASES_FILE, ranks, [str(folder), str(models), *CASES[ranks]])
-        return {case: load_file(folder / f"{case}.safetensors") for case in CASES[ranks]}
+        names = CASES[ranks] + (BF16_CASES if ranks == 2 else [])
+        launch_soundly(CASES_FILE, ranks, [str(folder), str(models), *names])
+        return {case: load_file(folder / f"{case}.safetensors") for case in names}
 
     return run
 
@@ -84,33 +90,51 @@ def reference(models):
     """`reference("tied")`: parameters and domain sums of the same two steps in plain PyTorch."""
 
     @functools.cache
-    def run(name: str) -> dict[str, torch.Tensor]:
+    def run(name, max_norm=0.0, start="fp32", compute="fp32") -> dict[str, torch.Tensor]:
+        """The two steps.
+
+        Args:
+            max_norm: gradients are clipped to this global norm; 0: never.
+            start: `bf16`: the weights are rounded to bf16 before the first step.
+            compute: `bf16` (as `start`): forward and backward on a bf16 copy of the fp32 weights that AdamW
+                moves.
+        """
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[start]
+        model = AutoModelForCausalLM.from_pretrained(models / name, dtype=dtype)
+        model = model.float() if compute == "fp32" else model
+        masters = {key: parameter.detach().float() for key, parameter in model.named_parameters()}
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=cases.LEARNING_RATE, eps=cases.EPS, betas=(0.9, 0.95), weight_decay=0.0
+            masters.values(), lr=cases.LEARNING_RATE, eps=cases.EPS, betas=(0.9, 0.95), weight_decay=0.0
         )
-        out = {}
+        out = {f"start.{key}": master.clone() for key, master in masters.items()}
         for step in ("first", "second"):
             total, count = 0.0, 0
-            sums = np.zeros((2, 2))
+            sums, token_losses = np.zeros((2, 2)), []
             for i, domain in enumerate(cases.DOMAINS):
                 tokens, mask = cases.Samples().sample(i)
                 ids = torch.tensor(tokens.astype(np.int64))
                 logits = model(ids.unsqueeze(0)).logits[0]
-                losses = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+                losses = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
                 supervised = torch.from_numpy(mask[1:])
                 total = total + losses[supervised].sum()
                 count += int(supervised.sum())
                 sums[:, domain] += float(losses[supervised].sum()), int(supervised.sum())
+                token_losses.append(losses[supervised].detach())
             (total / count).backward()
+            for key, parameter in model.named_parameters():
+                masters[key].grad = parameter.grad.float()
+            out[f"norm_{step}"] = torch.nn.utils.get_total_norm([m.grad for m in masters.values()])
+            if max_norm:
+                torch.nn.utils.clip_grad_norm_(masters.values(), max_norm)
             optimizer.step()
-            optimizer.zero_grad()
+            model.zero_grad()
+            for key, parameter in model.named_parameters():
+                parameter.data.copy_(masters[key])
             out[f"sums_{step}"] = torch.from_numpy(sums)
-        for parameter_name, parameter in model.named_parameters():
-            out[f"parameter.{parameter_name}"] = parameter.detach()
-        return out
+            out[f"losses_{step}"] = torch.cat(token_losses)
+        return out | {f"parameter.{key}": master for key, master in masters.items()}
 
     return run
 
@@ -119,8 +143,10 @@ def reference(models):
 @pytest.mark.parametrize(("ranks", "case"), [(n, case) for n, names in CASES.items() for case in names])
 def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
     """Same losses per domain and same parameters; the -nan cases skip a poisoned step in between."""
-    ours, expected = results(ranks)[case], reference(case.split("-")[0])
+    max_norm = cases.MAX_NORM if "clip" in case else 0.0
+    ours, expected = results(ranks)[case], reference(case.split("-")[0], max_norm)
     for step in ("first", "second"):
+        assert expected[f"norm_{step}"] > 2 * max_norm  # clipping is no trifle
         # rows 0 and 1 of the buffer: loss sum and supervised tokens per domain
         np.testing.assert_allclose(ours[f"sums_{step}"][:2], expected[f"sums_{step}"], rtol=2e-5)
     names = {name for name in expected if name.startswith("parameter.")}
@@ -129,6 +155,32 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
         torch.testing.assert_close(
             ours[name], expected[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BF16_CASES)
+def test_bf16_errs_no_more_than_twice_as_far_as_plain_pytorch_in_bf16(case, results, reference):
+    """Against the same steps in fp32 from the same (rounded) weights; what moves are fp32 master weights."""
+    ours, name = results(2)[case], case.split("-")[0]
+    exact = reference(name, start="bf16")
+    plain = reference(name, start="bf16", compute="bf16")
+    for step in ("first", "second"):
+        # what the losses of single tokens err by; in their sum errors may cancel, here or there
+        error = float((plain[f"losses_{step}"] - exact[f"losses_{step}"]).abs().sum())
+        difference = (ours[f"sums_{step}"][:2] - exact[f"sums_{step}"]).abs()
+        assert difference[0].max() <= 2 * error
+        assert not difference[1].any()
+    names = [key.removeprefix("start.") for key in exact if key.startswith("start.")]
+
+    def moved(weights: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
+        return torch.cat([(weights[f"{kind}.{n}"] - exact[f"start.{n}"]).flatten() for n in names])
+
+    expected = moved(exact, "parameter")
+    error = (moved(plain, "parameter") - expected).norm()
+    assert 0 < error < 0.1 * expected.norm()  # or the bound would say nothing
+    assert (moved(ours, "master") - expected).norm() <= 2 * error
+    for n in names:  # the model computes with the rounded master weights
+        assert torch.equal(ours[f"parameter.{n}"], ours[f"master.{n}"].bfloat16())
 
 
 @pytest.mark.slow

@@ -33,11 +33,14 @@ def test_lines_come_at_intervals_first_last_and_skipped_always(make_step):
     stream = Ascii()
     progress = Progress(10, ["law", "code"], stream=stream, interval_s=1e6)
     for step in range(1, 11):
-        progress.step(make_step(step, skipped=step == 5, loss=math.nan if step == 5 else 2.0))
+        reason = "loss spike" if step == 5 else None
+        progress.step(
+            make_step(step, skipped=step == 5, skip_reason=reason, loss=math.nan if reason else 2.0)
+        )
     lines = printed(stream)
     assert [line.split(" | ")[0] for line in lines] == [
         "step 1/10 10%",
-        "step 5 SKIPPED (loss or gradient not finite; parameters unchanged)",
+        "step 5 SKIPPED (loss spike; parameters unchanged)",
         "step 10/10 100%",
     ]
     assert "loss -" in lines[1] and "took" in lines[2]

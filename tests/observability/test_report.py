@@ -139,8 +139,20 @@ def test_an_evaluation_of_the_finished_model_is_shown(make_run):
 
 
 def test_skipped_steps_are_listed(make_run):
-    text = page_of(make_run(skipped=True, loss=float("nan"), steps=2)).flat()
-    assert "loss or gradient not finite" in text
+    text = page_of(make_run(skipped=True, skip_reason="loss spike", steps=2)).flat()
+    assert "loss spike: no rank changed its parameters" in text
+
+
+def test_skipped_steps_of_a_run_that_recorded_no_reason_are_listed(make_run):
+    assert "no rank changed its parameters" in page_of(make_run(skipped=True, steps=2)).flat()
+
+
+def test_the_probe_has_its_share_of_the_step(make_run):
+    """A step takes 2 s, of which 0.1 s are waiting (conftest.py)."""
+    text = page_of(make_run(update_s=0.5, probe_s=0.4)).flat()
+    assert "weight updates 0.5000 s (25.00 %)" in text
+    assert "held-out probe 0.4000 s (20.00 %)" in text
+    assert "forward, backward, optimizer 1.4000 s (70.00 %)" in text  # the probe is not taken off twice
 
 
 def test_runs_with_different_domains(make_run):

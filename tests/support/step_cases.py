@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
 from versatune_ds.config.load import validate_config
@@ -18,7 +19,7 @@ from versatune_ds.data.balance import rank_packs
 from versatune_ds.data.collate import collate
 from versatune_ds.data.packing import Pack
 from versatune_ds.engine.build import build_engine, close_process_group, start_process_group
-from versatune_ds.engine.export import _gathered_parameters
+from versatune_ds.engine.export import NAME_PREFIX, _gathered_parameters
 from versatune_ds.engine.model import LossHead
 from versatune_ds.engine.skipping import SpikeGuard, reason_to_skip
 from versatune_ds.engine.statistics import StepStatistics
@@ -36,6 +37,8 @@ WITHOUT_SUPERVISION = 2
 # eps 1 makes AdamW's first step proportional to the gradient; with the usual eps it would be its sign, and a
 # gradient wrong by a factor would go unseen.
 LEARNING_RATE, EPS = 0.5, 1.0
+MAX_NORM = 0.25
+"""Of the `-clip` cases; a fraction of the global gradient norm of both steps (checked in test_step.py)."""
 
 
 class Samples:
@@ -61,14 +64,14 @@ def packs(layout: tuple[tuple[int, ...], ...]) -> list[Pack]:
     ]
 
 
-def settings(model: dict, layout: tuple[tuple[int, ...], ...], zero: dict) -> dict:
+def settings(model: dict, layout: tuple[tuple[int, ...], ...], zero: dict, max_norm: float = 0) -> dict:
     return {
         "run": {"dir": "unused"},
-        "model": {"dtype": "fp32", **model},
+        "model": model,
         "data": {"train": [{"path": "unused", "domain": "a"}]},
         "domains": {"names": ["a", "b"]},
         "batch": {"pack_len": PACK_LEN, "packs_per_step": len(layout)},
-        "optimizer": {"lr": LEARNING_RATE, "eps": EPS, "max_grad_norm": 0},
+        "optimizer": {"lr": LEARNING_RATE, "eps": EPS, "max_grad_norm": max_norm},
         "train": {"max_steps": 3},
         "deepspeed": {"zero_optimization": zero},
     }
@@ -78,7 +81,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
     """Two steps and their results.
 
     Args:
-        case: `<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-compile][-triton][-nan]`.
+        case: `<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-compile][-triton][-nan]
+            [-clip][-bf16]`.
     """
     words = case.split("-")
     layout = PACKED if "packed" in words else UNPACKED
@@ -87,11 +91,13 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
         zero["offload_optimizer"] = {"device": "cpu"}
     model = {
         "source": str(models / words[0]),
+        "dtype": "bf16" if "bf16" in words else "fp32",
         "activation_checkpointing": "all" if "recompute" in words else "off",
         "compile": "body" if "compile" in words else "off",
         "loss_backend": "triton" if "triton" in words else "chunked",
     }
-    config = validate_config(settings(model, layout, zero), case)
+    max_norm = MAX_NORM if "clip" in words else 0
+    config = validate_config(settings(model, layout, zero, max_norm), case)
     run = SimpleNamespace(
         engine=build_engine(config, device), statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 10)
     )
@@ -116,6 +122,9 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
         out[f"sums_{step}"] = torch.from_numpy(totals.sums.values.copy())
     for name, parameter in _gathered_parameters(run.engine.model):
         out[f"parameter.{name}"] = parameter.detach().clone()
+    if "bf16" in words:
+        for parameter, name in run.engine.deepspeed.param_names.items():
+            out[f"master.{name.removeprefix(NAME_PREFIX)}"] = safe_get_full_fp32_param(parameter).clone()
     run.engine.deepspeed.destroy()
     return out
 

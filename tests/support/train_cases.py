@@ -19,6 +19,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import small_disk
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 
 from versatune_ds.config.load import load_config
 from versatune_ds.data.balance import rank_packs
+from versatune_ds.domain.controller import WeightController
 from versatune_ds.engine import build, checkpoint, export, preflight, sameness, saving, train
 from versatune_ds.engine.build import close_process_group, start_process_group
 from versatune_ds.engine.export import _gathered_parameters
@@ -40,6 +42,7 @@ ORIGINAL_RUN_STEPS, ORIGINAL_ACCUMULATE = train.run_steps, train.accumulate
 ORIGINAL_PART, ORIGINAL_BEGIN, ORIGINAL_WRITE = saving.write_part, saving.Share.begin, saving.Share._write
 ORIGINAL_PUBLISH, ORIGINAL_FLUSH = checkpoint.publish, export.ShardWriter._flush
 ORIGINAL_BUILD = build.build_model
+ORIGINAL_UPDATE = WeightController.update
 UNLIMITED = resource.RLIM_INFINITY
 LAST_STEP = 5
 """Index of the last step of runs that write slowly."""
@@ -85,6 +88,18 @@ def nan_gradient_from_step(first_step: int) -> None:
 def spike_in_steps(*steps: int) -> None:
     """In these steps (from 0) the last rank is so sure of wrong tokens that its losses leap."""
     disturb_hidden(lambda step, head, hidden, _: hidden * 100 if step in steps and head.training else hidden)
+
+
+def other_weights() -> None:
+    """On the last rank the first update gives the first domain a weight one bit larger."""
+
+    def update(self, *args):
+        record = ORIGINAL_UPDATE(self, *args)
+        if distributed.rank() == distributed.world_size() - 1:
+            self._weights[0] = np.nextafter(self._weights[0], 1)
+        return record
+
+    WeightController.update = update
 
 
 def on_the_last_rank(name: str) -> None:
@@ -281,6 +296,8 @@ SABOTAGE = {
     "cannot write checkpoint 4": lambda: fail_to_write(4),
     "cannot publish checkpoint 4": lambda: fail_to_publish(4),
     None: lambda: None,
+    "nan in step 3": lambda: nan_in_steps(3),
+    "other weights on the last rank": other_weights,
     "nan in step 4": lambda: nan_in_steps(4),
     "nan from step 4 on": lambda: nan_in_steps(*range(4, 100)),
     "nan gradient from step 4 on": lambda: nan_gradient_from_step(4),
@@ -306,6 +323,7 @@ def repair() -> None:
     saving.write_part, saving.Share.begin, saving.Share._write = ORIGINAL_PART, ORIGINAL_BEGIN, ORIGINAL_WRITE
     checkpoint.publish, export.ShardWriter._flush = ORIGINAL_PUBLISH, ORIGINAL_FLUSH
     build.build_model = ORIGINAL_BUILD
+    WeightController.update = ORIGINAL_UPDATE
     resource.setrlimit(resource.RLIMIT_FSIZE, (UNLIMITED, UNLIMITED))
 
 

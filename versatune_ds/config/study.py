@@ -98,6 +98,7 @@ class Study(Section):
     expansions: list[Expansion] = Field(default_factory=list)
     """Arms that are judged by their target and by what the other domains lose."""
     tuning: Tuning | None = None
+    """Search for a better setting beside the arms; None: none."""
 
     @model_validator(mode="after")
     def _check(self) -> Study:

@@ -6,7 +6,7 @@ compute the same bits; `digest` lets them check that. Order of calls in a run:
     controller = WeightController(table, config.domains, config.weights, reference)
     first line of weights.jsonl: controller.initial_update().to_json()
     after each optimizer step:   controller.observe(sums of the step)
-    if controller.due(step):     record = controller.update(step)      # step: optimizer steps done
+    if controller.due(step, skipped=...): record = controller.update(step)   # step: optimizer steps done
     next batch (step index s):   drawn with controller.weights
 
 What is not covered: reducing sums over ranks, running the probe, writing weights.jsonl (engine).
@@ -191,11 +191,16 @@ class WeightController:
         """
         self._window = self._window + self._checked_sums(step_sums)
 
-    def due(self, step: int) -> bool:
-        """Whether `update(step)` is to be called after `step` optimizer steps; pure."""
+    def due(self, step: int, *, skipped: bool = False) -> bool:
+        """Whether `update(step)` is to be called after `step` optimizer steps; pure.
+
+        Args:
+            skipped: the last of them was not applied. What its losses would have moved waits for the next
+                update, whose window then is longer; a manual schedule asks no losses and does not wait.
+        """
         if self._settings.strategy == "manual":
             return step > 0 and step in self._schedule
-        return step > 0 and step % self._settings.every_n_steps == 0
+        return not skipped and step > 0 and step % self._settings.every_n_steps == 0
 
     def initial_update(self) -> WeightUpdate:
         """The record of step 0: the initial weights and what floor and cap changed in them."""

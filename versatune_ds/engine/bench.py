@@ -22,7 +22,6 @@ import contextlib
 import gc
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
@@ -56,6 +55,7 @@ from versatune_ds.engine.build import (
     close_process_group,
     describe_hardware,
     describe_versions,
+    git_commit,
     start_process_group,
 )
 from versatune_ds.engine.deepspeed_config import zero_stage
@@ -281,11 +281,13 @@ class Stepper:
             plans.append(run.loader.last_plan)  # type: ignore[attr-defined]
         self.synchronise()
         seconds = time.perf_counter() - started
-        skipped = sum(record.skipped for record in records[first_record:])
-        if skipped:
-            log.warning("%d of %d steps were skipped (loss or gradient not finite)", skipped, count)
+        reasons = [record.skip_reason for record in records[first_record:] if record.skipped]
+        if reasons:
+            log.warning(
+                "%d of %d steps were skipped (%s)", len(reasons), count, ", ".join(sorted(set(reasons)))
+            )
         flops = sum(plan_flops(plan, run.shape) for plan in plans)
-        return TimedSteps(seconds, step_s, plans, flops, skipped)
+        return TimedSteps(seconds, step_s, plans, flops, len(reasons))
 
     def synchronise(self) -> None:
         """Wait for the device and for all ranks."""
@@ -562,22 +564,6 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "versions": describe_versions(),
         "commit": git_commit(),
     }
-
-
-def git_commit() -> str | None:
-    """Commit of the source tree, "-dirty" appended when tracked files differ; None outside of git."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
-        )
-        return done.stdout.strip()
-
-    try:
-        commit = git("rev-parse", "--short=12", "HEAD")
-        return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def describe_settings(settings: BenchSettings, run: Run) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The model: any causal LM of transformers, its head replaced by one that computes the loss.
 
-Built under `zero.Init` when ZeRO-3 is on, so that no rank ever holds the whole model. The head module owns
-the output weight, because under ZeRO-3 a weight exists only inside the forward of the module it belongs to;
-it reuses the very Parameter of `lm_head`, so tied embeddings stay tied.
+Built under `zero.Init` when ZeRO-3 is on: each weight is partitioned as it is made, and pretrained values
+come from rank 0, which alone reads them (docs/plan.md). The head module owns the output weight, because under
+ZeRO-3 a weight exists only inside the forward of the module it belongs to; it reuses the very Parameter of
+`lm_head`, so tied embeddings stay tied.
 
 What is not covered: adapters (LoRA), output layers with a bias, models that scale or cap their logits, and
 mixtures of experts; the last three are refused.
@@ -164,7 +165,7 @@ def build_model(
         lm = load_lm(settings, seed, attn_implementation=attention.implementation)
     except ConfigError as error:
         problem = error
-    distributed.raise_together(problem)  # under ZeRO-3 only rank 0 reads the files
+    distributed.raise_together(problem)  # under ZeRO-3 only rank 0 reads the values
     assert lm is not None
     lm.config.use_cache = False
     lm.config.architectures = [type(lm).__name__]

@@ -104,7 +104,8 @@ def candidate(shape: Decoder, setup: Setup, machine: Machine) -> Candidate:
 def host_bytes(shape: Decoder, setup: Setup, machine: Machine, memory: MemoryPlan) -> int:
     """Host memory of the first node.
 
-    While loading, rank 0 holds the whole model under ZeRO-3, and every rank does under the other stages.
+    While loading, rank 0 reads the whole model under ZeRO-3 (mapped files, which the kernel could drop), and
+    every rank holds it under the other stages.
     """
     ranks = min(setup.gpus, machine.gpus_per_node)
     model = shape.parameters * setup.element

@@ -19,7 +19,6 @@ import torch
 
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
-from versatune_ds.data.balance import check_world_size
 from versatune_ds.data.loader import StepLoader
 from versatune_ds.data.planner import Corpus, PlannerSettings, PlannerState, steps_per_epoch
 from versatune_ds.data.templating import ChatEncoder, load_tokenizer, set_chat_template
@@ -28,7 +27,7 @@ from versatune_ds.domain.early_stopping import EarlyStopping
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine import preflight
-from versatune_ds.engine.build import Engine, build_engine, describe_hardware, describe_versions
+from versatune_ds.engine.build import Engine, build_engine, describe_hardware, describe_versions, git_commit
 from versatune_ds.engine.checkpoint import load_model_state, newest_sound_checkpoint, read_state
 from versatune_ds.engine.deepspeed_config import deepspeed_config, offloads_optimizer, zero_stage
 from versatune_ds.engine.evaluate import HeldOut
@@ -133,12 +132,12 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     """
     # 1. The same everywhere, and the folder, before anything is written into it.
     require_sameness("code, settings and model", code_and_settings(config))
+    deepspeed_config(config, distributed.world_size())  # refuses what DeepSpeed would not know
     preflight.check_folder(config)
     check_shared_folder(config.run.dir)
     preflight.check_trackers(config)
     # 2. Data and weights.
     table = DomainTable(config.domains.names)
-    check_world_size(config.batch.packs_per_step, distributed.world_size())
     tokenizer = load_tokenizer(config)
     set_chat_template(tokenizer, config.data.chat_template)
     caches = open_caches_on_all_nodes(config, config_path)
@@ -335,6 +334,7 @@ def _write_run_info(config: Config, engine: Engine, total_steps: int) -> None:
             "name": config.run.dir.resolve().name,
             "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": describe_versions(),
+            "commit": git_commit(),
             "hardware": describe_hardware(engine.device),
             "world_size": distributed.world_size(),
             "model": {

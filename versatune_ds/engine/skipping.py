@@ -32,6 +32,7 @@ log = get_logger(__name__)
 NONFINITE_LOSS = "non-finite loss"
 NONFINITE_GRADIENT = "non-finite gradient"
 LOSS_SPIKE = "loss spike"
+FP16_OVERFLOW = "fp16 overflow"
 MIN_LOSSES = 10
 """Losses that must be known before one can leap."""
 SAMPLES_SHOWN = 16

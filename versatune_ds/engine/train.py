@@ -37,7 +37,7 @@ from versatune_ds.engine.optimizer import learning_rate, set_learning_rate
 from versatune_ds.engine.run import Run, open_run
 from versatune_ds.engine.run_lock import RunLock
 from versatune_ds.engine.signals import StopRequest, note_stopped
-from versatune_ds.engine.skipping import NONFINITE_GRADIENT, reason_to_skip, report_skip
+from versatune_ds.engine.skipping import FP16_OVERFLOW, NONFINITE_GRADIENT, reason_to_skip, report_skip
 from versatune_ds.engine.statistics import Flags, StepTotals
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import VersaTuneError
@@ -54,6 +54,7 @@ class StepTimes(NamedTuple):
     whole: float
     boundary: float
     update: float
+    probe: float
 
 
 # --- the run ------------------------------------------------------------------------------------------------
@@ -137,12 +138,12 @@ def run_step(run: Run, step: int, stop: StopRequest) -> Flags:
         reason = reason or NONFINITE_GRADIENT  # found by ZeRO
     run.skipped_in_a_row = run.skipped_in_a_row + 1 if reason else 0
     stepped = time.perf_counter()
-    updated = run.controller.due(step + 1)
-    if updated:
-        update_weights(run, step + 1)
+    updated = run.controller.due(step + 1, skipped=not applied)
+    probe_s = update_weights(run, step + 1) if updated else 0.0
     ended = time.perf_counter()
-    times = StepTimes(ended - started, left_boundary - reached_boundary, ended - stepped if updated else 0.0)
-    record_step(run, plan, totals, rate, applied, times)
+    update_s = ended - stepped if updated else 0.0
+    times = StepTimes(ended - started, left_boundary - reached_boundary, update_s, probe_s)
+    record_step(run, plan, totals, rate, None if applied else reason or FP16_OVERFLOW, times)
     if reason and (error := report_skip(run, plan, totals, sample_losses, reason)):
         run.saver.save(step + 1, run.state)
         run.saver.finish()
@@ -185,21 +186,23 @@ def apply_step(run: Run, reason: str | None, rate: float) -> bool:
     return bool(run.engine.deepspeed.was_step_applied())
 
 
-def update_weights(run: Run, done: int) -> None:
+def update_weights(run: Run, done: int) -> float:
     """Move the domain weights; the next batch is drawn from them.
+
+    Returns:
+        Seconds that the held-out probe took; 0 without one.
 
     Raises:
         VersaTuneError: ranks came to different weights.
     """
-    probe_sums = None
-    if run.probe is not None:
-        probe_sums = evaluate(run.engine, run.probe, len(run.table)).sums
-    update = run.controller.update(done, probe_sums)
+    probed = None if run.probe is None else evaluate(run.engine, run.probe, len(run.table))
+    update = run.controller.update(done, None if probed is None else probed.sums)
     if not distributed.all_equal(run.controller.digest()):
         raise VersaTuneError(
             f"after step {done} the ranks hold different domain weights: this is a bug, report it"
         )
     record_weights(run, update.to_json())
+    return 0.0 if probed is None else probed.seconds
 
 
 # --- records ------------------------------------------------------------------------------------------------
@@ -213,7 +216,7 @@ def record_weights(run: Run, line: dict[str, Any]) -> None:
 
 
 def record_step(
-    run: Run, plan: StepPlan, totals: StepTotals, rate: float, applied: bool, times: StepTimes
+    run: Run, plan: StepPlan, totals: StepTotals, rate: float, why_skipped: str | None, times: StepTimes
 ) -> None:
     """A line of metrics.jsonl, and the console; rank 0 only."""
     if not distributed.is_main():
@@ -228,13 +231,14 @@ def record_step(
         supervised_tokens=plan.supervised_tokens,
         sum_squared_lengths=sum(int((n * n).sum()) for n in lengths),
     )
-    norm = run.engine.deepspeed.get_global_grad_norm() if applied else None
+    norm = run.engine.deepspeed.get_global_grad_norm() if why_skipped is None else None
     record = StepRecord(
         step=plan.step + 1,
         loss=None if sums is None else sums.total_loss(),
         lr=rate,
         grad_norm=None if norm is None else float(norm),
-        skipped=not applied,
+        skipped=why_skipped is not None,
+        skip_reason=why_skipped,
         real_tokens=plan.tokens,
         slot_tokens=plan.num_packs * plan.pack_len,
         supervised_tokens=plan.supervised_tokens,
@@ -259,6 +263,7 @@ def record_step(
         plan_s=run.loader.last_plan_s,
         boundary_s=times.boundary,
         update_s=times.update,
+        probe_s=times.probe,
         save_stall_s=run.saver.take_stall_s(),
         memory_gib=peak_memory_gib(),
         mfu=mfu(flops, times.whole, distributed.world_size(), run.peak_tflops),

@@ -262,4 +262,4 @@ class Progress:
 
     @staticmethod
     def _skipped_text(record: StepRecord) -> str:
-        return f"step {record.step} SKIPPED (loss or gradient not finite; parameters unchanged)"
+        return f"step {record.step} SKIPPED ({record.skip_reason}; parameters unchanged)"

@@ -80,13 +80,15 @@ class StepRecord:
     step: int
     """Optimizer steps done, this one included: the first line has 1."""
     loss: float | None
-    """Nats per supervised token; NaN or None on a skipped step."""
+    """Nats per supervised token; NaN or None where it was not finite (the step is skipped)."""
     lr: float
     """Learning rate that this step was taken with."""
     grad_norm: float | None
     """Global gradient norm before clipping; None when unknown."""
     skipped: bool = False
-    """True: the loss or gradient was not finite and no rank changed its parameters."""
+    """True: no rank changed its parameters."""
+    skip_reason: str | None = None
+    """Why: `non-finite loss`, `non-finite gradient`, `loss spike` or `fp16 overflow`; None if applied."""
     real_tokens: int
     """Tokens of samples in the global batch; padding is not counted."""
     slot_tokens: int
@@ -121,6 +123,8 @@ class StepRecord:
     """Part of `step_s`: the all-reduce of statistics and the ranks' agreement at the step's end."""
     update_s: float = 0.0
     """Part of `step_s`: the domain weight update; 0 when none was due."""
+    probe_s: float = 0.0
+    """Part of `update_s`: measuring the held-out probe; 0 with `loss_source: train`."""
     save_stall_s: float = 0.0
     """Standing still for checkpoints since the step before; not part of `step_s`."""
     memory_gib: float | None = None

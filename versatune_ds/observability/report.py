@@ -729,6 +729,7 @@ def time_table(runs: Sequence[RunData]) -> Table:
 
     rows = [("forward, backward, optimizer", [Cell(rest(run)) for run in runs])]
     rows += [(label, [Cell(part(run, key)) for run in runs]) for key, label in TIME_PARTS]
+    rows.append(("of weight updates: held-out probe", [Cell(part(run, "probe_s")) for run in runs]))
     rows.append(("a step", [Cell(f"{number(mean(run, 'step_s'), 4)} s") for run in runs]))
     rows.append(("beside the step: planning", [Cell(f"{number(mean(run, 'plan_s'), 4)} s") for run in runs]))
     head = ["Mean time", *(run.label if len(runs) > 1 else "seconds (share)" for run in runs)]

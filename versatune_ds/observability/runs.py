@@ -53,6 +53,7 @@ STEP_KEYS = (
     "plan_s",
     "boundary_s",
     "update_s",
+    "probe_s",
     "save_stall_s",
     "memory_gib",
     "unix_time_s",
@@ -182,7 +183,7 @@ def read_run(folder: Path, label: str | None = None) -> RunData:
         eval_domain_loss=_matrix(evals, "domain_loss", names),
         eval_s=_column(evals, "eval_s"),
         evaluation=_read_evaluation(folder / constants.EVALUATION_FILE, notes),
-        alarms=_alarms(steps.steps[steps.skipped], updates),
+        alarms=_alarms(steps.skip_reasons, updates),
         notes=tuple(notes),
     )
 
@@ -282,6 +283,8 @@ class _Steps:
     domain_series: dict[str, Array]
     shares: dict[str, Array]
     skipped: npt.NDArray[np.bool_]
+    skip_reasons: dict[int, str]
+    """By skipped step; empty text where a run did not record it."""
 
 
 def _read_steps(path: Path, names: Sequence[str], notes: list[str]) -> _Steps:
@@ -290,11 +293,13 @@ def _read_steps(path: Path, names: Sequence[str], notes: list[str]) -> _Steps:
     A line is turned into numbers as it is read: a long run's file does not fit memory as dictionaries.
     """
     rows: dict[int, Array] = {}
+    reasons: dict[int, str] = {}
     twice = 0
     for line in _read_jsonl(path, notes):
         step = int(line["step"])
         twice += step in rows
         rows[step] = _step_row(line, names)
+        reasons[step] = str(line.get("skip_reason") or "")
     if twice:
         notes.append(f"{path.name}: {twice} steps are recorded more than once; the last line of each counts")
     order = sorted(rows)
@@ -309,6 +314,7 @@ def _read_steps(path: Path, names: Sequence[str], notes: list[str]) -> _Steps:
         domain_series=dict(zip(STEP_DOMAIN_KEYS, blocks, strict=False)),
         shares=dict(zip(SHARE_UNITS, blocks[len(STEP_DOMAIN_KEYS) :], strict=True)),
         skipped=table[:, -1] == 1.0,
+        skip_reasons={step: reasons[step] for step in order if rows[step][-1] == 1.0},
     )
 
 
@@ -373,9 +379,12 @@ def _row(value: Any, names: Sequence[str]) -> list[float]:
     return [_number(value.get(name)) for name in names]
 
 
-def _alarms(skipped_steps: Array, updates: Sequence[Mapping[str, Any]]) -> tuple[Alarm, ...]:
-    text = "loss or gradient not finite: no rank changed its parameters"
-    found = [Alarm(int(step), "skipped", text) for step in skipped_steps]
+def _alarms(skip_reasons: Mapping[int, str], updates: Sequence[Mapping[str, Any]]) -> tuple[Alarm, ...]:
+    unchanged = "no rank changed its parameters"
+    found = [
+        Alarm(step, "skipped", f"{reason}: {unchanged}" if reason else unchanged)
+        for step, reason in skip_reasons.items()
+    ]
     for line in updates:
         for kind, key in (("alarm", "alarms"), ("note", "reasons")):
             found += [Alarm(int(line["step"]), kind, text) for text in _texts(line.get(key))]
