@@ -11,6 +11,7 @@ each other (pickled by torch; the network between them must be trusted).
 
 from __future__ import annotations
 
+import copyreg
 import os
 import pickle
 from collections.abc import Iterator
@@ -18,8 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from versatune_ds.foundations.errors import StateError
+
+# Python 3.11.0 to 3.11.3 pickles a member of an enum as a call of getattr, and loading refuses such a call.
+# DeepSpeed stores the ZeRO stage: from here on it is written by its value, as all other Pythons do it.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """torch reads it in every `torch.load`; it wins over `weights_only=False`."""
@@ -35,10 +43,6 @@ def tensors_only(place: Path) -> Iterator[None]:
     Raises:
         StateError: a file holds something else than tensors, plain values and DeepSpeed's own classes.
     """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
     before = os.environ.get(FORCE)
     os.environ[FORCE] = "1"
     try:
