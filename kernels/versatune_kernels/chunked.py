@@ -5,7 +5,8 @@ to the upstream factor. So one pass over the rows does all the work, and a train
 three matrix products per chunk instead of the four of "recompute the logits in backward":
 
     1. logits   [C, V]  = x [C, H] @ weight.T            result in fp32
-    2. in place [C, V]: softmax, loss, gradient of the logits (fp32), then rounded to weight.dtype
+    2. in place [C, V]: softmax, loss, gradient of the logits (fp32), then rounded to weight.dtype;
+       a few rows at a time, which stay in the CPU's cache from the first operation to the last
     3. d_x      [C, H]  = d_logits @ weight              sum in fp32
     4. d_weight [V, H] += d_logits.T @ x                 sum in fp32
 
@@ -40,6 +41,12 @@ VOCAB_BLOCK = 8192
 """16-bit weights are multiplied this many rows at a time: the fp32 copy of a block that the
 portable product needs is then small beside a chunk (H = 5120: 168 MB)."""
 
+CPU_ROW_BLOCK_BYTES = 2 * 2**20
+"""Logits that step 2 works on at a time: about what a core's caches hold."""
+
+GPU_ROW_BLOCK_BYTES = 128 * 2**20
+"""The same on a GPU: few enough launches, and a 16-bit copy that is small beside a chunk."""
+
 
 def chunked_pass(
     hidden: Tensor, weight: Tensor, tokens: ValidTokens, options: LossOptions, effort: Effort
@@ -64,9 +71,15 @@ def chunked_pass(
     if effort.grad_hidden:
         d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
     if effort.grad_weight:
-        d_weight = weight.new_zeros(weight.shape, dtype=torch.float32)
+        d_weight = weight.new_empty(weight.shape, dtype=torch.float32)
+        if num_rows == 0:
+            d_weight.zero_()
 
-    buffers = _buffers(hidden, weight, min(chunk, num_rows), effort)
+    rows = min(chunk, num_rows)
+    buffers = _Buffers(
+        logits=hidden.new_empty((rows, vocab_size), dtype=torch.float32),
+        d_x=hidden.new_empty((rows, hidden_size), dtype=torch.float32) if effort.grad_hidden else None,
+    )
     for start in range(0, num_rows, chunk):
         part = slice(start, min(start + chunk, num_rows))
         _run_chunk(hidden, weight, tokens, options, part, buffers, nll, objective, d_hidden, d_weight)
@@ -85,20 +98,8 @@ class _Buffers(NamedTuple):
 
     logits: Tensor
     """float32 [C, V]; becomes the gradient of the logits."""
-    rounded: Tensor | None
-    """[C, V]. That gradient in the weight's dtype, for the products; None: fp32, or evaluation."""
     d_x: Tensor | None
     """float32 [C, H], when rows are gathered."""
-
-
-def _buffers(hidden: Tensor, weight: Tensor, rows: int, effort: Effort) -> _Buffers:
-    training = effort.grad_hidden or effort.grad_weight
-    shape = (rows, weight.shape[0])
-    return _Buffers(
-        logits=hidden.new_empty(shape, dtype=torch.float32),
-        rounded=weight.new_empty(shape) if training and weight.dtype != torch.float32 else None,
-        d_x=hidden.new_empty((rows, hidden.shape[1]), dtype=torch.float32) if effort.grad_hidden else None,
-    )
 
 
 def _run_chunk(
@@ -121,8 +122,16 @@ def _run_chunk(
     for block in blocks:
         product_(logits[:, block], x, weight[block].T, accumulate=False)
     training = d_hidden is not None or d_weight is not None
-    nll[part], objective[part] = _row_pass_(logits, tokens.labels[part], row_weight, options, training)
-    d_logits = logits if buffers.rounded is None else buffers.rounded[: len(x)].copy_(logits)
+    # 16-bit: a row's gradient takes the first half of the memory of its fp32 logits.
+    d_logits = logits.view(weight.dtype)[:, : len(weight)]
+    for rows in _row_blocks(logits):
+        place = slice(part.start + rows.start, part.start + rows.stop)
+        block_weight = None if row_weight is None else row_weight[rows]
+        nll[place], objective[place] = _row_pass_(
+            logits[rows], tokens.labels[place], block_weight, options, training
+        )
+        if training and weight.dtype != logits.dtype:
+            d_logits[rows] = logits[rows].to(weight.dtype)  # by way of a copy: both overlap
     if d_hidden is not None and buffers.d_x is not None:
         d_x = buffers.d_x[: len(x)]
         for block in blocks:
@@ -136,7 +145,13 @@ def _run_chunk(
         d_hidden.index_copy_(0, tokens.index[part], d_x)
     if d_weight is not None:
         for block in blocks:
-            product_(d_weight[block], d_logits[:, block].T, x, accumulate=True, may_round=True)
+            product_(
+                d_weight[block],
+                d_logits[:, block].T,
+                x,
+                accumulate=part.start > 0,
+                may_round=True,
+            )
 
 
 def _row_pass_(
@@ -146,18 +161,18 @@ def _row_pass_(
     options: LossOptions,
     training: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each row of a chunk; `logits` is overwritten, when training with its gradient.
+    """Loss of each row of a block; `logits` is overwritten, when training with its gradient.
 
     Args:
-        logits: float32 [C, V], raw. On return the gradient of sum(objective) with respect to the
+        logits: float32 [R, V], raw. On return the gradient of sum(objective) with respect to the
             raw logits when training, else scratch.
-        labels: int64 [C].
-        row_weight: float32 [C] or None.
+        labels: int64 [R].
+        row_weight: float32 [R] or None.
         options: how logits become a loss.
         training: whether the gradient is needed.
 
     Returns:
-        (nll, objective), float32 [C] each.
+        (nll, objective), float32 [R] each.
     """
     smoothing, target = options.label_smoothing, labels[:, None]
     if options.logit_scale != 1:
@@ -204,3 +219,11 @@ def _vocab_blocks(weight: Tensor) -> Iterator[slice]:
     step = vocab_size if weight.dtype == torch.float32 else VOCAB_BLOCK
     for start in range(0, vocab_size, step):
         yield slice(start, min(start + step, vocab_size))
+
+
+def _row_blocks(logits: Tensor) -> Iterator[slice]:
+    """Ranges of rows to take from logits to their gradient at a time."""
+    block_bytes = GPU_ROW_BLOCK_BYTES if logits.is_cuda else CPU_ROW_BLOCK_BYTES
+    step = max(1, block_bytes // (4 * logits.shape[1]))
+    for start in range(0, len(logits), step):
+        yield slice(start, min(start + step, len(logits)))

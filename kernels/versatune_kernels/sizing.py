@@ -2,15 +2,14 @@
 
 Two buffers decide the transient memory of a training call, with V and H of the head:
 
-    chunk of C rows     C * V * L bytes    L = 6 for `chunked` on 16-bit inputs (fp32 logits and
-                                           their 16-bit gradient), 4 for fp32 logits in place,
-                                           2 for 16-bit logits in place (`triton`)
+    chunk of C rows     C * V * L bytes    L = 4 for fp32 logits (their gradient takes their place),
+                                           2 for 16-bit logits (`triton`)
     weight gradient     V * H * 4 bytes    fp32 sum over the chunks, where one is kept
 
-`chunked` always keeps the sum. A C for which the first line is no larger at most doubles the total,
-while fewer and larger chunks mean fewer passes over the weight gradient. Equal sizes: C = 2H / 3;
-V cancels. Worked number, the head of a 32B model (H 5120, V 152064), N 8192: C <= 3413, rounded
-down to 3328; 8192 rows are 3 chunks of 2816: 2.57e9 bytes beside a gradient of 3.11e9.
+`chunked` always keeps the sum. Fewer and larger chunks mean fewer passes over it; chunks of up to
+two thirds of its size, C = 2H / 3 (V cancels), add at most as much again by two thirds. Worked
+number, the head of a 32B model (H 5120, V 152064), N 8192: C <= 3413, rounded down to 3328; 8192
+rows are 3 chunks of 2816: 1.71e9 bytes beside a sum of 3.11e9.
 
 `triton` keeps a sum in fp32 only above MAX_ROUNDED_SUMS chunks. The error of a weight gradient that
 is rounded to bf16 after each chunk, measured against fp64: 0.164 % with 1 chunk, 0.190 with 2,
@@ -103,8 +102,7 @@ def chunked_rows(
     Raises:
         KernelError: the budget is too small.
     """
-    training = effort.grad_hidden or effort.grad_weight
-    row_bytes = vocab_size * (4 + (element_size if training and element_size < 4 else 0))
+    row_bytes = vocab_size * 4
     sum_bytes = vocab_size * hidden_size * 4 if effort.grad_weight and element_size < 4 else 0
     rows = effort.chunk_tokens or auto_chunk_tokens(num_tokens, hidden_size, vocab_size)
     limit = _rows_in_budget(effort, row_bytes, sum_bytes, num_tokens)

@@ -142,7 +142,7 @@ def test_the_memory_budget_is_kept_or_refused(num_tokens, budget_gb, logit_bytes
 def test_chunked_keeps_the_memory_budget():
     effort = Effort(True, True, 0, 4_000_000_000, "fp32")
     rows = chunked_rows(effort, 8192, 5120, 152064, element_size=2)
-    assert rows == (4_000_000_000 - 152064 * 5120 * 4) // (152064 * 6) < 2816
+    assert rows == (4_000_000_000 - 152064 * 5120 * 4) // (152064 * 4) < 2816
 
 
 @pytest.mark.parametrize("rows", [1, 5, 20])
@@ -154,7 +154,7 @@ def test_the_budget_holds_for_what_is_allocated(tools, rows, chunking_backend):
         with pytest.raises(KernelError, match=f"allow {20 * row_stride * 4} bytes or more"):
             _record(case, **options)
     else:
-        assert _record(case, **options).largest_numel == rows * row_stride
+        assert _record(case, **options).largest_bytes == rows * row_stride * 4
 
 
 # ---- what is allocated, and what waits ----------------------------------------------------------
@@ -165,7 +165,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.largest_numel = 0
+        self.largest_bytes = 0
         self.storages = {}  # kept, so that no address is used twice
         self.operations = set()
 
@@ -177,7 +177,7 @@ class Recorder(TorchDispatchMode):
         self.operations.add(func._schema.name)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.dtype != torch.uint8:  # copies by the interpreter
-                self.largest_numel = max(self.largest_numel, leaf.numel())
+                self.largest_bytes = max(self.largest_bytes, leaf.nbytes)
                 self.storages[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage()
         return result
 
@@ -198,10 +198,10 @@ def test_the_full_logits_never_exist(tools, num_tokens, ignored, softcap, dtype)
     num_valid = int(case.valid.sum())
     recorder = _record(case, backend="chunked")
     chunk = auto_chunk_tokens(num_valid, 32, 9000)
-    assert recorder.largest_numel == max(chunk * 9000, 9000 * 32)
-    assert recorder.largest_numel < num_valid * 9000
+    assert recorder.largest_bytes == max(chunk * 9000, 9000 * 32) * 4
+    assert recorder.largest_bytes < num_valid * 9000 * 4
     full = _record(case, backend="reference")
-    assert full.largest_numel == num_valid * 9000, "the recorder does not see large tensors"
+    assert full.largest_bytes == num_valid * 9000 * 4, "the recorder does not see large tensors"
 
 
 def test_the_weight_gradient_exists_once(tools, chunking_backend):
