@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from versatune_kernels import KernelError, auto_chunk_tokens, linear_cross_entropy
+from versatune_kernels import KernelError, auto_chunk_tokens, chunked, linear_cross_entropy
 from versatune_kernels.contract import Effort
 from versatune_kernels.fused_op import linear_cross_entropy_op
 from versatune_kernels.sizing import chunked_rows, triton_chunks
@@ -19,6 +19,20 @@ def test_chunk_size_changes_nothing(tools, chunk_tokens, dtype, chunking_backend
     case.labels[35:] = -100  # 35 valid rows: chunks of 34, 35 and 36 end just around the last
     _, ours = tools.run(case, chunk_tokens=chunk_tokens, backend=chunking_backend)
     assert tools.worse_than_torch(case, ours) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_of_rows_within_a_chunk_change_nothing(tools, dtype, monkeypatch):
+    case = tools.case(20, dtype=dtype, ignored=0.0, token_weight=torch.rand(20), softcap=5.0)
+
+    def answer(rows: int):
+        monkeypatch.setattr(chunked, "CPU_ROW_BLOCK_BYTES", rows * 1000 * 4)
+        return tools.run(case, chunk_tokens=8, backend="chunked")[1]
+
+    whole = answer(8)
+    assert tools.worse_than_torch(case, whole) == {}
+    for rows in (0, 1, 3):  # a row larger than a block is a block of its own
+        assert all(a.equal(b) for a, b in zip(vars(whole).values(), vars(answer(rows)).values(), strict=True))
 
 
 def test_the_weight_gradient_is_not_rounded_between_many_chunks(tools, chunking_backend):
