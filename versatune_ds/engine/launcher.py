@@ -80,7 +80,7 @@ def _watch(links: list[Link]) -> None:
     while all(link.holds() for link in links):
         time.sleep(POLL_S)
     gone = next(link.launcher_pid for link in links if not link.holds())
-    log.warning(
+    log.error(  # on whichever rank it is seen first: that one stops all of them
         "the launcher (process %d) is gone; this run saves at the next step boundary and leaves. Start the "
         "same command to go on",
         gone,
