@@ -19,8 +19,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from forking import ForkServer, Ranks, tails
-from launching import read_jsonl
+from launching import (
+    TRAIN_CASES,
+    Ranks,
+    case_file,
+    read_jsonl,
+    run_cases,
+    start_ranks,
+    tails,
+    wait_for_ranks,
+)
 from safetensors.torch import load_file
 from small_runs import small_run
 
@@ -50,17 +58,17 @@ def runs(tmp_path_factory) -> Path:
         return {"config": str(config), "overrides": settings, "sabotage": "record samples", "dump": [STEPS]}
 
     chance = random.Random(SEED)
-    with ForkServer(folder) as server:
-        server.run(2, [case("whole")])
-        for life in range(KILLS):
-            moment = MOMENTS[life % len(MOMENTS)]
-            ranks = server.start(2, [case("killed", f"checkpoint.asynchronous={bool(life % 2)}".lower())])
-            kill(chance, folder / "killed", ranks, moment)
-            codes = server.wait(ranks, LAUNCHER_S if moment == "starting" else SURVIVOR_LEAVES_S)
-            message = f"life {life}, killed {moment}\n" + "\n".join(tails(ranks, codes))
-            assert -signal.SIGKILL in codes, message
-            assert moment == "starting" or None not in codes, f"a survivor hangs: {message}"
-        server.run(2, [case("killed")])
+    run_cases(folder, 2, [case("whole")])
+    for life in range(KILLS):
+        moment = MOMENTS[life % len(MOMENTS)]
+        cases = [case("killed", f"checkpoint.asynchronous={bool(life % 2)}".lower())]
+        ranks = start_ranks(TRAIN_CASES, 2, case_file(folder, cases))
+        kill(chance, folder / "killed", ranks, moment)
+        codes = wait_for_ranks(ranks, LAUNCHER_S if moment == "starting" else SURVIVOR_LEAVES_S)
+        message = f"life {life}, killed {moment}\n" + "\n".join(tails(ranks, codes))
+        assert -signal.SIGKILL in codes, message
+        assert moment == "starting" or None not in codes, f"a survivor hangs: {message}"
+    run_cases(folder, 2, [case("killed")])
     return folder
 
 

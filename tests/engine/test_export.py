@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from export_memory import NoCompanions
-from forking import ForkServer
-from launching import REPOSITORY, rank_environment
+from launching import REPOSITORY, rank_environment, run_cases
 from safetensors import safe_open
 from safetensors.torch import load_file
 from saved_checkpoints import write_checkpoint
@@ -84,8 +83,7 @@ def runs(tmp_path_factory) -> Path:
         }
         for name, (overrides, sabotage) in RUNS.items()
     ]
-    with ForkServer(folder) as server:
-        server.run(RANKS, cases)
+    run_cases(folder, RANKS, cases)
     return folder
 
 
@@ -312,7 +310,7 @@ def test_memory_is_bounded_by_a_shard_and_a_parameter(tmp_path, large_shapes):
                 str(tmp_path / "out"),
                 *map(str, checkpoints),
             ],
-            # glibc keeps up to 64 MB of what was freed, as the heap happens to lie; a fixed threshold ends that
+            # glibc keeps up to 64 MB of what was freed, as the heap happens to lie; not so with this
             env={**rank_environment(0, 1, 0), "MALLOC_MMAP_THRESHOLD_": "1000000"},
             cwd=REPOSITORY,
             capture_output=True,

@@ -8,13 +8,12 @@ import re
 import pytest
 import torch
 from launched_runs import prepare_small_run
-from launching import REPOSITORY, launch, launch_soundly, read_jsonl
+from launching import REPOSITORY, launch, read_jsonl, run_cases
 from safetensors.torch import load_file
 from small_disk import fill, small_disk
 
 pytestmark = pytest.mark.slow
 
-CASES_FILE = REPOSITORY / "tests" / "support" / "train_cases.py"
 SABOTAGED = REPOSITORY / "tests" / "support" / "sabotaged_train.py"
 SPIKES = ("train.max_steps=15", "train.spike_factor=1.5", "checkpoint.every_n_steps=100")
 
@@ -52,9 +51,7 @@ def finished(config):
                     "checkpoint.export_at_end=true",
                 )
             )
-    path = config.parent / "cases.json"
-    path.write_text(json.dumps(cases))
-    launch_soundly(CASES_FILE, 2, [str(path)])
+    run_cases(config.parent, 2, cases)
     return config.parent
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
-from launching import REPOSITORY, free_port, rank_environment
+from launching import REPOSITORY, Ranks, start_ranks, wait_for_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -17,54 +16,42 @@ SCRIPT = REPOSITORY / "tests" / "support" / "heartbeat_cases.py"
 TIMEOUT_S = 120
 
 
-def start_ranks(fault: str, victim: int, folder, world_size: int = 2) -> list[subprocess.Popen]:
-    port = free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), fault, str(victim), str(folder)],
-            env=rank_environment(rank, world_size, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
+def start(fault: str, victim: int, folder: Path, world_size: int = 2) -> Ranks:
+    return start_ranks(SCRIPT, world_size, [fault, str(victim), str(folder)])
 
 
-def finish(ranks: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
+def finish(ranks: Ranks) -> tuple[list[int | None], list[str]]:
     """Codes and outputs; no process is left behind."""
-    try:
-        outputs = [rank.communicate(timeout=TIMEOUT_S)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    return [rank.returncode for rank in ranks], outputs
+    return wait_for_ranks(ranks, TIMEOUT_S), [log.read_text() for log in ranks.logs]
+
+
+def one_of(ranks: Ranks, rank: int) -> Ranks:
+    return Ranks([ranks.pids[rank]], [ranks.logs[rank]], ranks.port)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named_by_the_others(victim, tmp_path):
-    ranks = start_ranks("killed", victim, tmp_path, world_size=3)
+    ranks = start("killed", victim, tmp_path, world_size=3)
     codes, outputs = finish(ranks)
     assert codes == [-signal.SIGKILL if rank == victim else 6 for rank in range(3)]
     for rank in {0, 1, 2} - {victim}:
-        assert f"error: rank {victim} (process {ranks[victim].pid} on " in outputs[rank]
+        assert f"error: rank {victim} (process {ranks.pids[victim]} on " in outputs[rank]
         assert "its process was killed" in outputs[rank]
         assert "Start the same command to go on" in outputs[rank]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_an_error_of_one_rank_is_the_error_of_all(victim, tmp_path):
-    ranks = start_ranks("fails alone", victim, tmp_path)
+    ranks = start("fails alone", victim, tmp_path)
     codes, outputs = finish(ranks)
     assert codes == [3, 3]
     assert "error: rows.jsonl:7: this row is bad" in outputs[victim]
-    blamed = f"error: rank {victim} (process {ranks[victim].pid} on "
+    blamed = f"error: rank {victim} (process {ranks.pids[victim]} on "
     assert blamed in outputs[1 - victim] and "failed: rows.jsonl:7: this row is bad" in outputs[1 - victim]
 
 
 def test_an_unexpected_error_keeps_its_traceback_and_is_named_elsewhere(tmp_path):
-    codes, outputs = finish(start_ranks("fails alone, unexpectedly", 1, tmp_path))
+    codes, outputs = finish(start("fails alone, unexpectedly", 1, tmp_path))
     assert codes == [1, 1]
     assert "Traceback" in outputs[1] and 'raise ZeroDivisionError("division by zero")' in outputs[1]
     assert "failed: ZeroDivisionError: division by zero" in outputs[0]
@@ -72,10 +59,10 @@ def test_an_unexpected_error_keeps_its_traceback_and_is_named_elsewhere(tmp_path
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stuck_rank_is_named_with_its_step_and_its_stacks(victim, tmp_path):
-    ranks = start_ranks("stuck", victim, tmp_path)
+    ranks = start("stuck", victim, tmp_path)
     codes, outputs = finish(ranks)
     assert codes == [7, 7]
-    assert f"rank {victim} (process {ranks[victim].pid} on " in outputs[0]
+    assert f"rank {victim} (process {ranks.pids[victim]} on " in outputs[0]
     assert "stands in step 3, waiting for data; the others wait" in outputs[0]
     assert "in sleep_in_the_loader" in outputs[victim]  # Python's stack of the main thread
     assert "in sleep_in_the_loader" not in outputs[1 - victim]
@@ -83,17 +70,16 @@ def test_a_stuck_rank_is_named_with_its_step_and_its_stacks(victim, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_named_by_the_others(victim, tmp_path):
-    ranks = start_ranks("stopped", victim, tmp_path)
+    ranks = start("stopped", victim, tmp_path)
     deadline = time.monotonic() + TIMEOUT_S
     while not (tmp_path / f"ready_{victim}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(ranks[victim].pid, signal.SIGSTOP)
-    survivor = ranks[1 - victim]
-    (code,), (output,) = finish([survivor])
-    os.kill(ranks[victim].pid, signal.SIGCONT)  # when it wakes up, it notices that it was left alone
-    (late_code,), (late_output,) = finish([ranks[victim]])
+    os.kill(ranks.pids[victim], signal.SIGSTOP)
+    (code,), (output,) = finish(one_of(ranks, 1 - victim))
+    os.kill(ranks.pids[victim], signal.SIGCONT)  # when it wakes up, it notices that it was left alone
+    (late_code,), (late_output,) = finish(one_of(ranks, victim))
     assert code == 7
-    assert f"rank {victim} (process {ranks[victim].pid} on " in output and "no sign of life" in output
+    assert f"rank {victim} (process {ranks.pids[victim]} on " in output and "no sign of life" in output
     assert "last seen in step 3, waiting for data" in output
     assert late_code in (6, 7) and "error" in late_output

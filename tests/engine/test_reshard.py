@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forking import ForkServer
-from launching import read_jsonl
+from launching import read_jsonl, run_cases
 from safetensors.torch import load_file
 from small_runs import cut_back, small_run
 
@@ -109,23 +108,22 @@ def runs(tmp_path_factory) -> Path:
         settings = [f"run.dir={folder / name}", *overrides]
         return {"config": str(config), "overrides": settings, "sabotage": sabotage, "dump": list(dump)}
 
-    with ForkServer(folder) as server:
-        server.run(4, [case("whole", ZERO[3], dump=(CUT, STEPS)), case("stage_0", ZERO[0])])
-        for name in FROM_CUT:
-            cut_back(folder / "whole", folder / name, CUT)
-        cut_back(folder / "stage_0", folder / "stage_0_one_rank", CUT)
-        for ranks in (2, 3, 1):
-            cases = [
-                case(name, zero, dump=(CUT,), sabotage="stop in step 3" if "stage_2" in name else None)
-                for name, (wanted, zero) in FROM_CUT.items()
-                if wanted == ranks
-            ]
-            if ranks == 1:
-                cases.append(case("stage_0_one_rank", ZERO[0]))
-            server.run(ranks, cases)
-        server.run(4, [case("two_ranks_stage_2", ZERO[3], dump=(STOP,))])
-        shutil.copytree(folder / "whole", folder / "refused")
-        server.run(2, [case("refused", "model.dtype=bf16")])
+    run_cases(folder, 4, [case("whole", ZERO[3], dump=(CUT, STEPS)), case("stage_0", ZERO[0])])
+    for name in FROM_CUT:
+        cut_back(folder / "whole", folder / name, CUT)
+    cut_back(folder / "stage_0", folder / "stage_0_one_rank", CUT)
+    for ranks in (2, 3, 1):
+        cases = [
+            case(name, zero, dump=(CUT,), sabotage="stop in step 3" if "stage_2" in name else None)
+            for name, (wanted, zero) in FROM_CUT.items()
+            if wanted == ranks
+        ]
+        if ranks == 1:
+            cases.append(case("stage_0_one_rank", ZERO[0]))
+        run_cases(folder, ranks, cases)
+    run_cases(folder, 4, [case("two_ranks_stage_2", ZERO[3], dump=(STOP,))])
+    shutil.copytree(folder / "whole", folder / "refused")
+    run_cases(folder, 2, [case("refused", "model.dtype=bf16")])
     return folder
 
 

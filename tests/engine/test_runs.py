@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import REPOSITORY, launch, launch_soundly, read_jsonl
+from launching import TRAIN_CASES, case_file, launch, launch_soundly, read_jsonl, run_cases
 from safetensors.torch import load_file
 from small_runs import prepare_run, sample_settings
 
@@ -25,7 +25,6 @@ from versatune_ds.engine.build import git_commit
 
 pytestmark = pytest.mark.slow
 
-CASES_FILE = REPOSITORY / "tests" / "support" / "train_cases.py"
 STEPS = 12
 RESUME_AT = (2, 4, 6, 10)  # updates come every 4 steps: 4 is right after one, 2, 6 and 10 are in a window
 MEASURED = (
@@ -65,12 +64,6 @@ def case(folder: Path, name: str, *overrides: str, sabotage: str | None = None) 
     }
 
 
-def case_file(folder: Path, name: str, cases: list[dict]) -> list[str]:
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(cases))
-    return [str(path)]
-
-
 @pytest.fixture(scope="module")
 def finished(folder) -> Path:
     """Folder with the runs that need no earlier one; `whole` is the yardstick."""
@@ -101,7 +94,7 @@ def finished(folder) -> Path:
         ),
         case(folder, "probe", "train.max_steps=4", "weights.loss_source=probe", "weights.probe_samples=3"),
     ]
-    launch_soundly(CASES_FILE, 2, case_file(folder, "first", cases))
+    run_cases(folder, 2, cases)
     return folder
 
 
@@ -109,8 +102,8 @@ def finished(folder) -> Path:
 def resumed(finished) -> Path:
     """Copies of the yardstick cut back to a checkpoint, a killed run and a stopped one; all gone on with."""
     folder = finished
-    killed = case_file(folder, "killed", [case(folder, "killed", sabotage="die in checkpoint 6")])
-    assert any(rank.returncode != 0 for rank in launch(CASES_FILE, 2, killed))
+    killed = case_file(folder, [case(folder, "killed", sabotage="die in checkpoint 6")])
+    assert any(rank.returncode != 0 for rank in launch(TRAIN_CASES, 2, killed))
     cases = [case(folder, "killed"), case(folder, "asked_to_stop", "checkpoint.every_n_steps=100")]
     for step in RESUME_AT:
         cut_back(folder / "whole", folder / f"from_{step}", step)
@@ -124,7 +117,7 @@ def resumed(finished) -> Path:
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     cases.append(case(folder, "damaged"))
-    launch_soundly(CASES_FILE, 2, case_file(folder, "second", cases))
+    run_cases(folder, 2, cases)
     return folder
 
 
@@ -343,7 +336,7 @@ def test_a_finished_run_leaves_no_shared_memory(finished):
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_another_number_of_ranks_trains_on_the_same_batches(finished, ranks):
     name = f"ranks_{ranks}"
-    launch_soundly(CASES_FILE, ranks, case_file(finished, name, [case(finished, name)]))
+    run_cases(finished, ranks, [case(finished, name)])
     ours, whole = (read_jsonl(finished / run / "metrics.jsonl") for run in (name, "whole"))
     for a, b in zip(ours, whole, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)

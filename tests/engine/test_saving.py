@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forking import ForkServer
-from launching import read_jsonl
+from launching import read_jsonl, run_cases
 from safetensors.torch import load_file
 from small_runs import cut_back, small_run
 
@@ -165,38 +164,39 @@ def runs(tmp_path_factory) -> Path:
 
     background = "checkpoint.asynchronous=true"
     every_step = ("checkpoint.every_n_steps=null", "checkpoint.max_lost_minutes=1e-6")
-    with ForkServer(folder) as server:
-        server.run(
-            2,
-            [
-                case("whole"),
-                case("background", background, sabotage="write slowly"),
-                case("background_stage_2", background, "deepspeed={zero_optimization: {stage: 2}}"),
-                case("stage_2", "deepspeed={zero_optimization: {stage: 2}}"),
-                case("cannot_write", sabotage="cannot write checkpoint 4"),
-                case("cannot_write_background", background, sabotage="cannot write checkpoint 4"),
-                case("cannot_publish", sabotage="cannot publish checkpoint 4"),
-                case("cannot_publish_background", background, sabotage="cannot publish checkpoint 4"),
-                case("every_step", *every_step),
-                case("every_step_background", *every_step, background),
-                case("only_the_last", "checkpoint.every_n_steps=null", "checkpoint.max_lost_minutes=1000"),
-                case("never", "checkpoint.every_n_steps=null"),
-                case("cannot_export", "checkpoint.export_shard_gb=0.0001", sabotage="cannot export"),
-            ],
-        )
-        for name in ("background", "background_stage_2"):
-            cut_back(folder / name, folder / f"{name}_resumed", 2)
-        for name in FAILED:
-            shutil.copytree(folder / name, folder / f"{name}_resumed")
-        zero_2 = "deepspeed={zero_optimization: {stage: 2}}"
-        server.run(
-            2,
-            [
-                case("background_resumed"),
-                case("background_stage_2_resumed", zero_2),
-                *(case(f"{name}_resumed") for name in FAILED),
-            ],
-        )
+    run_cases(
+        folder,
+        2,
+        [
+            case("whole"),
+            case("background", background, sabotage="write slowly"),
+            case("background_stage_2", background, "deepspeed={zero_optimization: {stage: 2}}"),
+            case("stage_2", "deepspeed={zero_optimization: {stage: 2}}"),
+            case("cannot_write", sabotage="cannot write checkpoint 4"),
+            case("cannot_write_background", background, sabotage="cannot write checkpoint 4"),
+            case("cannot_publish", sabotage="cannot publish checkpoint 4"),
+            case("cannot_publish_background", background, sabotage="cannot publish checkpoint 4"),
+            case("every_step", *every_step),
+            case("every_step_background", *every_step, background),
+            case("only_the_last", "checkpoint.every_n_steps=null", "checkpoint.max_lost_minutes=1000"),
+            case("never", "checkpoint.every_n_steps=null"),
+            case("cannot_export", "checkpoint.export_shard_gb=0.0001", sabotage="cannot export"),
+        ],
+    )
+    for name in ("background", "background_stage_2"):
+        cut_back(folder / name, folder / f"{name}_resumed", 2)
+    for name in FAILED:
+        shutil.copytree(folder / name, folder / f"{name}_resumed")
+    zero_2 = "deepspeed={zero_optimization: {stage: 2}}"
+    run_cases(
+        folder,
+        2,
+        [
+            case("background_resumed"),
+            case("background_stage_2_resumed", zero_2),
+            *(case(f"{name}_resumed") for name in FAILED),
+        ],
+    )
     return folder
 
 
@@ -307,9 +307,8 @@ def test_a_full_disk(tmp_path_factory, background):
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("needs the right to mount a file system (root)")
     try:
-        with ForkServer(folder) as server:
-            case = {"config": str(config), "overrides": [f"run.dir={folder / 'run'}"], "sabotage": None}
-            server.run(2, [case])
+        case = {"config": str(config), "overrides": [f"run.dir={folder / 'run'}"], "sabotage": None}
+        run_cases(folder, 2, [case])
         outcome = json.loads((folder / "run" / "outcome_rank_0.json").read_text())
         assert outcome["type"] == "SaveError" and "0.00 GB are free" in outcome["text"]
         names = [name for name in checkpoints(folder / "run") if not name.startswith(".")]
