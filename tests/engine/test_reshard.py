@@ -25,6 +25,7 @@ ZERO = {stage: f"deepspeed={{zero_optimization: {{stage: {stage}}}}}" for stage 
 ZERO[3] = "deepspeed={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 1500}}"
 ROUND_ROBIN = "deepspeed={zero_optimization: {stage: 2, round_robin_gradients: true}}"
 OFFLOAD = "deepspeed={zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}"
+FP32_SUMS = "deepspeed={zero_optimization: {stage: 1}, data_types: {grad_accum_dtype: fp32}}"
 FROM_CUT = {
     # name: (ranks, ZeRO settings)
     "two_ranks": (2, ZERO[3]),
@@ -123,7 +124,12 @@ def runs(tmp_path_factory) -> Path:
         run_cases(folder, ranks, cases)
     run_cases(folder, 4, [case("two_ranks_stage_2", ZERO[3], dump=(STOP,))])
     shutil.copytree(folder / "whole", folder / "refused")
-    run_cases(folder, 2, [case("refused", "model.dtype=bf16")])
+    cases = [
+        case("refused", "model.dtype=bf16"),
+        case("sums", "model.dtype=bf16", ZERO[3], sabotage="stop in step 3"),
+        case("sums", "model.dtype=bf16", FP32_SUMS),
+    ]
+    run_cases(folder, 2, cases)
     return folder
 
 
@@ -174,6 +180,8 @@ class TestRuns:
         outcome = json.loads((runs / "refused" / "outcome_rank_1.json").read_text())
         assert outcome["type"] == "StateError"
         assert "model.dtype 'fp32'; this run has 'bf16'" in outcome["text"]
+        outcome = json.loads((runs / "sums" / "outcome_rank_0.json").read_text())
+        assert outcome["type"] == "StateError" and "(data_types.grad_accum_dtype)" in outcome["text"]
 
     def test_settings_are_what_the_test_says(self, runs):
         """The yardstick really had decay, sharding and moving weights."""

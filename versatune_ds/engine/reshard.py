@@ -41,7 +41,13 @@ def load_resharded(folder: Path, world_size: int, engine: Engine) -> None:
     optimizer = live.optimizer
     partitioned = live.zero_optimization_partition_weights()
     stage_3, others = "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"
-    flats = getattr(optimizer, stage_3 if partitioned else others)
+    flats = getattr(optimizer, stage_3 if partitioned else others, None)
+    if flats is None:  # BF16_Optimizer
+        raise StateError(
+            f"{folder} was written with other ranks or settings, and {type(optimizer).__name__}, which "
+            "DeepSpeed uses for gradient sums in another dtype (data_types.grad_accum_dtype), cannot take "
+            "over a state that was divided otherwise; resume it with the ranks and settings it was saved with"
+        )
     for flat in flats:
         optimizer.optimizer.state[flat] = {kind: torch.zeros_like(flat) for kind in MOMENTS}
     if partitioned:
