@@ -56,6 +56,14 @@ def test_newest_sound_checkpoint_is_found(tmp_path):
     assert ck.newest_sound_checkpoint(tmp_path).name == "step-00000100"
 
 
+def test_a_new_checkpoint_removes_what_a_crash_left(tmp_path):
+    (tmp_path / ".unfinished-step-00000004").mkdir()
+    (tmp_path / ".latest.json.k3_x9a2b").write_text("{")
+    make(tmp_path, 2)
+    ck.begin(tmp_path, tmp_path / ck.unfinished_name(6))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".unfinished-step-00000006", "step-00000002"]
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path, kind, monkeypatch):
     reported = []

@@ -55,9 +55,12 @@ def test_the_lock_of_a_killed_run_is_taken_over_and_said(tmp_path, holder, caplo
     monkeypatch.setattr("versatune_ds.engine.run_lock.log.propagate", True)
     holder.kill()
     holder.wait()
+    for name in ("run.lock.json", "run.json", "resolved.yaml"):
+        (tmp_path / "run" / f".{name}.k3_x9a2b").write_text("cut o")
     with caplog.at_level("WARNING"), RunLock(tmp_path / "run"):
         held = json.loads((tmp_path / "run" / "run.lock.json").read_text())
     assert f"process {holder.pid} on" in caplog.text and "takes over" in caplog.text
+    assert not list((tmp_path / "run").glob(".*"))
     assert held["pid"] == os.getpid()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from launching import launch_soundly
@@ -21,6 +23,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         files.write_json_atomic(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_what_a_killed_writer_left_can_be_removed(tmp_path):
+    path = tmp_path / "state.json"
+    for name in ("state.json", ".state.jsonl.abc", "other"):
+        (tmp_path / name).write_text("stays")
+    kill = "os.replace = lambda *names: os.kill(os.getpid(), 9)"
+    write = "files.write_json_atomic(pathlib.Path(sys.argv[1]), {})"
+    code = f"import os, pathlib, sys; from versatune_ds.foundations import files; {kill}; {write}"
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
+    assert len(list(tmp_path.glob(".state.json.*"))) == 1
+    files.remove_temporaries(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".state.jsonl.abc", "other", "state.json"]
 
 
 def test_written_files_have_ordinary_permissions(tmp_path):

@@ -37,7 +37,13 @@ from versatune_ds.foundations.constants import (
     LATEST_FILE,
 )
 from versatune_ds.foundations.errors import StateError
-from versatune_ds.foundations.files import canonical_hash, fsync_dir, sha256_file, write_json_atomic
+from versatune_ds.foundations.files import (
+    canonical_hash,
+    fsync_dir,
+    remove_temporaries,
+    sha256_file,
+    write_json_atomic,
+)
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
@@ -87,6 +93,7 @@ def begin(folder: Path, temporary: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"{UNFINISHED_PREFIX}*"):
         shutil.rmtree(leftover)
+    remove_temporaries(folder / LATEST_FILE)
     temporary.mkdir()
 
 

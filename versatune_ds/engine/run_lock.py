@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import StateError
-from versatune_ds.foundations.files import write_json_atomic
+from versatune_ds.foundations.files import remove_temporaries, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
@@ -79,6 +79,8 @@ class RunLock:
                 _describe(self._read_holder()),
             )
         try:
+            for name in (constants.RUN_HOLDER_FILE, constants.RUN_INFO_FILE, constants.RESOLVED_CONFIG_FILE):
+                remove_temporaries(self.folder / name)
             write_json_atomic(
                 self._holder,
                 {

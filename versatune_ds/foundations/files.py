@@ -1,8 +1,8 @@
 """Files that are whole or absent: atomic writes, folder syncs, content hashes.
 
 A file is written beside its target, synced, and renamed over it; a crash leaves the old file or the new
-one, never half of one. Renames are atomic on one file system only, so the temporary file lies in the
-target's own folder.
+one, never half of one, and perhaps the temporary file. Renames are atomic on one file system only, so the
+temporary file lies in the target's own folder.
 
 What is not covered: locks between processes (the token cache uses `filelock`) and remote object stores.
 """
@@ -64,6 +64,12 @@ def write_text_atomic(path: Path, text: str) -> None:
 def write_json_atomic(path: Path, value: Any) -> None:
     """`write_text_atomic` for JSON with indentation; NaN is refused (it is not JSON)."""
     write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove what killed processes left of atomic writes of `path`; only while no other process writes it."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:
