@@ -6,10 +6,10 @@ Two buffers decide the transient memory of a training call, with V and H of the 
                                            2 for 16-bit logits (`triton`)
     weight gradient     V * H * 4 bytes    fp32 sum over the chunks, where one is kept
 
-`chunked` always keeps the sum. Fewer and larger chunks mean fewer passes over it; chunks of up to
-two thirds of its size, C = 2H / 3 (V cancels), add at most as much again by two thirds. Worked
-number, the head of a 32B model (H 5120, V 152064), N 8192: C <= 3413, rounded down to 3328; 8192
-rows are 3 chunks of 2816: 1.71e9 bytes beside a sum of 3.11e9.
+`chunked` always keeps the sum. Fewer and larger chunks mean fewer passes over it; a chunk may take
+two thirds of its memory, C = 2H / 3 (V cancels). Worked number, the head of a 32B model (H 5120,
+V 152064), N 8192: C <= 3413, rounded down to 3328; 8192 rows are 3 chunks of 2816: 1.71e9 bytes
+beside a sum of 3.11e9.
 
 `triton` keeps a sum in fp32 only above MAX_ROUNDED_SUMS chunks. The error of a weight gradient that
 is rounded to bf16 after each chunk, measured against fp64: 0.164 % with 1 chunk, 0.190 with 2,

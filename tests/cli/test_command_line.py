@@ -3,42 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from launching import REPOSITORY, free_port, read_jsonl
+from launching import REPOSITORY, read_jsonl, run_command
 
 pytestmark = pytest.mark.slow
-BIN = Path(sys.executable).parent
 DOMAINS = ["law", "medicine", "finance", "science", "code", "other"]
-
-
-def run(*command: str, cwd: Path = REPOSITORY, timeout_s: int = 900, code: int = 0) -> str:
-    """Run a command of the environment; returns its output. Launchers get a port of their own."""
-    if command[0] == "deepspeed":
-        command = ("deepspeed", "--master_port", str(free_port()), *command[1:])
-    environment = {
-        **os.environ,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONSAFEPATH": "1",
-    }
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        env=environment,
-        text=True,
-        timeout=timeout_s,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == code, done.stdout[-4000:]
-    return done.stdout
 
 
 def test_the_sample_from_raw_files_to_model_and_report(tmp_path):
@@ -55,19 +28,21 @@ def test_the_sample_from_raw_files_to_model_and_report(tmp_path):
     (folder / path).write_text(yaml.safe_dump(config))
     run_dir = Path("runs") / "quickstart"
     command = ("deepspeed", "--num_gpus", "2", "launch/train.py", "--config", str(path))
-    run("versatune-ds", "sample", "runs/sample", cwd=folder)
-    assert f"versatune-ds prepare --config {path}" in run(*command, cwd=folder, code=4)
-    out = run("bash", "launch/quickstart.sh", cwd=folder)
+    run_command("versatune-ds", "sample", "runs/sample", cwd=folder)
+    assert f"versatune-ds prepare --config {path}" in run_command(*command, cwd=folder, code=4)
+    out = run_command("bash", "launch/quickstart.sh", cwd=folder)
     assert all(f"{domain} " in out for domain in DOMAINS)  # of `prepare`
     assert re.search(r"^loss: (chunked|triton) \(auto: .+\)$", out, re.MULTILINE)
     assert "weights after step 4" in out and "step 12/12" in out
     assert out.splitlines()[-2:] == [f"model:  {run_dir}/model", f"report: {run_dir}/report.html"]
     assert (folder / run_dir / "model" / "model.safetensors").is_file()
     page = (folder / run_dir / "report.html").read_text()
-    assert "resuming from" in run(*command, cwd=folder)
+    assert "resuming from" in run_command(*command, cwd=folder)
     assert len(read_jsonl(folder / run_dir / "metrics.jsonl")) == 12
     earlier = str(run_dir / "checkpoints" / "step-00000006")
-    compared = run("versatune-ds", "evaluate", "--config", str(path), "--against", earlier, cwd=folder)
+    compared = run_command(
+        "versatune-ds", "evaluate", "--config", str(path), "--against", earlier, cwd=folder
+    )
     assert "forgotten: nothing" in compared and str(run_dir / "evaluation.png") in compared
     run_dir = folder / run_dir
     assert (run_dir / "evaluation.json").is_file() and (run_dir / "model-step-00000006").is_dir()
@@ -78,7 +53,7 @@ def test_the_sample_from_raw_files_to_model_and_report(tmp_path):
 
 
 def test_a_mistake_is_one_line_and_an_exit_code(tmp_path):
-    out = run("versatune-ds", "train", "--config", str(tmp_path / "none.yaml"), code=2)
+    out = run_command("versatune-ds", "train", "--config", str(tmp_path / "none.yaml"), code=2)
     assert out.startswith("versatune-ds: error:") and "Traceback" not in out
 
 
@@ -135,8 +110,8 @@ def test_a_real_corpus_is_learnt_in_all_six_domains(corpus_folder, tmp_path):
     }
     path = tmp_path / "corpus.yaml"
     path.write_text(yaml.safe_dump(config))
-    run("versatune-ds", "prepare", "--config", str(path))
-    run("deepspeed", "--num_gpus", "2", "launch/train.py", "--config", str(path))
+    run_command("versatune-ds", "prepare", "--config", str(path))
+    run_command("deepspeed", "--num_gpus", "2", "launch/train.py", "--config", str(path))
     evaluations = read_jsonl(tmp_path / "run" / "eval.jsonl")
     assert [line["step"] for line in evaluations] == [0, 100, 200]
     for domain in DOMAINS:
@@ -148,6 +123,6 @@ def test_a_real_corpus_is_learnt_in_all_six_domains(corpus_folder, tmp_path):
     assert [update["step"] for update in updates] == list(range(0, 201, 25))
     assert all(sum(update["after"].values()) == pytest.approx(1) for update in updates)
     assert updates[-1]["after"] != updates[0]["after"]
-    run("versatune-ds", "report", str(tmp_path / "run"))
+    run_command("versatune-ds", "report", str(tmp_path / "run"))
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert 2e6 < info["num_parameters"] < 1e7

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import REPOSITORY, launch, launch_soundly, read_jsonl
+from launching import REPOSITORY, case_file, launch, launch_soundly, read_jsonl
 from small_runs import prepare_run, sample_settings
 
 from versatune_ds.config.load import load_config
@@ -52,10 +52,8 @@ def case(folder: Path, what: str, name: str, *overrides: str, **more) -> dict:
     return {"what": what, "config": config, "overrides": [*run, *overrides], "out": str(out), **more}
 
 
-def run_cases(folder: Path, name: str, ranks: int, cases: list[dict]) -> None:
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(cases))
-    launch_soundly(SCRIPT, ranks, [str(path)])
+def run_cases(folder: Path, ranks: int, cases: list[dict]) -> None:
+    launch_soundly(SCRIPT, ranks, case_file(folder, cases))
 
 
 def outcome(folder: Path, rank: int = 0) -> dict:
@@ -71,7 +69,7 @@ def measured(folder) -> Path:
         case(folder, "train", "trained"),
         case(folder, "reference", "reference", stop_in=["medicine", 3]),
     ]
-    run_cases(folder, "first", 2, cases)
+    run_cases(folder, 2, cases)
     shutil.copytree(folder / "reference", folder / "reference_half")
     poison(folder / "trained" / "model", broken)
     cases = [
@@ -83,9 +81,9 @@ def measured(folder) -> Path:
         case(folder, "evaluate", "broken", model=str(broken)),
     ]
     evaluations = folder / "trained" / "evaluation.json"
-    run_cases(folder, "second", 2, cases[:4])
+    run_cases(folder, 2, cases[:4])
     shutil.copy(evaluations, folder / "two_ranks_zero3.json")
-    run_cases(folder, "third", 1, cases[4:])
+    run_cases(folder, 1, cases[4:])
     shutil.copy(evaluations, folder / "one_rank_stage0.json")
     return folder
 
@@ -197,9 +195,7 @@ def alarms(measured) -> list[str]:
         case(measured, "train", "b", *common, evaluated, f"weights.reference={too_high}"),
         case(measured, "train", "c", *common, "evaluation={}", f"weights.reference={too_high}"),
     ]
-    file = measured / "alarms.json"
-    file.write_text(json.dumps(cases))
-    (done,) = launch(SCRIPT, 1, [str(file)])
+    (done,) = launch(SCRIPT, 1, case_file(measured, cases))
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout.split("run folder:")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from launching import REPOSITORY, launch_soundly
+from launching import REPOSITORY, case_file, launch_soundly
 
 from versatune_ds.engine.bench_shapes import _llama, _qwen2
 from versatune_ds.engine.plan import checkpoint_bytes
@@ -79,9 +79,8 @@ def measured(tmp_path_factory) -> dict[str, dict]:
             for name, (ranks, settings, dtype, recompute, shape, pack_len) in zip(NAMES, CASES, strict=True)
             if ranks == world_size
         ]
-        (folder / "cases.json").write_text(json.dumps(cases))
         script = REPOSITORY / "tests" / "support" / "memory_cases.py"
-        launch_soundly(script, world_size, [str(folder), str(folder / "cases.json")])
+        launch_soundly(script, world_size, [str(folder), *case_file(folder, cases)])
         found |= {case["name"]: json.loads((folder / f"{case['name']}.json").read_text()) for case in cases}
     return found
 

@@ -155,6 +155,29 @@ def _ask(request: dict[str, Any]) -> Any:
     return json.loads(line)
 
 
+def run_command(*command: str, cwd: Path = REPOSITORY, timeout_s: int = 900, code: int = 0) -> str:
+    """Run a command of the environment to its exit code; returns its output. Launchers get their own port."""
+    if command[0] == "deepspeed":
+        command = ("deepspeed", "--master_port", str(free_port()), *command[1:])
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONSAFEPATH": "1",
+    }
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment,
+        text=True,
+        timeout=timeout_s,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == code, done.stdout[-4000:]
+    return done.stdout
+
+
 def read_jsonl(path: Path) -> list[dict]:
     """All lines of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

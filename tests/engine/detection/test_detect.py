@@ -16,7 +16,7 @@ import pytest
 import torch
 from detect_cases import NAMES, write_config
 from judge_server import JudgeServer, Reply, chat, judge_by_words
-from launching import REPOSITORY, free_port, launch_soundly, rank_environment, read_jsonl
+from launching import REPOSITORY, case_file, launch_soundly, rank_environment, read_jsonl, run_command
 from speaking_models import unigram_model
 
 from versatune_ds.cli.main import main
@@ -230,8 +230,7 @@ def test_two_ranks_find_what_one_finds(whole, model, server, tmp_path):
         {"config": str(config), "out": str(tmp_path / "endpoint"), "overrides": []},
         {"config": str(config), "out": str(tmp_path / "model"), "overrides": by_model},
     ]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    launch_soundly(CASES_FILE, 2, [str(tmp_path / "cases.json")])
+    launch_soundly(CASES_FILE, 2, case_file(tmp_path, cases))
     same_results(tmp_path / "endpoint", whole)
     detect(load_config(config, by_model), tmp_path / "one")
     two, one = (by_index(tmp_path / folder / "judgements.jsonl") for folder in ("model", "one"))
@@ -243,37 +242,17 @@ def test_two_ranks_find_what_one_finds(whole, model, server, tmp_path):
 @pytest.mark.slow
 def test_the_sample_under_the_real_launcher(tmp_path, capsys):
     """The quick start's settings and the embedded judge, on two ranks; the data must be prepared before."""
-    binaries = Path(sys.executable).parent
-
-    def command(*words):
-        done = subprocess.run(
-            [str(binaries / words[0]), *words[1:]],
-            cwd=REPOSITORY,
-            env={
-                **os.environ,
-                "PATH": f"{binaries}:{os.environ['PATH']}",
-                "OMP_NUM_THREADS": "1",
-                "PYTHONSAFEPATH": "1",
-            },
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout[-3000:]
-        return done.stdout
-
     text = (REPOSITORY / "configs" / "quickstart.yaml").read_text().replace("runs/", f"{tmp_path}/")
     config = tmp_path / "quickstart.yaml"
     config.write_text(text)
     assert main(["sample", str(tmp_path / "sample")]) == 0
-    launcher = ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--no_local_rank")
+    launcher = ("deepspeed", "--num_gpus", "2", "--no_local_rank")
     verb = ("--module", "versatune_ds.cli.main", "detect", "--config", str(config))
     small = ("detect.sequences=40", "detect.max_new_tokens=24", "detect.batch_size=16")
     assert main(["detect", "--config", str(config)]) == 4
     assert f"prepare --config {config}" in capsys.readouterr().err
     assert main(["prepare", "--config", str(config)]) == 0
-    out = command(*launcher, *verb, *small)
+    out = run_command(*launcher, *verb, *small, timeout_s=300)
     folder = tmp_path / "quickstart" / "detect"
     assert "model.weights is random" in out and "accuracy" in out and str(folder / "knowledge.json") in out
     content = json.loads((folder / "knowledge.json").read_text())
