@@ -61,7 +61,7 @@ def test_a_real_corpus_is_learnt_in_all_six_domains(corpus_folder, tmp_path):
     """A few million parameters from random initialisation: held-out loss falls in every domain."""
     from transformers import LlamaConfig
 
-    from versatune_ds.data.sample import train_tokenizer
+    from versatune_ds.apps.sample import train_tokenizer
 
     files = {domain: next((corpus_folder / "train").glob(f"{domain}.*")) for domain in DOMAINS}
     texts = [

@@ -16,7 +16,7 @@ from hosts import tail, wait_until
 from launching import REPOSITORY, free_port, rank_environment
 
 from versatune_ds.config.load import load_config
-from versatune_ds.data.prepare import prepare
+from versatune_ds.data.cache.prepare import prepare
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from versatune_ds.apps.study.config import Study
 from versatune_ds.config.benchmarks import Benchmarks
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
-from versatune_ds.config.study import Study
 from versatune_ds.foundations.errors import ConfigError
 
 MINIMAL = """

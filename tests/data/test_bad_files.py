@@ -17,7 +17,7 @@ import zstandard
 from prepared import data_config, pairs, qwen_like_tokenizer, write_jsonl
 
 from versatune_ds.config.schema import Config
-from versatune_ds.data.prepare import PreparedData, prepare
+from versatune_ds.data.cache.prepare import PreparedData, prepare
 from versatune_ds.foundations.errors import DataError
 
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from versatune_ds.data.balance import by_cost, modelled_idle, pack_cost, quadratic_tokens, rank_packs
-from versatune_ds.data.packing import Pack
+from versatune_ds.data.plan.balance import by_cost, modelled_idle, pack_cost, quadratic_tokens, rank_packs
+from versatune_ds.data.plan.packing import Pack
 from versatune_ds.foundations.errors import ConfigError
 
 fast = settings(max_examples=60, deadline=None, derandomize=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from versatune_ds.data import cache as cache_module
-from versatune_ds.data.cache import CacheWriter, Samples, TokenCache, count_repeats, token_dtype
+from versatune_ds.data.cache import cache as cache_module
+from versatune_ds.data.cache.cache import CacheWriter, Samples, TokenCache, count_repeats, token_dtype
 from versatune_ds.foundations.errors import StateError
 
 SAMPLES = [([1, 2, 3], [0, 1, 1]), ([70_000], [1]), ([4, 5], [1, 1]), ([6] * 9, [0] * 8 + [1])]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from versatune_ds.data.collate import Batch, collate
-from versatune_ds.data.packing import Pack
+from versatune_ds.data.plan.packing import Pack
 from versatune_ds.foundations.errors import DataError
 
 PAD = 9

@@ -6,8 +6,8 @@ import pytest
 from prepared import data_config, pairs, qwen_like_tokenizer, write_jsonl
 from small_disk import fill, make_read_only, small_disk
 
-from versatune_ds.data import prepare as prepare_module
-from versatune_ds.data.prepare import open_caches, prepare
+from versatune_ds.data.cache import prepare as prepare_module
+from versatune_ds.data.cache.prepare import open_caches, prepare
 from versatune_ds.foundations.errors import StateError
 
 ROWS = 3000

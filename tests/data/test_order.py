@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from versatune_ds.data import order
-from versatune_ds.data.order import Permutation, lookup
+from versatune_ds.data.plan import order
+from versatune_ds.data.plan.order import Permutation, lookup
 
 fast = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from versatune_ds.data.packing import fill_packs, pack_all
+from versatune_ds.data.plan.packing import fill_packs, pack_all
 
 fast = settings(max_examples=150, deadline=None, derandomize=True)
 PACK_LEN = 100

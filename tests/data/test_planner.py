@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from versatune_ds.data import order
-from versatune_ds.data import planner as planner_module
-from versatune_ds.data.balance import modelled_idle, quadratic_tokens, rank_packs
-from versatune_ds.data.planner import (
+from versatune_ds.data.plan import order
+from versatune_ds.data.plan import planner as planner_module
+from versatune_ds.data.plan.balance import modelled_idle, quadratic_tokens, rank_packs
+from versatune_ds.data.plan.planner import (
     WEIGHT_UNITS,
     Carried,
     Corpus,

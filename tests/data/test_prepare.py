@@ -18,10 +18,12 @@ from prepared import data_config, pairs, qwen_like_tokenizer, write_jsonl
 
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
-from versatune_ds.data import encode, readers, units
-from versatune_ds.data import prepare as prepare_module
-from versatune_ds.data.cache import TokenCache
-from versatune_ds.data.prepare import open_caches, prepare
+from versatune_ds.data.cache import prepare as prepare_module
+from versatune_ds.data.cache import units
+from versatune_ds.data.cache.cache import TokenCache
+from versatune_ds.data.cache.prepare import open_caches, prepare
+from versatune_ds.data.encode import encoder as encode
+from versatune_ds.data.rows import readers
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
 
 
@@ -373,7 +375,8 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
 DRIVER = """
 import multiprocessing, os, signal, sys
 from versatune_ds.config.load import load_config
-from versatune_ds.data import prepare as module, readers
+from versatune_ds.data.cache import prepare as module
+from versatune_ds.data.rows import readers
 from versatune_ds.foundations.log import setup_logging
 
 if __name__ == "__main__":
@@ -470,7 +473,7 @@ def is_running(pid: int) -> bool:
 UNGUARDED = """
 import sys
 from versatune_ds.config.load import load_config
-from versatune_ds.data import prepare as module
+from versatune_ds.data.cache import prepare as module
 from versatune_ds.foundations.errors import ConfigError
 
 module.INLINE_BYTES = 0

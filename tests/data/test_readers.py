@@ -13,8 +13,8 @@ import pytest
 import zstandard
 from prepared import pairs, write_jsonl
 
-from versatune_ds.data import readers
-from versatune_ds.data.readers import BadRow, InputFile, Reason, decode_block, find_files, read_blocks
+from versatune_ds.data.rows import readers
+from versatune_ds.data.rows.readers import BadRow, InputFile, Reason, decode_block, find_files, read_blocks
 from versatune_ds.foundations.errors import ConfigError, DataError
 
 ROWS = pairs(700)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from versatune_ds.data.readers import BadRow, Reason
-from versatune_ds.data.schemas import Conversation, RowSchema, TokenRow
+from versatune_ds.data.rows.readers import BadRow, Reason
+from versatune_ds.data.rows.schemas import Conversation, RowSchema, TokenRow
 
 TURNS = (("system", "S"), ("user", "Q"), ("assistant", "A"))
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from prepared import byte_level_tokenizer, qwen_like_tokenizer
 
-from versatune_ds.data.readers import BadRow, Reason
-from versatune_ds.data.schemas import Conversation
-from versatune_ds.data.templating import ChatEncoder, set_chat_template, stop_token, template_text
+from versatune_ds.data.encode.templating import ChatEncoder, set_chat_template, stop_token, template_text
+from versatune_ds.data.rows.readers import BadRow, Reason
+from versatune_ds.data.rows.schemas import Conversation
 from versatune_ds.foundations.errors import ConfigError
 
 # In the manner of the official templates, none of which marks the assistant's turns.

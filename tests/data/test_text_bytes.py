@@ -3,16 +3,16 @@
 import pytest
 from prepared import data_config, qwen_like_tokenizer, write_jsonl
 
-from versatune_ds.data.prepare import open_caches, prepare
-from versatune_ds.data.templating import load_tokenizer
-from versatune_ds.data.text_bytes import bytes_per_token
+from versatune_ds.data.cache.prepare import open_caches, prepare
+from versatune_ds.data.cache.text_bytes import bytes_per_token
+from versatune_ds.data.encode.templating import load_tokenizer
 from versatune_ds.foundations.errors import DataError
 
 ANSWERS = ["  two spaces", "an answer of words", "größe 北京 🙂", "a\nb\n\nc ", "x"]
 
 
 def sentencepiece_tokenizer(folder) -> None:
-    from versatune_ds.data.sample import train_tokenizer
+    from versatune_ds.apps.sample import train_tokenizer
 
     train_tokenizer([f"{answer} and a question?" for answer in ANSWERS] * 20, folder, 320)
 

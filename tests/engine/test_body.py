@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from versatune_ds.apps.doctor import backends
 from versatune_ds.config.schema import Model
-from versatune_ds.engine.attention import choose_attention, isolation_leak
-from versatune_ds.engine.doctor import backends
-from versatune_ds.engine.model import apply_liger, build_model
+from versatune_ds.engine.model.attention import choose_attention, isolation_leak
+from versatune_ds.engine.model.packed_lm import apply_liger, build_model
 
 VOCAB_SIZE = 64
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from versatune_ds.config.schema import Checkpoint
-from versatune_ds.engine import checkpoint as ck
-from versatune_ds.engine.export import ShardWriter
+from versatune_ds.engine.checkpointing import folder as ck
+from versatune_ds.engine.checkpointing.hf_export import ShardWriter
 from versatune_ds.foundations.errors import StateError
 from versatune_ds.foundations.files import sha256_file
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from versatune_ds.config.load import validate_config
-from versatune_ds.engine.deepspeed_config import (
+from versatune_ds.engine.backend.deepspeed_config import (
     OWNED_KEYS,
     deepspeed_config,
     known_keys,

@@ -19,7 +19,7 @@ from small_runs import small_run
 from transformers import LlamaConfig
 
 from versatune_ds.cli.main import main
-from versatune_ds.engine.export import ShardWriter, export_checkpoint
+from versatune_ds.engine.checkpointing.hf_export import ShardWriter, export_checkpoint
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import SaveError, StateError
 from versatune_ds.foundations.files import sha256_file

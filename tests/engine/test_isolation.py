@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from versatune_ds.config.schema import Model
-from versatune_ds.engine.attention import VARLEN, choose_attention, isolation_leak, varlen_attention
-from versatune_ds.engine.build import MAX_ISOLATION_LEAK
-from versatune_ds.engine.model import PackedCausalLM, checkpoint_activations
+from versatune_ds.engine.backend.build import MAX_ISOLATION_LEAK
+from versatune_ds.engine.model.attention import VARLEN, choose_attention, isolation_leak, varlen_attention
+from versatune_ds.engine.model.packed_lm import PackedCausalLM, checkpoint_activations
 from versatune_ds.foundations.errors import ConfigError
 
 SHAPE = {
@@ -132,7 +132,7 @@ def test_varlen_without_boundaries_is_an_error():
 def test_varlen_on_cuda_equals_the_block_diagonal_mask():
     from transformers import AutoModelForCausalLM
 
-    from versatune_ds.engine.attention import register_varlen
+    from versatune_ds.engine.model.attention import register_varlen
 
     register_varlen()
     device = torch.device("cuda")

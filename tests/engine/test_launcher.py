@@ -9,11 +9,11 @@ import time
 import psutil
 import pytest
 
-from versatune_ds.engine.launcher import is_launcher
+from versatune_ds.engine.faults.launcher import is_launcher
 
 RANK = """
 import signal, sys, time
-from versatune_ds.engine import launcher
+from versatune_ds.engine.faults import launcher
 launcher.POLL_S, launcher.GRACE_S = 0.05, float(sys.argv[2])
 if sys.argv[1] == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from versatune_ds.config.schema import Model
-from versatune_ds.engine.attention import AttentionChoice
-from versatune_ds.engine.model import (
+from versatune_ds.engine.model.attention import AttentionChoice
+from versatune_ds.engine.model.packed_lm import (
     PackedCausalLM,
     build_model,
     float32_buffers,

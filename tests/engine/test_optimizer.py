@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from versatune_ds.config.schema import Optimizer
-from versatune_ds.engine.optimizer import learning_rate, parameter_groups
+from versatune_ds.engine.backend.optimizer import learning_rate, parameter_groups
 
 
 def rates(steps: int = 11, **settings) -> list[float]:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from versatune_ds.config.load import validate_config
-from versatune_ds.data.planner import Corpus, PlannerSettings
+from versatune_ds.data.plan.planner import Corpus, PlannerSettings
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.reference import load_reference
 from versatune_ds.domain.table import DomainTable
-from versatune_ds.engine import preflight
+from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
 
 TABLE = DomainTable(["law", "code"])

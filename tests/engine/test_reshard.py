@@ -17,7 +17,7 @@ from launching import read_jsonl, run_cases
 from safetensors.torch import load_file
 from small_runs import cut_back, small_run
 
-from versatune_ds.engine.saved_shards import MOMENTS, cut, spans_of_stage3, spans_of_stages_1_and_2
+from versatune_ds.engine.backend.saved_shards import MOMENTS, cut, spans_of_stage3, spans_of_stages_1_and_2
 
 STEPS, CUT, STOP = 6, 2, 4
 ZERO = {stage: f"deepspeed={{zero_optimization: {{stage: {stage}}}}}" for stage in (0, 1, 2)}

@@ -11,13 +11,13 @@ import sys
 import pytest
 from small_disk import fill, make_read_only, small_disk
 
-from versatune_ds.engine.run_lock import RunLock
+from versatune_ds.engine.faults.run_lock import RunLock
 from versatune_ds.foundations.errors import StateError
 
 HOLD = """
 import sys
 from pathlib import Path
-from versatune_ds.engine.run_lock import RunLock
+from versatune_ds.engine.faults.run_lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -52,7 +52,7 @@ def test_a_folder_in_use_is_refused_with_its_holder(tmp_path, holder):
 
 
 def test_the_lock_of_a_killed_run_is_taken_over_and_said(tmp_path, holder, caplog, monkeypatch):
-    monkeypatch.setattr("versatune_ds.engine.run_lock.log.propagate", True)
+    monkeypatch.setattr("versatune_ds.engine.faults.run_lock.log.propagate", True)
     holder.kill()
     holder.wait()
     for name in ("run.lock.json", "run.json", "resolved.yaml"):

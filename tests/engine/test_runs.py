@@ -21,7 +21,7 @@ from small_runs import prepare_run, sample_settings
 
 from versatune_ds.cli.main import main
 from versatune_ds.config.load import load_config
-from versatune_ds.engine.build import git_commit
+from versatune_ds.engine.backend.build import git_commit
 
 pytestmark = pytest.mark.slow
 
@@ -324,7 +324,7 @@ def test_a_finished_run_leaves_no_shared_memory(finished):
     script = finished / "group.py"
     script.write_text(
         "import os\n"
-        "from versatune_ds.engine.build import *\n"
+        "from versatune_ds.engine.backend.build import *\n"
         "start_process_group()\n"
         "assert shared_memory_buffer().exists()\n"
         "close_process_group()\n"
@@ -350,7 +350,7 @@ def test_exported_model_has_the_held_out_loss_of_the_run(finished):
     """AutoModelForCausalLM of the export, every held-out sample alone, gives the last line of eval.jsonl."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from versatune_ds.data.prepare import open_caches
+    from versatune_ds.data.cache.prepare import open_caches
 
     run = finished / "whole"
     model = AutoModelForCausalLM.from_pretrained(run / "model").eval()

@@ -12,9 +12,9 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from versatune_ds.config.schema import Model
-from versatune_ds.engine.attention import AttentionChoice
-from versatune_ds.engine.model import build_model
-from versatune_ds.engine.safe_loading import FORCE, tensors_only
+from versatune_ds.engine.backend.safe_loading import FORCE, tensors_only
+from versatune_ds.engine.model.attention import AttentionChoice
+from versatune_ds.engine.model.packed_lm import build_model
 from versatune_ds.foundations.errors import ConfigError, StateError
 
 SHAPE = LlamaConfig(

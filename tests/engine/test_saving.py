@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from small_runs import cut_back, small_run
 
 from versatune_ds.config.schema import Checkpoint
-from versatune_ds.engine.intervals import LossBound, checkpoint_due
-from versatune_ds.engine.saving import Share, host_copy
+from versatune_ds.engine.checkpointing.due import LossBound, checkpoint_due
+from versatune_ds.engine.checkpointing.saver import Share, host_copy
 
 STEPS = 6
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from versatune_ds.engine.signals import STOP_FILE_VARIABLE, note_stopped
+from versatune_ds.engine.faults.signals import STOP_FILE_VARIABLE, note_stopped
 
 
 def test_rank_0_writes_the_file_that_the_environment_names(tmp_path, monkeypatch):

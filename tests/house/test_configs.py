@@ -8,14 +8,14 @@ import re
 import pytest
 from launching import REPOSITORY
 
+from versatune_ds.apps.plan.memory import GIB
+from versatune_ds.apps.study.config import load_study
+from versatune_ds.apps.study.jobs import StudyPlan
 from versatune_ds.cli.main import main
 from versatune_ds.config.load import load_config
-from versatune_ds.config.study import load_study
 from versatune_ds.domain.reference import prior_weights
 from versatune_ds.domain.table import DomainTable
-from versatune_ds.engine.deepspeed_config import deepspeed_config
-from versatune_ds.engine.plan_memory import GIB
-from versatune_ds.engine.study_jobs import StudyPlan
+from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
 
 STUDIES = sorted((REPOSITORY / "configs" / "studies").glob("*.yaml"))
 # files of benchmark tasks are no run's settings: tests/config/test_benchmarks.py

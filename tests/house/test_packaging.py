@@ -49,7 +49,7 @@ def test_wheel_holds_exactly_two_packages(wheel_names):
         "versatune_ds/sample/train/law.jsonl",
         "versatune_ds/sample/train/medicine.json",
         "versatune_ds/sample/eval/other.jsonl",
-        "versatune_ds/data/templates/chatml.jinja",
+        "versatune_ds/data/encode/templates/chatml.jinja",
     ],
 )
 def test_wheel_holds_data(wheel_names, name):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from versatune_ds.engine.export import export_checkpoint
+from versatune_ds.engine.checkpointing.hf_export import export_checkpoint
 
 
 class NoCompanions:

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from versatune_ds.engine.heartbeat import Heartbeat
-from versatune_ds.engine.liveness import mark
+from versatune_ds.engine.faults.heartbeat import Heartbeat
+from versatune_ds.engine.faults.watchdog import mark
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import DataError, VersaTuneError
 from versatune_ds.foundations.log import setup_logging

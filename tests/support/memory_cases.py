@@ -31,12 +31,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from versatune_ds.config.load import validate_config
-from versatune_ds.data.balance import rank_packs
 from versatune_ds.data.collate import collate
-from versatune_ds.data.packing import Pack
-from versatune_ds.engine.build import build_engine, close_process_group, start_process_group
+from versatune_ds.data.plan.balance import rank_packs
+from versatune_ds.data.plan.packing import Pack
+from versatune_ds.engine.backend.build import build_engine, close_process_group, start_process_group
+from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import model_inputs
-from versatune_ds.engine.saving import Saver
 from versatune_ds.engine.skipping import SpikeGuard, reason_to_skip
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.engine.train import accumulate, apply_step

@@ -27,7 +27,7 @@ def sample_settings(folder: Path) -> dict[str, Any]:
     Returns:
         The quickstart's settings with all paths in `folder`, seed 5, ZeRO-3 and no evaluation.
     """
-    from versatune_ds.data.sample import unpack_sample
+    from versatune_ds.apps.sample import unpack_sample
 
     unpack_sample(folder / "sample")
     text = (REPOSITORY / "configs" / "quickstart.yaml").read_text()
@@ -41,7 +41,7 @@ def sample_settings(folder: Path) -> dict[str, Any]:
 def prepare_run(folder: Path, raw: dict[str, Any]) -> Path:
     """Write settings to `folder`/config.yaml and the caches that they name; returns the former."""
     from versatune_ds.config.load import load_config
-    from versatune_ds.data.prepare import prepare
+    from versatune_ds.data.cache.prepare import prepare
 
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(raw))

@@ -15,12 +15,12 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
 from versatune_ds.config.load import validate_config
-from versatune_ds.data.balance import rank_packs
 from versatune_ds.data.collate import collate
-from versatune_ds.data.packing import Pack
-from versatune_ds.engine.build import build_engine, close_process_group, start_process_group
-from versatune_ds.engine.export import NAME_PREFIX, _gathered_parameters
-from versatune_ds.engine.model import LossHead
+from versatune_ds.data.plan.balance import rank_packs
+from versatune_ds.data.plan.packing import Pack
+from versatune_ds.engine.backend.build import build_engine, close_process_group, start_process_group
+from versatune_ds.engine.checkpointing.hf_export import NAME_PREFIX, _gathered_parameters
+from versatune_ds.engine.model.packed_lm import LossHead
 from versatune_ds.engine.skipping import SpikeGuard, reason_to_skip
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.engine.train import accumulate, apply_step

@@ -26,12 +26,18 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from safetensors.torch import save_file
 
 from versatune_ds.config.load import load_config
-from versatune_ds.data.balance import rank_packs
+from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.domain.controller import WeightController
-from versatune_ds.engine import build, checkpoint, export, preflight, sameness, saving, train
-from versatune_ds.engine.build import close_process_group, start_process_group
-from versatune_ds.engine.export import _gathered_parameters
-from versatune_ds.engine.model import LossHead
+from versatune_ds.engine import train
+from versatune_ds.engine.backend import build
+from versatune_ds.engine.backend.build import close_process_group, start_process_group
+from versatune_ds.engine.checkpointing import folder as checkpoint
+from versatune_ds.engine.checkpointing import hf_export as export
+from versatune_ds.engine.checkpointing import saver as saving
+from versatune_ds.engine.checkpointing.hf_export import _gathered_parameters
+from versatune_ds.engine.model.packed_lm import LossHead
+from versatune_ds.engine.preflight import checks as preflight
+from versatune_ds.engine.preflight import consistency as sameness
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError, VersaTuneError
 from versatune_ds.foundations.log import setup_logging

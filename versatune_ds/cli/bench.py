@@ -84,13 +84,13 @@ def run(args: argparse.Namespace) -> int:
         from versatune_ds.foundations.errors import ConfigError
 
         raise ConfigError("bench: give --shape (or --page FOLDER to compare results); see --help")
-    from versatune_ds.engine.launcher import leave_with_launcher
+    from versatune_ds.engine.faults.launcher import leave_with_launcher
 
     leave_with_launcher()
-    from versatune_ds.engine.bench import BenchSettings, bench, check_settings
+    from versatune_ds.apps.bench.results import table
+    from versatune_ds.apps.bench.trainer import BenchSettings, bench, check_settings
     from versatune_ds.foundations import distributed
     from versatune_ds.foundations.files import write_json_atomic, write_text_atomic
-    from versatune_ds.observability.bench_results import table
 
     checkpointing = args.checkpointing
     settings = BenchSettings(
@@ -124,8 +124,8 @@ def run(args: argparse.Namespace) -> int:
 
 def write_page(folder: Path) -> int:
     """comparison.md of all results in a folder; settings that failed stand in its failures.txt."""
+    from versatune_ds.apps.bench.results import page, read_results
     from versatune_ds.foundations.files import write_text_atomic
-    from versatune_ds.observability.bench_results import page, read_results
 
     failures = folder / "failures.txt"
     failed = failures.read_text(encoding="utf-8").splitlines() if failures.is_file() else []

@@ -1,6 +1,6 @@
 """`versatune-ds detect`: the knowledge distribution of a base model, or a picture of several.
 
-What is not covered: how it is done (`engine/detection`).
+What is not covered: how it is done (`apps/detect`).
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Detect, or draw; print the path of what was written."""
     if args.compare is not None:
-        from versatune_ds.observability.knowledge_chart import draw_knowledge
+        from versatune_ds.report.knowledge_chart import draw_knowledge
 
         picture = args.out or DEFAULT_PICTURE
         draw_knowledge(args.compare, picture)
         print(picture)
         return EXIT_OK
     from versatune_ds.config.load import load_config
-    from versatune_ds.engine.launcher import leave_with_launcher
+    from versatune_ds.engine.faults.launcher import leave_with_launcher
 
     leave_with_launcher()
     overrides = list(args.overrides)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         overrides.append(f"detect.model={args.model}")
     config = load_config(args.config, overrides)
 
-    from versatune_ds.engine.detection.run import detect
+    from versatune_ds.apps.detect.run import detect
     from versatune_ds.foundations import distributed
 
     path = detect(config, args.out or config.run.dir / DEFAULT_FOLDER, args.config)

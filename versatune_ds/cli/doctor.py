@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; problems are marked."""
-    from versatune_ds.engine.doctor import examine
+    from versatune_ds.apps.doctor import examine
 
     findings = examine(args.run_dir)
     width = max(len(finding.topic) for finding in findings)

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
         tasks = load_benchmarks(args.tasks, config.domains.names)
 
-    from versatune_ds.engine.measure import run_evaluation
+    from versatune_ds.apps.evaluate.held_out import run_evaluation
 
     done = run_evaluation(
         config,
@@ -68,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.foundations import distributed
 
     if distributed.is_main():
-        from versatune_ds.observability.evaluation import show
+        from versatune_ds.report.evaluation import show
 
         print(show(done.after, done.before, done.changes, done.out / constants.EVALUATION_PICTURE_FILE))
         print(done.out / constants.EVALUATION_FILE)
-    from versatune_ds.engine.benchmarks import NO_TASK
+    from versatune_ds.apps.evaluate.lm_eval import NO_TASK
 
     not_run = done.after.provenance.get("benchmarks_not_run", {})
     failed = any(why != NO_TASK for why in not_run.values())

@@ -24,8 +24,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Export and print where the model lies."""
-    from versatune_ds.engine.checkpoint import checkpoint_name, damage, newest_sound_checkpoint
-    from versatune_ds.engine.export import export_from_run
+    from versatune_ds.engine.checkpointing.folder import checkpoint_name, damage, newest_sound_checkpoint
+    from versatune_ds.engine.checkpointing.hf_export import export_from_run
 
     if not (args.run_dir / constants.RESOLVED_CONFIG_FILE).is_file():
         raise ConfigError(f"{args.run_dir} is not a run folder: it has no {constants.RESOLVED_CONFIG_FILE}")

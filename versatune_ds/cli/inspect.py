@@ -33,8 +33,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print everything to standard output."""
+    from versatune_ds.apps.inspect import inspect
     from versatune_ds.config.load import load_config
-    from versatune_ds.data.inspect import inspect
 
     config = load_config(args.config, args.overrides)
     for line in inspect(

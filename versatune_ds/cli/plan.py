@@ -56,9 +56,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
-    from versatune_ds.engine.plan import Machine, as_text, make_plan
-    from versatune_ds.engine.plan_gpus import find_gpu
-    from versatune_ds.engine.plan_shape import find_decoder
+    from versatune_ds.apps.plan.decoder import find_decoder
+    from versatune_ds.apps.plan.gpus import find_gpu
+    from versatune_ds.apps.plan.plan import Machine, as_text, make_plan
 
     machine = Machine(
         gpu=find_gpu(args.gpu),
@@ -88,8 +88,8 @@ def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], str, float | No
     """(fields of `Setup`, model, tokens) of a run's settings, or of the defaults."""
     if args.config is None:
         return {}, args.model, None
+    from versatune_ds.apps.plan.memory import ZeroBuffers, read_offload
     from versatune_ds.config.load import load_config
-    from versatune_ds.engine.plan_memory import ZeroBuffers, read_offload
     from versatune_ds.foundations.errors import ConfigError
 
     config = load_config(args.config, args.overrides)
@@ -115,8 +115,8 @@ def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], str, float | No
 
 def _setup(fields: dict[str, Any], args: argparse.Namespace) -> Any:
     """A `Setup` whose packs are shared evenly; what stands on the command line wins."""
-    from versatune_ds.data.balance import check_world_size
-    from versatune_ds.engine.plan_memory import Setup
+    from versatune_ds.apps.plan.memory import Setup
+    from versatune_ds.data.plan.balance import check_world_size
 
     fields = {"packs_per_step": -(-DEFAULT_PACKS // args.gpus) * args.gpus, **fields, "gpus": args.gpus}
     given = {"pack_len": args.seq_len, "packs_per_step": args.packs_per_step, "dtype": args.dtype}

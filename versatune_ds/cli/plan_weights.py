@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.domain.reference import load_reference
     from versatune_ds.domain.table import DomainTable
     from versatune_ds.foundations.files import write_bytes_atomic, write_json_atomic
-    from versatune_ds.observability.weight_plans import NOTE, WeightPlan, picture, table
+    from versatune_ds.report.weight_plans import NOTE, WeightPlan, picture, table
 
     history = read_history(args.history)
     beside = args.history.parent / RESOLVED_CONFIG_FILE

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Prepare and print a table per split and domain."""
     from versatune_ds.config.derive import proxy_config
     from versatune_ds.config.load import load_config
-    from versatune_ds.data.prepare import prepare
+    from versatune_ds.data.cache.prepare import prepare
 
     config = load_config(args.config, args.overrides)
     start = time.monotonic()

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or config.run.dir / constants.REFERENCE_DIR
     given = None if args.losses is None else parse_losses(args.losses)
 
-    from versatune_ds.engine.reference import write_reference
+    from versatune_ds.apps.reference import write_reference
 
     path = write_reference(config, out, model=args.model, losses=given, config_path=args.config)
     if path is None:

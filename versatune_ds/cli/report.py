@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Write the page, print its path, return the exit status 0."""
-    from versatune_ds.observability.report import write_report
+    from versatune_ds.report.report import write_report
 
     print(write_report(args.runs, args.out))
     return 0

@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Unpack into `args.folder`, print what was done, return the exit status 0."""
-    from versatune_ds.data.sample import unpack_sample
+    from versatune_ds.apps.sample import unpack_sample
 
     report = unpack_sample(args.folder)
     if report.already_there:

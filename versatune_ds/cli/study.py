@@ -3,7 +3,7 @@
 Every arm is trained with every seed by the trainer itself. A second start keeps the runs that are finished.
 Writes DIR/results/: index.html (one self-contained page), results.md, summary.json and the pictures.
 
-What is not covered: what a study file may hold (`versatune_ds/config/study.py`).
+What is not covered: what a study file may hold (`versatune_ds/apps/study/config.py`).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Train what is missing and write the page; 0 also when asked to stop."""
-    from versatune_ds.config.study import load_study
+    from versatune_ds.apps.study.config import load_study
 
     study = load_study(args.config, args.overrides)
 
-    from versatune_ds.engine.study import Stopped, report_study, run_study
+    from versatune_ds.apps.study.run import Stopped, report_study, run_study
 
     try:
         runs = run_study(study)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; blocks until the run is finished or asked to stop."""
     from versatune_ds.config.load import load_config
-    from versatune_ds.engine.launcher import leave_with_launcher
+    from versatune_ds.engine.faults.launcher import leave_with_launcher
 
     leave_with_launcher()  # before torch is imported, which takes seconds
 

@@ -1,6 +1,7 @@
 """A file of benchmark tasks for `versatune-ds evaluate --tasks`: which task stands for which domain.
 
-What is not covered: running them (`engine/benchmarks.py`), and what a task is: lm-evaluation-harness says.
+What is not covered: running them (`apps/evaluate/lm_eval.py`), and what a task is: lm-evaluation-harness
+says.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `versatune-ds reference` trains a model on each domain alone with the run's own trainer: the run's settings,
 with the model, data share, length and evaluation of the `reference` section.
 
-What is not covered: running them (`engine/reference.py`).
+What is not covered: running them (`apps/reference.py`).
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_settings(model: type[Settings], path: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """`load_config` for any settings file, here and in `config/study.py`."""
+    """`load_config` for any settings file, here and in `apps/study/config.py`."""
     path = Path(path)
     raw = read_yaml(path, "give a YAML file with --config (examples: configs/)")
     for override in overrides:

@@ -5,7 +5,7 @@ a default is required. Settings are checked here once, alone and against each ot
 code can trust them.
 
 What is not covered: how the file is read and how errors are worded (`config/load.py`), and what the
-DeepSpeed file may hold beyond the keys we own (`engine/deepspeed_config.py`).
+DeepSpeed file may hold beyond the keys we own (`engine/backend/deepspeed_config.py`).
 """
 
 from __future__ import annotations

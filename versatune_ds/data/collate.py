@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from versatune_ds.data.packing import Pack
+from versatune_ds.data.plan.packing import Pack
 from versatune_ds.foundations.constants import IGNORE_INDEX, PADDING_ID
 from versatune_ds.foundations.errors import DataError
 

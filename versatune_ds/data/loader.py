@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from versatune_ds.data.balance import check_world_size, rank_packs
 from versatune_ds.data.collate import Batch, TokenSource, collate
-from versatune_ds.data.planner import Corpus, Float64, PlannerSettings, PlannerState, StepPlan, plan_step
+from versatune_ds.data.plan.balance import check_world_size, rank_packs
+from versatune_ds.data.plan.planner import Corpus, Float64, PlannerSettings, PlannerState, StepPlan, plan_step
 from versatune_ds.foundations.errors import DataError, StateError
 
 

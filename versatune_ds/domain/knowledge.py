@@ -22,7 +22,7 @@ Format of knowledge.json (what is read back are `format`, `version` and `domains
      "texts": {"generated": ..., "blank": ..., "unparsable": ..., "judged": ..., "cut_for_the_judge": ...},
      "model": {...}, "generation": {...}, "judge": {...}, "created_at": "...", "versions": {...}}
 
-What is not covered: generating and judging texts (`versatune_ds.engine.detection`).
+What is not covered: generating and judging texts (`versatune_ds.apps.detect`).
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ bytes per token of each side, l / (b ln 2) bits per byte. `loss_unit: byte` ther
 into lref * b_run / b_reference nats per token of the run, which leaves every ratio (gamma, phi) as it would
 be in bits per byte.
 
-What is not covered: measuring reference losses (`engine/reference.py`), counting bytes
-(`data/text_bytes.py`), and the format of knowledge.json (`knowledge.py`).
+What is not covered: measuring reference losses (`apps/reference.py`), counting bytes
+(`data/cache/text_bytes.py`), and the format of knowledge.json (`knowledge.py`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ their ratios exactly: a floor under one domain takes from the others in proporti
 All sums are exactly rounded (`math.fsum`), so they do not depend on the order of terms or on how numpy
 vectorises them; equal inputs give equal bits.
 
-What is not covered: a limit on passes over a domain's data (`versatune_ds.data.planner`).
+What is not covered: a limit on passes over a domain's data (`versatune_ds.data.plan.planner`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ because under ZeRO-3 each forward is a collective. Sums are reduced once and div
 `evaluate` gives the sums of a run in training; `evaluate_samples` also every sample's loss, for comparisons
 sample by sample.
 
-What is not covered: benchmark tasks (`engine/benchmarks.py`) and generation.
+What is not covered: benchmark tasks (`apps/evaluate/lm_eval.py`) and generation.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from versatune_ds.data.balance import by_cost, rank_packs
-from versatune_ds.data.cache import TokenCache
+from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.collate import Batch, collate
-from versatune_ds.data.packing import pack_all
-from versatune_ds.data.planner import Pack
+from versatune_ds.data.plan.balance import by_cost, rank_packs
+from versatune_ds.data.plan.packing import pack_all
+from versatune_ds.data.plan.planner import Pack
 from versatune_ds.domain.statistics import DomainSums
-from versatune_ds.engine.build import Engine
-from versatune_ds.engine.liveness import mark
+from versatune_ds.engine.backend.build import Engine
+from versatune_ds.engine.faults.watchdog import mark
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import DataError

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from versatune_ds.config.schema import Model
-from versatune_ds.data.cache import TokenCache
-from versatune_ds.engine.model import load_architecture
+from versatune_ds.data.cache.cache import TokenCache
+from versatune_ds.engine.model.packed_lm import load_architecture
 from versatune_ds.foundations.files import canonical_hash
 
 EDGE_BYTES = 1 << 20

@@ -2,7 +2,7 @@
 
 Order: run folder checked -> data opened and verified -> weights -> state of the newest sound checkpoint, if
 any -> model and engine -> files opened for appending. Mistakes that need no model are found before one is
-built (`engine/preflight.py`), and nothing is written before all checks have passed.
+built (`engine/preflight/checks.py`), and nothing is written before all checks have passed.
 
 What is not covered: the loop itself (`engine/train.py`).
 """
@@ -19,25 +19,31 @@ import torch
 
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
+from versatune_ds.data.encode.templating import ChatEncoder, load_tokenizer, set_chat_template
 from versatune_ds.data.loader import StepLoader
-from versatune_ds.data.planner import Corpus, PlannerSettings, PlannerState, steps_per_epoch
-from versatune_ds.data.templating import ChatEncoder, load_tokenizer, set_chat_template
+from versatune_ds.data.plan.planner import Corpus, PlannerSettings, PlannerState, steps_per_epoch
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.early_stopping import EarlyStopping
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
-from versatune_ds.engine import preflight
-from versatune_ds.engine.build import Engine, build_engine, describe_hardware, describe_versions, git_commit
-from versatune_ds.engine.checkpoint import load_model_state, newest_sound_checkpoint, read_state
-from versatune_ds.engine.deepspeed_config import deepspeed_config, offloads_optimizer, zero_stage
+from versatune_ds.engine.backend.build import (
+    Engine,
+    build_engine,
+    describe_hardware,
+    describe_versions,
+    git_commit,
+)
+from versatune_ds.engine.backend.deepspeed_config import deepspeed_config, offloads_optimizer, zero_stage
+from versatune_ds.engine.checkpointing.folder import load_model_state, newest_sound_checkpoint, read_state
+from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut
-from versatune_ds.engine.model import load_architecture, parameter_counts
-from versatune_ds.engine.nodes import check_shared_folder, open_caches_on_all_nodes
-from versatune_ds.engine.reference_input import open_reference
-from versatune_ds.engine.rehearsal import rehearse_when_asked
-from versatune_ds.engine.run_lock import unwritable
-from versatune_ds.engine.sameness import code_and_settings, require_sameness
-from versatune_ds.engine.saving import Saver
+from versatune_ds.engine.faults.run_lock import unwritable
+from versatune_ds.engine.model.packed_lm import load_architecture, parameter_counts
+from versatune_ds.engine.preflight import checks as preflight
+from versatune_ds.engine.preflight.consistency import code_and_settings, require_sameness
+from versatune_ds.engine.preflight.dry_run import rehearse_when_asked
+from versatune_ds.engine.preflight.shared_files import check_shared_folder, open_caches_on_all_nodes
+from versatune_ds.engine.references import open_reference
 from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed

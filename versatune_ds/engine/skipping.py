@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from versatune_ds.data.balance import rank_packs
-from versatune_ds.data.planner import StepPlan
-from versatune_ds.engine.build import gradients_are_finite
+from versatune_ds.data.plan.balance import rank_packs
+from versatune_ds.data.plan.planner import StepPlan
+from versatune_ds.engine.backend.build import gradients_are_finite
 from versatune_ds.engine.statistics import StepTotals
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import DivergenceError

@@ -23,20 +23,20 @@ import torch
 
 from versatune_ds.config.schema import Config
 from versatune_ds.data.collate import Batch
-from versatune_ds.data.planner import StepPlan
-from versatune_ds.engine.build import (
+from versatune_ds.data.plan.planner import StepPlan
+from versatune_ds.engine.backend.build import (
     close_process_group,
     discard_step,
     start_process_group,
 )
+from versatune_ds.engine.backend.optimizer import learning_rate, set_learning_rate
+from versatune_ds.engine.checkpointing.hf_export import Companions, export_model
 from versatune_ds.engine.evaluate import HeldOut, evaluate, model_inputs
-from versatune_ds.engine.export import Companions, export_model
-from versatune_ds.engine.heartbeat import Heartbeat
-from versatune_ds.engine.liveness import mark
-from versatune_ds.engine.optimizer import learning_rate, set_learning_rate
+from versatune_ds.engine.faults.heartbeat import Heartbeat
+from versatune_ds.engine.faults.run_lock import RunLock
+from versatune_ds.engine.faults.signals import StopRequest, note_stopped
+from versatune_ds.engine.faults.watchdog import mark
 from versatune_ds.engine.run import Run, open_run
-from versatune_ds.engine.run_lock import RunLock
-from versatune_ds.engine.signals import StopRequest, note_stopped
 from versatune_ds.engine.skipping import FP16_OVERFLOW, NONFINITE_GRADIENT, reason_to_skip, report_skip
 from versatune_ds.engine.statistics import Flags, StepTotals
 from versatune_ds.foundations import constants, distributed

@@ -1,0 +1,115 @@
+"""The memory plan against real small runs: every byte that torch allocated on 1 and 2 ranks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from launching import REPOSITORY, case_file, launch_soundly
+
+from versatune_ds.apps.bench.shapes import _llama, _qwen2
+from versatune_ds.apps.plan.decoder import Decoder
+from versatune_ds.apps.plan.memory import (
+    Setup,
+    ZeroBuffers,
+    memory_plan,
+    read_offload,
+    saved_activations,
+    total,
+)
+from versatune_ds.apps.plan.plan import checkpoint_bytes
+
+TOLERANCE = 0.10
+QWEN2 = _qwen2(128, 352, 4, 4, 2, 2048)
+QWEN3 = {**_llama(96, 256, 5, 4, 2, 1536), "model_type": "qwen3", "head_dim": 32}
+TIED = {**_llama(128, 352, 5, 4, 4, 2048), "tie_word_embeddings": True}
+
+
+def zero(stage: int, **more) -> dict:
+    """ZeRO settings with buffers that are small beside the model."""
+    return {
+        "stage": stage,
+        "reduce_bucket_size": 20_000,
+        "stage3_prefetch_bucket_size": 20_000,
+        "stage3_param_persistence_threshold": 1000,
+        "stage3_max_live_parameters": 200_000,
+        "stage3_max_reuse_distance": 200_000,
+        **more,
+    }
+
+
+OPTIMIZER_ON_HOST = {"offload_optimizer": {"device": "cpu"}}
+ALL_ON_HOST = {**OPTIMIZER_ON_HOST, "offload_param": {"device": "cpu"}}
+# (ranks, ZeRO, dtype, checkpointing, shape, tokens a pack)
+CASES = [
+    (1, zero(0), "fp32", "off", QWEN2, 256),
+    (1, zero(1), "bf16", "off", QWEN3, 768),
+    (1, zero(2), "fp32", 2, TIED, 768),
+    (1, zero(2, **OPTIMIZER_ON_HOST), "bf16", "off", QWEN2, 512),
+    (1, zero(3), "bf16", "off", QWEN2, 256),
+    (2, zero(1), "fp32", "off", QWEN2, 768),
+    (2, zero(2), "bf16", "off", QWEN2, 768),
+    (2, zero(2), "bf16", "all", TIED, 768),
+    (2, zero(3), "fp32", "off", QWEN3, 768),
+    (2, zero(3), "bf16", "all", QWEN2, 768),
+    (2, zero(3, **ALL_ON_HOST), "bf16", "off", QWEN2, 256),
+]
+PACKS_PER_RANK = 2
+NAMES = [
+    f"ranks{ranks}-zero{settings['stage']}-{dtype}-recompute_{recompute}-offload_{read_offload(settings)}"
+    for ranks, settings, dtype, recompute, _, _ in CASES
+]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> dict[str, dict]:
+    """What the runs allocated, by case."""
+    found = {}
+    for world_size in (1, 2):
+        folder = tmp_path_factory.mktemp(f"ranks{world_size}")
+        cases = [
+            {
+                "name": name,
+                "zero": settings,
+                "model": {"dtype": dtype, "activation_checkpointing": recompute},
+                "shape": shape,
+                "pack_len": pack_len,
+                "packs": PACKS_PER_RANK,
+            }
+            for name, (ranks, settings, dtype, recompute, shape, pack_len) in zip(NAMES, CASES, strict=True)
+            if ranks == world_size
+        ]
+        script = REPOSITORY / "tests" / "support" / "memory_cases.py"
+        launch_soundly(script, world_size, [str(folder), *case_file(folder, cases)])
+        found |= {case["name"]: json.loads((folder / f"{case['name']}.json").read_text()) for case in cases}
+    return found
+
+
+def planned(case: tuple) -> tuple[Decoder, Setup]:
+    ranks, settings, dtype, recompute, shape, pack_len = case
+    setup = Setup(
+        gpus=ranks,
+        zero_stage=settings["stage"],
+        dtype=dtype,
+        pack_len=pack_len,
+        packs_per_step=PACKS_PER_RANK * ranks,
+        checkpointing=recompute,
+        offload=read_offload(settings),
+        buffers=ZeroBuffers.from_settings(settings),
+        device="cpu",
+    )
+    return Decoder.from_config(shape, "test"), setup
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "case"), zip(NAMES, CASES, strict=True), ids=NAMES)
+def test_plan_is_within_ten_percent_of_measured_memory(measured, name, case):
+    shape, setup = planned(case)
+    plan, real = memory_plan(shape, setup), measured[name]
+    state = total(plan.held) + total(plan.host)  # on CPUs both lie in the same memory
+    assert state == pytest.approx(real["state"], rel=TOLERANCE)
+    peak = state + max(total(plan.forward_backward), total(plan.optimizer_step))
+    assert (1 - TOLERANCE) * (real["peak"] - real["unseen"]) <= peak <= (1 + TOLERANCE) * real["peak"]
+    if real["activations"]:
+        assert saved_activations(shape, setup) == pytest.approx(real["activations"], rel=TOLERANCE)
+    assert checkpoint_bytes(shape, setup) == pytest.approx(real["checkpoint"], rel=TOLERANCE)

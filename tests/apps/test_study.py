@@ -1,0 +1,78 @@
+"""A whole small study from the command line: trained, kept, trained again only where something changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import REPOSITORY
+
+from versatune_ds.apps.study.results import RunResult
+from versatune_ds.apps.study.run import best_arm
+
+
+def study(folder: Path, *overrides: str, code: int = 0) -> str:
+    """`versatune-ds study` on the shipped sample; returns what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    environment.pop("VERSATUNE_CORPUS", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "versatune_ds.cli.main", "study", "--config", "configs/studies/quick.yaml",
+         f"dir={folder}", *overrides],
+        cwd=REPOSITORY, env=environment, text=True, timeout=900,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_small_study_from_raw_files_to_its_page(tmp_path):
+    folder = tmp_path / "study"
+    out = study(folder)
+    assert "[15/15]" in out and str(folder / "results" / "index.html") in out
+    summary = json.loads((folder / "results" / "summary.json").read_text())
+    arms = summary["arms"]
+    assert list(arms) == ["uniform", "constant", "fostering_linear", "law_only", "law_expansion"]
+    assert arms["uniform"]["token_shares"]["law"] == pytest.approx(1 / 6, abs=0.06)
+    assert arms["law_only"]["token_shares"]["law"] == 1.0
+    assert arms["fostering_linear"]["weights"]["moved"] > 0 == arms["constant"]["weights"]["moved"]
+    assert (
+        arms["law_only"]["domain_change"]["law"]["mean"] < arms["uniform"]["domain_change"]["law"]["mean"] < 0
+    )
+    # arms with one seed are trained on one budget; packs are filled a little differently
+    tokens = [arm["tokens"]["mean"] for arm in arms.values()]
+    assert max(tokens) < 1.1 * min(tokens)
+    assert "Traceback" not in out
+
+    def finished() -> dict[str, int]:
+        return {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("runs/*/finished.json")}
+
+    before = finished()
+    assert len(before) == 15
+    (folder / "runs" / "base" / "finished.json").unlink()  # as after a kill between export and this file
+    out = study(folder, "arms.fostering_linear.weights.sigma=2")
+    assert "fostering_linear_seed-11 was trained with other settings" in out
+    after = finished()
+    assert {name for name in after if after[name] != before[name]} == {
+        "fostering_linear_seed-11", "base"
+    }  # fmt: skip
+    again = json.loads((folder / "results" / "summary.json").read_text())["arms"]
+    assert again["law_only"] == arms["law_only"]
+    assert again["fostering_linear"] != arms["fostering_linear"]
+
+
+def test_a_missing_corpus_is_named(tmp_path):
+    out = study(tmp_path, f"corpus={tmp_path / 'none'}", code=3)
+    assert "no folder with the corpus; set `corpus`, or VERSATUNE_CORPUS" in out and "Traceback" not in out
+
+
+def test_the_best_candidate_is_best_on_average_over_seeds_and_domains():
+    def run(arm, seed, loss):
+        after = {"law": loss, "code": 1.0}
+        return RunResult("tuning", arm, seed, {"law": 2.0, "code": 1.0}, after, after, {}, 0, [])
+
+    assert best_arm([run("a", 1, 1.0), run("b", 1, 1.2), run("a", 2, 1.9), run("b", 2, 1.3)]) == "b"

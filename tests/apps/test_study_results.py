@@ -1,0 +1,178 @@
+"""Numbers of a study by hand, and its page."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from versatune_ds.apps.study.page import write_results
+from versatune_ds.apps.study.results import (
+    RunResult,
+    changes,
+    expansion_summary,
+    interval,
+    mean_change,
+    read_result,
+    reference_losses,
+    summarise,
+    weight_summary,
+)
+from versatune_ds.foundations.errors import StateError
+
+NAMES = ["law", "code"]
+
+
+def update(step, after, **more):
+    filled = {"losses": dict.fromkeys(NAMES), "stderr": dict.fromkeys(NAMES), "gamma": dict.fromkeys(NAMES)}
+    filled |= {"phi": dict.fromkeys(NAMES, 0.0), "gate_open": None, "alarms": []}
+    return {**filled, "step": step, "after": dict(zip(NAMES, after, strict=True)), **more}
+
+
+def run(arm, seed, after, *, before=(4.0, 2.0), updates=None, kind="arm"):
+    return RunResult(
+        kind=kind,
+        arm=arm,
+        seed=seed,
+        before=dict(zip(NAMES, before, strict=True)),
+        after=dict(zip(NAMES, after, strict=True)),
+        lowest=dict(zip(NAMES, after, strict=True)),
+        token_shares={"law": 0.25, "code": 0.75},
+        tokens=1000 + seed,
+        updates=updates or [update(0, (0.5, 0.5))],
+    )
+
+
+def test_changes_by_hand():
+    # law 4 -> 3: -25 %; code 2 -> 2.2: +10 %
+    assert changes(run("a", 1, (3.0, 2.2)), NAMES) == pytest.approx([-0.25, 0.1])
+    assert mean_change(run("a", 1, (3.0, 2.2))) == pytest.approx(-0.075)
+
+
+def test_interval_by_hand():
+    # 1, 2, 3: mean 2, s = 1, t(2) = 4.303, half width 4.303 / sqrt(3)
+    found = interval([1.0, 2.0, 3.0])
+    assert (found.mean, found.half_width) == pytest.approx((2.0, 4.303 / math.sqrt(3)))
+    # five values, as in the study: t(4) = 2.776
+    five = interval([0.0, 0.0, 0.0, 0.0, 5.0])
+    assert five.half_width == pytest.approx(2.776 * math.sqrt(5.0) / math.sqrt(5))
+    assert interval([1.5]).half_width is None
+    assert interval(np.arange(100.0)).half_width == pytest.approx(1.96 * np.arange(100).std(ddof=1) / 10)
+
+
+def test_differences_are_taken_seed_by_seed():
+    # seeds differ a lot, but the arm is 1 % of 4 nats better on law with each: no spread is left
+    arms = [run("uniform", s, (3.0 + s / 10, 2.0)) for s in (1, 2, 3)]
+    arms += [run("better", s, (2.96 + s / 10, 2.0)) for s in (3, 1, 2)]
+    summary = summarise(
+        reference={"law": 2.0, "code": 1.5},
+        arms=arms,
+        tuning=[],
+        confirmed=[],
+        names=NAMES,
+        baselines=["uniform"],
+        expansions=[],
+    )
+    better = summary["arms"]["better"]
+    against = better["against"]["uniform"]
+    assert against["mean_change"]["mean"] == pytest.approx(-0.005)  # -1 % on one of two domains
+    assert against["mean_change"]["half_width"] == pytest.approx(0.0, abs=1e-12)
+    assert against["domain_change"]["law"]["mean"] == pytest.approx(-0.01)
+    assert better["mean_change"]["half_width"] > 0.01
+    assert better["seeds"] == [1, 2, 3]
+
+
+def test_expansion_by_hand():
+    # target law: -25 %; code +10 % in one seed, -5 % in the other: mean +2.5 %, forgetting (10 + 0) / 2
+    runs = {1: run("x", 1, (3.0, 2.2)), 2: run("x", 2, (3.0, 1.9))}
+    found = expansion_summary(runs, "law", NAMES)
+    assert found["target_change"]["mean"] == pytest.approx(-0.25)
+    assert found["others_change"]["mean"] == pytest.approx(0.025)
+    assert found["forgetting"]["mean"] == pytest.approx(0.05)
+    assert found["target_share"] == 0.25
+
+
+def test_weight_summary_by_hand():
+    known = {"losses": {"law": 2.0, "code": 4.0}, "stderr": {"law": 0.1, "code": None}}
+    updates = [
+        update(0, (0.5, 0.5)),
+        update(5, (0.6, 0.4), gamma={"law": 0.2, "code": 0.1}, gate_open=True, alarms=["low_entropy: x"],
+               **known),
+        update(10, (0.8, 0.2), gamma={"law": 0.4, "code": 0.1}, phi={"law": 0.0, "code": 0.3},
+               gate_open=False, **known),
+    ]  # fmt: skip
+    found = weight_summary([run("a", 1, (3.0, 2.0), updates=updates)], NAMES)
+    assert found["moved"] == pytest.approx(0.3)  # half of 0.3 + 0.3
+    assert found["gamma"] == pytest.approx({"law": 0.3, "code": 0.1})
+    assert found["noise"]["law"] == pytest.approx(0.05) and found["noise"]["code"] is None
+    assert found["rises"] == 0.5  # the first update has no loss before it
+    assert found["gate_open"] == 0.5 and found["alarms"] == {"low_entropy": 1}
+    assert found["paths"]["law"] == pytest.approx([0.5, 0.6, 0.8])
+
+
+def test_reference_losses_are_the_lowest_of_each_domain_s_own_run():
+    runs = [run("law", 0, (1.5, 9.0)), run("code", 0, (9.0, 1.25))]
+    assert reference_losses(runs) == {"law": 1.5, "code": 1.25}
+
+
+def write_run(folder, steps):
+    folder.mkdir()
+    lines = [
+        {"step": step, "domain_loss": {"law": 4.0 - loss, "code": 2.0}}
+        for step, loss in zip(*steps, strict=True)
+    ]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    metrics = {"real_tokens": 7, "cumulative_shares": {"tokens": {"law": 0.5, "code": 0.5}}}
+    (folder / "metrics.jsonl").write_text(2 * (json.dumps(metrics) + "\n"))
+    (folder / "weights.jsonl").write_text(json.dumps(update(0, (0.5, 0.5))) + "\n")
+
+
+def test_a_run_is_read_back(tmp_path):
+    write_run(tmp_path / "run", ((0, 2, 4), (0.0, 1.0, 0.5)))
+    found = read_result(tmp_path / "run", "arm", "a", 1, 4)
+    assert found.before["law"] == 4.0 and found.after["law"] == 3.5 and found.lowest["law"] == 3.0
+    assert found.tokens == 14
+
+
+@pytest.mark.parametrize("steps", [((0, 2), (0.0, 1.0)), ((4,), (0.0,)), ((), ())])
+def test_an_unfinished_run_is_refused(tmp_path, steps):
+    write_run(tmp_path / "run", steps)
+    with pytest.raises(StateError, match=r"expected 0 \.\. 4"):
+        read_result(tmp_path / "run", "arm", "a", 1, 4)
+
+
+def test_the_page_has_every_arm_and_needs_no_network(tmp_path):
+    moved = [update(0, (0.5, 0.5)), update(5, (0.9, 0.1))]
+    arms = [
+        run(arm, s, (3.0, 1.9 + s / 10), updates=moved)
+        for s in (1, 2)
+        for arm in ("uniform", "x<y", "law_only")
+    ]
+    summary = summarise(
+        reference={"law": 2.0, "code": 1.5},
+        arms=arms,
+        tuning=[run("try", 3, (3.0, 2.0))],
+        confirmed=[run("try", s, (3.0, 2.0)) for s in (1, 2)],
+        names=NAMES,
+        baselines=["uniform"],
+        expansions=[("law", ["law_only"])],
+    )
+    summary["provenance"] = {
+        "date": "2026-01-01", "config": "x.yaml", "commits": ["abc"], "versions": {"torch": "1"},
+        "hardware": {"device": "CPU", "cpu_count": 2}, "num_parameters": 1000, "workers": 1, "runs": 9,
+        "run_s": 60.0, "cpu_s": 50.0, "wall_s": 30.0,
+        "study": {
+            "model": {"dtype": "fp32"},
+            "pretraining": {"settings": {}, "mixture": {"law": 0.9, "code": 0.1}},
+            "settings": {"train": {"max_steps": 5}, "weights": {"every_n_steps": 5}},
+        },
+    }  # fmt: skip
+    page = write_results(summary, tmp_path / "results")
+    text, markdown = page.read_text(), (tmp_path / "results" / "results.md").read_text()
+    assert "x&lt;y" in text and "x<y" in markdown and "law_only" in markdown and "try (tuned)" in markdown
+    assert "http" not in text and text.count("data:image/png;base64,") == 2
+    for file in ("strategies.png", "weights.png"):
+        assert f"({file})" in markdown and (tmp_path / "results" / file).stat().st_size > 1000
+    assert json.loads((tmp_path / "results" / "summary.json").read_text())["arms"].keys() == {
+        "uniform", "x<y", "law_only"
+    }  # fmt: skip

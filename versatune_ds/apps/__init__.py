@@ -1,0 +1,1 @@
+"""Programs over the engine: each a room or a file of its own; the engine never imports them."""

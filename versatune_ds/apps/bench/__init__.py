@@ -1,0 +1,1 @@
+"""Benchmarks: the trainer, the planner, and `prepare`."""

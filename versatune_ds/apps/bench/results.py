@@ -1,0 +1,317 @@
+"""What a trainer benchmark's times amount to: rates, shares, the step of the full model, tables.
+
+A slice is a model cut to its first L layers with embedding and head of true size. The step of the
+full model is never called measured when it was not; it is computed in one of two ways and marked
+`extrapolated`:
+
+    two slices or more   step_s = a + b L through the shortest and the longest slice
+    one slice            forward and backward grow with the layers, the optimizer with the parameters, and
+                         the rest (loss, data wait, statistics) stays
+
+What is not covered: measuring (`versatune_ds.apps.bench.trainer`), and the memory and communication of
+the full model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from versatune_ds.foundations.errors import DataError
+from versatune_ds.observability.throughput import TERA, ModelShape, mfu, step_flops
+from versatune_ds.report.measures import number, percent
+
+SCHEMA_VERSION = 1
+KIND = "trainer_bench"
+PHASES = (
+    "data_wait",
+    "forward",
+    "loss",
+    "backward",
+    "optimizer",
+    "statistics",
+    "rank_wait",
+    "other",
+)
+PER_LAYER_PHASES = ("forward", "backward")
+UNITS = ("real", "slot", "supervised")
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, mean and 95th percentile."""
+    array = np.asarray(values, dtype=np.float64)
+    return {
+        "median": float(np.median(array)),
+        "mean": float(array.mean()),
+        "p95": float(np.quantile(array, 0.95)),
+    }
+
+
+def rates(
+    tokens: Mapping[str, float],
+    flops: float,
+    seconds: float,
+    world_size: int,
+    *,
+    peak_tflops: float | None,
+    ceiling_tflops: float | None,
+) -> dict[str, Any]:
+    """Tokens per second and rank, FLOP/s, MFU and ratio to the measured ceiling.
+
+    Args:
+        tokens: real, slot and supervised tokens over all ranks in `seconds`.
+        flops: useful work over all ranks in `seconds` (`throughput.step_flops`).
+        seconds: wall time.
+        world_size: number of ranks.
+        peak_tflops: datasheet peak of one accelerator, or None.
+        ceiling_tflops: measured matrix product of one rank, or None.
+    """
+    achieved = flops / (seconds * world_size * TERA)
+    return {
+        **{f"{unit}_tokens_per_s_per_rank": tokens[unit] / (seconds * world_size) for unit in UNITS},
+        "achieved_tflops_per_rank": achieved,
+        "mfu": mfu(flops, seconds, world_size, peak_tflops),
+        "ratio_to_matmul_ceiling": None if not ceiling_tflops else achieved / ceiling_tflops,
+    }
+
+
+def shares(split: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by phase as shares of their sum."""
+    total = sum(split.values())
+    return {name: seconds / total if total > 0 else 0.0 for name, seconds in split.items()}
+
+
+def extrapolated_step_s(
+    slices: Sequence[Mapping[str, Any]], full_layers: int, parameter_ratio: float
+) -> tuple[float, str]:
+    """Seconds of a step of the full model, and how they were found.
+
+    Args:
+        slices: `layers`, `step_s` (with `mean`) and `split_s` of each measured slice.
+        full_layers: layers of the model.
+        parameter_ratio: parameters of the full model over those of the single slice.
+    """
+    ordered = sorted(slices, key=lambda measured: measured["layers"])
+    short, long = ordered[0], ordered[-1]
+    if long["layers"] == full_layers:
+        return long["step_s"]["mean"], "measured"
+    if short["layers"] != long["layers"]:
+        step_s, layers = (tuple(measured[key] for measured in (short, long)) for key in ("step_s", "layers"))
+        per_layer = (step_s[1]["mean"] - step_s[0]["mean"]) / (layers[1] - layers[0])
+        whole = step_s[1]["mean"] + per_layer * (full_layers - layers[1])
+        return whole, f"line through the steps of {layers[0]} and {layers[1]} layers"
+    part = shares(long["split_s"])
+    growing = sum(part[name] for name in PER_LAYER_PHASES) * full_layers / long["layers"]
+    optimizer = part["optimizer"] * parameter_ratio
+    fixed = sum(part[name] for name in PHASES if name not in (*PER_LAYER_PHASES, "optimizer"))
+    scale = growing + optimizer + fixed
+    return (
+        long["step_s"]["mean"] * scale,
+        f"forward and backward of {long['layers']} layers scaled to {full_layers}, optimizer by parameters",
+    )
+
+
+def full_model(
+    slices: Sequence[Mapping[str, Any]],
+    full: ModelShape,
+    parameter_ratio: float,
+    world_size: int,
+    *,
+    peak_tflops: float | None,
+    ceiling_tflops: float | None,
+) -> dict[str, Any]:
+    """The step of the full model: measured when a slice was all of it, else extrapolated and marked."""
+    step_s, method = extrapolated_step_s(slices, full.num_layers, parameter_ratio)
+    longest = max(slices, key=lambda measured: measured["layers"])
+    tokens = longest["tokens_per_step"]
+    flops = step_flops(
+        full,
+        real_tokens=tokens["real"],
+        supervised_tokens=tokens["supervised"],
+        sum_squared_lengths=tokens["sum_squared_lengths"],
+    )
+    return {
+        "layers": full.num_layers,
+        "extrapolated": method != "measured",
+        "method": method,
+        "step_s": step_s,
+        **rates(tokens, flops, step_s, world_size, peak_tflops=peak_tflops, ceiling_tflops=ceiling_tflops),
+    }
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """One benchmark as Markdown."""
+    settings, environment = result["settings"], result["environment"]
+    lines = [
+        f"# Trainer benchmark: {settings['shape']}, {environment['device']} x {environment['world_size']}, "
+        f"{environment['date']}",
+        "",
+        f"Commit {environment['commit']}; {_versions(environment)}. {_setting_text(settings)}.",
+        "",
+        f"Matrix products of one rank: {number(result['matmul_ceiling']['tflops'])} TFLOP/s measured in this "
+        f"run; datasheet peak: {number(result['peak_tflops'], 0)}.",
+        "",
+        _line("layers", *RATE_COLUMNS),
+        _line(*["---"] * (1 + len(RATE_COLUMNS))),
+    ]
+    lines += [_line(measured["layers"], *_rate_cells(measured)) for measured in result["slices"]]
+    full = result["full_model"]
+    if full["extrapolated"]:
+        lines.append(_line(f"{full['layers']} (extrapolated)", *_rate_cells(full)))
+        lines += ["", f"Extrapolated: {full['method']}. Not measured."]
+    lines += [
+        "",
+        "Step split, measured in separate steps (ms and share of the step):",
+        "",
+        _line("layers", *PHASES),
+        _line(*["---"] * (1 + len(PHASES))),
+    ]
+    for measured in result["slices"]:
+        part = shares(measured["split_s"])
+        cells = [f"{1e3 * measured['split_s'][name]:.3g} ({percent(part[name], 2)})" for name in PHASES]
+        lines.append(_line(measured["layers"], *cells))
+    lines += ["", *(_update_text(measured) for measured in result["slices"])]
+    lines += [_comparison_text(m) for m in result["slices"] if m["statistics_off"] is not None]
+    return "\n".join(lines) + "\n"
+
+
+RATE_COLUMNS = (
+    "step s (median)",
+    "p95",
+    "real tokens/s/rank",
+    "slot",
+    "supervised",
+    "TFLOP/s/rank",
+    "MFU",
+    "of ceiling",
+    "peak GiB",
+)
+
+
+def _rate_cells(measured: Mapping[str, Any]) -> list[str]:
+    """Cells of a slice, or of the full model, which has one step time and no memory."""
+    step_s = measured["step_s"]
+    if not isinstance(step_s, Mapping):
+        step_s = {"median": step_s, "p95": None}
+    return [
+        number(step_s["median"]),
+        number(step_s["p95"]),
+        *(number(measured[f"{unit}_tokens_per_s_per_rank"], 0) for unit in UNITS),
+        number(measured["achieved_tflops_per_rank"]),
+        percent(measured["mfu"]),
+        percent(measured["ratio_to_matmul_ceiling"]),
+        number(measured.get("peak_memory_gib"), 2),
+    ]
+
+
+def _update_text(measured: Mapping[str, Any]) -> str:
+    update = measured["weight_update"]
+    return (
+        f"{measured['layers']} layers: a weight update takes {1e3 * update['update_s']:.3g} ms, "
+        f"{percent(update['share_of_steps'], 4)} of the {update['every_n_steps']} steps between two; "
+        f"the batch after it is waited for {1e3 * update['data_wait_after_s']:.3g} ms."
+    )
+
+
+def _comparison_text(measured: Mapping[str, Any]) -> str:
+    off = measured["statistics_off"]
+    return (
+        f"{measured['layers']} layers: with domain statistics {number(off['step_s_with']['median'], 4)} s, "
+        f"without {number(off['step_s_without']['median'], 4)} s (medians of alternating steps), ratio "
+        f"{number(off['ratio'], 4)}."
+    )
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """All trainer benchmarks in a folder, by file name.
+
+    Raises:
+        DataError: a file is not JSON or of another version, or there is none.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise DataError(f"not valid JSON: {error.msg}", path=path, line=error.lineno) from None
+        if not isinstance(value, dict) or value.get("kind") != KIND:
+            continue
+        if value.get("schema_version") != SCHEMA_VERSION:
+            raise DataError(
+                f"schema_version {value.get('schema_version')}; this program reads {SCHEMA_VERSION}: "
+                "measure again",
+                path=path,
+            )
+        found.append({**value, "name": path.stem})
+    if not found:
+        raise DataError(
+            f"{folder} holds no result of a trainer benchmark; `versatune-ds bench --out {folder}` writes one"
+        )
+    return found
+
+
+def page(results: Sequence[Mapping[str, Any]], failures: Sequence[str] = ()) -> str:
+    """A comparison of several benchmarks as one Markdown page.
+
+    Args:
+        results: from `read_results`.
+        failures: settings that ended with an error, one line each.
+    """
+    lines = [
+        "# Trainer benchmarks",
+        "",
+        "Rows with `*` are extrapolated from a slice of the model's layers and not measured; their memory is "
+        "that of the slice.",
+        "",
+        _line("benchmark", "device", "ranks", "layers", *RATE_COLUMNS, "statistics", "commit", "date"),
+        _line(*["---"] * (7 + len(RATE_COLUMNS))),
+    ]
+    for result in results:
+        environment, full = result["environment"], result["full_model"]
+        longest = max(result["slices"], key=lambda measured: measured["layers"])
+        shown = {**full, "peak_memory_gib": longest["peak_memory_gib"]} if full["extrapolated"] else longest
+        layers = f"{full['layers']} * from {longest['layers']}" if full["extrapolated"] else full["layers"]
+        statistics = shares(longest["split_s"])["statistics"]
+        lines.append(
+            _line(
+                result["name"],
+                environment["device"],
+                environment["world_size"],
+                layers,
+                *_rate_cells(shown),
+                percent(statistics, 3),
+                environment["commit"],
+                environment["date"],
+            )
+        )
+    lines += ["", "Settings:", ""]
+    lines += [f"- {result['name']}: {_setting_text(result['settings'])}" for result in results]
+    if failures:
+        lines += ["", "Ended with an error:", "", *(f"- {text}" for text in failures)]
+    return "\n".join(lines) + "\n"
+
+
+def _setting_text(settings: Mapping[str, Any]) -> str:
+    return (
+        f"{settings['packs_per_rank']} pack(s) of {settings['pack_len']} tokens a rank and step, "
+        f"{settings['dtype']}, ZeRO-{settings['zero_stage']}, activation checkpointing "
+        f"{settings['activation_checkpointing']}, attention {settings['attention']}, "
+        f"loss {settings['loss_backend']}, data {settings['data']}"
+    )
+
+
+def _versions(environment: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+
+
+def _line(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"

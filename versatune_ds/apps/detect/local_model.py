@@ -1,0 +1,180 @@
+"""A local causal LM as the judge: the likelihood of each domain's name as the answer to a question.
+
+    log p(name | question) = sum of the log-probabilities of the tokens of the name
+
+and the probabilities of the domains are the softmax of these over the names. The whole name counts, however
+many tokens it has; a long name pays for each of them. The question is computed once for a batch of texts; its
+KV cache is repeated for the names that have more than one token.
+
+With a chat template in its tokenizer the model is asked as in a conversation, else in plain text.
+
+What is not covered: models larger than one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from versatune_ds.apps.detect.generate import load_model, load_text_tokenizer, subject_fingerprint
+from versatune_ds.apps.detect.judge import PLAIN_ENDING, PROMPT_VERSION, Judgement, question, shares
+from versatune_ds.config.schema import Model
+from versatune_ds.foundations.errors import ConfigError
+
+
+class ModelJudge:
+    """See the module docstring.
+
+    Args:
+        names: domain names, in table order.
+        settings: `source`, `dtype` and `trust_remote_code` of the judge.
+        batch_size: texts at a time on each rank.
+        device: where it computes.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or lacks weights.
+    """
+
+    on_every_rank = True
+
+    def __init__(self, names: Sequence[str], settings: Model, batch_size: int, device: torch.device) -> None:
+        self.names = tuple(names)
+        self.settings = settings
+        self.texts_at_once = batch_size
+        self.device = device
+        self.fingerprint = subject_fingerprint(settings, seed=0)
+        self.tokenizer = load_text_tokenizer(settings)
+        self.model: Any = None
+
+    def identity(self) -> dict[str, Any]:
+        """See `Judge`."""
+        return {
+            "kind": "model",
+            "model": self.settings.source,
+            "fingerprint": self.fingerprint,
+            "prompt_version": PROMPT_VERSION,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """See `Judge`."""
+        return {"asked_as": "chat" if self._has_template else "plain text"}
+
+    @property
+    def _has_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def open(self) -> None:
+        """Load the model."""
+        self.model = load_model(self.settings, 0, self.device)
+
+    def judge(self, texts: Sequence[tuple[int, str]]) -> Iterator[Judgement]:
+        """See `Judge`."""
+        prompts, answers = zip(*(self._encode(text) for _, text in texts), strict=True)
+        needed = max(len(p) + max(map(len, a)) for p, a in zip(prompts, answers, strict=True))
+        positions = getattr(self.model.config, "max_position_embeddings", needed)
+        if needed > positions:
+            raise ConfigError(
+                f"a question to the judge has {needed} tokens, and {self.settings.source} has {positions} "
+                "positions; lower detect.judge.max_chars"
+            )
+        logs = name_log_probabilities(self.model, list(prompts), list(answers))
+        for (index, _), row in zip(texts, logs, strict=True):
+            if np.isfinite(row).all():
+                yield Judgement(index, shares(row), None, float(min(1.0, np.exp(row).sum())))
+            else:
+                yield Judgement(index, None, "the judge's probabilities are not finite")
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self.model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _encode(self, text: str) -> tuple[list[int], list[list[int]]]:
+        """Ids of the question, and of each name behind it."""
+        asked = question(text, self.names)
+        if self._has_template:
+            messages = [{"role": "user", "content": asked}]
+            prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self._ids(prompt, False), [self._behind(prompt, name) for name in self.names]
+        prompt = asked + PLAIN_ENDING
+        return self._ids(prompt, True), [self._behind(prompt, f" {name}") for name in self.names]
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return ids
+
+    def _behind(self, prompt: str, name: str) -> list[int]:
+        """Ids of a name behind the prompt: of both together where that leaves the prompt's ids alone."""
+        alone = self._ids(prompt, False)
+        together = self._ids(prompt + name, False)
+        if together[: len(alone)] == alone and len(together) > len(alone):
+            return together[len(alone) :]
+        return self._ids(name, False)
+
+
+@torch.inference_mode()
+def name_log_probabilities(
+    model: Any, prompts: Sequence[list[int]], answers: Sequence[list[list[int]]]
+) -> np.ndarray:
+    """Log-probability of each answer behind its prompt: float64[n, k], nats.
+
+    Args:
+        model: a causal LM in eval mode.
+        prompts: n lists of ids, each at least one.
+        answers: for every prompt k lists of ids, each at least one.
+    """
+    device = model.device
+    k = len(answers[0])
+    ids, mask = pad_left(prompts)
+    ids, mask = ids.to(device), mask.to(device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    try:
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        first = out.logits[:, -1].float().log_softmax(-1).repeat_interleave(k, 0)  # [n * k, V]
+        flat = [tokens for row in answers for tokens in row]
+        longest = max(map(len, flat))
+        padded = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in flat], device=device)
+        given = torch.tensor([[i < len(tokens) for i in range(longest)] for tokens in flat], device=device)
+        total = first.gather(1, padded[:, :1]).squeeze(1).double()
+        if longest > 1:
+            cache = out.past_key_values
+            cache.batch_repeat_interleave(k)
+            step = padded[:, :-1]  # [n * k, longest - 1]
+            behind = positions[:, -1:].repeat_interleave(k, 0) + 1
+            logits = model(
+                input_ids=step,
+                attention_mask=torch.cat([mask.repeat_interleave(k, 0), given[:, :-1].long()], 1),
+                position_ids=behind + torch.arange(longest - 1, device=device),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+            rest = logits.float().log_softmax(-1).gather(2, padded[:, 1:, None]).squeeze(2).double()
+            total += torch.where(given[:, 1:], rest, 0.0).sum(1)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "the judge's device is out of memory; lower detect.judge.batch_size or max_chars"
+        ) from error
+    return total.reshape(-1, k).cpu().numpy()
+
+
+def pad_left(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both int64[n, longest]; padding stands in front and has mask 0."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def judge_settings(source: str, subject: Model) -> Model:
+    """Settings of a judge model: as the examined one's, with another source."""
+    return subject.model_copy(update={"source": source, "tokenizer": None, "weights": "pretrained"})

@@ -1,0 +1,155 @@
+"""Looking at the machine before a run: versions, devices, chosen backends, disk, and traps that cost hours.
+
+What is not covered: fixing anything (each finding says how), and other nodes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from versatune_ds.engine.faults.stale_files import (
+    BUFFERS,
+    SHARED_MEMORY,
+    extension_folders,
+    locks,
+    unused_buffers,
+)
+
+PACKAGES = (
+    "versatune-ds",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "accelerate",
+    "numpy",
+    "sentencepiece",
+    "safetensors",
+    "triton",
+    "flash-attn",
+    "liger-kernel",
+)
+LOW_DISK_GB = 20.0
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    topic: str
+    text: str
+    is_problem: bool = False
+
+
+def examine(run_dir: Path) -> list[Finding]:
+    """All findings, in the order in which they are printed.
+
+    Args:
+        run_dir: folder whose file system will hold runs; the nearest existing parent is examined.
+    """
+    return [
+        *versions(),
+        *devices(),
+        *backends(),
+        disk(run_dir),
+        *jit_locks(extension_folders()),
+        *leftover_shared_memory(SHARED_MEMORY),
+        kernels_import(),
+    ]
+
+
+def versions() -> list[Finding]:
+    """Python and the packages that matter; optional ones may be absent."""
+    found = [Finding("python", sys.version.split()[0])]
+    for name in PACKAGES:
+        try:
+            found.append(Finding(name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            found.append(Finding(name, "not installed"))
+    return found
+
+
+def devices() -> list[Finding]:
+    """The accelerators torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return [Finding("accelerator", f"none; CPU with {os.cpu_count()} cores, torch {torch.__version__}")]
+    found = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        memory_gib = properties.total_memory / 2**30
+        found.append(Finding("accelerator", f"cuda:{i} {properties.name}, {memory_gib:.1f} GiB"))
+    return found
+
+
+def backends() -> list[Finding]:
+    """What `auto` would choose here, and why."""
+    import torch
+
+    from versatune_ds.config.schema import Model
+    from versatune_ds.engine.model.attention import choose_attention
+    from versatune_ds.engine.model.packed_lm import liger_problem
+    from versatune_kernels import resolve_backend
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = Model(source="-")
+    attention, no_liger = choose_attention(settings, device.type), liger_problem(settings.liger, device.type)
+    loss = resolve_backend("auto", device.type)
+    return [
+        Finding("attention", f"{attention.implementation} ({attention.reason})"),
+        Finding("loss", f"{loss.name} ({loss.reason})"),
+        Finding("liger", f"off ({no_liger})" if no_liger else "RMSNorm, SwiGLU and RoPE, as the model has"),
+    ]
+
+
+def disk(folder: Path) -> Finding:
+    """Free space where runs will be written."""
+    existing = folder.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    free_gb = shutil.disk_usage(existing).free / 1e9
+    text = f"{free_gb:.0f} GB free at {existing}"
+    if free_gb < LOW_DISK_GB:
+        return Finding(
+            "disk", f"{text}: less than {LOW_DISK_GB:.0f} GB; a checkpoint of 1B parameters takes 16", True
+        )
+    return Finding("disk", text)
+
+
+def jit_locks(folder: Path) -> list[Finding]:
+    """Locks of extension builds. One left by a killed process would make later runs wait without a word."""
+    found = []
+    for lock in locks(folder):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        text = (
+            f"{lock} is {minutes:.0f} min old; if no build is running, delete it: runs wait for it for ever"
+        )
+        found.append(Finding("jit lock", text, True))
+    return found or [Finding("jit lock", f"none in {folder}")]
+
+
+def leftover_shared_memory(folder: Path) -> list[Finding]:
+    """DeepSpeed's CPU all-reduce buffers that no process maps any more."""
+    unused = unused_buffers(folder)
+    if not unused:
+        return [Finding("shared memory", "no leftovers of killed runs")]
+    used_mib = sum(path.stat().st_blocks * 512 for path in unused) / 2**20
+    text = f"{len(unused)} buffers of killed runs use {used_mib:.0f} MiB; delete {folder / BUFFERS}"
+    return [Finding("shared memory", text, True)]
+
+
+def kernels_import() -> Finding:
+    """`kernels` is Hugging Face's package; a folder of ours must not take its name."""
+    spec = importlib.util.find_spec("kernels")
+    if spec is None:
+        return Finding("kernels", "no package of that name (optional)")
+    if spec.origin is not None and (Path(spec.origin).parent / "versatune_kernels").is_dir():
+        text = f"`import kernels` finds {spec.origin}; remove that file: it hides Hugging Face's package"
+        return Finding("kernels", text, True)
+    return Finding("kernels", "not shadowed")

@@ -1,0 +1,1 @@
+"""Held-out losses and public benchmarks of a model, compared with another."""

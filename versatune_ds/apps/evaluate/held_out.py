@@ -1,0 +1,225 @@
+"""`versatune-ds evaluate`: held-out losses of a finished model, on one rank or many.
+
+Held-out data are those of the settings, prepared with the settings' tokenizer; a model that comes with
+another vocabulary is refused. Under ZeRO-3 the model is partitioned over the ranks.
+
+What is not covered: benchmark tasks (`apps/evaluate/lm_eval.py`), what is compared how
+(`domain/evaluation.py`), and what a model may be given as (`apps/evaluate/targets.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from versatune_ds.apps.evaluate.lm_eval import check_benchmarks_can_run, run_benchmarks
+from versatune_ds.apps.evaluate.targets import resolve_target
+from versatune_ds.config.benchmarks import Benchmarks
+from versatune_ds.config.derive import with_model
+from versatune_ds.config.schema import Config
+from versatune_ds.data.cache.prepare import open_caches
+from versatune_ds.data.encode.templating import ChatEncoder, load_tokenizer
+from versatune_ds.data.plan.planner import Corpus
+from versatune_ds.domain.evaluation import Change, ModelEvaluation, compare
+from versatune_ds.domain.reference import Fingerprints
+from versatune_ds.domain.table import DomainTable
+from versatune_ds.engine.backend.build import (
+    build_for_evaluation,
+    close_process_group,
+    describe_hardware,
+    describe_versions,
+    start_process_group,
+)
+from versatune_ds.engine.evaluate import HeldOut, evaluate_samples
+from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
+from versatune_ds.engine.model.packed_lm import load_architecture
+from versatune_ds.engine.preflight import checks as preflight
+from versatune_ds.foundations import constants, distributed
+from versatune_ds.foundations.errors import ConfigError, DivergenceError, StateError
+from versatune_ds.foundations.log import get_logger
+
+log = get_logger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+class Evaluated(NamedTuple):
+    """What `run_evaluation` found."""
+
+    after: ModelEvaluation
+    before: ModelEvaluation | None
+    changes: list[Change]
+    out: Path
+    """Folder with evaluation.json."""
+
+
+def run_evaluation(
+    config: Config,
+    model: str,
+    *,
+    against: str | None = None,
+    tasks: Benchmarks | None = None,
+    out: Path | None = None,
+    config_path: Path | None = None,
+) -> Evaluated:
+    """Evaluate a model and write evaluation.json; every rank calls it.
+
+    Args:
+        config: the run's settings.
+        model: folder, run folder, checkpoint folder or hub name.
+        against: what to compare with: an evaluation.json, or a model, which is then evaluated first.
+        tasks: benchmarks to run besides.
+        out: folder to write into.
+        config_path: the settings' file, for error texts that name a command.
+
+    Raises:
+        VersaTuneError: settings, data or models cannot be used, or the two cannot be compared.
+    """
+    if tasks is not None:
+        check_benchmarks_can_run(tasks)
+    device = start_process_group()
+    before = None
+    if against is not None and Path(against).is_file():
+        before = ModelEvaluation.read(Path(against))
+    elif against is not None:
+        before, _ = evaluate_in_group(config, against, device, tasks=tasks, config_path=config_path)
+    after, folder = evaluate_in_group(config, model, device, tasks=tasks, out=out, config_path=config_path)
+    changes = [] if before is None else compare(after, before)
+    close_process_group()
+    return Evaluated(after, before, changes, folder)
+
+
+def evaluate_in_group(
+    config: Config,
+    model: str,
+    device: torch.device,
+    *,
+    tasks: Benchmarks | None = None,
+    out: Path | None = None,
+    config_path: Path | None = None,
+) -> tuple[ModelEvaluation, Path]:
+    """Evaluate one model within a process group and write evaluation.json; returns also its folder."""
+    target = resolve_target(model, config)
+    evaluation = measure(config, target.source, device, config_path)
+    if tasks is not None:
+        found = run_benchmarks(target.source, tasks, config.model, device)
+        evaluation = dataclasses.replace(
+            evaluation,
+            benchmarks=found.scores,
+            provenance={**evaluation.provenance, "benchmarks_not_run": found.not_run},
+        )
+    folder = out or target.out
+    problem: Exception | None = None
+    if distributed.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            evaluation.write(folder / constants.EVALUATION_FILE)
+        except OSError as error:
+            problem = StateError(f"{folder} cannot be written ({error.strerror}); give another --out")
+    distributed.raise_together(problem)
+    return evaluation, folder
+
+
+def measure(
+    config: Config, source: str, device: torch.device, config_path: Path | None = None
+) -> ModelEvaluation:
+    """Held-out losses of a model, sample by sample; a collective.
+
+    Args:
+        config: the run's settings: data, tokenizer, pack length, dtype, attention, DeepSpeed file.
+        source: Hugging Face folder or hub name.
+        config_path: the settings' file, for error texts that name a command.
+
+    Raises:
+        ConfigError, DataError, StateError: settings, model or data cannot be used.
+        DivergenceError: losses that are not finite.
+    """
+    start = time.perf_counter()
+    derived = with_model(config, source)
+    table = DomainTable(config.domains.names)
+    tokenizer = load_tokenizer(derived)
+    _check_vocabulary(source, derived, tokenizer)
+    caches = preflight.evaluated_caches(config, table, open_caches(derived, config_path=config_path)["eval"])
+    architecture = load_architecture(derived.model)
+    preflight.check_architecture(architecture, tokenizer, Corpus.from_caches(caches, table.names))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read
+    held_out = HeldOut(caches, config.batch.pack_len, config.evaluation.max_samples_per_domain, pad_id)
+    lacking = [name for name, cache in zip(table.names, caches, strict=True) if cache is None]
+    if lacking:
+        log.warning("not evaluated, for lack of held-out data or by choice: %s", ", ".join(lacking))
+    engine = build_for_evaluation(derived, device)
+    losses, tokens = evaluate_samples(engine, held_out)
+    del engine
+    free_memory()
+    _check_finite(source, table, caches, losses)
+    encoder = ChatEncoder.build(tokenizer, config.data.chat_template)
+    return ModelEvaluation(
+        model=source,
+        losses={name: losses[i] for i, name in enumerate(table.names) if caches[i] is not None},
+        tokens={
+            name: tokens[i].astype(np.float64) for i, name in enumerate(table.names) if caches[i] is not None
+        },
+        fingerprints=Fingerprints(
+            model=model_fingerprint(derived.model),
+            tokenizer=encoder.fingerprint,
+            data=data_fingerprint(caches, table.names),
+        ),
+        provenance={
+            **provenance(device),
+            "dtype": config.model.dtype,
+            "eval_s": round(time.perf_counter() - start, 3),
+        },
+    )
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """When, on what and with which versions something was measured."""
+    return {
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "world_size": distributed.world_size(),
+        "hardware": describe_hardware(device),
+        "versions": describe_versions(),
+    }
+
+
+def free_memory() -> None:
+    """Let go of engines that nobody holds any more: they are full of reference cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _check_vocabulary(source: str, derived: Config, tokenizer: Any) -> None:
+    """Refuse a model folder that comes with another vocabulary than the data were prepared with."""
+    folder = Path(source)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return
+    own = load_tokenizer(
+        derived.model_copy(update={"model": derived.model.model_copy(update={"tokenizer": source})})
+    )
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"{source} comes with another vocabulary ({len(own)} entries) than the tokenizer of these "
+            f"settings, {derived.model.tokenizer} ({len(tokenizer)}): its losses on these tokens would mean "
+            f"nothing. Add model.tokenizer={source} and prepare the data with it"
+        )
+
+
+def _check_finite(source: str, table: DomainTable, caches: list[Any], losses: list[np.ndarray]) -> None:
+    bad = [
+        f"{table.names[domain]} {':'.join(map(str, caches[domain].source_of(int(i))))}"
+        for domain, values in enumerate(losses)
+        for i in np.flatnonzero(~np.isfinite(values))
+    ]
+    if bad:
+        raise DivergenceError(
+            f"{source} gives losses that are not finite on {len(bad)} held-out samples "
+            f"({', '.join(bad[:3])}); its weights are damaged, or "
+            "model.dtype is too narrow for it: try model.dtype=fp32"
+        )

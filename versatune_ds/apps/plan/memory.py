@@ -1,0 +1,333 @@
+"""What a run holds in memory, in bytes, from its shape and settings. Nothing is built.
+
+Lists for one GPU: what is always held, what forward and backward add, what the optimizer step adds. The last
+two never stand together, so the peak is the first plus the larger of them. N parameters, w ranks, s bytes an
+element of `model.dtype`:
+
+    always     parameters s N (ZeRO-3: / w), master weights 4 N / w, two moments 8 N / w
+    both       gradients s N (ZeRO-2 and 3: / w)
+    forward    tensors kept for backward (`layer_activations`), gathered weights of ZeRO-3, the loss
+    step       fp32 gradients of the partition; without a fused AdamW (CPU) two more of its temporaries
+
+Buffers follow DeepSpeed 0.19.8. `Part.checked` tells what `tests/apps/test_plan_memory.py` compares with
+real small runs on CPUs, allocation by allocation; the rest is marked as a model.
+
+What is not covered: CUDA's allocator beyond a margin, liger-kernel and torch.compile (both lower the
+activations), NVMe offload, LoRA, sequence parallelism. ZeRO++'s secondary partition is an estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from versatune_ds.apps.plan.decoder import Decoder
+from versatune_ds.domain.statistics import NUM_ROWS
+from versatune_kernels.chunked import VOCAB_BLOCK
+from versatune_kernels.contract import Effort
+from versatune_kernels.sizing import chunked_rows, row_stride, triton_chunks
+
+Offload = Literal["none", "optimizer", "all"]
+Checkpointing = Literal["off", "all"] | int
+
+GIB = 2**30
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FP32, LONG, INT = 4, 8, 4
+"""Bytes of an element."""
+
+# Model, not measured: what CUDA, cuBLAS and NCCL take for themselves, and what the allocator loses to holes.
+CUDA_CONTEXT_BYTES = int(1.5 * GIB)
+FRAGMENTATION = 0.06
+# Measured 2026-11-20 on 2 CPU cores: a rank with a tiny model holds 0.6 GiB in RAM; CUDA's libraries and
+# pinned batches add to it (model).
+HOST_PROCESS_BYTES = int(3.0 * GIB)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroBuffers:
+    """DeepSpeed's sizes, in elements; defaults are DeepSpeed's."""
+
+    reduce_bucket: int = 500_000_000
+    prefetch_bucket: int = 50_000_000
+    persistence_threshold: int = 100_000
+    max_live: int = 1_000_000_000
+    sub_group: int = 1_000_000_000
+    hpz_ranks: int = 1
+    """ZeRO++: ranks that share a secondary copy of the parameters; 1: none."""
+
+    @classmethod
+    def from_settings(cls, zero: dict[str, Any]) -> ZeroBuffers:
+        """Of a `zero_optimization` section."""
+        keys = {
+            "reduce_bucket": "reduce_bucket_size",
+            "prefetch_bucket": "stage3_prefetch_bucket_size",
+            "persistence_threshold": "stage3_param_persistence_threshold",
+            "max_live": "stage3_max_live_parameters",
+            "sub_group": "sub_group_size",
+            "hpz_ranks": "zero_hpz_partition_size",
+        }
+        given = {name: zero[key] for name, key in keys.items() if isinstance(zero.get(key), int | float)}
+        return cls(**{name: int(size) for name, size in given.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Settings that memory and time depend on."""
+
+    gpus: int
+    zero_stage: int = 3
+    dtype: str = "bf16"
+    pack_len: int = 8192
+    packs_per_step: int = 128
+    checkpointing: Checkpointing = "off"
+    offload: Offload = "none"
+    buffers: ZeroBuffers = ZeroBuffers()
+    supervised: float = 0.5
+    """Share of positions with a label."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """cpu: as the tests run: chunked loss, sdpa with a mask, an AdamW that is not fused."""
+
+    @property
+    def element(self) -> int:
+        """Bytes of an element in `dtype`."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def packs_per_gpu(self) -> int:
+        """Micro-batches of a step on one GPU."""
+        return self.packs_per_step // self.gpus
+
+    @property
+    def accumulates(self) -> bool:
+        """True if gradients outlive a micro-batch."""
+        return self.packs_per_gpu > 1
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share the optimizer state."""
+        return self.gpus if self.zero_stage else 1
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Master weights and moments in host memory."""
+        return self.offload != "none"
+
+
+def read_offload(zero: dict[str, Any]) -> Offload:
+    """What a `zero_optimization` section offloads."""
+
+    def is_on(key: str) -> bool:
+        return (zero.get(key) or {}).get("device", "none") != "none"
+
+    if is_on("offload_param"):
+        return "all"
+    return "optimizer" if is_on("offload_optimizer") else "none"
+
+
+class Part(NamedTuple):
+    """One line of a memory plan."""
+
+    name: str
+    bytes: int
+    checked: bool
+    """Compared with measured memory on CPUs; else a model."""
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes on one GPU, and in host memory per rank."""
+
+    held: tuple[Part, ...]
+    forward_backward: tuple[Part, ...]
+    optimizer_step: tuple[Part, ...]
+    margin: tuple[Part, ...]
+    host: tuple[Part, ...]
+
+    @property
+    def tensors(self) -> int:
+        """Peak of tensors on the GPU."""
+        return total(self.held) + max(total(self.forward_backward), total(self.optimizer_step))
+
+    @property
+    def peak(self) -> int:
+        """What the GPU must have."""
+        return self.tensors + total(self.margin)
+
+
+def total(parts: tuple[Part, ...]) -> int:
+    """Bytes of all parts."""
+    return sum(part.bytes for part in parts)
+
+
+def memory_plan(shape: Decoder, setup: Setup) -> MemoryPlan:
+    """Memory of a run.
+
+    Args:
+        shape: the model.
+        setup: the settings; `packs_per_step` is a multiple of `gpus`.
+    """
+    held, gradients, step, host = _states(shape, setup)
+    work = (*_activations(shape, setup), *_gathered(shape, setup), *_loss(shape, setup))
+    forward, step = (*gradients, *work), (*gradients, *step)
+    tensors = total(held) + max(total(forward), total(step))
+    margin: tuple[Part, ...] = ()
+    if setup.device == "cuda":
+        margin = (
+            Part("CUDA context and NCCL", CUDA_CONTEXT_BYTES, False),
+            Part(f"fragmentation, {FRAGMENTATION:.0%}", int(FRAGMENTATION * tensors), False),
+        )
+        host = (*host, Part("process, libraries, loader", HOST_PROCESS_BYTES, False))
+    return MemoryPlan(held, forward, step, margin, host)
+
+
+def layer_activations(shape: Decoder, setup: Setup) -> int:
+    """Bytes that one layer keeps for backward when nothing is recomputed.
+
+    Per token: two norms (the input in fp32, the normalised one and the scaled one in `dtype`), q, k, v and
+    the attention output, and gate, activated gate, up and their product of the MLP. Beside them one fp32
+    number per norm, and per head for attention.
+    """
+    s = setup.element
+    norm = shape.hidden * (FP32 + 2 * s)
+    attention = 2 * (shape.query_width + shape.kv_width) * s
+    mlp = 4 * shape.mlp * s
+    rest = FP32 * (2 + shape.heads)
+    if shape.family == "qwen3":  # norms of every head of q and k
+        rest += (shape.query_width + shape.kv_width) * (FP32 + s) + FP32 * (shape.heads + shape.kv_heads)
+    return setup.pack_len * (2 * norm + attention + mlp + rest)
+
+
+def recomputed_layers(layers: int, policy: Checkpointing) -> int:
+    """Layers whose activations are recomputed: none, all, or every n-th from the first."""
+    if policy == "off":
+        return 0
+    return layers if policy == "all" else math.ceil(layers / int(policy))
+
+
+def saved_activations(shape: Decoder, setup: Setup) -> int:
+    """Bytes that the layers and the last norm keep for backward, after a whole forward."""
+    s, tokens = setup.element, setup.pack_len
+    recomputed = recomputed_layers(shape.layers, setup.checkpointing)
+    kept = (shape.layers - recomputed) * layer_activations(shape, setup)
+    inputs = recomputed * tokens * shape.hidden * s
+    last_norm = tokens * (shape.hidden * (FP32 + s) + FP32)
+    rotary = 2 * shape.head_size * tokens * s
+    return kept + inputs + last_norm + rotary
+
+
+def _activations(shape: Decoder, setup: Setup) -> tuple[Part, ...]:
+    """Saved tensors, the layer in backward, and the batch."""
+    tokens, s = setup.pack_len, setup.element
+    parts = [Part("activations kept for backward", saved_activations(shape, setup), True)]
+    recomputes = setup.checkpointing != "off"
+    # In backward: gradients of the MLP's product, its two factors and the hidden states around it.
+    working = tokens * s * (3 * shape.mlp + 2 * shape.hidden)
+    if recomputes:
+        working += layer_activations(shape, setup)
+    # The layer's own work stands against the loss's: they are not there at the same time.
+    beyond_loss = max(0, working - total(_loss(shape, setup)))
+    if beyond_loss:
+        name = "one layer recomputed, and its backward" if recomputes else "backward of one layer"
+        parts.append(Part(f"{name}, beyond the loss buffer", beyond_loss, False))
+    batch = tokens * (3 * LONG + 2 * INT)
+    mask = tokens * tokens if setup.device == "cpu" else 0  # bool, block-diagonal
+    parts.append(Part("batch", batch + mask, True))
+    return tuple(parts)
+
+
+def _loss(shape: Decoder, setup: Setup) -> tuple[Part, ...]:
+    """Logits of a chunk and the gradients that the fused loss computes in its forward pass."""
+    tokens, s, width, vocab = setup.pack_len, setup.element, shape.hidden, shape.vocab
+    labels = max(1, round(setup.supervised * tokens))
+    effort = Effort(True, True, 0, 0, "fp32")
+    if setup.device == "cuda":
+        rows, fp32_sum = triton_chunks(effort, labels, width, vocab, DTYPES[setup.dtype])
+        gradient = FP32 if setup.dtype == "fp16" else s
+        logits = min(rows, labels) * row_stride(vocab) * FP32
+        weight = vocab * width * (FP32 if fp32_sum else gradient)
+        rounded = vocab * width * gradient if fp32_sum and gradient != FP32 else 0
+        hidden = tokens * width * gradient + min(rows, labels) * width * 2 * s
+        return (
+            Part("loss: logits of a chunk", max(logits, rounded), False),
+            Part("loss: gradients of head and hidden states", weight + hidden, False),
+        )
+    rows = min(chunked_rows(effort, labels, width, vocab, s), labels)
+    logits = rows * vocab * (FP32 + (s if s < FP32 else 0))
+    block = min(vocab, VOCAB_BLOCK) * width * FP32 if s < FP32 else 0
+    weight = vocab * width * (FP32 + (s if s < FP32 else 0))
+    hidden = tokens * width * FP32 + 2 * rows * width * FP32
+    return (
+        Part("loss: logits of a chunk", logits + block, True),
+        Part("loss: gradients of head and hidden states", weight + hidden, True),
+    )
+
+
+def _gathered(shape: Decoder, setup: Setup) -> tuple[Part, ...]:
+    """Whole weights that ZeRO-3 holds for a while."""
+    if setup.zero_stage < 3:
+        return ()
+    prefetch = setup.buffers.prefetch_bucket
+    largest = max(shape.head_parameters, shape.layer_parameters)
+    live = min(shape.parameters, max(setup.buffers.max_live, largest + prefetch))
+    return (Part("gathered parameters (ZeRO-3)", live * setup.element, True),)
+
+
+def _states(
+    shape: Decoder, setup: Setup
+) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
+    """(always held on the GPU, gradients of a step, added by the optimizer step, held in host memory)."""
+    n, s, stage, buffers = shape.parameters, setup.element, setup.zero_stage, setup.buffers
+    shard = math.ceil(n / setup.shards)
+    largest = shape.head_parameters
+    held: list[Part] = []
+    host: list[Part] = []
+    parameters = Part("parameters", (shard if stage == 3 else n) * s, True)
+    (host if setup.offload == "all" and stage == 3 else held).append(parameters)
+    if stage == 3:
+        small = [size for size in _vectors(shape) if size < buffers.persistence_threshold]
+        held.append(Part("parameters kept whole (small ones)", sum(small) * s, True))
+        if buffers.hpz_ranks > 1:
+            held.append(Part("parameters, secondary copy (ZeRO++)", n * s // buffers.hpz_ranks, False))
+    states = [Part("moments", shard * 2 * FP32, True)]
+    if stage:
+        states.insert(0, Part("master weights", shard * FP32, True))
+    (host if setup.offloads_optimizer else held).extend(states)
+    if stage in (1, 2):
+        held.append(Part("gradient of the largest weight, still referenced", largest * s, True))
+    gradients = Part("gradients", (shard if stage >= 2 else n) * s, True)
+    step: list[Part] = []
+    of_step: list[Part] = []
+    if setup.offloads_optimizer:
+        accumulated = shard * s if stage == 3 or setup.accumulates else 0
+        rounded = shard * s if stage < 3 else 0
+        host.append(Part("gradients", shard * FP32 + accumulated + rounded, True))
+        if stage < 3:
+            held.append(Part("staging of gradients", 2 * largest * s, True))
+    elif stage == 3:
+        held.append(gradients)  # one flat buffer for the whole run
+    else:
+        of_step.append(gradients)
+    if stage >= 2:
+        bucket = buffers.reduce_bucket if stage == 3 else min(buffers.reduce_bucket, n)
+        held.append(Part("communication bucket", bucket * s, True))
+    held.append(Part("statistics", NUM_ROWS * 8 * 64, True))
+    if stage and not setup.offloads_optimizer:
+        one_group = min(shard, buffers.sub_group) if stage == 3 else shard
+        step.append(Part("fp32 gradients of the partition", one_group * FP32, True))
+        if setup.device == "cpu":
+            step.append(Part("temporaries of AdamW", one_group * 2 * FP32, True))
+    return tuple(held), tuple(of_step), tuple(step), tuple(host)
+
+
+def _vectors(shape: Decoder) -> list[int]:
+    """Sizes of the norms and biases."""
+    per_layer = [shape.hidden, shape.hidden]
+    if shape.family == "qwen2":
+        per_layer += [shape.query_width, shape.kv_width, shape.kv_width]
+    elif shape.attention_biases:
+        per_layer += [shape.query_width, shape.kv_width, shape.kv_width, shape.hidden]
+    if shape.family == "qwen3":
+        per_layer += [shape.head_size, shape.head_size]
+    return per_layer * shape.layers + [shape.hidden]

@@ -1,0 +1,135 @@
+"""Settings of a study: many runs that differ in how they weigh domains, from one base model.
+
+A study file names a corpus, a small model, the mixture it is pre-trained on, the settings that all runs
+share, and one *arm* per strategy. Every arm is trained with every seed on the same number of tokens. Sections
+of a run (`data`, `weights`, ...) are plain mappings here and are validated as a whole run
+(`config/schema.py`) once an arm and a seed are filled in. In their texts `{corpus}` stands for the corpus
+folder.
+
+What is not covered: the meaning of a run's settings, and which runs depend on which (`apps/study/jobs.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from versatune_ds.config.load import load_settings
+from versatune_ds.config.schema import Section, require_shares
+
+Sections = dict[str, Any]
+"""Sections of a run by name, each a mapping of its settings."""
+
+OWNED_BY_STUDY = ("run", "model", "domains.initial", "weights.reference")
+"""Settings that the study itself fills in; an arm may set `domains.initial`."""
+
+
+class StudyModel(Section):
+    """The model that is made for the study, a Llama."""
+
+    vocab_size: int = Field(8192, ge=512)
+    """Entries of the tokenizer that is trained on the corpus. The sample brings its own tokenizer."""
+    dtype: Literal["bf16", "fp32"] = "fp32"
+    """Compute precision of all runs."""
+    shape: dict[str, int] = Field(default_factory=dict)
+    """Keys of a LlamaConfig that replace those of the shipped 4-layer shape of hidden size 128."""
+
+
+class Pretraining(Section):
+    """How the base model comes to know more of some domains than of others."""
+
+    mixture: dict[str, float]
+    """Share of every domain: the base model's knowledge distribution, which fine-tuning starts from."""
+    seed: int = Field(0, ge=0)
+    """Seed of initialisation and sample order."""
+    settings: Sections = Field(default_factory=dict)
+    """Sections that differ from `settings` of the study, for example `train` and `optimizer`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Pretraining:
+        require_shares(self.mixture, "pretraining.mixture")
+        return self
+
+
+class Expansion(Section):
+    """Arms that grow one domain, compared with each other."""
+
+    target: str
+    """The domain to grow."""
+    arms: list[str] = Field(min_length=1)
+    """Names of arms."""
+
+
+class Tuning(Section):
+    """A search for a better setting; the winner is trained again with the seeds of the study."""
+
+    seeds: list[int] = Field(min_length=1)
+    """Seeds for choosing; none of them is a seed of the study."""
+    arms: dict[str, Sections] = Field(min_length=1)
+    """Candidates by name; the one whose held-out loss changes best, averaged over domains and
+    seeds, wins."""
+
+
+class Study(Section):
+    """A whole study."""
+
+    dir: Path
+    """Folder of the study: model, cache, all runs, results."""
+    corpus: Literal["sample"] | Path
+    """Folder with raw files, or the shipped sample. VERSATUNE_CORPUS, where set, names another folder."""
+    workers: int = Field(2, ge=1)
+    """Runs trained at the same time, each a process of one rank; on GPUs one a device."""
+    seeds: list[int] = Field(min_length=1)
+    """Seeds of sample order; every arm is trained with each."""
+    model: StudyModel = StudyModel()
+    pretraining: Pretraining
+    reference_seed: int = Field(0, ge=0)
+    """Seed of the single-domain runs whose lowest held-out losses are the reference losses."""
+    reference_evaluations: int = Field(4, ge=1)
+    """How often such a run is evaluated."""
+    settings: Sections
+    """Sections of a run that all fine-tuning runs share."""
+    baselines: list[str] = Field(min_length=1)
+    """Arms that the others are compared with; the first one also domain by domain."""
+    arms: dict[str, Sections] = Field(min_length=1)
+    """Arm name -> the sections in which it differs."""
+    expansions: list[Expansion] = Field(default_factory=list)
+    """Arms that are judged by their target and by what the other domains lose."""
+    tuning: Tuning | None = None
+    """Search for a better setting beside the arms; None: none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Study:
+        candidates = self.tuning.arms if self.tuning else {}
+        for name in (*self.arms, *candidates):
+            if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+                raise ValueError(f"arm {name!r}: use letters, digits, '_', '-' and '.'")
+        if both := sorted(self.arms.keys() & candidates):
+            raise ValueError(f"tuning.arms repeats {both[0]} of arms; give it another name")
+        if self.tuning and (shared := sorted(set(self.seeds) & set(self.tuning.seeds))):
+            raise ValueError(f"seed {shared[0]} is in seeds and in tuning.seeds; confirm on fresh seeds")
+        for seeds in (self.seeds, self.tuning.seeds if self.tuning else []):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"seeds repeat: {seeds}")
+        if unknown := [name for name in self.baselines if name not in self.arms]:
+            raise ValueError(f"baselines: {unknown[0]!r} is no arm; arms: {list(self.arms)}")
+        for expansion in self.expansions:
+            if unknown := [name for name in expansion.arms if name not in self.arms]:
+                raise ValueError(f"expansions: {unknown[0]!r} is no arm; arms: {list(self.arms)}")
+        names = self.settings.get("domains", {}).get("names", [])
+        if set(names) != set(self.pretraining.mixture):
+            raise ValueError(
+                f"pretraining.mixture names {sorted(self.pretraining.mixture)}, domains.names {sorted(names)}"
+            )
+        return self
+
+
+def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
+    """Read and validate a study file; `overrides` as for a run, e.g. `workers=4` or `seeds=[1,2]`.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a setting is unknown or invalid.
+    """
+    return load_settings(Study, path, overrides or [])

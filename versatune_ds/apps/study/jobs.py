@@ -1,0 +1,190 @@
+"""From a study's settings to its runs: pure functions, one complete `Config` per run.
+
+    base        one run that makes the base model from random weights, on the skewed mixture
+    reference   one run a domain, on that domain alone: its lowest held-out loss is the reference loss
+    arms        every arm with every seed, from the base model, all on the same number of tokens
+    tuning      candidates with the tuning seeds; the best one then runs with the seeds of the study
+
+Runs of one line do not depend on each other. Fine-tuning starts from the mixture that the base model was
+pre-trained on, which stands in for a detected knowledge distribution.
+
+What is not covered: training (`apps/study/run.py`), and what the losses amount to
+(`apps/study/results.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from versatune_ds.apps.study.config import OWNED_BY_STUDY, Sections, Study
+from versatune_ds.config.load import validate_config
+from versatune_ds.config.schema import Config
+from versatune_ds.foundations.constants import EXPORT_DIR
+from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.foundations.files import canonical_hash
+
+Kind = Literal["base", "reference", "arm", "tuning", "confirm"]
+BASE_RUN = "base"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study."""
+
+    kind: Kind
+    arm: str
+    """Name of the arm; of a reference run its domain."""
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Name of the run folder."""
+        return self.config.run.dir.name
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps."""
+        assert self.config.train.max_steps is not None
+        return self.config.train.max_steps
+
+    def fingerprint(self, origin: str) -> str:
+        """Hash of all settings and of `origin`, what else decides the result (data, base model)."""
+        return canonical_hash([origin, self.config.model_dump(mode="json")])
+
+
+class StudyPlan:
+    """Makes the jobs of a study.
+
+    Args:
+        study: its settings.
+        corpus: folder that `{corpus}` stands for.
+        model_folder: tokenizer and config.json of the model.
+    """
+
+    def __init__(self, study: Study, corpus: Path, model_folder: Path) -> None:
+        self.study = study
+        self._model_folder = model_folder
+        self._settings = json.loads(json.dumps(study.settings).replace("{corpus}", str(corpus)))
+        _refuse_owned(study)
+
+    @property
+    def domains(self) -> list[str]:
+        """Domain names in table order."""
+        return list(self._settings["domains"]["names"])
+
+    def base(self) -> Job:
+        """The run that makes the base model."""
+        settings = self.study.pretraining
+        layers: list[Sections] = [
+            {"domains": {"initial": settings.mixture}, "weights": {"strategy": "constant"}},
+            settings.settings,
+            {"checkpoint": {"export_at_end": True}},
+        ]
+        model = {"source": str(self._model_folder), "weights": "random"}
+        return self._job("base", BASE_RUN, settings.seed, BASE_RUN, model, layers)
+
+    def references(self) -> list[Job]:
+        """One single-domain run a domain."""
+        jobs = []
+        for name in self.domains:
+            alone = {other: float(other == name) for other in self.domains}
+            every = max(1, self._max_steps() // self.study.reference_evaluations)
+            layers: list[Sections] = [
+                {"domains": {"initial": alone, "min_weight": 0.0}, "weights": {"strategy": "constant"}},
+                {"evaluation": {"every_n_steps": every}},
+            ]
+            jobs.append(self._tune("reference", name, self.study.reference_seed, layers))
+        return jobs
+
+    def arms(self, reference: Mapping[str, float]) -> list[Job]:
+        """Every arm with every seed, seeds first, so that a part of the study is comparable too."""
+        return [
+            self._tune("arm", arm, seed, [self._weights(reference), sections])
+            for seed in self.study.seeds
+            for arm, sections in self.study.arms.items()
+        ]
+
+    def tuning(self, reference: Mapping[str, float]) -> list[Job]:
+        """Candidates with the tuning seeds."""
+        if self.study.tuning is None:
+            return []
+        return [
+            self._tune("tuning", arm, seed, [self._weights(reference), sections])
+            for seed in self.study.tuning.seeds
+            for arm, sections in self.study.tuning.arms.items()
+        ]
+
+    def confirmation(self, reference: Mapping[str, float], winner: str) -> list[Job]:
+        """The winner of the tuning with the seeds of the study, on which nothing was chosen."""
+        assert self.study.tuning is not None
+        sections = self.study.tuning.arms[winner]
+        return [
+            self._tune("confirm", winner, seed, [self._weights(reference), sections])
+            for seed in self.study.seeds
+        ]
+
+    def check(self) -> int:
+        """Validate every run before the first one is trained; returns how many there are.
+
+        Raises:
+            ConfigError: an arm is not a valid run.
+        """
+        self._max_steps()
+        unknown = dict.fromkeys(self.domains, 1.0)
+        jobs = [self.base(), *self.references(), *self.arms(unknown), *self.tuning(unknown)]
+        for expansion in self.study.expansions:
+            if expansion.target not in self.domains:
+                raise ConfigError(f"expansions: {expansion.target!r} is no domain; domains: {self.domains}")
+        return len(jobs) + (len(self.study.seeds) if self.study.tuning else 0)
+
+    def _tune(self, kind: Kind, arm: str, seed: int, layers: Sequence[Sections]) -> Job:
+        model = {"source": str(self.study.dir / "runs" / BASE_RUN / EXPORT_DIR)}
+        mixture: Sections = {"domains": {"initial": self.study.pretraining.mixture}}
+        prefix = "reference_" if kind == "reference" else ""
+        name = f"{prefix}{arm}_seed-{seed}"
+        return self._job(kind, arm, seed, name, model, [mixture, *layers])
+
+    def _job(
+        self, kind: Kind, arm: str, seed: int, name: str, model: Mapping[str, str], layers: Sequence[Sections]
+    ) -> Job:
+        own: Sections = {
+            "run": {"dir": str(self.study.dir / "runs" / name), "seed": seed},
+            "model": {"tokenizer": str(self._model_folder), "dtype": self.study.model.dtype, **model},
+            "data": {"cache_dir": str(self.study.dir / "cache")},
+            "evaluation": {"every_n_steps": self._max_steps(layers)},
+            "checkpoint": {"export_at_end": False},
+        }
+        raw = merge([own, self._settings, *layers])
+        return Job(kind, arm, seed, validate_config(raw, f"study: run {name}"))
+
+    def _weights(self, reference: Mapping[str, float]) -> Sections:
+        return {"weights": {"reference": dict(reference)}}
+
+    def _max_steps(self, layers: Sequence[Sections] = ()) -> int:
+        steps = merge([self._settings, *layers]).get("train", {}).get("max_steps")
+        if not isinstance(steps, int):
+            raise ConfigError("study: settings.train.max_steps is needed: arms are compared at equal tokens")
+        return steps
+
+
+def merge(layers: Sequence[Sections]) -> Sections:
+    """Sections key by key, later layers win; values below a key (a mapping by domain, say) are not mixed."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for section, values in layer.items():
+            both = isinstance(values, dict) and isinstance(merged.get(section), dict)
+            merged[section] = {**merged[section], **values} if both else values
+    return merged
+
+
+def _refuse_owned(study: Study) -> None:
+    for setting in OWNED_BY_STUDY:
+        section, _, key = setting.partition(".")
+        found = study.settings.get(section)
+        if found is not None and (not key or key in found):
+            raise ConfigError(f"study: settings.{setting} is filled in by the study; remove it")

@@ -1,0 +1,286 @@
+"""What the runs of a study amount to: losses by domain, changes, paired differences, confidence intervals.
+
+Losses are held-out nats per supervised token, l(d) of domain d. For a run from a base model with losses b(d):
+
+    change(d)      l(d) / b(d) - 1: negative is better
+    mean change    unweighted mean of change(d) over all domains: every domain counts the same
+    against        mean change minus that of a baseline arm *with the same seed*
+    gamma          (b(d) - lref(d)) / b(d), what the base model can learn by held-out losses
+    forgetting     mean over the domains other than a target of max(change(d), 0)
+
+Intervals are 95 % t intervals of the mean over seeds; differences are taken seed by seed first. With five
+seeds they say how much the order of samples matters, not how another corpus or model would behave.
+
+What is not covered: training (`apps/study/run.py`), pages and pictures (`study_page`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from versatune_ds.foundations import constants
+from versatune_ds.foundations.errors import StateError
+
+Array = npt.NDArray[np.float64]
+
+# 0.975 quantiles of Student's t for 1 .. 30 degrees of freedom; beyond that the normal distribution's.
+T_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+NORMAL_975 = 1.960
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """One finished run. Mappings are by domain."""
+
+    kind: str
+    arm: str
+    seed: int
+    before: Mapping[str, float]
+    """Held-out losses before the first step."""
+    after: Mapping[str, float]
+    """Held-out losses after the last step."""
+    lowest: Mapping[str, float]
+    """Lowest held-out losses of all evaluations after step 0."""
+    token_shares: Mapping[str, float]
+    """Share of all tokens that the run was trained on."""
+    tokens: int
+    """Tokens trained on, without padding."""
+    updates: list[dict[str, Any]]
+    """Lines of weights.jsonl, the initial one first."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and the half width of its 95 % interval; None with fewer than two seeds."""
+
+    mean: float
+    half_width: float | None
+
+    def to_json(self) -> dict[str, float | None]:
+        """As plain numbers."""
+        return {"mean": self.mean, "half_width": self.half_width}
+
+
+def read_result(folder: Path, kind: str, arm: str, seed: int, total_steps: int) -> RunResult:
+    """Read a finished run.
+
+    Raises:
+        StateError: a file is missing, or the run did not reach `total_steps`.
+    """
+    evaluations = _lines(folder / constants.EVAL_FILE)
+    steps = [line["step"] for line in evaluations]
+    if not steps or steps[0] != 0 or steps[-1] != total_steps:
+        raise StateError(
+            f"{folder}: evaluated after the steps {steps}; expected 0 .. {total_steps}. Remove the folder "
+            "and start the study again"
+        )
+    metrics = _lines(folder / constants.METRICS_FILE)
+    names = list(evaluations[0]["domain_loss"])
+    later = evaluations[1:]
+    return RunResult(
+        kind=kind,
+        arm=arm,
+        seed=seed,
+        before=evaluations[0]["domain_loss"],
+        after=evaluations[-1]["domain_loss"],
+        lowest={name: min(line["domain_loss"][name] for line in later) for name in names},
+        token_shares=metrics[-1]["cumulative_shares"]["tokens"],
+        tokens=sum(line["real_tokens"] for line in metrics),
+        updates=_lines(folder / constants.WEIGHTS_FILE),
+    )
+
+
+def last_evaluation(folder: Path) -> tuple[int, float]:
+    """Step of the last evaluation and its mean loss over domains; step -1 when there is none."""
+    path = folder / constants.EVAL_FILE
+    lines = _lines(path) if path.is_file() else []
+    if not lines:
+        return -1, math.nan
+    return int(lines[-1]["step"]), float(np.mean(list(lines[-1]["domain_loss"].values())))
+
+
+def reference_losses(runs: Sequence[RunResult]) -> dict[str, float]:
+    """Reference loss of every domain: the lowest held-out loss of the run on that domain alone."""
+    return {run.arm: float(run.lowest[run.arm]) for run in runs}
+
+
+def mean_change(run: RunResult) -> float:
+    """Unweighted mean over domains of the relative change of the held-out loss."""
+    return float(changes(run, list(run.after)).mean())
+
+
+def changes(run: RunResult, names: Sequence[str]) -> Array:
+    """float64[k]: relative change of each domain's held-out loss from the base model."""
+    before, after = (np.array([losses[name] for name in names]) for losses in (run.before, run.after))
+    return after / before - 1.0
+
+
+def interval(values: Sequence[float] | Array) -> Interval:
+    """Mean and 95 % t interval of independent values, one a seed."""
+    array = np.asarray(values, dtype=np.float64)
+    n = len(array)
+    if n < 2:
+        return Interval(float(array.mean()), None)
+    quantile = T_975[n - 2] if n - 2 < len(T_975) else NORMAL_975
+    return Interval(float(array.mean()), float(quantile * array.std(ddof=1) / math.sqrt(n)))
+
+
+def by_arm(runs: Sequence[RunResult]) -> dict[str, dict[int, RunResult]]:
+    """Runs by arm and seed, arms in order of appearance."""
+    found: dict[str, dict[int, RunResult]] = {}
+    for run in runs:
+        found.setdefault(run.arm, {})[run.seed] = run
+    return found
+
+
+def arm_summary(
+    runs: Mapping[int, RunResult],
+    baselines: Mapping[str, Mapping[int, RunResult]],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Numbers of one arm: all intervals are over its seeds, differences from `baselines` seed by seed."""
+    seeds = sorted(runs)
+    change = np.array([changes(runs[seed], names) for seed in seeds])
+    loss = np.array([[runs[seed].after[name] for name in names] for seed in seeds])
+    summary: dict[str, Any] = {
+        "seeds": seeds,
+        "mean_change": interval(change.mean(axis=1)).to_json(),
+        "domain_change": {name: interval(change[:, j]).to_json() for j, name in enumerate(names)},
+        "domain_loss": {name: interval(loss[:, j]).to_json() for j, name in enumerate(names)},
+        "token_shares": _mean_by_name([runs[seed].token_shares for seed in seeds], names),
+        "tokens": interval([runs[seed].tokens for seed in seeds]).to_json(),
+        "weights": weight_summary([runs[seed] for seed in seeds], names),
+        "against": {},
+    }
+    for name, baseline in baselines.items():
+        shared = [seed for seed in seeds if seed in baseline]
+        if not shared:
+            continue
+        other = np.array([changes(baseline[seed], names) for seed in shared])
+        mine = np.array([changes(runs[seed], names) for seed in shared])
+        summary["against"][name] = {
+            "mean_change": interval((mine - other).mean(axis=1)).to_json(),
+            "domain_change": {
+                domain: interval(mine[:, j] - other[:, j]).to_json() for j, domain in enumerate(names)
+            },
+        }
+    return summary
+
+
+def expansion_summary(runs: Mapping[int, RunResult], target: str, names: Sequence[str]) -> dict[str, Any]:
+    """Gain in the target and loss in the other domains, with intervals over seeds."""
+    seeds = sorted(runs)
+    change = np.array([changes(runs[seed], names) for seed in seeds])
+    j = list(names).index(target)
+    others = np.delete(change, j, axis=1)
+    return {
+        "target_share": _mean_by_name([runs[seed].token_shares for seed in seeds], names)[target],
+        "target_change": interval(change[:, j]).to_json(),
+        "others_change": interval(others.mean(axis=1)).to_json(),
+        "forgetting": interval(np.maximum(others, 0.0).mean(axis=1)).to_json(),
+        "worst_other": interval(others.max(axis=1)).to_json(),
+        "domain_change": {name: interval(change[:, i]).to_json() for i, name in enumerate(names)},
+    }
+
+
+def weight_summary(runs: Sequence[RunResult], names: Sequence[str]) -> dict[str, Any]:
+    """Why weights moved as they did: paths, gamma and phi, noise of the losses, gates.
+
+    `moved` is the total variation distance (half the sum of absolute differences) between the first and the
+    last weights. `noise` is the mean standard error of a window's loss over that loss. `rises` is the share
+    of all measured pairs of windows in which a loss rose, `phi` the mean forgetting degree.
+    """
+    paths = np.array([[_row(line["after"], names) for line in run.updates] for run in runs])
+    updates = [line for run in runs for line in run.updates if line["step"] > 0]
+    first, last = paths[:, 0], paths[:, -1]
+    gates = [line["gate_open"] for line in updates if line["gate_open"] is not None]
+    gamma = np.array([_row(line["gamma"], names) for line in updates]).reshape(-1, len(names))
+    losses = np.array([_row(line["losses"], names) for line in updates]).reshape(-1, len(names))
+    stderr = np.array([_row(line["stderr"], names) for line in updates]).reshape(-1, len(names))
+    later = [line for run in runs for line in run.updates[2:]]
+    phi = np.array([_row(line["phi"], names) for line in later]).reshape(-1, len(names))
+    alarms: dict[str, int] = {}
+    for line in updates:
+        for text in line["alarms"]:
+            key = text.split(":")[0]
+            alarms[key] = alarms.get(key, 0) + 1
+    return {
+        "steps": [line["step"] for line in runs[0].updates],
+        "paths": {name: paths[:, :, j].mean(axis=0).tolist() for j, name in enumerate(names)},
+        "initial": dict(zip(names, first.mean(axis=0).tolist(), strict=True)),
+        "final": dict(zip(names, last.mean(axis=0).tolist(), strict=True)),
+        "moved": float(0.5 * np.abs(last - first).sum(axis=1).mean()),
+        "gamma": dict(zip(names, _nan_mean(gamma), strict=True)),
+        "phi": dict(zip(names, _nan_mean(phi), strict=True)),
+        "rises": None if not len(phi) else float((phi > 0).mean()),
+        "noise": dict(zip(names, _nan_mean(stderr / losses), strict=True)),
+        "gate_open": None if not gates else float(np.mean(gates)),
+        "updates": len(updates) // len(runs),
+        "alarms": alarms,
+    }
+
+
+def summarise(
+    *,
+    reference: Mapping[str, float],
+    arms: Sequence[RunResult],
+    tuning: Sequence[RunResult],
+    confirmed: Sequence[RunResult],
+    names: Sequence[str],
+    baselines: Sequence[str],
+    expansions: Sequence[tuple[str, Sequence[str]]],
+) -> dict[str, Any]:
+    """All numbers of a study as plain JSON; `expansions` are targets with the names of their arms."""
+    found = by_arm(arms)
+    against = {name: found[name] for name in baselines}
+    before = dict(next(iter(against[baselines[0]].values())).before)
+    candidates = by_arm(tuning)
+    return {
+        "domains": list(names),
+        "baselines": list(baselines),
+        "base_loss": before,
+        "reference": dict(reference),
+        "gamma": {name: (before[name] - reference[name]) / before[name] for name in names},
+        "arms": {arm: arm_summary(runs, against, names) for arm, runs in found.items()},
+        "expansions": {
+            target: {arm: expansion_summary(found[arm], target, names) for arm in members}
+            for target, members in expansions
+        },
+        "tuning": {arm: arm_summary(runs, against, names) for arm, runs in candidates.items()},
+        "confirmed": {arm: arm_summary(runs, against, names) for arm, runs in by_arm(confirmed).items()},
+    }
+
+
+def _mean_by_name(values: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    return {name: float(np.mean([value[name] for value in values])) for name in names}
+
+
+def _row(values: Mapping[str, float | None], names: Sequence[str]) -> list[float]:
+    return [math.nan if values[name] is None else float(values[name] or 0.0) for name in names]
+
+
+def _nan_mean(values: Array) -> list[float | None]:
+    """Mean of each column over what is known; None where nothing is."""
+    means: list[float | None] = []
+    for column in values.T:
+        known = column[np.isfinite(column)]
+        means.append(float(known.mean()) if len(known) else None)
+    return means
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise StateError(f"{path} is missing; remove {path.parent} and start the study again")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

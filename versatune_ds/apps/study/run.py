@@ -1,0 +1,387 @@
+"""Running a study: the trainer itself, in worker processes that train one run after another.
+
+    model folder and data made -> every run's settings checked -> base -> reference -> arms and tuning
+    -> the winner of the tuning on the seeds of the study -> results written
+
+A worker is a process of one rank; it starts once and trains many runs with `engine.train.train_in_group`, so
+that imports are paid once. A finished run leaves `finished.json` with the hash of everything that decides its
+result; the next start of the study keeps it when the hash is the same and trains it again when not. Workers
+write what runs print into `workers/*.log`.
+
+What is not covered: which runs there are (`apps/study/jobs.py`), tables and pictures
+(`apps/study/page.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from versatune_ds.apps.sample import llama_config, strings_in, train_tokenizer, unpack_sample
+from versatune_ds.apps.study.config import Study
+from versatune_ds.apps.study.jobs import BASE_RUN, Job, StudyPlan
+from versatune_ds.apps.study.results import (
+    RunResult,
+    last_evaluation,
+    mean_change,
+    read_result,
+    reference_losses,
+    summarise,
+)
+from versatune_ds.data.cache.prepare import PreparedData, prepare
+from versatune_ds.data.rows.readers import decode_block, find_files, read_blocks
+from versatune_ds.engine.faults.signals import StopRequest
+from versatune_ds.foundations import constants
+from versatune_ds.foundations.errors import DataError, VersaTuneError
+from versatune_ds.foundations.files import canonical_hash, write_json_atomic
+from versatune_ds.foundations.log import get_logger, setup_logging
+from versatune_ds.observability.progress import duration
+
+log = get_logger(__name__)
+
+CORPUS_VARIABLE = "VERSATUNE_CORPUS"
+BEGUN_FILE, FINISHED_FILE = "begun.json", "finished.json"
+POLL_S = 1.0
+STOP_WAIT_S = 120.0
+
+
+class Stopped(VersaTuneError):
+    """The study was asked to stop; what is finished is kept."""
+
+
+class Outcome(NamedTuple):
+    """What a worker answers."""
+
+    name: str
+    error: str | None
+    finished: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StudyRuns:
+    """All finished runs of a study."""
+
+    reference: dict[str, float]
+    """Reference loss by domain, nats per supervised token."""
+    arms: list[RunResult]
+    tuning: list[RunResult]
+    confirmed: list[RunResult]
+    """The winner of the tuning, with the seeds of the study."""
+    domains: list[str]
+    seconds: float
+    """Wall time of this call; finished runs of earlier calls are not in it."""
+
+
+def run_study(study: Study) -> StudyRuns:
+    """Train whatever is not finished and read all results.
+
+    Raises:
+        VersaTuneError: settings or data that cannot be used, a run that failed, or a request to stop.
+    """
+    started = time.perf_counter()
+    study.dir.mkdir(parents=True, exist_ok=True)
+    plan = make_plan(study)
+    total = plan.check()
+    prepared = prepare(plan.base().config)
+    log.info("%s", prepared.table())
+    with StopRequest() as stop, Workers(study, data_fingerprint(prepared), total, stop) as workers:
+        workers.run([plan.base()])
+        reference = reference_losses(workers.run(plan.references()))
+        write_json_atomic(study.dir / "reference.json", reference_file(reference))
+        arms, tuning = plan.arms(reference), plan.tuning(reference)
+        found = workers.run([*arms, *tuning])
+        confirmed = []
+        if tuning:
+            winner = best_arm(found[len(arms) :])
+            log.info("tuning: %s has the lowest mean change; now on the seeds of the study", winner)
+            confirmed = workers.run(plan.confirmation(reference, winner))
+    return StudyRuns(
+        reference=reference,
+        arms=found[: len(arms)],
+        tuning=found[len(arms) :],
+        confirmed=confirmed,
+        domains=plan.domains,
+        seconds=time.perf_counter() - started,
+    )
+
+
+# --- what runs need -----------------------------------------------------------------------------------------
+
+
+def make_plan(study: Study) -> StudyPlan:
+    """Corpus, tokenizer and model configuration, made when they are not there yet."""
+    corpus: Any = os.environ.get(CORPUS_VARIABLE) if study.corpus != "sample" else "sample"
+    if (corpus or study.corpus) == "sample":
+        sample = study.dir / "sample"
+        unpack_sample(sample)
+        return StudyPlan(study, sample / "data", sample / "model")
+    corpus = Path(corpus or study.corpus)
+    if not corpus.is_dir():
+        raise DataError(
+            f"no folder with the corpus; set `corpus`, or {CORPUS_VARIABLE}, to the folder that the paths of "
+            "settings.data start from",
+            path=corpus,
+        )
+    folder = study.dir / "model"
+    plan = StudyPlan(study, corpus, folder)
+    wanted = canonical_hash([study.model.model_dump(), str(corpus)])
+    marker = folder / "made_for.json"
+    if not marker.is_file() or json.loads(marker.read_text()) != wanted:
+        log.info("training a tokenizer of %d entries on the training files", study.model.vocab_size)
+        vocab_size = train_tokenizer(training_texts(plan.base()), folder, study.model.vocab_size)
+        write_json_atomic(folder / "config.json", {**llama_config(vocab_size), **study.model.shape})
+        write_json_atomic(marker, wanted)
+    return plan
+
+
+def training_texts(base: Job) -> Iterator[str]:
+    """All texts of the training files; rows that cannot be read are left to `prepare`, which reports them."""
+    for source in base.config.data.train:
+        for file in find_files(source.path, source.split).files:
+            for block in read_blocks(file):
+                for _, row in decode_block(file, block):
+                    if isinstance(row, dict):
+                        yield from strings_in(row)
+
+
+def data_fingerprint(prepared: PreparedData) -> str:
+    """Hash of all prepared data."""
+    caches = [cache for split in prepared.caches.values() for cache in split]
+    return canonical_hash([None if cache is None else cache.fingerprint for cache in caches])
+
+
+def reference_file(reference: dict[str, float]) -> dict[str, Any]:
+    """reference.json, for runs outside of the study."""
+    return {"format": "versatune_ds.reference", "version": 1, "losses": reference}
+
+
+def best_arm(results: Sequence[RunResult]) -> str:
+    """The candidate with the lowest mean change of the held-out loss, over domains and seeds."""
+    by_arm: dict[str, list[float]] = {}
+    for result in results:
+        by_arm.setdefault(result.arm, []).append(mean_change(result))
+    return min(by_arm, key=lambda arm: sum(by_arm[arm]) / len(by_arm[arm]))
+
+
+# --- workers ------------------------------------------------------------------------------------------------
+
+
+class Workers:
+    """Processes that train jobs; use as a context manager.
+
+    Args:
+        study: settings; `workers` of them run at the same time.
+        origin: hash of the data.
+        total: runs of the whole study, for the progress lines.
+        stop: whether this process was asked to stop.
+    """
+
+    def __init__(self, study: Study, origin: str, total: int, stop: StopRequest) -> None:
+        self._study = study
+        self._origin = origin
+        self._total = total
+        self._stop = stop
+        self._done = 0
+        self._trained_s: list[float] = []
+        self._started = time.perf_counter()
+        self._processes: dict[connection.Connection, Any] = {}
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        for link in self._processes:
+            with contextlib.suppress(OSError):
+                link.send(None)
+        for process in self._processes.values():
+            if kind is not None and process.is_alive():
+                process.terminate()  # SIGTERM: a run in progress writes a checkpoint and ends
+            process.join(STOP_WAIT_S)
+            if process.is_alive():
+                process.kill()
+
+    def run(self, jobs: Sequence[Job]) -> list[RunResult]:
+        """Results of the jobs, in their order; finished ones are read, the others trained.
+
+        Raises:
+            VersaTuneError: a run failed, a worker died, or the study was asked to stop.
+        """
+        fingerprints = {job.name: job.fingerprint(self._origin) for job in jobs}
+        waiting = [job for job in jobs if not is_finished(job, fingerprints[job.name])]
+        self._done += len(jobs) - len(waiting)
+        if kept := len(jobs) - len(waiting):
+            log.info("[%d/%d] %d finished runs are kept", self._done, self._total, kept)
+        threads = max(1, (os.cpu_count() or 1) // self._study.workers)
+        waiting.reverse()
+        while len(self._processes) < min(self._study.workers, len(waiting)):
+            self._start()
+        busy: set[connection.Connection] = set()
+        while waiting or busy:
+            for link in self._processes.keys() - busy:
+                if waiting:
+                    job = waiting.pop()
+                    link.send((job, fingerprints[job.name], threads))
+                    busy.add(link)
+            for ready in connection.wait(list(busy), timeout=POLL_S):
+                self._take(ready)  # type: ignore[arg-type]
+                busy.discard(ready)  # type: ignore[arg-type]
+            if self._stop.requested is not None:
+                raise Stopped(
+                    f"stopped as asked ({self._stop.reason}); start the same command to go on: finished runs "
+                    "are kept, and those in progress go on from a checkpoint"
+                )
+        if jobs and jobs[0].kind == "base":  # what is trained from it belongs to it
+            self._origin = fingerprints[jobs[0].name]
+        return [read_result(job.config.run.dir, job.kind, job.arm, job.seed, job.total_steps) for job in jobs]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        folder = self._study.dir / "workers"
+        folder.mkdir(exist_ok=True)
+        log_file = folder / f"{len(self._processes)}.log"
+        process = context.Process(target=work, args=(theirs, log_file))
+        process.start()
+        theirs.close()
+        self._processes[ours] = process
+
+    def _take(self, link: connection.Connection) -> None:
+        """One answer of a worker."""
+        logs = self._study.dir / "workers"
+        try:
+            outcome: Outcome = link.recv()
+        except EOFError:
+            process = self._processes.pop(link)
+            process.join()
+            raise VersaTuneError(
+                f"a worker died (exit code {process.exitcode}); its last words are in {logs}; start the same "
+                "command to go on"
+            ) from None
+        if outcome.error is not None:
+            raise VersaTuneError(f"run {outcome.name}: {outcome.error}\nits log is in {logs}")
+        if not outcome.finished:
+            raise Stopped(f"run {outcome.name} was asked to stop; start the same command to go on")
+        self._done += 1
+        self._trained_s.append(outcome.seconds)
+        per_run = (time.perf_counter() - self._started) / len(self._trained_s)
+        left = duration(per_run * (self._total - self._done))
+        _, loss = last_evaluation(self._study.dir / "runs" / outcome.name)
+        log.info(
+            "[%d/%d] %s: mean held-out loss %.4f (%s), about %s left",
+            self._done,
+            self._total,
+            outcome.name,
+            loss,
+            duration(outcome.seconds),
+            left,
+        )
+
+
+def work(link: connection.Connection, log_file: Path) -> None:
+    """The life of a worker: start a group of one rank, train what is sent, end with None or a closed link."""
+    output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(output, stream.fileno())
+    setup_logging()
+    from versatune_ds.engine.backend.build import close_process_group, start_process_group
+
+    device = start_process_group()
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while (task := link.recv()) is not None:
+            job, fingerprint, threads = task
+            link.send(train_job(job, fingerprint, threads, device))
+    close_process_group()
+
+
+def train_job(job: Job, fingerprint: str, threads: int, device: Any) -> Outcome:
+    """Train one run to its end, from its checkpoint if it was stopped; other remains are removed first."""
+    import torch
+
+    from versatune_ds.engine.backend.build import git_commit
+    from versatune_ds.engine.train import train_in_group
+
+    started, cpu_started = time.perf_counter(), time.process_time()
+    torch.set_num_threads(threads)
+    folder = job.config.run.dir
+    begun = folder / BEGUN_FILE
+    ours = begun.is_file() and json.loads(begun.read_text()) == fingerprint
+    if folder.exists() and not (ours and (folder / constants.CHECKPOINTS_DIR).is_dir()):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(begun, fingerprint)
+    try:
+        train_in_group(job.config, device)
+    except VersaTuneError as error:
+        return Outcome(job.name, str(error), False, 0.0)
+    gc.collect()  # an engine holds itself in cycles
+    seconds = time.perf_counter() - started
+    finished = last_evaluation(folder)[0] == job.total_steps
+    if finished:
+        shutil.rmtree(folder / constants.CHECKPOINTS_DIR, ignore_errors=True)
+        done = {
+            "fingerprint": fingerprint,
+            "seconds": seconds,
+            "cpu_s": time.process_time() - cpu_started,
+            "commit": git_commit(),
+        }
+        write_json_atomic(folder / FINISHED_FILE, done)
+    return Outcome(job.name, None, finished, seconds)
+
+
+def is_finished(job: Job, fingerprint: str) -> bool:
+    """Whether the run folder holds the result of exactly this job."""
+    path = job.config.run.dir / FINISHED_FILE
+    if not path.is_file():
+        return False
+    same = bool(json.loads(path.read_text())["fingerprint"] == fingerprint)
+    if not same:
+        log.info("%s was trained with other settings, data or base model; it is trained again", job.name)
+    return same
+
+
+# --- results ------------------------------------------------------------------------------------------------
+
+
+def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
+    """Write summary.json, the pictures and the pages; returns the folder."""
+    from versatune_ds.apps.study.page import write_results
+
+    summary = summarise(
+        reference=runs.reference,
+        arms=runs.arms,
+        tuning=runs.tuning,
+        confirmed=runs.confirmed,
+        names=runs.domains,
+        baselines=study.baselines,
+        expansions=[(expansion.target, expansion.arms) for expansion in study.expansions],
+    )
+    finished = [json.loads(path.read_text()) for path in study.dir.glob(f"runs/*/{FINISHED_FILE}")]
+    info = json.loads((study.dir / "runs" / BASE_RUN / constants.RUN_INFO_FILE).read_text())
+    summary["provenance"] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "config": str(config_path),
+        "commits": sorted({str(done["commit"]) for done in finished}),
+        "hardware": info["hardware"],
+        "versions": info["versions"],
+        "num_parameters": info["num_parameters"],
+        "workers": study.workers,
+        "study": study.model_dump(mode="json"),
+        "runs": len(finished),
+        "run_s": sum(done["seconds"] for done in finished),
+        "cpu_s": sum(done["cpu_s"] for done in finished),
+        "wall_s": runs.seconds,
+    }
+    return write_results(summary, study.dir / "results")

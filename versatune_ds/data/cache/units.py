@@ -1,0 +1,266 @@
+"""Units of preparation: what is prepared and cached together, and the key that it is cached under.
+
+A *unit* is one domain of one split, or a whole split when one of its sources has a `domain_column`. Its key
+is a hash of everything the result depends on: content of the source files, format and columns, tokenizer and
+chat template, pack length and policies, and the versions of cache and code. Paths are not part of it, so
+moved data and copied caches are found again.
+
+What is not covered: making units (`prepare.py`) and what a cache holds (`cache.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from versatune_ds.config.schema import Config, Source
+from versatune_ds.data.cache.cache import CACHE_SCHEMA_VERSION, read_manifest
+from versatune_ds.data.encode.templating import ChatEncoder
+from versatune_ds.data.rows.readers import HUB_PREFIX, FoundFiles, InputFile, find_files, hub_revision
+from versatune_ds.data.rows.schemas import RowSchema
+from versatune_ds.foundations.errors import DataError, StateError
+from versatune_ds.foundations.files import canonical_hash, sha256_file, write_json_atomic
+from versatune_ds.foundations.log import get_logger
+
+logger = get_logger(__name__)
+
+PREPARE_VERSION = 2
+"""Part of every key: raise it when the same input gives other tokens, masks or rejections."""
+SPLITS = ("train", "eval")
+UNIT_FILE = "unit.json"
+HASHES_FILE = "source_hashes.json"
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """A source of the settings with its files."""
+
+    name: str
+    """`data.train[0]`, for error texts."""
+    source: Source
+    files: tuple[InputFile, ...]
+    hashes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is prepared together."""
+
+    split: str
+    sources: tuple[SourceFiles, ...]
+    domains: tuple[str, ...]
+    inputs: dict[str, Any]
+    """Everything the result depends on; its hash is the key."""
+    cache_dir: Path
+    ignored: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Hash of `inputs`, shortened: 96 bits."""
+        return canonical_hash(self.inputs)[:24]
+
+    @property
+    def folder(self) -> Path:
+        """Where the finished unit lies."""
+        return self.cache_dir / self.key
+
+    @property
+    def files(self) -> list[tuple[InputFile, str, SourceFiles]]:
+        """(file, its hash, its source), in reading order; the position is the source index of samples."""
+        return [
+            (file, digest, source)
+            for source in self.sources
+            for file, digest in zip(source.files, source.hashes, strict=True)
+        ]
+
+    def schema(self, source: Source) -> RowSchema:
+        """How rows of `source` are read."""
+        return RowSchema(source.format, source.columns, source.domain, source.domain_column, self.domains)
+
+
+def find_units(config: Config, encoder: ChatEncoder, hash_file: Any) -> list[Unit]:
+    """All units of a configuration, with their keys; `hash_file(InputFile) -> str` gives content hashes.
+
+    Raises:
+        DataError: a source has no files.
+    """
+    units = []
+    for split in SPLITS:
+        sources: list[SourceFiles] = []
+        ignored: dict[str, tuple[str, ...]] = {}
+        for i, source in enumerate(getattr(config.data, split)):
+            name = f"data.{split}[{i}]"
+            found = _find(source, name)
+            hashed = tuple(hash_file(file) for file in found.files)
+            sources.append(SourceFiles(name, source, found.files, hashed))
+            ignored[name] = found.ignored
+        names = tuple(config.domains.names)
+        if any(source.source.domain_column for source in sources):
+            groups = [(names, sources)]
+        else:
+            groups = [((d,), [s for s in sources if s.source.domain == d]) for d in names]
+        for domains, members in groups:
+            if members:
+                beside = tuple(itertools.chain.from_iterable(ignored[s.name] for s in members))
+                inputs = _unit_inputs(config, encoder, domains, members)
+                units.append(Unit(split, tuple(members), domains, inputs, config.data.cache_dir, beside))
+    return units
+
+
+def _find(source: Source, name: str) -> FoundFiles:
+    try:
+        return find_files(source.path, source.split)
+    except DataError as error:
+        raise DataError(f"{error.reason} ({name})", path=error.path) from None
+
+
+def _unit_inputs(
+    config: Config, encoder: ChatEncoder, domains: Sequence[str], sources: Sequence[SourceFiles]
+) -> dict[str, Any]:
+    return {
+        "versions": [CACHE_SCHEMA_VERSION, PREPARE_VERSION],
+        "domains": list(domains),
+        "tokenizer_and_template": encoder.fingerprint,
+        "batch.pack_len": config.batch.pack_len,
+        "data.overlong": config.data.overlong,
+        "data.on_bad_row": config.data.on_bad_row,
+        "sources": [
+            {
+                "domain": member.source.domain,
+                "domain_column": member.source.domain_column,
+                "format": member.source.format,
+                "columns": dict(member.source.columns),
+                "files": [
+                    [file.kind, file.compression, digest]
+                    for file, digest in zip(member.files, member.hashes, strict=True)
+                ],
+            }
+            for member in sources
+        ],
+    }
+
+
+def why_missing(unit: Unit, cache_dir: Path) -> str:
+    """No such cache: is there a similar one, and what is different?"""
+    what = f"{unit.split} data of {', '.join(unit.domains)}"
+    best: list[str] | None = None
+    prepared: dict[str, str] = {}
+    for path in sorted(cache_dir.glob(f"*/{UNIT_FILE}")):
+        with contextlib.suppress(StateError):
+            manifest = read_unit(path.parent)
+            inputs = manifest["inputs"]
+            differing = [name for name in unit.inputs if inputs.get(name) != unit.inputs[name]]
+            if "domains" not in differing and (best is None or len(differing) < len(best)):
+                best, prepared = differing, {s["path"]: s["sha256"] for s in manifest["sources"]}
+    if best:
+        other = [file.path for file, digest, _ in unit.files if prepared.get(file.path, digest) != digest]
+        sources = f"{', '.join(other)} (changed since)" if other else "source files or columns"
+        changed = [sources if name == "sources" else name for name in best]
+        return f"the prepared {what} in {cache_dir} differs in: {', '.join(changed)}"
+    return f"the {what} is not prepared (nothing for it in {cache_dir})"
+
+
+class SourceHashes:
+    """Content hashes of source files, remembered by size and times in the cache folder."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        self.path = cache_dir / HASHES_FILE
+
+    def update(self, file: InputFile) -> str:
+        """The hash, computed where it is not known, and remembered."""
+        from filelock import FileLock
+
+        known = self._known(file)
+        if known is not None and file.kind != "hub":
+            return known
+        # One process reads a file; the others that started with it find its hash here.
+        with FileLock(f"{self.path}.lock"):
+            known = self._known(file)
+            if known is not None and file.kind != "hub":
+                return known
+            stamp = file_stamp(file)
+            digest = self._hub_commit(file, known) if file.kind == "hub" else _hash(file)
+            entries = self._read()
+            entries[self._name(file)] = [stamp, digest]
+            write_json_atomic(self.path, entries)
+        return digest
+
+    def look_up(self, file: InputFile) -> str:
+        """The hash; a file that changed or is not known is read, a hub data set must be known."""
+        known = self._known(file)
+        if known is not None:
+            return known
+        if file.kind == "hub":
+            raise StateError(f"{file.path} is not prepared; run `versatune-ds prepare` with the hub in reach")
+        return _hash(file)
+
+    def _hub_commit(self, file: InputFile, known: str | None) -> str:
+        try:
+            return hub_revision(file.path)
+        except DataError as error:
+            if known is None:
+                raise
+            logger.warning("%s; going on with commit %s, which was used before", error, known)
+            return known
+
+    def _known(self, file: InputFile) -> str | None:
+        entry = self._read().get(self._name(file))
+        return entry[1] if entry is not None and entry[0] == file_stamp(file) else None
+
+    def _name(self, file: InputFile) -> str:
+        return f"{file.path}@{file.split}" if file.kind == "hub" else os.path.abspath(file.path)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            entries = json.loads(self.path.read_bytes())
+        except (OSError, ValueError):
+            return {}  # a memo only: what is lost is computed again
+        return entries if isinstance(entries, dict) else {}
+
+
+def file_stamp(file: InputFile) -> list[int]:
+    """Size and times (ns) of a file; any write changes it. Empty for hub data sets, which have commits."""
+    if file.path.startswith(HUB_PREFIX):
+        return []
+    try:
+        stat = os.stat(file.path)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", path=file.path) from None
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _hash(file: InputFile) -> str:
+    try:
+        return sha256_file(Path(file.path))
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", path=file.path) from None
+
+
+def read_unit(folder: Path) -> dict[str, Any]:
+    return read_manifest(folder, UNIT_FILE, "prepared data")
+
+
+@contextlib.contextmanager
+def unit_lock(cache_dir: Path, key: str) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(cache_dir / f"{key}.lock")
+    waited = 0
+    while True:
+        try:
+            lock.acquire(timeout=60 if waited else 0)
+            break
+        except Timeout:
+            still = "still " if waited else ""
+            logger.info("another process prepares this data; %swaiting for it (%s)", still, lock.lock_file)
+            waited += 1
+    try:
+        yield
+    finally:
+        lock.release()

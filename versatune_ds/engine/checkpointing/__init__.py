@@ -1,0 +1,1 @@
+"""Checkpoints: when, how and where, and the export."""

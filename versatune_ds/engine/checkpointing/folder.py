@@ -1,0 +1,271 @@
+"""Checkpoints that are complete or invisible.
+
+A checkpoint is written into a hidden folder (`engine/checkpointing/saver.py`), every file is hashed into a
+manifest, and only then the folder gets its name; `latest.json` follows. A crash at any moment leaves the
+older checkpoints untouched. Loading verifies the manifest first: a damaged newest checkpoint is reported with
+its reason and the one before is used.
+
+Inside: DeepSpeed's model and optimizer shards, one file of our own state (planner cursor, weights, statistics
+window, file offsets, counters), one file of random generator states per rank, and the manifest.
+
+A run may go on on another number of ranks, in another ZeRO stage from 1 to 3, and with or without optimizer
+offload (`engine/backend/reshard.py`).
+
+What is not covered: when and by whom files are written, and run folders that the ranks do not share.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from versatune_ds.config.schema import Checkpoint
+from versatune_ds.engine.backend.build import Engine
+from versatune_ds.engine.backend.reshard import load_resharded
+from versatune_ds.engine.backend.safe_loading import tensors_only
+from versatune_ds.foundations import distributed
+from versatune_ds.foundations.constants import (
+    CHECKPOINT_MANIFEST_FILE,
+    CHECKPOINT_STATE_FILE,
+    LATEST_FILE,
+)
+from versatune_ds.foundations.errors import StateError
+from versatune_ds.foundations.files import (
+    canonical_hash,
+    fsync_dir,
+    remove_temporaries,
+    sha256_file,
+    write_json_atomic,
+)
+from versatune_ds.foundations.log import get_logger
+
+log = get_logger(__name__)
+
+VERSION = 1
+NAME = re.compile(r"step-(\d{8})")
+UNFINISHED_PREFIX = ".unfinished-"
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` finished steps."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """Finished steps of a checkpoint folder."""
+    match = NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.is_dir() and NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def unfinished_name(step: int) -> str:
+    """Folder name of a checkpoint while it is written."""
+    return f"{UNFINISHED_PREFIX}{checkpoint_name(step)}"
+
+
+def generator_name(rank: int) -> str:
+    """File of a rank's random generator states."""
+    return f"generators_rank_{rank:05d}.safetensors"
+
+
+def part_name(rank: int) -> str:
+    """A rank's list of the files that it wrote, until rank 0 merges them."""
+    return f"manifest_rank_{rank:05d}.json"
+
+
+def begin(folder: Path, temporary: Path) -> None:
+    """Make the folder of a new checkpoint and remove what crashes have left; rank 0 only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"{UNFINISHED_PREFIX}*"):
+        shutil.rmtree(leftover)
+    remove_temporaries(folder / LATEST_FILE)
+    temporary.mkdir()
+
+
+def publish(temporary: Path, step: int, world_size: int, settings: Checkpoint) -> Path:
+    """Make a written checkpoint visible and prune older ones by `settings`; rank 0 only.
+
+    Args:
+        temporary: its folder, with the lists of all ranks.
+        step: finished optimizer steps.
+        world_size: ranks that have written.
+
+    Returns:
+        The finished checkpoint folder.
+    """
+    folder = temporary.parent
+    files: dict[str, Any] = {}
+    parts = [temporary / part_name(rank) for rank in range(world_size)]
+    for path in parts:
+        files.update(json.loads(path.read_text(encoding="utf-8")))
+    write_json_atomic(temporary / CHECKPOINT_MANIFEST_FILE, {"version": VERSION, "files": files})
+    for path in parts:
+        path.unlink()
+    # Going on from an older checkpoint abandons the newer ones (damaged, or this very step).
+    _remove(path for path in list_checkpoints(folder) if step_of(path) >= step)
+    final = folder / checkpoint_name(step)
+    temporary.rename(final)
+    fsync_dir(folder)
+    write_json_atomic(folder / LATEST_FILE, {"checkpoint": final.name, "step": step})
+    _prune(folder, settings)
+    return final
+
+
+def newest_sound_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose every byte is as written; a collective, the same answer on all ranks.
+
+    Raises:
+        StateError: checkpoints exist but none is sound.
+    """
+    # rank 0's listing counts: on network file systems ranks may see different ones for a while
+    candidates: list[Path] = distributed.gather_objects(list_checkpoints(folder))[0]
+    for path in candidates:
+        problem = damage(path, distributed.rank(), distributed.world_size())
+        if distributed.all_agree(problem is None):
+            return path
+        if problem is not None:
+            log.error("checkpoint %s is damaged and not used: %s", path, problem)
+    if candidates:
+        raise StateError(
+            f"{folder}: none of the {len(candidates)} checkpoints is sound (reasons above); restore one "
+            "from a copy, or start afresh with another run.dir"
+        )
+    return None
+
+
+def saved_state(path: Path) -> dict[str, Any]:
+    """Our own state of a checkpoint, whoever wants to read it.
+
+    Raises:
+        StateError: it has none, or one that another version of the format wrote.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / CHECKPOINT_STATE_FILE).read_text(encoding="utf-8"))
+        version = state["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError(
+            f"{path}: {CHECKPOINT_STATE_FILE} cannot be read ({type(error).__name__}: {error}); use a "
+            "checkpoint that this program wrote"
+        ) from error
+    if version != VERSION:
+        raise StateError(
+            f"{path}: state version {version}, this program reads {VERSION}; use the program that wrote it"
+        )
+    return state
+
+
+def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
+    """Our own state of a checkpoint that this run wants to go on from.
+
+    Args:
+        path: a sound checkpoint.
+        layout: how this run lays out model and optimizer state (ZeRO stage, dtype, offload).
+
+    Raises:
+        StateError: as `saved_state`, or a layout that cannot become this run's.
+    """
+    state = saved_state(path)
+    saved = state["layout"]
+    unsharded = "ZeRO stage 0" if 0 in (saved["ZeRO stage"], layout["ZeRO stage"]) else None
+    for key, why in (("model.dtype", "another precision"), ("ZeRO stage", unsharded)):
+        if why is not None and saved[key] != layout[key]:
+            raise StateError(
+                f"{path} was written with {key} {saved[key]!r}; this run has {layout[key]!r}, and {why} "
+                "cannot go on from it. Set it back, or export the checkpoint and start a new run from the "
+                "exported model"
+            )
+    return state
+
+
+def load_model_state(path: Path, engine: Engine, state: dict[str, Any], layout: dict[str, Any]) -> None:
+    """Load model, optimizer and random generator states; every rank calls it.
+
+    With the number of ranks and the layout it was saved in, the run goes on bit for bit. Otherwise the shards
+    are divided anew, and the generators are seeded from the checkpoint's name and the rank: generator states
+    belong to ranks. (The models drop nothing out, so no training step draws from them.)
+
+    Args:
+        state: our own state of the checkpoint.
+        layout: as for `read_state`.
+    """
+    same_ranks = state["world_size"] == distributed.world_size()
+    if layout["ZeRO stage"] == 0 or (same_ranks and state["layout"] == layout):
+        with tensors_only(path):
+            loaded, _ = engine.deepspeed.load_checkpoint(
+                str(path.parent), tag=path.name, load_lr_scheduler_states=False
+            )
+        if loaded is None:
+            raise StateError(f"{path}: DeepSpeed found nothing to load there")
+    else:
+        changes = {key: (state["layout"][key], value) for key, value in layout.items()}
+        changes["ranks"] = (state["world_size"], distributed.world_size())
+        moved = [f"{key} {old} -> {new}" for key, (old, new) in changes.items() if old != new]
+        log.info("dividing the state of %s anew: %s", path.name, ", ".join(moved))
+        load_resharded(path, state["world_size"], engine)
+    if same_ranks:
+        states = load_file(path / generator_name(distributed.rank()))
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], engine.device)
+    else:
+        seed = canonical_hash([path.name, distributed.rank()])
+        torch.manual_seed(int(seed[:15], 16))
+
+
+def generator_states() -> dict[str, torch.Tensor]:
+    """States of this rank's random generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with one rank's share of a checkpoint's files (by default with any of them), or None."""
+    try:
+        manifest = json.loads((folder / CHECKPOINT_MANIFEST_FILE).read_text(encoding="utf-8"))
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"{CHECKPOINT_MANIFEST_FILE} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"{CHECKPOINT_MANIFEST_FILE} cannot be read: {error}"
+    for name in sorted(files)[rank::world_size]:
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size, (expected, sha256) = path.stat().st_size, files[name]
+        if size != expected:
+            return f"{name} has {size} bytes instead of {expected}"
+        if sha256_file(path) != sha256:
+            return f"{name} has changed since it was written (SHA-256 differs)"
+    return None
+
+
+def _prune(folder: Path, settings: Checkpoint) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the milestones."""
+    milestone = settings.milestone_every_n_steps
+    old = list_checkpoints(folder)[settings.keep_last :]
+    _remove(path for path in old if not (milestone and step_of(path) % milestone == 0))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    """Delete checkpoints; a crash in the middle leaves nothing that looks whole."""
+    for path in paths:
+        doomed = path.with_name(f"{UNFINISHED_PREFIX}{path.name}-removed")
+        path.rename(doomed)
+        shutil.rmtree(doomed)

@@ -1,0 +1,250 @@
+"""Writing the trained model as a Hugging Face folder, one shard at a time.
+
+`export_model` gathers the parameters of a live engine one by one; `export_checkpoint` takes them one by one
+out of the mapped files of a checkpoint of any ZeRO stage (`engine/backend/saved_shards.py`), on a CPU without
+any process group. Both hand (name, tensor) pairs to the same shard writer, which holds one shard in memory,
+so the peak on any rank is one shard and one parameter. The folder appears whole or not.
+
+What is not covered: quantised formats, and pushing to a hub.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+
+from versatune_ds.config.load import load_config
+from versatune_ds.config.schema import Config
+from versatune_ds.data.encode.templating import load_tokenizer, set_chat_template, stop_token
+from versatune_ds.engine.backend.saved_shards import SavedWeights
+from versatune_ds.engine.checkpointing.folder import saved_state
+from versatune_ds.engine.model.packed_lm import DTYPES, PackedCausalLM, load_architecture
+from versatune_ds.foundations import constants, distributed
+from versatune_ds.foundations.errors import SaveError, VersaTuneError
+from versatune_ds.foundations.files import fsync_dir, fsync_tree, write_json_atomic
+
+NAME_PREFIX = "lm."
+"""Parameters of `PackedCausalLM` carry this prefix; Hugging Face's names do not."""
+
+
+class ShardWriter:
+    """Collects tensors and writes `model-xxxxx-of-yyyyy.safetensors` files of bounded size.
+
+    Args:
+        folder: existing folder to write into.
+        max_bytes: largest shard (one larger tensor gets a shard of its own).
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._shard: dict[str, torch.Tensor] = {}
+        self._shard_bytes = 0
+        self._names: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a CPU tensor; writes the current shard first if the tensor does not fit into it."""
+        if self._shard and self._shard_bytes + tensor.nbytes > self.max_bytes:
+            self._flush()
+        self._shard[name] = tensor.contiguous()
+        self._shard_bytes += tensor.nbytes
+        self._total_bytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Write the last shard, give the files their final names, and write the index."""
+        self._flush()
+        count = len(self._names)
+        weight_map = {}
+        for i, names in enumerate(self._names):
+            final = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            self._path(i).rename(self.folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            write_json_atomic(self.folder / "model.safetensors.index.json", index)
+
+    def _path(self, i: int) -> Path:
+        return self.folder / f"shard-{i:05d}.safetensors"
+
+    def _flush(self) -> None:
+        if self._shard:
+            save_file(self._shard, self._path(len(self._names)), metadata={"format": "pt"})
+            self._names.append(list(self._shard))
+            self._shard, self._shard_bytes = {}, 0
+
+
+class Companions(NamedTuple):
+    """What lies beside the weights: tokenizer with its chat template, and how to generate."""
+
+    tokenizer: Any
+    generation: GenerationConfig
+
+    @classmethod
+    def of(cls, config: Config, tokenizer: Any, architecture: Any) -> Companions:
+        """Companions of a run's model: generation ends at the stop token that turns were trained to end with.
+
+        Args:
+            tokenizer: with its chat template set.
+            architecture: the transformers config of the model.
+        """
+        try:
+            generation = GenerationConfig.from_pretrained(config.model.source)
+        except OSError:  # the source has none
+            generation = GenerationConfig.from_model_config(architecture)
+        stop = stop_token(tokenizer, config.data.chat_template)
+        generation.eos_token_id = tokenizer.convert_tokens_to_ids(stop)
+        generation.use_cache = True  # switched off for training only
+        return cls(tokenizer, generation)
+
+    def save(self, folder: Path) -> None:
+        """Write them into `folder`."""
+        self.tokenizer.save_pretrained(folder)
+        self.generation.save_pretrained(folder)
+
+
+def export_model(model: PackedCausalLM, companions: Companions, folder: Path, max_shard_bytes: int) -> None:
+    """Write the model of a live engine; every rank calls it, rank 0 writes.
+
+    Args:
+        model: its parameters may be partitioned (ZeRO-3) or whole.
+        companions: saved beside the weights.
+        folder: target; replaced if it exists.
+        max_shard_bytes: bound of a shard, and of the host memory needed.
+
+    Raises:
+        SaveError: on all ranks, when rank 0 could not write.
+    """
+    problem: Exception | None = None
+    parameters = _gathered_parameters(model)
+    if distributed.is_main():
+        copies = ((name, tensor.detach().to("cpu", copy=True)) for name, tensor in parameters)
+        cure = "start the same command again, or make it from the last checkpoint: versatune-ds export RUN"
+        try:
+            _write_folder(copies, model.lm.config, companions, folder, max_shard_bytes, cure)
+        except SaveError as error:
+            problem = error
+    for _ in parameters:  # the other ranks' part, and that of a rank 0 that could not write
+        pass
+    distributed.raise_together(problem)
+
+
+def export_checkpoint(
+    checkpoint: Path, config: Any, companions: Companions, folder: Path, dtype: str, max_shard_bytes: int
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, on one CPU process.
+
+    Args:
+        checkpoint: a finished checkpoint folder, of any ZeRO stage.
+        config: the transformers config of the model.
+        companions: saved beside the weights.
+        folder: target; replaced if it exists.
+        dtype: "bf16", "fp16" or "fp32"; fp32 master weights are rounded to it.
+        max_shard_bytes: bound of a shard. Host memory holds one shard and one parameter.
+
+    Raises:
+        StateError: the checkpoint's files are not as this program writes them.
+        SaveError: the folder could not be written.
+    """
+    weights = SavedWeights(checkpoint, saved_state(checkpoint))
+    config.dtype = DTYPES[dtype]
+    rounded = ((name.removeprefix(NAME_PREFIX), _rounded(weights[name], config.dtype)) for name in weights)
+    cure = "give another folder with --out if you like, then start the same command again"
+    _write_folder(rounded, config, companions, folder, max_shard_bytes, cure)
+
+
+def export_from_run(run_dir: Path, checkpoint: Path, target: Path) -> None:
+    """`export_checkpoint` with the settings, tokenizer and architecture of the run that made it.
+
+    Args:
+        run_dir: the run folder; its resolved.yaml is read.
+        checkpoint: a sound checkpoint of it.
+        target: folder to write.
+
+    Raises:
+        ConfigError: its settings, model or tokenizer cannot be found any more.
+        StateError, SaveError: as `export_checkpoint`.
+    """
+    config = load_config(run_dir / constants.RESOLVED_CONFIG_FILE)
+    tokenizer = load_tokenizer(config)
+    set_chat_template(tokenizer, config.data.chat_template)
+    architecture = load_architecture(config.model)
+    shard_bytes = int(config.checkpoint.export_shard_gb * 1e9)
+    companions = Companions.of(config, tokenizer, architecture)
+    export_checkpoint(checkpoint, architecture, companions, target, config.model.dtype, shard_bytes)
+
+
+def _gathered_parameters(model: PackedCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, whole tensor) of every parameter once; a collective per partitioned parameter."""
+    import deepspeed
+
+    for name, parameter in model.named_parameters():  # yields a tied parameter once, under its first name
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+                yield name.removeprefix(NAME_PREFIX), parameter.data
+        else:
+            yield name.removeprefix(NAME_PREFIX), parameter.data
+
+
+def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Weights in the dtype of the export; buffers of whole numbers stay what they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _write_folder(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    config: Any,
+    companions: Companions,
+    folder: Path,
+    max_shard_bytes: int,
+    cure: str,
+) -> None:
+    """Write the folder under a hidden name, then give it its own; a failure leaves nothing.
+
+    Args:
+        tensors: (Hugging Face name, CPU tensor), made one at a time.
+        cure: what to do when there is room again, for the error.
+    """
+    temporary = folder.with_name(f".unfinished-{folder.name}")
+    try:
+        _make_empty(temporary)
+        writer = ShardWriter(temporary, max_shard_bytes)
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+        writer.close()
+        _finish(config, companions, temporary, folder)
+    except (OSError, SafetensorError, VersaTuneError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, VersaTuneError):
+            raise
+        raise SaveError(
+            f"the model could not be written into {folder}: {error}. Make room, then {cure}"
+        ) from error
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _finish(config: Any, companions: Companions, temporary: Path, folder: Path) -> None:
+    """Add the config and what lies beside it, then give the folder its name."""
+    config.save_pretrained(temporary)
+    settings = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+    settings["use_cache"] = True  # switched off for training only
+    write_json_atomic(temporary / "config.json", settings)
+    companions.save(temporary)
+    fsync_tree(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    fsync_dir(folder.parent)

@@ -1,0 +1,375 @@
+"""Saving a run: files of one rank, written at once or in the background, and the ranks' agreement about them.
+
+A checkpoint is made in four parts (`engine/checkpointing/folder.py` describes the folder):
+
+    begin     rank 0 makes a hidden folder
+    share     every rank writes, syncs and hashes its files, and lists them in a file of its own
+    settle    the ranks agree that all shares are written, or that one could not be
+    publish   rank 0 merges the lists into the manifest and renames the folder
+
+With `checkpoint.asynchronous` the share is copied to host memory and written by a thread while the run trains
+on. The ranks then settle at the step boundaries: the all-reduce of a step carries whether any rank is still
+writing and whether any has failed, so no thread ever enters a collective. One checkpoint is in flight at
+most. A crash meanwhile leaves a hidden folder, which the next checkpoint removes.
+
+DeepSpeed's own background writer was not taken. `DecoupledCheckpointEngine` (0.19.8) returns from `save`
+without a word when its process has died, waits for 300 s at most, and blocks the next optimizer step until
+the files are written. Here DeepSpeed hands its state to `Share`, as to any of its checkpoint engines.
+
+What is not covered: page-locked copies, several checkpoints in flight, and folders that ranks do not share.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from safetensors.torch import save as safetensors_bytes
+
+from versatune_ds.config.schema import Checkpoint
+from versatune_ds.engine.backend.build import Engine
+from versatune_ds.engine.checkpointing import folder as folders
+from versatune_ds.engine.checkpointing.due import LossBound, checkpoint_due
+from versatune_ds.engine.faults.watchdog import mark
+from versatune_ds.engine.statistics import Flags
+from versatune_ds.foundations import distributed
+from versatune_ds.foundations.constants import CHECKPOINT_STATE_FILE
+from versatune_ds.foundations.errors import SaveError
+from versatune_ds.foundations.files import sha256_file, write_json_atomic
+from versatune_ds.foundations.log import get_logger
+
+log = get_logger(__name__)
+
+
+def host_copy(value: Any, storages: dict[int, tuple[Any, Any]] | None = None) -> Any:
+    """Copy a state into host memory, so that training may go on to change it.
+
+    Tensors that share memory share it in the copy too, as `torch.save` would write it.
+
+    Args:
+        value: tensors in dictionaries, lists and tuples; anything else is deep-copied.
+        storages: copies made so far, by address, with their originals, which must not be freed meanwhile.
+    """
+    storages = {} if storages is None else storages
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        if storage._cdata not in storages:
+            storages[storage._cdata] = (
+                storage,
+                storage.clone() if storage.device.type == "cpu" else storage.cpu(),
+            )
+        empty = torch.empty(0, dtype=value.dtype)
+        held = storages[storage._cdata][1]
+        return empty.set_(held, value.storage_offset(), value.size(), value.stride())
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, host_copy(item, storages)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(host_copy(item, storages) for item in value)
+    return copy.deepcopy(value)
+
+
+class Share(TorchCheckpointEngine):
+    """One rank's files of one checkpoint after another; what DeepSpeed calls a checkpoint engine.
+
+    Nothing here raises: DeepSpeed's barriers come after `save`, and a rank that left before them would leave
+    the others waiting. The first problem is kept in `problem`, and nothing is written after it.
+
+    Attributes:
+        problem: what went wrong with the share in hand, if anything.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problem: Exception | None = None
+        self._folder = Path()
+        self._keep = False
+        self._kept: list[tuple[Path, Any]] = []
+        self._written: dict[str, dict[str, Any]] = {}
+        self._thread: threading.Thread | None = None
+
+    def begin(self, folder: Path, keep: bool) -> None:
+        """Start a new share in `folder`; `keep`: copy what is to be saved, and write it later."""
+        self._folder, self._keep = folder, keep
+        self.problem, self._kept, self._written, self._thread = None, [], {}, None
+
+    def save(self, state_dict: Any, path: str | Path) -> None:
+        """Write a file of this share (bytes, or anything for torch.save), or keep a copy of what it holds."""
+        if self._keep:
+            self._guarded(lambda: self._kept.append((Path(path), host_copy(state_dict))))
+        else:
+            self._guarded(lambda: self._write(Path(path), state_dict))
+
+    def finish(self) -> None:
+        """Write what was kept, in a thread, and the list of files."""
+        if self._keep:
+            self._thread = threading.Thread(target=self._write_all, name="versatune-checkpoint")
+            self._thread.start()
+        else:
+            self._write_all()
+
+    @property
+    def writing(self) -> bool:
+        """True while the thread works."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until everything is written, or a problem is known."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write_all(self) -> None:
+        while self._kept:
+            path, content = self._kept.pop(0)
+            self._guarded(lambda path=path, content=content: self._write(path, content))  # type: ignore[misc]
+        self._guarded(lambda: write_part(self._folder, self._written))
+
+    def _write(self, path: Path, content: Any) -> None:
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        self._written[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+    def _guarded(self, action: Callable[[], object]) -> None:
+        if self.problem is not None:
+            return
+        try:
+            action()
+        except Exception as error:  # torch.save raises RuntimeError when the disk is full
+            self.problem = error
+
+
+def write_part(folder: Path, files: Mapping[str, Any]) -> None:
+    """This rank's list of files: the sign that they are written."""
+    write_json_atomic(folder / folders.part_name(distributed.rank()), dict(files))
+
+
+class InFlight(NamedTuple):
+    """A checkpoint that has begun."""
+
+    step: int
+    folder: Path
+    began: float
+    stall_s: float
+    """How long training stood still for it."""
+
+
+class Saver:
+    """Decides when to save and does it. Every rank calls every method, in the same order.
+
+    Args:
+        folder: the run's checkpoint folder, shared by all ranks.
+        settings: when, how, and what to keep.
+        engine: its way of writing files is replaced.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Checkpoint,
+        engine: Engine,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder, self._settings, self._engine, self._clock = folder, settings, engine, clock
+        self._share = Share()
+        self._in_flight: InFlight | None = None
+        self._problem: SaveError | None = None
+        """Publishing failed on rank 0."""
+        self._stall_s = 0.0
+        minutes = settings.max_lost_minutes
+        self._bound = None if minutes is None else LossBound(60 * minutes, clock())
+        self._told = False
+        engine.deepspeed.checkpoint_engine = self._share
+        # DeepSpeed copies scripts into every checkpoint between two barriers; a full disk would part ranks
+        engine.deepspeed._copy_recovery_script = lambda path: None
+
+    # --- at a step boundary ---------------------------------------------------------------------------------
+
+    def flags(self, stop: bool) -> Flags:
+        """What this rank has to say at the coming boundary."""
+        due = False
+        if self._bound is not None:
+            now = self._clock()
+            self._bound.step_ended(now)
+            due = distributed.is_main() and self._in_flight is None and self._bound.due(now)
+        writing = self._share.writing  # before `problem`: a thread that ends has set it by then
+        failed = self._problem is not None or self._share.problem is not None
+        return Flags(stop=stop, save=due, writing=writing, failed=failed)
+
+    def settle(self, agreed: Flags) -> None:
+        """After a boundary: publish what all ranks have written.
+
+        Raises:
+            SaveError: on all ranks, when one could not write.
+        """
+        began = self._clock()
+        if agreed.failed:
+            self._share.wait()
+            self._raise_together()
+        if self._in_flight is not None and not agreed.writing:
+            self._publish()
+        self._stood_still(began)
+
+    def due(self, done: int, agreed: Flags, last: bool) -> bool:
+        """True when a checkpoint is to be written after `done` steps."""
+        periodic = self._settings.every_n_steps is not None or self._bound is not None
+        return agreed.stop or agreed.save or checkpoint_due(self._settings, done) or (last and periodic)
+
+    def take_stall_s(self) -> float:
+        """Seconds that training stood still for saving since the last call."""
+        stall_s, self._stall_s = self._stall_s, 0.0
+        return stall_s
+
+    # --- saving ---------------------------------------------------------------------------------------------
+
+    def save(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        """Save the run after `step` steps; complete when it returns, unless saving is asynchronous.
+
+        Args:
+            state: gives our own state, JSON-serialisable, the same on all ranks.
+
+        Raises:
+            SaveError: on all ranks, when one could not write.
+        """
+        mark("checkpoint", step, is_limited=False)
+        self._complete()
+        began = self._clock()
+        folder = self._folder / folders.unfinished_name(step)
+        self._share.begin(folder, keep=self._settings.asynchronous)
+        if distributed.is_main():
+            self._share._guarded(lambda: folders.begin(self._folder, folder))
+        self._in_flight = InFlight(step, folder, began, 0.0)
+        self._raise_together()
+        self._engine.deepspeed.save_checkpoint(str(self._folder), tag=folder.name, save_latest=False)
+        self._share.save(
+            safetensors_bytes(folders.generator_states()), folder / folders.generator_name(distributed.rank())
+        )
+        if distributed.is_main():
+            self._share._guarded(lambda: self._save_own(folder, step, state()))
+        self._share.finish()
+        self._stood_still(began)
+        self._in_flight = self._in_flight._replace(stall_s=self._clock() - began)
+        if not self._settings.asynchronous:
+            self._complete()
+
+    def finish(self) -> None:
+        """Wait until everything is complete.
+
+        Raises:
+            SaveError: on all ranks, when one could not write.
+        """
+        mark("end of a checkpoint", is_limited=False)
+        self._complete()
+        self._raise_together()
+
+    def close(self) -> None:
+        """Wait for this rank's writer only; after an error there may be no other ranks to agree with."""
+        self._share.wait()
+
+    # --- parts ----------------------------------------------------------------------------------------------
+
+    def _save_own(self, folder: Path, step: int, state: dict[str, Any]) -> None:
+        own = {"version": folders.VERSION, "step": step, **state}
+        text = json.dumps(own, indent=2, allow_nan=False) + "\n"
+        self._share.save(text.encode("utf-8"), folder / CHECKPOINT_STATE_FILE)
+
+    def _complete(self) -> None:
+        if self._in_flight is None:
+            return
+        began = self._clock()
+        self._share.wait()
+        self._raise_together()
+        self._publish()
+        self._raise_together()
+        self._stood_still(began)
+
+    def _publish(self) -> None:
+        """Give the folder its name; a problem is kept for the next agreement."""
+        assert self._in_flight is not None
+        step, folder, began, stall_s = self._in_flight
+        if distributed.is_main():
+            reached = self._clock()
+            try:
+                folders.publish(folder, step, distributed.world_size(), self._settings)
+            except OSError as error:
+                self._problem = SaveError(self._describe(error))
+                shutil.rmtree(folder, ignore_errors=True)
+                self._in_flight = None
+                return
+            whole_s = self._clock() - began
+            stood_s = stall_s + self._clock() - reached if self._settings.asynchronous else whole_s
+            log.info("checkpoint %d: training stood still %.2f s, complete in %.2f s", step, stood_s, whole_s)
+        self._in_flight = None
+        if self._bound is not None:
+            now = self._clock()
+            self._bound.saved(began, began + stall_s if self._settings.asynchronous else now, now)
+            self._tell(self._bound)
+
+    def _tell(self, bound: LossBound) -> None:
+        """Once, what the bound on lost work means in steps; a warning when it cannot be kept."""
+        if self._told or not distributed.is_main():
+            return
+        self._told = True
+        shortest_s = bound.save_s if self._settings.asynchronous else 0.0  # one is in flight at most
+        if bound.interval_s <= shortest_s:
+            log.warning(
+                "checkpoint.max_lost_minutes %.3g cannot be kept: a step takes %.1f s and saving %.1f s; "
+                "saving as often as possible",
+                bound.limit_s / 60,
+                bound.step_s,
+                bound.save_s,
+            )
+        else:
+            log.info(
+                "checkpoint.max_lost_minutes %.3g: every %d steps or so (a step %.2f s, saving %.2f s)",
+                bound.limit_s / 60,
+                max(1, int(bound.interval_s / max(bound.step_s, 1e-9))),
+                bound.step_s,
+                bound.save_s,
+            )
+
+    def _raise_together(self) -> None:
+        """Raise on all ranks if any has a problem; rank 0 takes away what was not finished."""
+        error = self._problem
+        if error is None and self._share.problem is not None:
+            error = SaveError(self._describe(self._share.problem))
+        try:
+            distributed.raise_together(error)
+        except SaveError:
+            if distributed.is_main() and self._in_flight is not None:
+                shutil.rmtree(self._in_flight.folder, ignore_errors=True)
+            self._in_flight = None
+            raise
+
+    def _describe(self, problem: Exception) -> str:
+        step = "" if self._in_flight is None else f" after step {self._in_flight.step}"
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        where = self._folder if self._folder.is_dir() else self._folder.parent
+        try:
+            free = f"{shutil.disk_usage(where).free / 1e9:.2f} GB are free there"
+        except OSError as error:
+            free = f"it cannot be read: {error.strerror}"
+        return (
+            f"the checkpoint{step} could not be written by rank {distributed.rank()} into {self._folder}: "
+            f"{reason} ({free}). Earlier checkpoints are whole. Make room, then start the same command to go "
+            "on from the newest one"
+        )
+
+    def _stood_still(self, began: float) -> None:
+        now = self._clock()
+        self._stall_s += now - began
+        if self._bound is not None:
+            self._bound.waited(now)

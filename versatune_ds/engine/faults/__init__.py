@@ -1,0 +1,1 @@
+"""What keeps a run from hanging, or from dying without a word."""

@@ -1,0 +1,301 @@
+"""The model: any causal LM of transformers, its head replaced by one that computes the loss.
+
+Built under `zero.Init` when ZeRO-3 is on: each weight is partitioned as it is made, and pretrained values
+come from rank 0, which alone reads them (docs/plan.md). The head module owns the output weight, because under
+ZeRO-3 a weight exists only inside the forward of the module it belongs to; it reuses the very Parameter of
+`lm_head`, so tied embeddings stay tied.
+
+What is not covered: adapters (LoRA), output layers with a bias, models that scale or cap their logits, and
+mixtures of experts; the last three are refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # zero.Init patches tensor constructors: dynamo must be loaded before it is entered
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from versatune_ds.config.schema import Model
+from versatune_ds.engine.model.attention import AttentionChoice
+from versatune_ds.foundations import distributed
+from versatune_ds.foundations.errors import ConfigError
+from versatune_kernels import LossOutput, linear_cross_entropy
+
+LIGER_PARTS = ("rms_norm", "swiglu", "rope")
+"""What `model.liger: auto` takes from liger-kernel, by the names of its switches."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class LossHead(nn.Module):
+    """Output projection and cross-entropy in one; owns the [V, H] weight.
+
+    Args:
+        weight: the model's output weight, the same Parameter object (tied or not, partitioned or not).
+        backend: `model.loss_backend`.
+    """
+
+    def __init__(self, weight: nn.Parameter, backend: str) -> None:
+        super().__init__()
+        self.weight = weight
+        self.backend = backend
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        sample_ids: torch.Tensor,
+        num_samples: int,
+        num_valid: int,
+        normalizer: float,
+    ) -> LossOutput:
+        """Loss of a pack. `hidden` [T, H] is positional: ZeRO-3's release hook ignores keywords."""
+        return linear_cross_entropy(
+            hidden,
+            self.weight,
+            labels,
+            sample_ids=sample_ids,
+            num_samples=num_samples,
+            num_valid=num_valid,
+            normalizer=normalizer,
+            backend=self.backend,
+        )
+
+
+class PackedCausalLM(nn.Module):
+    """A causal LM that takes a pack and gives its loss; what DeepSpeed wraps.
+
+    Args:
+        lm: the transformers model; its `lm_head` becomes a `LossHead`.
+        loss_backend: `model.loss_backend`.
+        liger: what `apply_liger` did.
+    """
+
+    def __init__(self, lm: PreTrainedModel, loss_backend: str, liger: str = "off") -> None:
+        super().__init__()
+        self.liger = liger
+        head = lm.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
+        self.tied = lm.get_input_embeddings().weight is head.weight
+        lm.set_output_embeddings(LossHead(head.weight, loss_backend))
+        self.lm: Any = lm
+
+    def hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        """Last hidden states [T, H] of a pack, samples kept apart.
+
+        No attention mask and no cache: only then does transformers isolate samples by their position ids.
+        """
+        out = self.lm.base_model(
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
+            attention_mask=None,
+            use_cache=False,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=max_seqlen,
+            max_length_k=max_seqlen,
+        )
+        return out.last_hidden_state.squeeze(0)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+        sample_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        num_samples: int,
+        num_valid: int,
+        normalizer: float,
+    ) -> LossOutput:
+        """Loss of one pack (see `data.collate.Batch` for shapes), divided by `normalizer`."""
+        hidden = self.hidden_states(input_ids, position_ids, cu_seqlens, max_seqlen)
+        head = self.lm.get_output_embeddings()
+        return head(hidden, labels, sample_ids, num_samples, num_valid, normalizer)
+
+
+def load_architecture(settings: Model) -> Any:
+    """The transformers config of the model.
+
+    Raises:
+        ConfigError: no such folder or hub name, or no usable config.json there.
+    """
+    if settings.source.startswith((".", "/", "~")) and not Path(settings.source).is_dir():
+        raise ConfigError(f"model.source {settings.source} is not a folder; give a folder or a hub name")
+    try:
+        return AutoConfig.from_pretrained(settings.source, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"model.source {settings.source}: {error}") from error
+
+
+def build_model(
+    settings: Model, attention: AttentionChoice, seed: int, device_type: str = "cpu"
+) -> PackedCausalLM:
+    """Build the model, pretrained or random; every rank calls it.
+
+    Under ZeRO-3 the caller keeps a `transformers.integrations.HfDeepSpeedConfig` alive; transformers then
+    partitions each weight as it is made.
+
+    Args:
+        settings: `model` section.
+        attention: from `choose_attention`.
+        seed: of random initialisation; ranks must use the same.
+        device_type: "cpu" or "cuda", where the model will run.
+
+    Raises:
+        ConfigError: it cannot be built, or a pretrained folder lacks weights or holds others.
+    """
+    lm, problem = None, None
+    try:
+        lm = load_lm(settings, seed, attn_implementation=attention.implementation)
+    except ConfigError as error:
+        problem = error
+    distributed.raise_together(problem)  # under ZeRO-3 only rank 0 reads the values
+    assert lm is not None
+    lm.config.use_cache = False
+    lm.config.architectures = [type(lm).__name__]
+    liger = apply_liger(lm, settings.liger, device_type)
+    checkpoint_activations(lm, settings.activation_checkpointing)
+    if settings.compile == "body":
+        lm.base_model.compile()
+    return PackedCausalLM(lm, settings.loss_backend, liger)
+
+
+def load_lm(settings: Model, seed: int, **options: Any) -> PreTrainedModel:
+    """The causal LM of transformers in `model.dtype`, pretrained or random.
+
+    Args:
+        settings: `model` section, of which source, weights, dtype and trust_remote_code matter here.
+        seed: of random initialisation.
+        options: further arguments of transformers, e.g. `attn_implementation`.
+
+    Raises:
+        ConfigError: it cannot be loaded, or lacks weights.
+    """
+    options |= {"trust_remote_code": settings.trust_remote_code, "dtype": DTYPES[settings.dtype]}
+    torch.manual_seed(seed)
+    try:
+        if settings.weights == "random":
+            return AutoModelForCausalLM.from_config(load_architecture(settings), **options)
+        # safetensors or nothing: a pytorch_model.bin is a pickle, which could run code
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            settings.source, output_loading_info=True, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise ConfigError(
+            f"the model {settings.source} cannot be loaded (weights: {settings.weights}): {error}"
+        ) from error
+    lm: PreTrainedModel
+    lm, info = loaded
+    missing = set(info["missing_keys"])
+    if lm.config.tie_word_embeddings:
+        missing.discard("lm_head.weight")
+    if missing or info["mismatched_keys"]:
+        names = ", ".join(sorted(missing | {str(key) for key in info["mismatched_keys"]})[:5])
+        raise ConfigError(
+            f"the model {settings.source} lacks {len(missing)} of the model's weights or has them in "
+            f"another shape ({names}); they would be random. Get the whole model, or set "
+            "model.weights: random"
+        )
+    return lm
+
+
+def liger_problem(choice: str, device_type: str) -> str | None:
+    """Why liger-kernel is not used, or None when it is (for models that it knows).
+
+    Args:
+        choice: `model.liger`.
+        device_type: "cpu" or "cuda".
+    """
+    if choice == "off":
+        return "asked for"
+    if device_type != "cuda":
+        return "needs CUDA"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return None
+
+
+def apply_liger(lm: PreTrainedModel, choice: str, device_type: str) -> str:
+    """Put liger-kernel's RMSNorm, SwiGLU and RoPE into a model, as far as it has them; never its loss.
+
+    Liger replaces RoPE for all models of that architecture in the process, the others in `lm` only.
+
+    Args:
+        lm: a built transformers model.
+        choice: `model.liger`.
+        device_type: "cpu" or "cuda".
+
+    Returns:
+        What was done, for the log.
+    """
+    problem = liger_problem(choice, device_type)
+    if problem is not None:
+        return f"off ({problem})"
+    from liger_kernel.transformers import monkey_patch
+
+    model_type = lm.config.model_type
+    patch = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
+    if patch is None:
+        return f"off (liger-kernel has no kernels for {model_type})"
+    parameters = inspect.signature(patch).parameters
+    switches = {name: name in LIGER_PARTS for name, p in parameters.items() if isinstance(p.default, bool)}
+    patch(model=lm, **switches)
+    parts = ", ".join(part for part in LIGER_PARTS if part in switches)
+    return f"{parts} (liger-kernel {importlib.metadata.version('liger-kernel')})"
+
+
+def checkpoint_activations(lm: PreTrainedModel, policy: str | int) -> None:
+    """Recompute activations in backward for no layer ("off"), every layer ("all") or every n-th layer."""
+    if policy == "off":
+        return
+    every = 1 if policy == "all" else int(policy)
+    layers: Any = lm.base_model.layers
+    for layer in layers[::every]:
+        if not isinstance(layer, GradientCheckpointingLayer):
+            raise ConfigError(
+                f"layers of {type(lm).__name__} cannot recompute; set model.activation_checkpointing: off"
+            )
+        recompute: Any = layer
+        recompute.gradient_checkpointing = True
+        recompute._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+
+def float32_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The floating-point buffers (rotary frequencies) before DeepSpeed casts the module."""
+    return {
+        name: buffer.detach().clone()
+        for name, buffer in model.named_buffers()
+        if buffer.dtype == torch.float32
+    }
+
+
+def restore_buffers(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
+    """Put `float32_buffers` back: rotary frequencies in bf16 would blur positions beyond a few hundred."""
+    for name, value in buffers.items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, attribute, value.to(getattr(module, attribute).device))
+
+
+def parameter_counts(model: PackedCausalLM) -> tuple[int, int]:
+    """All parameters, and those outside the input and output embeddings (partitioned ones at full size)."""
+    sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
+    embeddings = (model.lm.get_input_embeddings().weight, model.lm.get_output_embeddings().weight)
+    embedding_size = sum({id(p): sizes[id(p)] for p in embeddings}.values())
+    return sum(sizes.values()), sum(sizes.values()) - embedding_size

@@ -1,0 +1,198 @@
+"""Checks before a model is built: mistakes that can be known from settings, data and folder alone.
+
+Building a 32B model takes minutes; none of these should be found after that. Every rank runs the same checks;
+what only one rank can see is raised on all (`distributed.raise_together`).
+
+What is not covered: settings against each other (`config/schema.py`), sample lengths (`Corpus.check`), saved
+state (`engine/checkpointing/folder.py`) and memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from versatune_ds.config.schema import Config
+from versatune_ds.data.cache.cache import check_file
+from versatune_ds.data.cache.prepare import open_caches
+from versatune_ds.data.plan.planner import Corpus, PlannerSettings, supply
+from versatune_ds.domain.controller import WeightController
+from versatune_ds.domain.replay import resolve_schedule
+from versatune_ds.domain.table import DomainTable
+from versatune_ds.engine.checkpointing.folder import list_checkpoints
+from versatune_ds.foundations import constants, distributed
+from versatune_ds.foundations.errors import ConfigError, DataError, StateError
+from versatune_ds.foundations.log import get_logger
+
+log = get_logger(__name__)
+
+
+def check_folder(config: Config) -> None:
+    """Refuse to overwrite a run: any with `resume: never`, or a finished one without checkpoints.
+
+    Raises:
+        StateError: the folder holds such a run.
+    """
+    folder = config.run.dir
+    metrics = folder / constants.METRICS_FILE
+    has_lines = metrics.is_file() and metrics.stat().st_size > 0
+    has_checkpoints = bool(list_checkpoints(folder / constants.CHECKPOINTS_DIR))
+    problem: Exception | None = None
+    if config.run.resume == "never" and (has_lines or has_checkpoints):
+        problem = StateError(
+            f"{folder} holds a run and run.resume is never; choose another run.dir, or resume: auto"
+        )
+    elif (folder / constants.EXPORT_DIR).exists() and has_lines and not has_checkpoints:
+        problem = StateError(
+            f"{folder} holds a finished run without checkpoints to go on from; starting again would "
+            "replace it. "
+            "Choose another run.dir or remove the folder"
+        )
+    distributed.raise_together(problem)
+
+
+def open_verified_caches(config: Config, config_path: Path | None) -> dict[str, list[Any]]:
+    """The token caches, every byte of this rank's share of them checked.
+
+    The ranks of a node share out the files, so that each node proves its own copy; about 1 GB/s a rank.
+
+    Raises:
+        DataError, StateError: caches are missing, stale or damaged.
+    """
+    caches: dict[str, list[Any]] = open_caches(config, config_path=config_path)  # type: ignore[assignment]
+    present = [cache for of_split in caches.values() for cache in of_split if cache is not None]
+    files = {c.folder / name: entry for c in present for name, entry in c.manifest["files"].items()}
+    by_size = sorted(files, key=lambda path: (-files[path]["bytes"], path))
+    for path in by_size[distributed.local_rank() :: distributed.local_size()]:
+        check_file(path, files[path], full=True)
+    return caches
+
+
+def check_trackers(config: Config) -> None:
+    """Refuse TensorBoard or W&B that are asked for and not installed."""
+    wanted = {
+        "tensorboard": config.metrics.tensorboard,
+        "wandb": config.metrics.wandb_project is not None,
+    }
+    for package, is_wanted in wanted.items():
+        if is_wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"metrics: {package} is asked for and not installed; pip install 'versatune-ds[tracking]'"
+            )
+
+
+def check_supply(
+    corpus: Corpus, settings: PlannerSettings, controller: WeightController, total_steps: int
+) -> None:
+    """Refuse a run that `domains.max_epochs` would starve before its last step."""
+    tokens = sum(supply(corpus, settings, controller.weights).tokens)
+    if tokens / settings.tokens_per_step <= total_steps - 1:
+        steps = math.ceil(tokens / settings.tokens_per_step)
+        raise ConfigError(
+            f"the data lasts for {steps} steps under domains.max_epochs, and {total_steps} are asked for; "
+            "raise max_epochs, add data, or train for fewer steps"
+        )
+
+
+def check_domains_have_data(
+    config: Config, table: DomainTable, corpus: Corpus, controller: WeightController
+) -> None:
+    """Refuse a domain without training samples that has, or may be given, a weight."""
+    could_rise = np.zeros(len(table), dtype=bool)
+    why = "its weight is above 0 (domains.initial, domains.min_weight)"
+    if config.weights.strategy == "manual":
+        for weights in resolve_schedule(config.weights.schedule, table).values():
+            could_rise |= weights > 0
+        why = "weights.schedule gives it a weight"
+    elif config.weights.strategy == "expansion":
+        could_rise[table.id_of(config.weights.target or "")] = True
+        why = "it is weights.target"
+    elif config.weights.strategy == "doremi" and config.weights.smoothing > 0:
+        could_rise[:] = True
+        why = "doremi's smoothing gives every domain a weight"
+    for name, size, weight, rises in zip(
+        table.names, corpus.num_samples, controller.weights, could_rise, strict=True
+    ):
+        if size == 0 and (weight > 0 or rises):
+            reason = why if rises else "its weight is above 0 (domains.initial, domains.min_weight)"
+            raise DataError(f"domain {name} has no training data, and {reason}; add a source to data.train")
+
+
+def evaluated_caches(config: Config, table: DomainTable, caches: Sequence[Any]) -> list[Any]:
+    """Held-out caches of the domains in `evaluation.domains`, None for the others.
+
+    Raises:
+        DataError: a domain named there has no held-out data.
+    """
+    wanted = config.evaluation.domains
+    if wanted is None:
+        return list(caches)
+    lacking = [name for name in wanted if caches[table.id_of(name)] is None]
+    if lacking:
+        raise DataError(
+            f"evaluation.domains names {', '.join(lacking)}, without held-out data; add a source to data.eval"
+        )
+    return [cache if name in wanted else None for name, cache in zip(table.names, caches, strict=True)]
+
+
+def check_architecture(architecture: Any, tokenizer: Any, corpus: Corpus) -> None:
+    """Refuse models whose loss we would compute wrongly or whose embedding is too small for the tokenizer.
+
+    Args:
+        architecture: the transformers config of the model.
+        tokenizer: as loaded.
+        corpus: for the longest sample; one beyond the model's positions is a warning.
+
+    Raises:
+        ConfigError: naming the numbers.
+    """
+    neutral = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
+    for key, value in neutral.items():
+        if getattr(architecture, key, None) not in (None, value):
+            raise ConfigError(
+                f"{architecture.model_type} models change their logits ({key}: "
+                f"{getattr(architecture, key)}), "
+                "which the fused loss would leave out; use a Qwen or Llama model"
+            )
+    if getattr(architecture, "router_aux_loss_coef", None) is not None:
+        raise ConfigError(
+            f"{architecture.model_type} is a mixture of experts; its router loss is not supported"
+        )
+    if len(tokenizer) > architecture.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} entries and the model's embedding "
+            f"{architecture.vocab_size}; use the "
+            "model's own tokenizer, or a model with a larger embedding"
+        )
+    positions = getattr(architecture, "max_position_embeddings", None)
+    longest = max((int(lengths.max()) for lengths in corpus.lengths if len(lengths)), default=0)
+    if positions is not None and longest > positions:
+        log.warning(
+            "the longest sample has %d tokens, and the model was made for %d positions; set "
+            "data.overlong and "
+            "batch.pack_len, or a rope scaling in the model's config",
+            longest,
+            positions,
+        )
+
+
+def ignored_settings(config: Config) -> list[str]:
+    """Settings that were given and have no effect with the others; for the first lines of a run."""
+    ignored = []
+    strategy = config.weights.strategy
+    if config.weights.target is not None and strategy != "expansion":
+        ignored.append(f"weights.target (strategy is {strategy})")
+    if config.weights.schedule is not None and strategy != "manual":
+        ignored.append(f"weights.schedule (strategy is {strategy})")
+    if config.evaluation.max_samples_per_domain is not None and config.evaluation.every_n_steps is None:
+        ignored.append("evaluation.max_samples_per_domain (evaluation.every_n_steps is not set)")
+    if config.evaluation.domains is not None and config.evaluation.every_n_steps is None:
+        ignored.append("evaluation.domains (evaluation.every_n_steps is not set)")
+    if config.weights.loss_unit == "byte" and config.weights.reference is None:
+        ignored.append("weights.loss_unit (there is no weights.reference)")
+    return ignored

@@ -1,0 +1,1 @@
+"""The reading half of observability: recorded runs as tables, figures and pages."""
