@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import REPOSITORY
+from recorded_runs import make_run, make_step  # noqa: F401 (fixtures)
 
 if not torch.cuda.is_available():
     # Without a GPU our kernels run in Triton's interpreter; Triton reads this when it is imported.

@@ -11,15 +11,8 @@ from launching import REPOSITORY
 
 def measure(samples: int) -> dict[str, str]:
     """The benchmark's table."""
-    command = [
-        sys.executable,
-        "versatune_ds/apps/bench/planner.py",
-        "--scale",
-        str(samples),
-        "--ranks",
-        "1024",
-    ]
-    options = ["--packs-per-step", "2048", "--pack-len", "2048", "--steps", "2"]
+    command = [sys.executable, "-m", "versatune_ds.apps.bench.planner", "--scale", str(samples)]
+    options = ["--ranks", "1024", "--packs-per-step", "2048", "--pack-len", "2048", "--steps", "2"]
     done = subprocess.run(
         [*command, *options], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=300
     )

@@ -1,8 +1,7 @@
-"""`versatune_ds/apps/bench/prepare.py`: both sides tokenise the same rows, and the numbers say where they come from."""
+"""The benchmark of `prepare`: both sides tokenise the same rows, and the numbers say where they come from."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 from launching import REPOSITORY
 from prepared import data_config, pairs, qwen_like_tokenizer, write_jsonl
 
+from versatune_ds.apps.bench import prepare as bench_prepare
 from versatune_ds.config.load import write_resolved
 
 CHAT = [("system", "Be short."), ("user", "Name a prime."), ("assistant", "Seven."), ("user", "And?")]
@@ -39,7 +39,13 @@ def bench(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> subprocess.Com
     held_out = [{"path": str(write_jsonl(folder / "held_out.jsonl", pairs(2, start=50))), "domain": "law"}]
     config = data_config(folder, folder / "tokenizer", sources, eval=held_out, num_workers=2)
     write_resolved(config, folder / "config.yaml")
-    command = [sys.executable, "versatune_ds/apps/bench/prepare.py", "--config", str(folder / "config.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "versatune_ds.apps.bench.prepare",
+        "--config",
+        str(folder / "config.yaml"),
+    ]
     return subprocess.run(
         [*command, "--rounds", "1", "--json", str(folder / "result.json"), "batch.pack_len=1024"],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
@@ -63,11 +69,7 @@ def test_both_sides_are_measured_on_the_same_tokens(tmp_path: Path) -> None:
 
 
 def test_sides_that_differ_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("bench_prepare", REPOSITORY / "launch" / "bench_prepare.py")
-    assert spec and spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     made = {"prepare": {"tokens": 7, "wall_s": 1.0}, "datasets": {"tokens": 8, "wall_s": 2.0}}
-    assert script.compare([made], "wall_s") == 2
+    assert bench_prepare.compare([made], "wall_s") == 2
     with pytest.raises(SystemExit, match="nothing is compared"):
-        script.require_same_tokens([made])
+        bench_prepare.require_same_tokens([made])

@@ -1,7 +1,6 @@
 """The planner: each sample once per pass, exact shares, short waits, resume, limits, refusals."""
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from versatune_ds.apps.bench.planner import raw_lengths
 from versatune_ds.data.plan import order
 from versatune_ds.data.plan import planner as planner_module
 from versatune_ds.data.plan.balance import modelled_idle, quadratic_tokens, rank_packs
@@ -32,7 +32,6 @@ from versatune_ds.data.plan.planner import (
 )
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
 
-ROOT = Path(__file__).resolve().parents[2]
 CORPUS_FILES = ["law.jsonl", "medicine.jsonl", "finance.parquet", "science.jsonl", "code.json", "other.jsonl"]
 UNEVEN = [0.05, 0.1, 0.15, 0.2, 0.2, 0.3]
 
@@ -474,11 +473,7 @@ def test_a_limit_below_one_sample_is_refused() -> None:
 
 def real_lengths(corpus_folder: Path) -> list[np.ndarray]:
     """Tokens of each row of each domain, 4 characters counted as one."""
-    spec = importlib.util.spec_from_file_location("bench_planner", ROOT / "launch" / "bench_planner.py")
-    assert spec and spec.loader
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    return [bench.raw_lengths(corpus_folder / "train" / file) for file in CORPUS_FILES]
+    return [raw_lengths(corpus_folder / "train" / file) for file in CORPUS_FILES]
 
 
 @pytest.mark.parametrize(

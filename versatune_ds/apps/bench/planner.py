@@ -1,9 +1,9 @@
 """Measure the planner: packing efficiency, shares, waiting, modelled idle time, speed. No model, no GPU.
 
     python -m versatune_ds.apps.bench.planner --synthetic
-    python -m versatune_ds.apps.bench.planner --raw law.jsonl medicine.jsonl finance.parquet   # 4 characters a token
-    python -m versatune_ds.apps.bench.planner --caches cache/KEY/law cache/KEY/medicine        # exact lengths
-    python -m versatune_ds.apps.bench.planner --scale 100_000_000 --ranks 1024 --packs-per-step 4096   # a large cluster
+    python -m versatune_ds.apps.bench.planner --raw law.jsonl finance.parquet    # 4 characters a token
+    python -m versatune_ds.apps.bench.planner --caches cache/KEY/law cache/KEY/finance   # exact lengths
+    python -m versatune_ds.apps.bench.planner --scale 100_000_000 --ranks 1024 --packs-per-step 4096
 
 One file or cache folder per domain. Prints a Markdown table; every row is `--steps` planned steps. `--scale`
 maps so many synthetic lengths from files, as token caches do, and adds what every rank and the reduction of
@@ -144,18 +144,21 @@ def reduced_sums(plan: StepPlan, ranks: int, num_domains: int) -> tuple[DomainSu
     loss = np.random.default_rng(0).gamma(2.0, 1.0, plan.num_samples)
     packs = [(pack.domains, pack.lengths // 2) for pack in plan.packs]
     ends = np.cumsum([len(domains) for domains, _ in packs])
-    parts = [
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [
         (domains, loss[end - len(domains) : end] * tokens, tokens)
         for (domains, tokens), end in zip(packs, ends, strict=True)
     ]
     start = time.process_time()
     total = DomainSums.zeros(num_domains)
     for rank in range(ranks):
-        mine = [np.concatenate(columns) for columns in zip(*parts[rank::ranks], strict=True)]
-        total += DomainSums.from_samples(*mine, num_domains)
+        total += _sums(parts[rank::ranks], num_domains)
     seconds = (time.process_time() - start) / ranks
-    every = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
-    return total, DomainSums.from_samples(*every, num_domains), seconds
+    return total, _sums(parts, num_domains), seconds
+
+
+def _sums(packs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], num_domains: int) -> DomainSums:
+    domains, losses, tokens = (np.concatenate(columns) for columns in zip(*packs, strict=True))
+    return DomainSums.from_samples(domains, losses, tokens, num_domains)
 
 
 def scale(args: argparse.Namespace, folder: Path) -> list[str]:

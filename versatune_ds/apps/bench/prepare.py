@@ -135,14 +135,24 @@ def source_files(config: Config) -> list[tuple[str, str, dict[str, str]]]:
     ]
     for path, format, _ in files:
         if format not in MESSAGES:
-            raise SystemExit(f"bench_prepare.py: {path} has format {format}; allowed: {', '.join(MESSAGES)}")
+            raise SystemExit(f"bench.prepare: {path} has format {format}; allowed: {', '.join(MESSAGES)}")
     return files
 
 
 def measure(side: str, args: argparse.Namespace, files: str, overrides: Sequence[str]) -> dict[str, float]:
     """One side in a process of its own, with caches of its own: tokens, wall and CPU seconds, load."""
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as folder:
-        command = [sys.executable, __file__, "--config", args.config, "--side", side, "--files", files]
+        command = [
+            sys.executable,
+            "-m",
+            "versatune_ds.apps.bench.prepare",
+            "--config",
+            args.config,
+            "--side",
+            side,
+            "--files",
+            files,
+        ]
         # One thread in each process on both sides; `datasets` keeps its caches below HF_HOME.
         environment = {"HF_HOME": folder, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         load, before = os.getloadavg()[0], resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -163,7 +173,7 @@ def require_same_tokens(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> 
     """Tokens of a side in a round; sides that did different work are not compared."""
     tokens = {one[side]["tokens"] for one in rounds for side in SIDES}
     if len(tokens) != 1:
-        raise SystemExit(f"bench_prepare.py: the two sides made {sorted(tokens)} tokens; nothing is compared")
+        raise SystemExit(f"bench.prepare: the two sides made {sorted(tokens)} tokens; nothing is compared")
     return tokens.pop()
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of the observability tests: one step's record, and small run folders with known numbers."""
+"""Fixtures of the tests of observability and report: a step's record, and small runs with known numbers."""
 
 from __future__ import annotations
 
