@@ -145,7 +145,12 @@ def test_a_whole_model_is_not_extrapolated():
 
 def test_the_full_model_is_counted_with_all_its_layers():
     shape = ModelShape(
-        num_parameters_nonembedding=1000, num_layers=64, attention_width=8, hidden_size=4, vocab_size=50
+        num_parameters=1400,
+        num_parameters_nonembedding=1000,
+        num_layers=64,
+        attention_width=8,
+        hidden_size=4,
+        vocab_size=50,
     )
     full = bench_results.full_model(
         [slice_of(8, 1.0), slice_of(4, 0.6)], shape, 9.0, 1, peak_tflops=None, ceiling_tflops=None

@@ -490,7 +490,7 @@ def open_bench_run(config: Config, settings: BenchSettings, device: torch.device
         tokenizer=None,
         sinks=RecordingSinks(),
         progress=Progress(config.train.max_steps or 0, table.names, is_main=False),
-        shape=ModelShape.from_config(engine.model.lm.config, parameter_counts(engine.model)[1]),
+        shape=ModelShape.from_config(engine.model.lm.config, *parameter_counts(engine.model)),
         peak_tflops=config.metrics.peak_tflops or peak_tflops(describe_hardware(device)["device"]),
         total_steps=config.train.max_steps or 0,
         first_step=0,
@@ -517,6 +517,7 @@ def shape_of(name: str) -> ModelShape:
     """The FLOPs shape of a whole named model."""
     shape = shape_config(name)
     return ModelShape(
+        num_parameters=total_parameters(name),
         num_parameters_nonembedding=nonembedding_parameters(name),
         num_layers=shape["num_hidden_layers"],
         attention_width=shape["hidden_size"],
