@@ -1,7 +1,7 @@
-"""A run that the program of an earlier day began goes on: its settings, caches, checkpoint and logs still count.
+"""A run that an earlier version of the program began goes on, with its settings, caches, checkpoint and logs.
 
-`support/begun_at_812f8c4` was written by that commit on two ranks: the run was over after step 8, and what lies
-there is as after a crash that lost everything of the last four steps but the log lines.
+`support/begun_at_812f8c4` was written by that commit on two ranks and ended with step 8. What lies there is
+as after a crash that lost everything of the last four steps but the log lines.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Whole training runs on several ranks within one process group; a script started by `launch`.
 
 Usage: train_cases.py CASES.json, a list of {"config": FILE, "overrides": [...], "sabotage": NAME or null,
-"dump": [STEPS DONE, ...], "folder": WHERE TO WORK}; the last two may be left out. It leaves RUN_DIR/outcome_rank_R.json for every case: the error's type and text,
-or null; and for every step in `dump` that the run trains to or begins with, all weights and moments:
-RUN_DIR/whole_STEP_trained.safetensors or whole_STEP_loaded.safetensors.
+"dump": [STEPS DONE, ...], "folder": WHERE TO WORK}; the last two may be left out. It leaves
+RUN_DIR/outcome_rank_R.json for every case: the error's type and text, or null; and for every step in `dump`
+that the run trains to or begins with, all weights and moments: RUN_DIR/whole_STEP_trained.safetensors or
+whole_STEP_loaded.safetensors.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
-from versatune_ds.data.encode.templating import ChatEncoder, load_tokenizer, set_chat_template
+from versatune_ds.data.encode.encoder.encoder.templating import ChatEncoder, load_tokenizer, set_chat_template
 from versatune_ds.data.loader import StepLoader
 from versatune_ds.data.plan.planner import Corpus, PlannerSettings, PlannerState, steps_per_epoch
 from versatune_ds.domain.controller import WeightController
@@ -28,6 +28,7 @@ from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.build import (
     Engine,
+    accelerator_peak_tflops,
     build_engine,
     describe_hardware,
     describe_versions,
@@ -38,11 +39,14 @@ from versatune_ds.engine.checkpointing.folder import load_model_state, newest_so
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.faults.run_lock import unwritable
-from versatune_ds.engine.model.packed_lm import load_architecture, parameter_counts
-from versatune_ds.engine.preflight import checks as preflight
-from versatune_ds.engine.preflight.consistency import code_and_settings, require_sameness
-from versatune_ds.engine.preflight.dry_run import rehearse_when_asked
-from versatune_ds.engine.preflight.shared_files import check_shared_folder, open_caches_on_all_nodes
+from versatune_ds.engine.model.packed_lm.packed_lm.packed_lm import load_architecture, parameter_counts
+from versatune_ds.engine.preflight.checks.checks import checks as preflight
+from versatune_ds.engine.preflight.checks.checks.consistency import code_and_settings, require_sameness
+from versatune_ds.engine.preflight.checks.checks.dry_run import rehearse_when_asked
+from versatune_ds.engine.preflight.checks.checks.shared_files import (
+    check_shared_folder,
+    open_caches_on_all_nodes,
+)
 from versatune_ds.engine.references import open_reference
 from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
@@ -52,7 +56,7 @@ from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.progress import Progress
 from versatune_ds.observability.sinks import Sinks, open_sinks
-from versatune_ds.observability.throughput import ModelShape, peak_tflops
+from versatune_ds.observability.throughput import ModelShape
 
 log = get_logger(__name__)
 
@@ -208,8 +212,8 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
         tokenizer=tokenizer,
         sinks=sinks,
         progress=Progress(total_steps, table.names, done_steps=first_step, is_main=distributed.is_main()),
-        shape=ModelShape.from_config(engine.model.lm.config, parameter_counts(engine.model)[1]),
-        peak_tflops=config.metrics.peak_tflops or peak_tflops(describe_hardware(device)["device"]),
+        shape=ModelShape.from_config(engine.model.lm.config, *parameter_counts(engine.model)),
+        peak_tflops=accelerator_peak_tflops(config, device),
         total_steps=total_steps,
         first_step=first_step,
         skipped_in_a_row=0 if state is None else int(state["skipped_in_a_row"]),

@@ -4,7 +4,7 @@
 time the call and hand it on. On CUDA a span is two events on the current stream, so that nothing
 waits while a step runs; on a CPU it is two readings of the clock.
 
-What is not covered: when steps are taken and what becomes of the seconds (`engine.bench`).
+What is not covered: when steps are taken and what becomes of the seconds (`apps/bench/trainer.py`).
 """
 
 from __future__ import annotations
