@@ -19,7 +19,7 @@ import torch
 
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
-from versatune_ds.data.encode.encoder.encoder.templating import ChatEncoder, load_tokenizer, set_chat_template
+from versatune_ds.data.encode.templating import ChatEncoder, load_tokenizer, set_chat_template
 from versatune_ds.data.loader import StepLoader
 from versatune_ds.data.plan.planner import Corpus, PlannerSettings, PlannerState, steps_per_epoch
 from versatune_ds.domain.controller import WeightController
@@ -39,11 +39,11 @@ from versatune_ds.engine.checkpointing.folder import load_model_state, newest_so
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.faults.run_lock import unwritable
-from versatune_ds.engine.model.packed_lm.packed_lm.packed_lm import load_architecture, parameter_counts
-from versatune_ds.engine.preflight.checks.checks import checks as preflight
-from versatune_ds.engine.preflight.checks.checks.consistency import code_and_settings, require_sameness
-from versatune_ds.engine.preflight.checks.checks.dry_run import rehearse_when_asked
-from versatune_ds.engine.preflight.checks.checks.shared_files import (
+from versatune_ds.engine.model.packed_lm import load_architecture, parameter_counts
+from versatune_ds.engine.preflight import checks as preflight
+from versatune_ds.engine.preflight.consistency import code_and_settings, require_sameness
+from versatune_ds.engine.preflight.dry_run import rehearse_when_asked
+from versatune_ds.engine.preflight.shared_files import (
     check_shared_folder,
     open_caches_on_all_nodes,
 )

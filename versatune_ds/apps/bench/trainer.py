@@ -45,7 +45,7 @@ from versatune_ds.apps.bench.shapes import (
 )
 from versatune_ds.config.load import load_config
 from versatune_ds.config.schema import Config
-from versatune_ds.data.cache.cache.cache.prepare import open_caches
+from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.loader import StepLoader
 from versatune_ds.data.plan.balance import check_world_size
 from versatune_ds.data.plan.planner import Corpus, PlannerState, StepPlan
@@ -65,8 +65,8 @@ from versatune_ds.engine.backend.deepspeed_config import zero_stage
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.signals import StopRequest
-from versatune_ds.engine.model.packed_lm.packed_lm.packed_lm import DTYPES, parameter_counts
-from versatune_ds.engine.preflight.checks.checks.dry_run import rehearse_when_asked
+from versatune_ds.engine.model.packed_lm import DTYPES, parameter_counts
+from versatune_ds.engine.preflight.dry_run import rehearse_when_asked
 from versatune_ds.engine.run import Run, planner_settings
 from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics

@@ -29,8 +29,8 @@ from versatune_ds.config.schema import DEFAULT_COLLECTIVE_TIMEOUT_S, Config
 from versatune_ds.engine.backend import deepspeed_config as settings_for
 from versatune_ds.engine.backend.optimizer import build_optimizer
 from versatune_ds.engine.faults.stale_files import shared_memory_buffer, take_away_leftovers
-from versatune_ds.engine.model.packed_lm.attention import AttentionChoice, choose_attention, isolation_leak
-from versatune_ds.engine.model.packed_lm.packed_lm import (
+from versatune_ds.engine.model.attention import AttentionChoice, choose_attention, isolation_leak
+from versatune_ds.engine.model.packed_lm import (
     PackedCausalLM,
     build_model,
     float32_buffers,
