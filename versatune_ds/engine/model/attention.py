@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from versatune_ds.config.schema import Model
 from versatune_ds.foundations.constants import IGNORE_INDEX
@@ -70,9 +70,13 @@ def choose_attention(settings: Model, device_type: str) -> AttentionChoice:
 
 
 def register_varlen() -> None:
-    """Make torch's varlen kernel known to transformers under the name `VARLEN`; it needs no mask."""
+    """Make torch's varlen kernel known to transformers under the name `VARLEN`.
+
+    It needs no mask, and none is registered: for a name without one transformers (5.17 and 5.23,
+    `_preprocess_mask_arguments`) returns at once, and with one it would first look whether the position ids
+    hold several sequences, for which the host waits for the device in every forward.
+    """
     AttentionInterface.register(VARLEN, varlen_attention)
-    AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
 
 
 def varlen_attention(
