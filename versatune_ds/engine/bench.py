@@ -55,7 +55,6 @@ from versatune_ds.engine.build import (
     close_process_group,
     describe_hardware,
     describe_versions,
-    git_commit,
     start_process_group,
 )
 from versatune_ds.engine.deepspeed_config import zero_stage
@@ -67,6 +66,7 @@ from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.engine.train import run_step, update_weights
 from versatune_ds.foundations import distributed
+from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.errors import ConfigError, DataError
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.bench_results import (
@@ -459,6 +459,12 @@ def open_bench_run(config: Config, settings: BenchSettings, device: torch.device
     if settings.data is not None:
         sources = open_caches(load_config(settings.data), config_path=settings.data)["train"]
         check_tokens(sources, vocab_size, settings)
+    return open_run_on(config, sources, device)
+
+
+def open_run_on(config: Config, sources: list[Any], device: torch.device) -> Run:
+    """A run on these token sources, one a domain in table order; as `open_bench_run` opens it."""
+    table = DomainTable(config.domains.names)
     corpus = Corpus.from_caches(sources, table.names)
     planner = planner_settings(config, table)
     corpus.check(planner)

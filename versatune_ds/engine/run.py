@@ -27,7 +27,7 @@ from versatune_ds.domain.early_stopping import EarlyStopping
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine import preflight
-from versatune_ds.engine.build import Engine, build_engine, describe_hardware, describe_versions, git_commit
+from versatune_ds.engine.build import Engine, build_engine, describe_hardware, describe_versions
 from versatune_ds.engine.checkpoint import load_model_state, newest_sound_checkpoint, read_state
 from versatune_ds.engine.deepspeed_config import deepspeed_config, offloads_optimizer, zero_stage
 from versatune_ds.engine.evaluate import HeldOut
@@ -41,6 +41,7 @@ from versatune_ds.engine.saving import Saver
 from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
+from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.errors import ConfigError, StateError
 from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger
