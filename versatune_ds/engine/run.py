@@ -32,7 +32,6 @@ from versatune_ds.engine.backend.build import (
     build_engine,
     describe_hardware,
     describe_versions,
-    git_commit,
 )
 from versatune_ds.engine.backend.deepspeed_config import deepspeed_config, offloads_optimizer, zero_stage
 from versatune_ds.engine.checkpointing.folder import load_model_state, newest_sound_checkpoint, read_state
@@ -51,6 +50,7 @@ from versatune_ds.engine.references import open_reference
 from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
+from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.errors import ConfigError, StateError
 from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger

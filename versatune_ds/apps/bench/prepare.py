@@ -219,7 +219,7 @@ def print_round(number: int, sides: Mapping[str, Mapping[str, float]]) -> None:
 
 def describe_environment() -> dict[str, Any]:
     """What a reader needs to repeat the numbers."""
-    from versatune_ds.engine.backend.build import git_commit
+    from versatune_ds.foundations.commit import git_commit
 
     cpus = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     return {

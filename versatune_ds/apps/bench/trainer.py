@@ -58,7 +58,6 @@ from versatune_ds.engine.backend.build import (
     build_engine,
     describe_hardware,
     describe_versions,
-    git_commit,
     start_process_group,
 )
 from versatune_ds.engine.backend.deepspeed_config import zero_stage
@@ -72,6 +71,7 @@ from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.engine.train import run_step, update_weights
 from versatune_ds.foundations import distributed
+from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.errors import DataError
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.progress import Progress

@@ -10,11 +10,9 @@ import importlib.util
 import math
 import os
 import socket
-import subprocess
 import time
 import warnings
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -277,26 +275,6 @@ def describe_versions() -> dict[str, str]:
         if importlib.util.find_spec(name) is not None:
             versions[name] = getattr(__import__(name), "__version__", "installed")
     return versions
-
-
-def git_commit(file: Path = Path(__file__)) -> str | None:
-    """Commit of the source tree that `file` belongs to, "-dirty" appended when tracked files differ.
-
-    None outside of git, and for an installed copy that lies in the checkout of something else.
-    """
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=file.parent, check=True, capture_output=True, text=True
-        )
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", file.name)
-        commit = git("rev-parse", "--short=12", "HEAD")
-        return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _free_port() -> int:
