@@ -108,6 +108,19 @@ except ValueError as error:
     assert str(error) == "mine"
 else:
     raise AssertionError("nothing was raised")
+def only_on_main(value):
+    assert d.is_main()
+    if value < 0:
+        raise ValueError("of rank 0")
+    return value
+assert d.together(lambda: d.rank()) == d.rank() and d.on_main(only_on_main, 7) == 7
+for fails in (lambda: d.on_main(only_on_main, -1), lambda: d.together(lambda: 1 // (d.rank() - 2))):
+    try:
+        fails()
+    except (ValueError, ZeroDivisionError) as error:
+        assert str(error) in ("of rank 0", "integer division or modulo by zero")
+    else:
+        raise AssertionError("nothing was raised")
 dist.barrier(); dist.destroy_process_group()
 """
 

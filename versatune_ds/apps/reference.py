@@ -74,28 +74,26 @@ def write_reference(
         The file, or None when it was asked to stop; the same command then goes on.
     """
     if losses is not None:
-        return _write(given_reference(config, losses), config, out)
+        given = given_reference(config, losses)
+        return distributed.on_main(_write, given, config, out)
     device = start_process_group()
     if model is not None:
         source = resolve_target(model, config).source
         reference: ReferenceLosses | None = reference_from_model(config, source, device, config_path)
     else:
         reference = reference_by_training(config, out, device, config_path)
-    path = None if reference is None else _write(reference, config, out)
+    path = None if reference is None else distributed.on_main(_write, reference, config, out)
     close_process_group()
     return path
 
 
 def _write(reference: ReferenceLosses, config: Config, out: Path) -> Path:
     path = out / constants.REFERENCE_FILE
-    problem: Exception | None = None
-    if distributed.is_main():
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(path, reference.to_json(DomainTable(config.domains.names)))
-        except OSError as error:
-            problem = StateError(f"{path} cannot be written ({error.strerror}); give another --out")
-    distributed.raise_together(problem)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, reference.to_json(DomainTable(config.domains.names)))
+    except OSError as error:
+        raise StateError(f"{path} cannot be written ({error.strerror}); give another --out") from error
     return path
 
 
@@ -151,7 +149,7 @@ def reference_by_training(
             if not train_in_group(derived, device, config_path):
                 return None
             free_memory()
-            result = _finish(folder, name)
+            result = distributed.on_main(_finish, folder, name)
         results.append(result)
     losses = np.array([result["loss"] for result in results])
     before = np.array([result["loss_before"] for result in results])
@@ -248,17 +246,10 @@ def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
 
     Rank 0 looks, and clears away what was measured with others; all ranks get its answer.
     """
-    result: dict[str, Any] | None = None
-    problem: Exception | None = None
-    if distributed.is_main():
-        try:
-            result = _look(folder, fingerprint)
-        except StateError as error:
-            problem = error
-        except OSError as error:
-            problem = StateError(f"{folder} cannot be written ({error.strerror}); give another --out")
-    distributed.raise_together(problem)
-    return distributed.gather_objects(result)[0]
+    try:
+        return distributed.on_main(_look, folder, fingerprint)
+    except OSError as error:
+        raise StateError(f"{folder} cannot be written ({error.strerror}); give another --out") from error
 
 
 def _look(folder: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -284,19 +275,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _finish(folder: Path, name: str) -> dict[str, Any]:
     """Take the best evaluation of a finished domain's run, write it down, and drop the run's checkpoints."""
-    result: dict[str, Any] | None = None
-    problem: Exception | None = None
-    if distributed.is_main():
-        try:
-            result = best_evaluation(folder, name)
-            write_json_atomic(folder / RESULT_FILE, result)
-            shutil.rmtree(folder / constants.CHECKPOINTS_DIR, ignore_errors=True)
-            _say(name, result)
-        except DivergenceError as error:
-            problem = error
-    distributed.raise_together(problem)
-    found: dict[str, Any] = distributed.gather_objects(result)[0]
-    return found
+    result = best_evaluation(folder, name)
+    write_json_atomic(folder / RESULT_FILE, result)
+    shutil.rmtree(folder / constants.CHECKPOINTS_DIR, ignore_errors=True)
+    _say(name, result)
+    return result
 
 
 def best_evaluation(folder: Path, name: str) -> dict[str, Any]:

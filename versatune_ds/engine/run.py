@@ -51,7 +51,7 @@ from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.commit import git_commit
-from versatune_ds.foundations.errors import ConfigError, StateError
+from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.progress import Progress
@@ -269,25 +269,25 @@ def open_files(
     Raises:
         StateError: on every rank, where they cannot be written or are not those of the checkpoint.
     """
-    sinks, problem = Sinks(), None
-    if distributed.is_main():
+
+    def open_on_main() -> Sinks:
+        if not distributed.is_main():
+            return Sinks()
         try:
             _note_changes(config)
             write_resolved(config, config.run.dir / constants.RESOLVED_CONFIG_FILE)
             _write_run_info(config, engine, total_steps)
-            sinks = open_sinks(
+            return open_sinks(
                 config.run.dir,
                 config.metrics,
                 offsets=None if state is None else state["offsets"],
                 first_step=first_step + 1,
                 config=config.model_dump(mode="json"),
             )
-        except StateError as error:
-            problem = error
         except OSError as error:
-            problem = unwritable(config.run.dir, error)
-    distributed.raise_together(problem)
-    return sinks
+            raise unwritable(config.run.dir, error) from error
+
+    return distributed.together(open_on_main)
 
 
 def open_held_out(

@@ -8,10 +8,13 @@ What is not covered: starting the process group (DeepSpeed does) and the collect
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+Result = TypeVar("Result")
 
 
 def rank() -> int:
@@ -118,3 +121,20 @@ def raise_together(problem: Exception | None) -> None:
         raise problem
     if problems:
         raise problems[0]
+
+
+def together(action: Callable[..., Result], *arguments: Any) -> Result:
+    """Run `action` on every rank; where it fails on any, all raise (`raise_together`). A collective."""
+    result: Result | None = None
+    problem: Exception | None = None
+    try:
+        result = action(*arguments)
+    except Exception as error:  # raised again, when the others know
+        problem = error
+    raise_together(problem)
+    return result  # type: ignore[return-value]
+
+
+def on_main(action: Callable[..., Result], *arguments: Any) -> Result:
+    """Run `action` on rank 0 alone; every rank gets its result or raises its error. A collective."""
+    return broadcast_object(together(lambda: action(*arguments) if is_main() else None))  # type: ignore[no-any-return]

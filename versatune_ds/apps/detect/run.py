@@ -65,7 +65,6 @@ MAX_QUIET_SHARE = 0.05
 """Of blank or unparsable texts; more is a warning."""
 
 Job = TypeVar("Job")
-Result = TypeVar("Result")
 
 
 class Stopped(Exception):
@@ -123,8 +122,8 @@ def detect(config: Config, folder: Path, config_path: Path | None = None) -> Pat
 def detect_in_group(config: Config, place: Place, config_path: Path | None = None) -> None:
     """`detect` within a process group that is already there, or without one."""
     table = DomainTable(config.domains.names)
-    together(lambda: place.folder.mkdir(parents=True, exist_ok=True))
-    judge = together(lambda: build_judge(config, table, place.device, config_path))
+    distributed.together(lambda: place.folder.mkdir(parents=True, exist_ok=True))
+    judge = distributed.together(build_judge, config, table, place.device, config_path)
     try:
         generation = describe_generation(config, place.device)
         texts = generate_texts(config, place, generation)
@@ -132,7 +131,7 @@ def detect_in_group(config: Config, place: Place, config_path: Path | None = Non
     finally:
         if judge is not None:
             judge.close()
-    together(lambda: aggregate_texts(config, place.folder, table, generation, texts, judged))
+    distributed.together(aggregate_texts, config, place.folder, table, generation, texts, judged)
 
 
 # --- step 1: generate ---------------------------------------------------------------------------------------
@@ -160,8 +159,10 @@ def generate_texts(config: Config, place: Place, generation: dict[str, Any]) -> 
         VersaTuneError: all texts are blank.
     """
     detect, total = config.detect, config.detect.sequences * config.detect.rounds
-    tokenizer = together(lambda: load_text_tokenizer(subject(config)))
-    journal = together(lambda: open_journal(place.folder, SEQUENCES_FILE, "generation", generation))
+    tokenizer = distributed.together(load_text_tokenizer, subject(config))
+    journal = distributed.together(
+        lambda: open_journal(place.folder, SEQUENCES_FILE, "generation", generation)
+    )
     size = detect.batch_size
     done = journal.lines if journal is not None else {}
     batches = [
@@ -171,7 +172,7 @@ def generate_texts(config: Config, place: Place, generation: dict[str, Any]) -> 
     ]
     batches = distributed.broadcast_object(batches)
     if batches:
-        generator = together(
+        generator = distributed.together(
             lambda: build_generator(generation["generator"], config, tokenizer, place.device)
         )
         work_off(
@@ -184,7 +185,7 @@ def generate_texts(config: Config, place: Place, generation: dict[str, Any]) -> 
         del generator
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
-    return together(lambda: finish_texts(journal))
+    return distributed.together(finish_texts, journal)
 
 
 def finish_texts(journal: Journal | None) -> dict[int, Text]:
@@ -259,12 +260,12 @@ def judge_texts(
         "max_chars": max_chars,
         "texts": canonical_hash(generation),
     }
-    journal = together(lambda: open_journal(place.folder, JUDGEMENTS_FILE, "judge", identity))
+    journal = distributed.together(open_journal, place.folder, JUDGEMENTS_FILE, "judge", identity)
     done = journal.lines if journal is not None else {}
     judgeable = [index for index, text in sorted(texts.items()) if not text.is_blank]
     missing = [(index, texts[index].text[:max_chars]) for index in judgeable if index not in done]
     if distributed.broadcast_object(bool(missing)):
-        together(lambda: judge.open() if judge is not None else None)
+        distributed.together(lambda: judge.open() if judge is not None else None)
         on_every_rank = judge is not None and judge.on_every_rank
         size = judge.texts_at_once if judge is not None else 1
         jobs = [missing[i : i + size] for i in range(0, len(missing), size)]
@@ -383,18 +384,6 @@ def knowledge_table(content: Mapping[str, Any]) -> str:
 
 
 # --- shared -------------------------------------------------------------------------------------------------
-
-
-def together(action: Callable[[], Result]) -> Result:
-    """Run `action` on every rank; where it fails on any, all raise. A collective."""
-    result: Result | None = None
-    problem: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:  # raised again, on all ranks
-        problem = error
-    distributed.raise_together(problem)
-    return result  # type: ignore[return-value]
 
 
 def work_off(

@@ -115,15 +115,16 @@ def evaluate_in_group(
             provenance={**evaluation.provenance, "benchmarks_not_run": found.not_run},
         )
     folder = out or target.out
-    problem: Exception | None = None
-    if distributed.is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            evaluation.write(folder / constants.EVALUATION_FILE)
-        except OSError as error:
-            problem = StateError(f"{folder} cannot be written ({error.strerror}); give another --out")
-    distributed.raise_together(problem)
+    distributed.on_main(_write, evaluation, folder)
     return evaluation, folder
+
+
+def _write(evaluation: ModelEvaluation, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        evaluation.write(folder / constants.EVALUATION_FILE)
+    except OSError as error:
+        raise StateError(f"{folder} cannot be written ({error.strerror}); give another --out") from error
 
 
 def measure(

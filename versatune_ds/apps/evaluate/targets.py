@@ -18,7 +18,7 @@ from versatune_ds.engine.checkpointing.folder import NAME, damage, newest_sound_
 from versatune_ds.engine.checkpointing.hf_export import export_from_run
 from versatune_ds.engine.fingerprints import weight_files
 from versatune_ds.foundations import constants, distributed
-from versatune_ds.foundations.errors import ConfigError, StateError, VersaTuneError
+from versatune_ds.foundations.errors import ConfigError, StateError
 from versatune_ds.foundations.files import folder_name
 from versatune_ds.foundations.log import get_logger
 
@@ -54,7 +54,7 @@ def resolve_target(name: str, config: Config) -> Target:
         return Target(_model_of_run(path), path)
     if (path / constants.CHECKPOINT_MANIFEST_FILE).is_file() and NAME.fullmatch(path.name):
         run = path.resolve().parent.parent
-        return Target(_export(run, path), run / constants.EVALUATIONS_DIR / path.name)
+        return Target(distributed.on_main(_export, run, path), run / constants.EVALUATIONS_DIR / path.name)
     if (path / "config.json").is_file():
         if not weight_files(path):
             raise ConfigError(
@@ -83,22 +83,16 @@ def _model_of_run(run: Path) -> str:
             "set checkpoint.every_n_steps to have checkpoints before its end"
         )
     log.info("%s has no %s/ yet: its newest checkpoint is evaluated", run, constants.EXPORT_DIR)
-    return _export(run, checkpoint)
+    return distributed.on_main(_export, run, checkpoint)
 
 
 def _export(run: Path, checkpoint: Path) -> str:
     """A checkpoint as a Hugging Face folder beside its run; one that is there and newer is used again."""
     target = run / f"{constants.EXPORT_DIR}-{checkpoint.name}"
-    problem: Exception | None = None
-    if distributed.is_main():
-        made_at = (checkpoint / constants.CHECKPOINT_MANIFEST_FILE).stat().st_mtime
-        try:
-            if not (target / "config.json").is_file() or target.stat().st_mtime < made_at:
-                if (found := damage(checkpoint)) is not None:
-                    raise StateError(f"{checkpoint} is damaged: {found}; give another checkpoint")
-                log.info("exporting %s to %s", checkpoint, target)
-                export_from_run(run, checkpoint, target)
-        except VersaTuneError as error:
-            problem = error
-    distributed.raise_together(problem)
+    made_at = (checkpoint / constants.CHECKPOINT_MANIFEST_FILE).stat().st_mtime
+    if not (target / "config.json").is_file() or target.stat().st_mtime < made_at:
+        if (found := damage(checkpoint)) is not None:
+            raise StateError(f"{checkpoint} is damaged: {found}; give another checkpoint")
+        log.info("exporting %s to %s", checkpoint, target)
+        export_from_run(run, checkpoint, target)
     return str(target)

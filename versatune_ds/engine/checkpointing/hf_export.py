@@ -123,18 +123,19 @@ def export_model(model: PackedCausalLM, companions: Companions, folder: Path, ma
     Raises:
         SaveError: on all ranks, when rank 0 could not write.
     """
-    problem: Exception | None = None
     parameters = _gathered_parameters(model)
-    if distributed.is_main():
-        copies = ((name, tensor.detach().to("cpu", copy=True)) for name, tensor in parameters)
-        cure = "start the same command again, or make it from the last checkpoint: versatune-ds export RUN"
+    copies = ((name, tensor.detach().to("cpu", copy=True)) for name, tensor in parameters)
+    cure = "start the same command again, or make it from the last checkpoint: versatune-ds export RUN"
+
+    def write() -> None:
         try:
-            _write_folder(copies, model.lm.config, companions, folder, max_shard_bytes, cure)
-        except SaveError as error:
-            problem = error
-    for _ in parameters:  # the other ranks' part, and that of a rank 0 that could not write
-        pass
-    distributed.raise_together(problem)
+            if distributed.is_main():
+                _write_folder(copies, model.lm.config, companions, folder, max_shard_bytes, cure)
+        finally:
+            for _ in parameters:  # the other ranks' part, and that of a rank 0 that could not write
+                pass
+
+    distributed.together(write)
 
 
 def export_checkpoint(

@@ -45,13 +45,7 @@ class RunLock:
         self._lock = FileLock(folder / constants.RUN_LOCK_FILE)
 
     def __enter__(self) -> RunLock:
-        problem: StateError | None = None
-        if distributed.is_main():
-            try:
-                self._take()
-            except StateError as error:
-                problem = error
-        distributed.raise_together(problem)
+        distributed.on_main(self._take)
         return self
 
     def __exit__(

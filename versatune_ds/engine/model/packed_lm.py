@@ -160,13 +160,8 @@ def build_model(
     Raises:
         ConfigError: it cannot be built, or a pretrained folder lacks weights or holds others.
     """
-    lm, problem = None, None
-    try:
-        lm = load_lm(settings, seed, attn_implementation=attention.implementation)
-    except ConfigError as error:
-        problem = error
-    distributed.raise_together(problem)  # under ZeRO-3 only rank 0 reads the values
-    assert lm is not None
+    # together: under ZeRO-3 only rank 0 reads the values
+    lm = distributed.together(lambda: load_lm(settings, seed, attn_implementation=attention.implementation))
     lm.config.use_cache = False
     lm.config.architectures = [type(lm).__name__]
     liger = apply_liger(lm, settings.liger, device_type)

@@ -1,7 +1,7 @@
 """Checks before a model is built: mistakes that can be known from settings, data and folder alone.
 
 Building a 32B model takes minutes; none of these should be found after that. Every rank runs the same checks;
-what only one rank can see is raised on all (`distributed.raise_together`).
+what only one rank can see is raised on all (`distributed.on_main`).
 
 What is not covered: settings against each other (`config/schema.py`), sample lengths (`Corpus.check`), saved
 state (`engine/checkpointing/folder.py`) and memory.
@@ -38,22 +38,22 @@ def check_folder(config: Config) -> None:
     Raises:
         StateError: the folder holds such a run.
     """
-    folder = config.run.dir
+    distributed.on_main(_check_folder, config.run.dir, config.run.resume)
+
+
+def _check_folder(folder: Path, resume: str) -> None:
     metrics = folder / constants.METRICS_FILE
     has_lines = metrics.is_file() and metrics.stat().st_size > 0
     has_checkpoints = bool(list_checkpoints(folder / constants.CHECKPOINTS_DIR))
-    problem: Exception | None = None
-    if config.run.resume == "never" and (has_lines or has_checkpoints):
-        problem = StateError(
+    if resume == "never" and (has_lines or has_checkpoints):
+        raise StateError(
             f"{folder} holds a run and run.resume is never; choose another run.dir, or resume: auto"
         )
-    elif (folder / constants.EXPORT_DIR).exists() and has_lines and not has_checkpoints:
-        problem = StateError(
+    if (folder / constants.EXPORT_DIR).exists() and has_lines and not has_checkpoints:
+        raise StateError(
             f"{folder} holds a finished run without checkpoints to go on from; starting again would "
-            "replace it. "
-            "Choose another run.dir or remove the folder"
+            "replace it. Choose another run.dir or remove the folder"
         )
-    distributed.raise_together(problem)
 
 
 def open_verified_caches(config: Config, config_path: Path | None) -> dict[str, list[Any]]:
