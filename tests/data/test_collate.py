@@ -42,7 +42,6 @@ def test_a_pack_of_two_samples_and_padding() -> None:
         "position_ids": [0, 1, 0, 1, 2, 0, 1, 2],
         "cu_seqlens": [0, 2, 5, 8],
         "sample_ids": [0, 0, 1, 1, 1, -1, -1, -1],
-        "domain_ids": [2, 2, 0, 0, 0, -1, -1, -1],
         "sample_domains": [2, 0],
     }
     for name, values in expected.items():
@@ -65,7 +64,7 @@ def test_an_empty_pack_is_all_padding() -> None:
     assert batch.labels.tolist() == [-100] * 4
     assert batch.position_ids.tolist() == [0, 1, 2, 3]
     assert batch.cu_seqlens.tolist() == [0, 4]
-    assert batch.sample_ids.tolist() == batch.domain_ids.tolist() == [-1] * 4
+    assert batch.sample_ids.tolist() == [-1] * 4
     assert batch.sample_domains.shape == (0,)
     assert (batch.max_seqlen, batch.num_tokens, batch.supervised_tokens) == (4, 0, 0)
 
@@ -95,7 +94,7 @@ def test_to_moves_every_tensor_and_keeps_host_numbers() -> None:
     batch = collate(pack((0, 0, 2)), [Source(([1, 2], [1, 1]))], pack_len=4, pad_id=PAD)
     moved = batch.to("meta")
     tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)]
-    assert len(tensors) == 7 and all(t.device.type == "meta" for t in tensors)
+    assert len(tensors) == 6 and all(t.device.type == "meta" for t in tensors)
     assert isinstance(moved, Batch) and moved.max_seqlen == 2 and moved.supervised_tokens == 1
 
 

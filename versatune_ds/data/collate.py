@@ -44,7 +44,6 @@ class Batch:
         position_ids: int64[T], 0, 1, ... from each sample's (and the padding's) beginning.
         cu_seqlens: int32[S + 1], or [S + 2] with padding: where segments begin, and T.
         sample_ids: int32[T], 0..S-1, the sample of each position; -1 in padding.
-        domain_ids: int32[T], domain of each position; -1 in padding.
         sample_domains: int32[S], domain of each sample.
         max_seqlen: length of the longest segment, padding included.
         num_tokens: real tokens, without padding.
@@ -56,7 +55,6 @@ class Batch:
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     sample_ids: torch.Tensor
-    domain_ids: torch.Tensor
     sample_domains: torch.Tensor
     max_seqlen: int
     num_tokens: int
@@ -113,12 +111,10 @@ def collate(pack: Pack, sources: Sequence[TokenSource | None], pack_len: int, pa
     labels[:-1][supervised[1:]] = tokens[1:][supervised[1:]]
     labels[ends - 1] = IGNORE_INDEX
 
-    segments = lengths
-    segment_samples, segment_domains = np.arange(num_samples), pack.domains
+    segments, segment_samples = lengths, np.arange(num_samples)
     if num_tokens < pack_len:
         segments = np.append(segments, pack_len - num_tokens)
         segment_samples = np.append(segment_samples, PADDING_ID)
-        segment_domains = np.append(segment_domains, PADDING_ID)
     starts = np.cumsum(segments) - segments
     return Batch(
         input_ids=torch.from_numpy(tokens),
@@ -126,7 +122,6 @@ def collate(pack: Pack, sources: Sequence[TokenSource | None], pack_len: int, pa
         position_ids=torch.from_numpy(np.arange(pack_len) - np.repeat(starts, segments)),
         cu_seqlens=torch.from_numpy(np.append(starts, pack_len).astype(np.int32)),
         sample_ids=torch.from_numpy(np.repeat(segment_samples, segments).astype(np.int32)),
-        domain_ids=torch.from_numpy(np.repeat(segment_domains, segments).astype(np.int32)),
         sample_domains=torch.from_numpy(pack.domains.astype(np.int32)),
         max_seqlen=int(segments.max()),
         num_tokens=num_tokens,

@@ -9,7 +9,7 @@ IGNORE_INDEX: Final = -100
 """Label of a position without supervision; the value that torch's cross-entropy ignores by default."""
 
 PADDING_ID: Final = -1
-"""Sample and domain id of padding positions in a pack."""
+"""Sample id of padding positions in a pack."""
 
 # Files of a run folder.
 RESOLVED_CONFIG_FILE: Final = "resolved.yaml"

@@ -31,7 +31,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -108,13 +108,7 @@ def template_text(tokenizer: Any, name: str) -> str:
             raise ConfigError(f"the tokenizer's chat template cannot be used: {error}") from None
     if name not in BUILT_IN_TEMPLATES:
         raise ConfigError(unknown_name("chat template", name, ("tokenizer", *BUILT_IN_TEMPLATES)))
-    text = (
-        resources.files("versatune_ds.data")
-        .joinpath("templates")
-        .joinpath(f"{name}.jinja")
-        .read_text("utf-8")
-    )
-    text = text.rstrip("\n")
+    text = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text("utf-8").rstrip("\n")
     match = _END_OF_TURN.search(text)
     assert match is not None, name
     stop = match.group(1)
