@@ -277,7 +277,7 @@ from versatune_ds.apps.bench import trainer as bench
 from versatune_ds.apps.bench import phases as bench_phases
 from versatune_ds.engine import train
 from versatune_ds.apps.bench.settings import BenchSettings
-from versatune_ds.engine.backend.build import close_process_group, start_process_group
+from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 
 device = start_process_group()
 losses = {}
@@ -292,9 +292,9 @@ for how in ("plain", "timed", "without"):
         run = bench.open_bench_run(config, settings, device)
     stepper, seen = bench.Stepper(run), []
     accumulate = train.accumulate
-    engine, statistics = run.engine, run.statistics
-    original = engine.deepspeed.backward
-    engine.deepspeed.backward = lambda loss, **k: (seen.append(float(loss)), original(loss, **k))[1]
+    backend, statistics = run.backend, run.statistics
+    original = backend.live.backward
+    backend.live.backward = lambda loss, **k: (seen.append(float(loss)), original(loss, **k))[1]
     if how == "timed":
         with bench_phases.timed_phases(run) as watch:
             stepper.take(2)
@@ -304,13 +304,13 @@ for how in ("plain", "timed", "without"):
             stepper.take(2)
     else:
         stepper.take(2)
-    assert run.engine is engine and run.statistics is statistics
+    assert run.backend is backend and run.statistics is statistics
     records = run.sinks.records
     losses[how] = {"backward": seen, "record": [record.loss for record in records]}
     losses[how]["flops_6n"] = [record.mfu_6n * record.step_s * 2e12 for record in records]
     losses[how]["ratio"] = [record.mfu / record.mfu_6n for record in records]
     run.close()
-    engine.deepspeed.destroy()
+    backend.close()
 close_process_group()
 print(json.dumps(losses))
 """

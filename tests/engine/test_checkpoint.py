@@ -120,13 +120,14 @@ def test_random_generators_go_on_where_they_were_with_as_many_ranks(tmp_path, ra
     torch.manual_seed(5)
     save_file(ck.generator_states(), path / ck.generator_name(0))
     expected = torch.rand(4)
-    live = SimpleNamespace(load_checkpoint=lambda *_, **__: ("path", {}))
-    engine, layout = SimpleNamespace(deepspeed=live), {"ZeRO stage": 0}
+    loaded = []
+    backend = SimpleNamespace(load=lambda *arguments: loaded.append(arguments))
     drawn = []
     for seed in (6, 7):
         torch.manual_seed(seed)
-        ck.load_model_state(path, engine, {"world_size": ranks, "layout": layout}, layout)
+        ck.load_model_state(path, backend, {"world_size": ranks, "layout": "as it was"})
         drawn.append(torch.rand(4))
+    assert loaded == [(path, "as it was", ranks)] * 2
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], expected) == restored
 

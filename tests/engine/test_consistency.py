@@ -10,20 +10,20 @@ from prepared import data_config, pairs, qwen_like_tokenizer, write_jsonl
 import versatune_ds
 from versatune_ds.data.cache.prepare import prepare
 from versatune_ds.engine.preflight import checks as preflight
-from versatune_ds.engine.preflight import consistency as sameness
+from versatune_ds.engine.preflight import consistency
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import DataError, StateError
 
 
 def test_the_minority_is_named_with_its_host_and_part():
     parts = [{"code": "a", "data": "x"}, {"code": "b", "data": "x"}, {"code": "a", "data": "x"}]
-    (found,) = sameness.differences(["n1", "n2", "n3"], parts)
+    (found,) = consistency.differences(["n1", "n2", "n3"], parts)
     assert found == "code (rank 1 on n2 has b; the others have a)"
-    assert sameness.differences(["n1"] * 2, [parts[0], parts[2]]) == []
+    assert consistency.differences(["n1"] * 2, [parts[0], parts[2]]) == []
 
 
 def test_a_part_that_one_rank_lacks_is_a_difference():
-    (found,) = sameness.differences(["n1", "n2"], [{"eval cache of law": "a"}, {}])
+    (found,) = consistency.differences(["n1", "n2"], [{"eval cache of law": "a"}, {}])
     assert "eval cache of law" in found and "nothing" in found
 
 
@@ -31,31 +31,31 @@ def test_a_difference_raises_on_every_rank(monkeypatch):
     everyone = [("n1", {"code": "a"}), ("n2", {"code": "b"})]
     monkeypatch.setattr(distributed, "gather_objects", lambda mine: everyone)
     with pytest.raises(StateError, match=r"not have the same code.*rank 1 on n2 has b"):
-        sameness.require_sameness("code", {"code": "a"})
+        consistency.require_consistency("code", {"code": "a"})
 
 
 def test_code_hashes_follow_content_and_names(tmp_path):
     package = tmp_path / "package"
-    shutil.copytree(sameness._package(versatune_ds), package)
-    ours = sameness.folder_hash(sameness._package(versatune_ds), ".py")
-    assert sameness.folder_hash(package, ".py") == ours
+    shutil.copytree(consistency._package(versatune_ds), package)
+    ours = consistency.folder_hash(consistency._package(versatune_ds), ".py")
+    assert consistency.folder_hash(package, ".py") == ours
     (package / "notes.txt").write_text("not code")
-    assert sameness.folder_hash(package, ".py") == ours
+    assert consistency.folder_hash(package, ".py") == ours
     with open(package / "engine" / "train.py", "a") as file:
         file.write("\n")
-    assert sameness.folder_hash(package, ".py") != ours
+    assert consistency.folder_hash(package, ".py") != ours
 
 
 def test_model_folders_are_compared_by_settings_and_weight_sizes(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"0" * (sameness.HASHED_BYTES + 1))
-    before = sameness.folder_fingerprint(str(tmp_path))
-    weights.write_bytes(b"0" * (sameness.HASHED_BYTES + 2))
-    larger = sameness.folder_fingerprint(str(tmp_path))
+    weights.write_bytes(b"0" * (consistency.HASHED_BYTES + 1))
+    before = consistency.folder_fingerprint(str(tmp_path))
+    weights.write_bytes(b"0" * (consistency.HASHED_BYTES + 2))
+    larger = consistency.folder_fingerprint(str(tmp_path))
     (tmp_path / "config.json").write_text("{ }")
-    assert len({before, larger, sameness.folder_fingerprint(str(tmp_path))}) == 3
-    assert sameness.folder_fingerprint("owner/name") == "owner/name"
+    assert len({before, larger, consistency.folder_fingerprint(str(tmp_path))}) == 3
+    assert consistency.folder_fingerprint("owner/name") == "owner/name"
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def prepared(tmp_path):
 
 
 def test_fingerprints_of_a_run(prepared):
-    parts = sameness.code_and_settings(prepared)
+    parts = consistency.code_and_settings(prepared)
     assert {"code of versatune_ds", "configuration", "model folder", "version of torch"} <= parts.keys()
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from versatune_ds.config.schema import Model
-from versatune_ds.engine.backend.build import MAX_ISOLATION_LEAK
+from versatune_ds.engine.backend.deepspeed_backend import MAX_ISOLATION_LEAK
 from versatune_ds.engine.model.attention import VARLEN, choose_attention, isolation_leak, varlen_attention
 from versatune_ds.engine.model.packed_lm import PackedCausalLM, checkpoint_activations
 from versatune_ds.foundations.errors import ConfigError

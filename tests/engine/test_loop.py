@@ -1,4 +1,4 @@
-"""The loop on one rank against plain PyTorch, with a stand-in for DeepSpeed's engine (`plain_engine.py`).
+"""The loop on one rank against plain PyTorch, with a backend in plain PyTorch (`plain_backend.py`).
 
 Whole runs under DeepSpeed are compared with each other elsewhere; what is wrong in all of them is seen here.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plain_engine import PlainRun, Steps, plain_run
+from plain_backend import PlainRun, Steps, plain_run
 from small_runs import cut_back, small_run
 
 from versatune_ds.foundations.errors import DivergenceError
@@ -87,12 +87,12 @@ def test_every_step_is_that_of_plain_pytorch(whole, expected):
 
 
 def test_the_rate_of_the_schedule_is_applied_and_written_down(whole):
-    assert whole.engine.rates == pytest.approx(RATES, rel=1e-12)
-    assert [line["lr"] for line in whole.lines("metrics")] == whole.engine.rates
+    assert whole.backend.rates == pytest.approx(RATES, rel=1e-12)
+    assert [line["lr"] for line in whole.lines("metrics")] == whole.backend.rates
 
 
 def test_a_step_ends_with_its_last_pack(whole):
-    assert whole.engine.boundaries == [False, False, True] * STEPS
+    assert whole.backend.boundaries == [False, False, True] * STEPS
 
 
 def test_what_is_written_down_is_what_plain_pytorch_finds(whole, expected):
@@ -148,7 +148,7 @@ def test_a_random_model_knows_nothing_and_learns(config):
 
 def test_gradients_are_clipped_to_the_norm_of_the_settings(config, whole):
     clipped = run(config, "clipped", "optimizer.max_grad_norm=0.01", "train.max_steps=1")
-    assert clipped.engine.max_norm == 0.01
+    assert clipped.backend.max_norm == 0.01
     assert clipped.lines("metrics")[0]["grad_norm"] == whole.lines("metrics")[0]["grad_norm"] > 0.01
 
 
@@ -252,7 +252,7 @@ def test_a_resumed_run_ends_with_the_parameters_of_the_whole_one(config, whole, 
     cut_back(whole.folder, config.parent / f"from_{step}", step)
     resumed = run(config, f"from_{step}")
     assert resumed.samples == whole.samples[step:]
-    assert resumed.engine.rates == whole.engine.rates[step:]
+    assert resumed.backend.rates == whole.backend.rates[step:]
     assert all(torch.equal(p, whole.parameters[name]) for name, p in resumed.parameters.items())
     for log, key in (("metrics", "loss"), ("weights", "after"), ("eval", "domain_loss")):
         assert [line[key] for line in resumed.lines(log)] == [line[key] for line in whole.lines(log)]

@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from versatune_ds.config.schema import Model
+from versatune_ds.engine.backend.parameters import parameter_counts
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.packed_lm import (
     PackedCausalLM,
     build_model,
     float32_buffers,
     load_architecture,
-    parameter_counts,
     restore_buffers,
 )
 from versatune_ds.foundations.errors import ConfigError

@@ -10,7 +10,7 @@ import pytest
 from launching import free_port, rank_environment
 
 JOIN = """
-from versatune_ds.engine.backend.build import start_process_group
+from versatune_ds.engine.backend.process_group import start_process_group
 from versatune_ds.foundations.errors import VersaTuneError
 try:
     start_process_group(timeout_s=3)

@@ -341,7 +341,7 @@ def test_a_finished_run_leaves_no_shared_memory(finished):
     script = finished / "group.py"
     script.write_text(
         "import os\n"
-        "from versatune_ds.engine.backend.build import *\n"
+        "from versatune_ds.engine.backend.process_group import *\n"
         "start_process_group()\n"
         "assert shared_memory_buffer().exists()\n"
         "close_process_group()\n"

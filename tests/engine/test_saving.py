@@ -122,7 +122,7 @@ def test_a_share_is_listed_only_when_all_of_it_is_written(tmp_path, keep):
     state = {"x": torch.zeros(3)}
     share.save(state, tmp_path / "a.pt")
     state["x"].fill_(9)  # training goes on
-    share.save(b"text", str(tmp_path / "b.json"))
+    share.save(b"text", tmp_path / "b.json")
     share.finish()
     share.wait()
     assert share.problem is None and not share.writing
@@ -152,12 +152,9 @@ def test_a_failed_share_keeps_its_first_problem_and_lists_nothing(tmp_path, keep
 
 
 def saver_of(folder: Path, **settings) -> Saver:
-    """A saver on one rank, whose DeepSpeed has one file to save."""
-    live = SimpleNamespace()
-    live.save_checkpoint = lambda to, tag, save_latest: live.checkpoint_engine.save(
-        {"x": torch.ones(3)}, Path(to) / tag / "model.pt"
-    )
-    return Saver(folder, Checkpoint(**settings), SimpleNamespace(deepspeed=live))
+    """A saver on one rank, whose backend has one file to save."""
+    backend = SimpleNamespace(save=lambda to, write: write({"x": torch.ones(3)}, to / "model.pt"))
+    return Saver(folder, Checkpoint(**settings), backend)
 
 
 def test_a_checkpoint_in_the_background_is_published_at_the_first_boundary_after_all_have_written(tmp_path):

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from versatune_ds.engine.faults import stale_files as leftovers
+from versatune_ds.engine.faults import stale_files
 
-OLD_S = 60 * leftovers.STALE_LOCK_MINUTES + 1
+OLD_S = 60 * stale_files.STALE_LOCK_MINUTES + 1
 
 
 def age(path, seconds: float) -> None:
@@ -28,9 +28,9 @@ def places(tmp_path, monkeypatch):
     extensions.mkdir(parents=True)
     shared.mkdir()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    monkeypatch.setattr(leftovers, "SHARED_MEMORY", shared)
+    monkeypatch.setattr(stale_files, "SHARED_MEMORY", shared)
     told = []
-    monkeypatch.setattr(leftovers.log, "warning", lambda text, *args: told.append(text % args))
+    monkeypatch.setattr(stale_files.log, "warning", lambda text, *args: told.append(text % args))
     return extensions / "lock", shared / "deepspeed_allreduce_buffer_0_1", told
 
 
@@ -48,19 +48,19 @@ def test_a_lock_of_a_killed_build_is_removed(places):
     assert builder.stdout.readline() == "held\n"
     try:
         age(lock, OLD_S)
-        leftovers.take_away_leftovers()  # a build that takes long
+        stale_files.remove_stale_files()  # a build that takes long
         assert lock.exists() and "a process has it open" in told[0]
     finally:
         builder.send_signal(signal.SIGKILL)
         builder.communicate()
-    leftovers.take_away_leftovers()
+    stale_files.remove_stale_files()
     assert not lock.exists() and f"removed {lock}" in told[1]
 
 
 def test_a_new_lock_stays(places):
     lock, _, told = places
     lock.touch()
-    leftovers.take_away_leftovers()
+    stale_files.remove_stale_files()
     assert lock.exists() and not told
 
 
@@ -68,23 +68,23 @@ def test_a_lock_on_a_shared_file_system_stays_and_is_named(places, monkeypatch):
     lock, _, told = places
     lock.touch()
     age(lock, OLD_S)
-    monkeypatch.setattr(leftovers, "file_system", lambda path: "nfs4")
-    leftovers.take_away_leftovers()
+    monkeypatch.setattr(stale_files, "file_system", lambda path: "nfs4")
+    stale_files.remove_stale_files()
     assert lock.exists() and "another host may hold it" in told[0] and str(lock) in told[0]
 
 
 def test_the_file_system_of_a_folder_is_known(tmp_path):
-    assert leftovers.file_system(tmp_path) in leftovers.LOCAL_FILE_SYSTEMS
+    assert stale_files.file_system(tmp_path) in stale_files.LOCAL_FILE_SYSTEMS
 
 
 def test_unused_shared_memory_is_removed(places):
     _, buffer, told = places
     buffer.write_bytes(b"x" * 4096)
-    leftovers.take_away_leftovers()
+    stale_files.remove_stale_files()
     assert buffer.exists()  # it may belong to a run that is just starting
-    age(buffer, 2 * leftovers.NEW_BUFFER_S)
+    age(buffer, 2 * stale_files.NEW_BUFFER_S)
     with open(buffer, "r+b") as file, mmap.mmap(file.fileno(), 0):
-        leftovers.take_away_leftovers()
+        stale_files.remove_stale_files()
         assert buffer.exists() and not told
-    leftovers.take_away_leftovers()
+    stale_files.remove_stale_files()
     assert not buffer.exists() and "removed 1 shared memory buffers" in told[0]

@@ -44,7 +44,7 @@ def write_config(path: Path, model: Path, url: str, **detect: Any) -> Path:
 def main() -> None:
     from versatune_ds.apps.detect.run import Place, detect_in_group
     from versatune_ds.config.load import load_config
-    from versatune_ds.engine.backend.build import close_process_group, start_process_group
+    from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
     from versatune_ds.engine.faults.signals import StopRequest
     from versatune_ds.foundations.log import setup_logging
 

@@ -19,7 +19,7 @@ from versatune_ds.apps.reference import reference_by_training, reference_from_mo
 from versatune_ds.config.load import load_config
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine import train
-from versatune_ds.engine.backend.build import close_process_group, start_process_group
+from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.log import setup_logging

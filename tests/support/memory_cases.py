@@ -34,9 +34,12 @@ from versatune_ds.config.load import validate_config
 from versatune_ds.data.collate import collate
 from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.data.plan.packing import Pack
-from versatune_ds.engine.backend.build import build_engine, close_process_group, start_process_group
+from versatune_ds.engine.backend.deepspeed_backend import build_backend
+from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
+from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
+from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.checkpointing.saver import Saver
-from versatune_ds.engine.evaluate import model_inputs
+from versatune_ds.engine.model.packed_lm import model_inputs
 from versatune_ds.engine.skipping import SpikeGuard, reason_to_skip
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.engine.train import accumulate, apply_step
@@ -99,13 +102,13 @@ class Samples:
         return tokens, np.arange(self.length) % 2 == 0
 
 
-def saved_activations(engine: Any, batch: Any) -> int:
+def saved_activations(backend: Any, batch: Any) -> int:
     """Bytes of the tensors that a forward keeps for backward, each storage once.
 
     Parameters are not counted (ZeRO-3 keeps references to gathered ones), nor what the loss keeps.
     """
     sizes: dict[int, tuple[torch.UntypedStorage, int]] = {}
-    shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in engine.model.parameters()}
+    shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in backend.model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         is_weight = (
@@ -118,9 +121,9 @@ def saved_activations(engine: Any, batch: Any) -> int:
 
     inputs = model_inputs(batch, 1.0)
     body = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen")
-    engine.deepspeed.train()
+    backend.model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = engine.model.hidden_states(**{key: inputs[key] for key in body})
+        hidden = backend.model.hidden_states(**{key: inputs[key] for key in body})
     del hidden
     return sum(size for _, size in sizes.values())
 
@@ -163,13 +166,14 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
         assert apply_step(run, reason_to_skip(run, run.statistics.reduce()), 1e-4)
 
     before = held_bytes()  # of earlier cases: DeepSpeed's destroy() does not let go of everything
-    engine = build_engine(config, device)
+    ranks = Ranks.of_world()
+    backend = build_backend(config, deepspeed_config(config, ranks.dp.size), ranks, device)
     run: Any = SimpleNamespace(
-        engine=engine, statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 1)
+        backend=backend, statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 1)
     )
     step()
     step()
-    out["state"] = held_bytes(engine.model) - before
+    out["state"] = held_bytes(backend.model) - before
     steps = []
     for _ in range(MEASURED_STEPS):  # the same number on all ranks: a step is full of collectives
         with allocations() as found:
@@ -178,11 +182,11 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
     clearest = min(steps, key=lambda found: found.unseen)
     out["peak"], out["unseen"] = out["state"] + clearest.peak, clearest.unseen
     out["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    out["activations"] = 0 if case["zero"]["stage"] == 3 else saved_activations(engine, batches[0])
+    out["activations"] = 0 if case["zero"]["stage"] == 3 else saved_activations(backend, batches[0])
     checkpoints = folder / f"checkpoints-{case['name']}"
-    Saver(checkpoints, config.checkpoint, engine).save(1, dict)
+    Saver(checkpoints, config.checkpoint, backend).save(1, dict)
     out["checkpoint"] = sum(path.stat().st_size for path in checkpoints.glob("step-*/*"))
-    engine.deepspeed.destroy()
+    backend.close()
     return out
 
 

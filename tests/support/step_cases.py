@@ -18,8 +18,11 @@ from versatune_ds.config.load import validate_config
 from versatune_ds.data.collate import collate
 from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.data.plan.packing import Pack
-from versatune_ds.engine.backend.build import build_engine, close_process_group, start_process_group
-from versatune_ds.engine.checkpointing.hf_export import NAME_PREFIX, _gathered_parameters
+from versatune_ds.engine.backend.deepspeed_backend import build_backend
+from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
+from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
+from versatune_ds.engine.backend.ranks import Ranks
+from versatune_ds.engine.checkpointing.hf_export import NAME_PREFIX
 from versatune_ds.engine.model.packed_lm import LossHead
 from versatune_ds.engine.skipping import SpikeGuard, reason_to_skip
 from versatune_ds.engine.statistics import StepStatistics
@@ -100,9 +103,9 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
     }
     max_norm = MAX_NORM if "clip" in words else 0
     config = validate_config(settings(model, layout, zero, max_norm), case)
-    run = SimpleNamespace(
-        engine=build_engine(config, device), statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 10)
-    )
+    ranks = Ranks.of_world()
+    backend = build_backend(config, deepspeed_config(config, ranks.dp.size), ranks, device)
+    run = SimpleNamespace(backend=backend, statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 10))
     chosen = packs(layout)
     mine = rank_packs(chosen, distributed.rank(), distributed.world_size())
     sources = [Samples(), Samples()]
@@ -122,12 +125,12 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
             continue
         assert applied
         out[f"sums_{step}"] = torch.from_numpy(totals.sums.values.copy())
-    for name, parameter in _gathered_parameters(run.engine.model):
-        out[f"parameter.{name}"] = parameter.detach().clone()
+    for name, parameter in backend.parameters():
+        out[f"parameter.{name.removeprefix(NAME_PREFIX)}"] = parameter.detach().clone()
     if "bf16" in words:
-        for parameter, name in run.engine.deepspeed.param_names.items():
+        for parameter, name in backend.live.param_names.items():
             out[f"master.{name.removeprefix(NAME_PREFIX)}"] = safe_get_full_fp32_param(parameter).clone()
-    run.engine.deepspeed.destroy()
+    backend.close()
     return out
 
 

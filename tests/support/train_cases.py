@@ -30,25 +30,25 @@ from versatune_ds.config.load import load_config
 from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.engine import train
-from versatune_ds.engine.backend import build
-from versatune_ds.engine.backend.build import close_process_group, start_process_group
+from versatune_ds.engine.backend import deepspeed_backend
+from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.checkpointing import folder as checkpoint
 from versatune_ds.engine.checkpointing import hf_export as export
 from versatune_ds.engine.checkpointing import saver as saving
-from versatune_ds.engine.checkpointing.hf_export import _gathered_parameters
+from versatune_ds.engine.checkpointing.hf_export import NAME_PREFIX
 from versatune_ds.engine.model.packed_lm import LossHead
 from versatune_ds.engine.preflight import checks as preflight
-from versatune_ds.engine.preflight import consistency as sameness
+from versatune_ds.engine.preflight import consistency
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError, VersaTuneError
 from versatune_ds.foundations.log import setup_logging
 
 ORIGINAL_FORWARD, ORIGINAL_RUN_STEP = LossHead.forward, train.run_step
-ORIGINAL_HASH, ORIGINAL_CHECK = sameness.folder_hash, preflight.check_file
+ORIGINAL_HASH, ORIGINAL_CHECK = consistency.folder_hash, preflight.check_file
 ORIGINAL_RUN_STEPS, ORIGINAL_ACCUMULATE = train.run_steps, train.accumulate
 ORIGINAL_PART, ORIGINAL_BEGIN, ORIGINAL_WRITE = saving.write_part, saving.Share.begin, saving.Share._write
 ORIGINAL_PUBLISH, ORIGINAL_FLUSH = checkpoint.publish, export.ShardWriter._flush
-ORIGINAL_BUILD = build.build_model
+ORIGINAL_BUILD = deepspeed_backend.build_model
 ORIGINAL_UPDATE = WeightController.update
 UNLIMITED = resource.RLIM_INFINITY
 LAST_STEP = 5
@@ -121,7 +121,7 @@ def on_the_last_rank(name: str) -> None:
     if distributed.rank() != distributed.world_size() - 1:
         return
     if name == "other code":
-        sameness.folder_hash = folder_hash
+        consistency.folder_hash = folder_hash
     else:
         preflight.check_file = check_file
 
@@ -191,7 +191,7 @@ def dump_at(steps: list[int]) -> None:
 
 def dump(run, done: int, how: str) -> None:
     """Gather fp32 weights, bf16/fp32 model weights and moments; AdamW's counters; hyperparameters."""
-    live = run.engine.deepspeed
+    live = run.backend.live
     if hasattr(live.optimizer, "_lazy_init_hp_params_optimizer_state"):
         # stages 1 and 2 link moments once, in their first step, before AdamW has made any
         live.optimizer._hp_optimizer_states_linked = False
@@ -201,8 +201,8 @@ def dump(run, done: int, how: str) -> None:
         whole[f"fp32.{name}"] = safe_get_full_fp32_param(parameter)
         for kind in ("exp_avg", "exp_avg_sq"):
             whole[f"{kind}.{name}"] = safe_get_full_optimizer_state(parameter, kind)
-    for name, parameter in _gathered_parameters(run.engine.model):
-        whole[f"model.{name}"] = parameter.detach()
+    for name, parameter in run.backend.parameters():
+        whole[f"model.{name.removeprefix(NAME_PREFIX)}"] = parameter.detach()
     steps = {float(state["step"]) for state in live.optimizer.optimizer.state.values()}
     whole["steps"] = torch.tensor(sorted(steps))
     whole["decay"] = torch.tensor([g["weight_decay"] for g in live.optimizer.optimizer.param_groups])
@@ -253,7 +253,7 @@ def freeze_two() -> None:
             model.get_parameter(name).requires_grad_(False)
         return model
 
-    build.build_model = build_model
+    deepspeed_backend.build_model = build_model
 
 
 def write_slowly() -> None:
@@ -325,11 +325,11 @@ SABOTAGE = {
 def repair() -> None:
     """Undo any sabotage."""
     LossHead.forward, train.run_step = ORIGINAL_FORWARD, ORIGINAL_RUN_STEP
-    sameness.folder_hash, preflight.check_file = ORIGINAL_HASH, ORIGINAL_CHECK
+    consistency.folder_hash, preflight.check_file = ORIGINAL_HASH, ORIGINAL_CHECK
     train.run_steps, train.accumulate = ORIGINAL_RUN_STEPS, ORIGINAL_ACCUMULATE
     saving.write_part, saving.Share.begin, saving.Share._write = ORIGINAL_PART, ORIGINAL_BEGIN, ORIGINAL_WRITE
     checkpoint.publish, export.ShardWriter._flush = ORIGINAL_PUBLISH, ORIGINAL_FLUSH
-    build.build_model = ORIGINAL_BUILD
+    deepspeed_backend.build_model = ORIGINAL_BUILD
     WeightController.update = ORIGINAL_UPDATE
     resource.setrlimit(resource.RLIMIT_FSIZE, (UNLIMITED, UNLIMITED))
 

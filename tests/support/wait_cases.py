@@ -24,7 +24,9 @@ from transformers import masking_utils
 
 from versatune_ds.config.load import validate_config
 from versatune_ds.data.collate import collate
-from versatune_ds.engine.backend import build
+from versatune_ds.engine.backend import deepspeed_backend, process_group
+from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
+from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.model import attention
 from versatune_ds.engine.skipping import SpikeGuard, reason_to_skip
 from versatune_ds.engine.statistics import StepStatistics
@@ -68,13 +70,16 @@ def main() -> None:
     out_file, model = Path(sys.argv[1]), sys.argv[2]
     attention.varlen_attention = block_diagonal
     attention.register_varlen()
-    build.choose_attention = lambda *args: attention.AttentionChoice(attention.VARLEN, "as on a GPU")
-    device = build.start_process_group()
+    deepspeed_backend.choose_attention = lambda *args: attention.AttentionChoice(
+        attention.VARLEN, "as on a GPU"
+    )
+    device = process_group.start_process_group()
     raw = cases.settings({"source": model, "dtype": "bf16"}, cases.PACKED, {"stage": 3}, max_norm=1.0)
     config = validate_config(raw, "waits")
+    settings = deepspeed_config(config, 1)
     run = SimpleNamespace(
         config=config,
-        engine=build.build_engine(config, device),
+        backend=deepspeed_backend.build_backend(config, settings, Ranks.of_world(), device),
         statistics=StepStatistics(2, device),
         spikes=SpikeGuard(None, 10),
     )
@@ -98,7 +103,7 @@ def main() -> None:
     with Reads():
         take(STEPS)
     out_file.write_text(json.dumps(COUNTS))
-    build.close_process_group()
+    process_group.close_process_group()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from versatune_ds.domain.reference import Fingerprints, ReferenceLosses, checked
 from versatune_ds.domain.statistics import Vector
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.domain.updaters import learnable_potential
-from versatune_ds.engine.backend.build import close_process_group, start_process_group
+from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
 from versatune_ds.engine.run import report_alarms
 from versatune_ds.engine.train import train_in_group

@@ -94,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def abandon_process_group() -> None:
     """After an error: take the process group down, if this verb has one (else torch is not even loaded)."""
-    if "versatune_ds.engine.backend.build" in sys.modules:
-        from versatune_ds.engine.backend.build import leave_process_group
+    if "versatune_ds.engine.backend.process_group" in sys.modules:
+        from versatune_ds.engine.backend.process_group import leave_process_group
 
         leave_process_group()
 

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.collate import Batch, collate
@@ -24,8 +23,10 @@ from versatune_ds.data.plan.balance import by_cost, rank_packs
 from versatune_ds.data.plan.packing import pack_all
 from versatune_ds.data.plan.planner import Pack
 from versatune_ds.domain.statistics import DomainSums
-from versatune_ds.engine.backend.build import Engine
+from versatune_ds.engine.backend.backend import Backend
+from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.faults.watchdog import mark
+from versatune_ds.engine.model.packed_lm import model_inputs
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import DataError
@@ -49,6 +50,7 @@ class HeldOut:
         pack_len: tokens in a pack.
         max_samples: first n samples of each domain; None for all.
         pad_id: token id of padding.
+        ranks: who shares them out.
 
     Raises:
         DataError: no domain has held-out data.
@@ -60,6 +62,7 @@ class HeldOut:
         pack_len: int,
         max_samples: int | None,
         pad_id: int,
+        ranks: Ranks,
     ) -> None:
         self.caches = caches
         self.pack_len = pack_len
@@ -68,9 +71,9 @@ class HeldOut:
         self.samples = np.array([n if max_samples is None else min(n, max_samples) for n in counts])
         if not self.samples.any():
             raise DataError("no domain to evaluate has held-out data; give data.eval")
-        self.packs = self._rank_packs()
+        self.packs = self._rank_packs(ranks)
 
-    def _rank_packs(self) -> list[Pack]:
+    def _rank_packs(self, ranks: Ranks) -> list[Pack]:
         """This rank's packs; ranks get equally many."""
         domains = np.concatenate([np.full(n, d, dtype=np.int32) for d, n in enumerate(self.samples)])
         indices = np.concatenate([np.arange(n, dtype=np.int64) for n in self.samples])
@@ -86,23 +89,22 @@ class HeldOut:
             for chosen in pack_all(lengths, self.pack_len)
         ]
         empty = Pack(domains[:0], indices[:0], lengths[:0])
-        world = distributed.world_size()
-        packs += [empty] * (-len(packs) % world)
-        return rank_packs(by_cost(packs, self.pack_len), distributed.rank(), world)
+        packs += [empty] * (-len(packs) % ranks.dp.size)
+        return rank_packs(by_cost(packs, self.pack_len), *ranks.dp)
 
 
-def evaluate(engine: Engine, held_out: HeldOut, num_domains: int) -> Evaluation:
+def evaluate(backend: Backend, held_out: HeldOut, num_domains: int) -> Evaluation:
     """Loss sums of the held-out data, reduced over ranks; a collective."""
     start = time.perf_counter()
-    statistics = StepStatistics(num_domains, engine.device)
-    for _, batch, out in _forward(engine, held_out):
+    statistics = StepStatistics(num_domains, backend.device)
+    for _, batch, out in _forward(backend, held_out):
         statistics.add(out, batch.sample_domains)
     totals = statistics.reduce()
     sums = totals.sums if totals.sums is not None else DomainSums.zeros(num_domains)
     return Evaluation(sums, held_out.samples, time.perf_counter() - start)
 
 
-def evaluate_samples(engine: Engine, held_out: HeldOut) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def evaluate_samples(backend: Backend, held_out: HeldOut) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Loss and size of every held-out sample; a collective.
 
     Returns:
@@ -110,7 +112,7 @@ def evaluate_samples(engine: Engine, held_out: HeldOut) -> tuple[list[np.ndarray
     """
     mine = [
         (pack.domains, pack.samples, out.sample_loss, out.sample_tokens)
-        for pack, _, out in _forward(engine, held_out)
+        for pack, _, out in _forward(backend, held_out)
     ]
     on_host = [(d, s, loss.double().cpu().numpy(), n.cpu().numpy()) for d, s, loss, n in mine]
     losses = [np.full(n, np.nan) for n in held_out.samples]
@@ -124,27 +126,10 @@ def evaluate_samples(engine: Engine, held_out: HeldOut) -> tuple[list[np.ndarray
     return losses, tokens
 
 
-def _forward(engine: Engine, held_out: HeldOut) -> Iterator[tuple[Pack, Batch, LossOutput]]:
+def _forward(backend: Backend, held_out: HeldOut) -> Iterator[tuple[Pack, Batch, LossOutput]]:
     """Every pack of this rank with its batch on the device and the model's output."""
-    engine.deepspeed.eval()
-    with torch.no_grad():
+    with backend.evaluating():
         for i, pack in enumerate(held_out.packs):
             mark(f"evaluation of pack {i + 1} of {len(held_out.packs)}")
-            batch = collate(pack, held_out.caches, held_out.pack_len, held_out.pad_id).to(engine.device)
-            yield pack, batch, engine.deepspeed(**model_inputs(batch, 1.0))
-    engine.deepspeed.train()
-
-
-def model_inputs(batch: Batch, normalizer: float) -> dict[str, object]:
-    """Keyword arguments of `PackedCausalLM.forward` for a batch."""
-    return {
-        "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
-        "labels": batch.labels,
-        "sample_ids": batch.sample_ids,
-        "cu_seqlens": batch.cu_seqlens,
-        "max_seqlen": batch.max_seqlen,
-        "num_samples": len(batch.sample_domains),
-        "num_valid": batch.supervised_tokens,
-        "normalizer": normalizer,
-    }
+            batch = collate(pack, held_out.caches, held_out.pack_len, held_out.pad_id).to(backend.device)
+            yield pack, batch, backend.forward(**model_inputs(batch, 1.0))

@@ -1,7 +1,7 @@
 """Opening a run: everything the loop needs, built in a fixed order, fresh or resumed.
 
 Order: run folder checked -> data opened and verified -> weights -> state of the newest sound checkpoint, if
-any -> model and engine -> files opened for appending. Mistakes that need no model are found before one is
+any -> model and optimizer -> files opened for appending. Mistakes that need no model are found before one is
 built (`engine/preflight/checks.py`), and nothing is written before all checks have passed.
 
 What is not covered: the loop itself (`engine/train.py`).
@@ -26,26 +26,24 @@ from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.early_stopping import EarlyStopping
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
-from versatune_ds.engine.backend.build import (
-    Engine,
-    accelerator_peak_tflops,
-    build_engine,
-    describe_hardware,
-    describe_versions,
-)
-from versatune_ds.engine.backend.deepspeed_config import deepspeed_config, offloads_optimizer, zero_stage
+from versatune_ds.engine.backend.backend import Backend
+from versatune_ds.engine.backend.deepspeed_backend import build_backend
+from versatune_ds.engine.backend.deepspeed_config import deepspeed_config, state_layout
+from versatune_ds.engine.backend.parameters import parameter_counts
+from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.checkpointing.folder import load_model_state, newest_sound_checkpoint, read_state
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.faults.run_lock import unwritable
-from versatune_ds.engine.model.packed_lm import load_architecture, parameter_counts
+from versatune_ds.engine.model.packed_lm import load_architecture
 from versatune_ds.engine.preflight import checks as preflight
-from versatune_ds.engine.preflight.consistency import code_and_settings, require_sameness
-from versatune_ds.engine.preflight.dry_run import rehearse_when_asked
+from versatune_ds.engine.preflight.consistency import code_and_settings, require_consistency
+from versatune_ds.engine.preflight.dry_run import dry_run_when_asked
 from versatune_ds.engine.preflight.shared_files import (
     check_shared_folder,
     open_caches_on_all_nodes,
 )
+from versatune_ds.engine.provenance import accelerator_peak_tflops, describe_hardware, describe_versions
 from versatune_ds.engine.references import open_reference
 from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
@@ -70,7 +68,7 @@ class Run:
     table: DomainTable
     corpus: Corpus
     caches: list[Any]
-    engine: Engine
+    backend: Backend
     loader: StepLoader
     controller: WeightController
     statistics: StepStatistics
@@ -98,7 +96,7 @@ class Run:
         """Everything of ours that a resumed run needs. File offsets are known on rank 0, which writes it."""
         return {
             "world_size": distributed.world_size(),
-            "layout": state_layout(self.config),
+            "layout": self.backend.layout,
             "planner": self.loader.state.to_json(),
             "controller": self.controller.state(),
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -141,8 +139,9 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
         ConfigError, DataError, StateError: settings, data or saved state that cannot be used.
     """
     # 1. The same everywhere, and the folder, before anything is written into it.
-    require_sameness("code, settings and model", code_and_settings(config))
-    deepspeed_config(config, distributed.world_size())  # refuses what DeepSpeed would not know
+    require_consistency("code, settings and model", code_and_settings(config))
+    ranks = Ranks.of_world()
+    deepspeed_settings = deepspeed_config(config, ranks.dp.size)
     preflight.check_folder(config)
     check_shared_folder(config.run.dir)
     preflight.check_trackers(config)
@@ -168,7 +167,7 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     planner = PlannerState.initial(len(table))
     early_stopping = EarlyStopping(config.evaluation.patience)
     if checkpoint is not None:
-        state = read_state(checkpoint, state_layout(config))
+        state = read_state(checkpoint, state_layout(deepspeed_settings, config.model.dtype))
         planner = PlannerState.from_json(state["planner"])
         planner.check(corpus, settings)
         controller.load_state(state["controller"])
@@ -176,43 +175,42 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     first_step = planner.step
     if first_step == 0 and config.evaluation.every_n_steps is None:
         report_alarms(controller.starting_alarms(DomainSums.zeros(len(table))))
-    # 4. Model and engine.
-    engine = build_engine(config, device)
+    # 4. Model and optimizer.
+    backend = build_backend(config, deepspeed_settings, ranks, device)
     if checkpoint is not None and state is not None:
-        load_model_state(checkpoint, engine, state, state_layout(config))
+        load_model_state(checkpoint, backend, state)
         log.info("resuming from %s", checkpoint)
-    rehearse_when_asked(engine, config)
+    dry_run_when_asked(backend, config)
     # 5. Files and console.
     if distributed.is_main():
-        introduce(config, corpus, settings, engine, total_steps)
-    sinks = open_files(config, engine, total_steps, state, first_step)
+        introduce(config, corpus, settings, backend, total_steps)
+    sinks = open_files(config, backend, total_steps, state, first_step)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read
-    held_out, probe = open_held_out(config, table, caches["eval"], controller, pad_id)
+    held_out, probe = open_held_out(config, table, caches["eval"], controller, pad_id, ranks)
     return Run(
         config=config,
         table=table,
         corpus=corpus,
         caches=caches["train"],
-        engine=engine,
+        backend=backend,
         loader=StepLoader(
             corpus,
             caches["train"],
             settings,
             planner,
-            distributed.rank(),
-            distributed.world_size(),
+            *ranks.dp,
             pad_id=pad_id,
             pin_memory=device.type == "cuda",
         ),
         controller=controller,
         statistics=StepStatistics(len(table), device),
-        saver=Saver(config.run.dir / constants.CHECKPOINTS_DIR, config.checkpoint, engine),
+        saver=Saver(config.run.dir / constants.CHECKPOINTS_DIR, config.checkpoint, backend),
         held_out=held_out,
         probe=probe,
         tokenizer=tokenizer,
         sinks=sinks,
         progress=Progress(total_steps, table.names, done_steps=first_step, is_main=distributed.is_main()),
-        shape=ModelShape.from_config(engine.model.lm.config, *parameter_counts(engine.model)),
+        shape=ModelShape.from_config(backend.model.lm.config, *parameter_counts(backend.model)),
         peak_tflops=accelerator_peak_tflops(config, device),
         total_steps=total_steps,
         first_step=first_step,
@@ -228,16 +226,6 @@ def report_alarms(alarms: list[str]) -> None:
     """Say what is wrong with the reference losses, on rank 0."""
     for alarm in alarms:
         log.warning("reference losses: %s", alarm)
-
-
-def state_layout(config: Config) -> dict[str, Any]:
-    """What decides how DeepSpeed lays out saved state, beside the number of ranks."""
-    settings = deepspeed_config(config, distributed.world_size())
-    return {
-        "ZeRO stage": zero_stage(settings),
-        "model.dtype": config.model.dtype,
-        "optimizer offload": offloads_optimizer(settings),
-    }
 
 
 def planner_settings(config: Config, table: DomainTable) -> PlannerSettings:
@@ -262,7 +250,7 @@ def count_steps(config: Config, corpus: Corpus, settings: PlannerSettings) -> in
 
 
 def open_files(
-    config: Config, engine: Engine, total_steps: int, state: dict[str, Any] | None, first_step: int
+    config: Config, backend: Backend, total_steps: int, state: dict[str, Any] | None, first_step: int
 ) -> Sinks:
     """Write what describes the run and open its logs, cut back to the checkpoint, on rank 0; a collective.
 
@@ -276,7 +264,7 @@ def open_files(
         try:
             _note_changes(config)
             write_resolved(config, config.run.dir / constants.RESOLVED_CONFIG_FILE)
-            _write_run_info(config, engine, total_steps)
+            _write_run_info(config, backend, total_steps)
             return open_sinks(
                 config.run.dir,
                 config.metrics,
@@ -296,6 +284,7 @@ def open_held_out(
     caches: list[Any],
     controller: WeightController,
     pad_id: int,
+    ranks: Ranks,
 ) -> tuple[HeldOut | None, HeldOut | None]:
     """Held-out samples to evaluate on, and those whose losses drive the weights; None where not asked for.
 
@@ -305,9 +294,9 @@ def open_held_out(
     pack_len, held_out, probe = config.batch.pack_len, None, None
     evaluated = preflight.evaluated_caches(config, table, caches)
     if config.evaluation.every_n_steps is not None:
-        held_out = HeldOut(evaluated, pack_len, config.evaluation.max_samples_per_domain, pad_id)
+        held_out = HeldOut(evaluated, pack_len, config.evaluation.max_samples_per_domain, pad_id, ranks)
     if controller.needs_probe:
-        probe = HeldOut(caches, pack_len, config.weights.probe_samples, pad_id)
+        probe = HeldOut(caches, pack_len, config.weights.probe_samples, pad_id, ranks)
     return held_out, probe
 
 
@@ -335,9 +324,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return items
 
 
-def _write_run_info(config: Config, engine: Engine, total_steps: int) -> None:
+def _write_run_info(config: Config, backend: Backend, total_steps: int) -> None:
     """run.json: what ran, on what, when; for the report and for people."""
-    total, outside_embeddings = parameter_counts(engine.model)
+    total, outside_embeddings = parameter_counts(backend.model)
     write_json_atomic(
         config.run.dir / constants.RUN_INFO_FILE,
         {
@@ -345,13 +334,13 @@ def _write_run_info(config: Config, engine: Engine, total_steps: int) -> None:
             "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": describe_versions(),
             "commit": git_commit(),
-            "hardware": describe_hardware(engine.device),
+            "hardware": describe_hardware(backend.device),
             "world_size": distributed.world_size(),
             "model": {
                 "source": config.model.source,
-                "type": engine.model.lm.config.model_type,
+                "type": backend.model.lm.config.model_type,
                 "dtype": config.model.dtype,
-                "attention": engine.attention.implementation,
+                "attention": backend.attention.implementation,
             },
             "num_parameters": total,
             "num_parameters_nonembedding": outside_embeddings,
@@ -363,24 +352,24 @@ def _write_run_info(config: Config, engine: Engine, total_steps: int) -> None:
 
 
 def introduce(
-    config: Config, corpus: Corpus, settings: PlannerSettings, engine: Engine, total_steps: int
+    config: Config, corpus: Corpus, settings: PlannerSettings, backend: Backend, total_steps: int
 ) -> None:
     """The first lines of a run: what is trained, with which backends, on how much."""
     from versatune_kernels import resolve_backend
 
-    loss = resolve_backend(config.model.loss_backend, engine.device.type)
+    loss = resolve_backend(config.model.loss_backend, backend.device.type)
     epoch = steps_per_epoch(corpus, settings)
     log.info(
         "model %s (%.3g parameters, %s) on %d rank(s); ZeRO stage %s",
         config.model.source,
-        parameter_counts(engine.model)[0],
+        parameter_counts(backend.model)[0],
         config.model.dtype,
         distributed.world_size(),
-        engine.settings["zero_optimization"].get("stage", 0),
+        backend.layout["ZeRO stage"],
     )
-    log.info("attention: %s (%s)", engine.attention.implementation, engine.attention.reason)
+    log.info("attention: %s (%s)", backend.attention.implementation, backend.attention.reason)
     log.info("loss: %s (%s)", loss.name, loss.reason)
-    log.info("liger: %s; torch.compile: %s", engine.model.liger, config.model.compile)
+    log.info("liger: %s; torch.compile: %s", backend.model.liger, config.model.compile)
     log.info(
         "data: %d samples, %d tokens; %d packs of %d tokens a step; %d steps",
         sum(corpus.num_samples),

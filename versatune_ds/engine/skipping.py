@@ -18,7 +18,6 @@ import torch
 
 from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.data.plan.planner import StepPlan
-from versatune_ds.engine.backend.build import gradients_are_finite
 from versatune_ds.engine.statistics import StepTotals
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import DivergenceError
@@ -77,7 +76,7 @@ def reason_to_skip(run: Run, totals: StepTotals) -> str | None:
         return NONFINITE_LOSS
     if run.spikes.is_spike(totals.sums.total_loss()):
         return LOSS_SPIKE
-    return None if gradients_are_finite(run.engine) else NONFINITE_GRADIENT
+    return None if run.backend.gradients_are_finite() else NONFINITE_GRADIENT
 
 
 def report_skip(
@@ -118,7 +117,7 @@ def _samples(
     if reason == NONFINITE_GRADIENT:
         return []
     found = []
-    packs = rank_packs(plan.packs, distributed.rank(), distributed.world_size())
+    packs = rank_packs(plan.packs, *run.backend.ranks.dp)
     for pack, losses in zip(packs, sample_losses, strict=True):
         for i, loss in enumerate(losses.tolist()):
             domain, sample = int(pack.domains[i]), int(pack.samples[i])

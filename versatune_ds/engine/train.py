@@ -31,18 +31,15 @@ import torch
 from versatune_ds.config.schema import Config
 from versatune_ds.data.collate import Batch
 from versatune_ds.data.plan.planner import StepPlan
-from versatune_ds.engine.backend.build import (
-    close_process_group,
-    discard_step,
-    start_process_group,
-)
-from versatune_ds.engine.backend.optimizer import learning_rate, set_learning_rate
+from versatune_ds.engine.backend.optimizer import learning_rate
+from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.checkpointing.hf_export import Companions, export_model
-from versatune_ds.engine.evaluate import HeldOut, evaluate, model_inputs
+from versatune_ds.engine.evaluate import HeldOut, evaluate
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.run_lock import RunLock
 from versatune_ds.engine.faults.signals import StopRequest, note_stopped
 from versatune_ds.engine.faults.watchdog import mark
+from versatune_ds.engine.model.packed_lm import model_inputs
 from versatune_ds.engine.run import Run, open_run
 from versatune_ds.engine.skipping import FP16_OVERFLOW, NONFINITE_GRADIENT, reason_to_skip, report_skip
 from versatune_ds.engine.statistics import Flags, StepTotals
@@ -164,21 +161,18 @@ def run_step(run: Run, step: int, stop: StopRequest) -> Flags:
 def accumulate(run: Run, plan: StepPlan, batches: list[Batch]) -> list[torch.Tensor]:
     """Forward and backward over this rank's packs; returns the per-sample losses, still on the device.
 
-    The loss of every pack is divided by the supervised tokens of the whole step over all ranks. DeepSpeed
-    then averages gradients over ranks, hence the factor of the world size.
+    The loss of every pack is divided by the supervised tokens of the whole step over all ranks. The backend
+    then averages gradients over the ranks that share out the packs, hence the factor of their number.
     """
-    engine = run.engine
-    normalizer = plan.supervised_tokens / distributed.world_size()
+    backend = run.backend
+    normalizer = plan.supervised_tokens / backend.ranks.dp.size
     sample_losses = []
     for i, batch in enumerate(batches):
         mark(f"forward and backward of pack {i + 1} of {len(batches)}", plan.step + 1)
-        engine.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
-        on_device = batch.to(engine.device, non_blocking=True)
-        out = engine.deepspeed(**model_inputs(on_device, normalizer))
+        on_device = batch.to(backend.device, non_blocking=True)
+        out = backend.forward(**model_inputs(on_device, normalizer))
         run.statistics.add(out, on_device.sample_domains)
-        # clone: at ZeRO stage 0 DeepSpeed 0.19.8 divides the gradient of a model output by the accumulation
-        # steps in spite of scale_wrt_gas; the hook that should prevent it runs too late on that very tensor
-        engine.deepspeed.backward(out.loss.clone(), scale_wrt_gas=False)
+        backend.backward(out.loss, is_last=i == len(batches) - 1)
         sample_losses.append(out.sample_loss)
     return sample_losses
 
@@ -186,11 +180,9 @@ def accumulate(run: Run, plan: StepPlan, batches: list[Batch]) -> list[torch.Ten
 def apply_step(run: Run, reason: str | None, rate: float) -> bool:
     """Take the optimizer step, or discard it on every rank when there is a reason to skip it."""
     if reason is not None:
-        discard_step(run.engine)
+        run.backend.discard()
         return False
-    set_learning_rate(run.engine.deepspeed.optimizer, rate)
-    run.engine.deepspeed.step()
-    return bool(run.engine.deepspeed.was_step_applied())
+    return run.backend.step(rate)
 
 
 def update_weights(run: Run, done: int) -> float:
@@ -202,7 +194,7 @@ def update_weights(run: Run, done: int) -> float:
     Raises:
         VersaTuneError: ranks came to different weights.
     """
-    probed = None if run.probe is None else evaluate(run.engine, run.probe, len(run.table))
+    probed = None if run.probe is None else evaluate(run.backend, run.probe, len(run.table))
     update = run.controller.update(done, None if probed is None else probed.sums)
     if not distributed.all_equal(run.controller.digest()):
         raise VersaTuneError(
@@ -240,12 +232,11 @@ def record_step(
     )
     slots = plan.num_packs * plan.pack_len
     flops_6n = step_flops_6n(run.shape, slot_tokens=slots, pack_len=plan.pack_len)
-    norm = run.engine.deepspeed.get_global_grad_norm() if why_skipped is None else None
     record = StepRecord(
         step=plan.step + 1,
         loss=None if sums is None else sums.total_loss(),
         lr=rate,
-        grad_norm=None if norm is None else float(norm),
+        grad_norm=run.backend.grad_norm() if why_skipped is None else None,
         skipped=why_skipped is not None,
         skip_reason=why_skipped,
         real_tokens=plan.tokens,
@@ -294,7 +285,7 @@ def evaluate_when_due(run: Run, done: int) -> None:
 
 def record_evaluation(run: Run, done: int, held_out: HeldOut) -> None:
     """Evaluate on all ranks; a line of eval.jsonl and the console."""
-    result = evaluate(run.engine, held_out, len(run.table))
+    result = evaluate(run.backend, held_out, len(run.table))
     names = run.table.names
     record = EvalRecord(
         step=done,
@@ -318,7 +309,7 @@ def finish(run: Run) -> None:
     target = run.folder / constants.EXPORT_DIR
     if run.config.checkpoint.export_at_end:
         shard_bytes = int(run.config.checkpoint.export_shard_gb * 1e9)
-        companions = Companions.of(run.config, run.tokenizer, run.engine.model.lm.config)
-        export_model(run.engine.model, companions, target, shard_bytes)
+        companions = Companions.of(run.config, run.tokenizer, run.backend.model.lm.config)
+        export_model(run.backend, companions, target, shard_bytes)
         run.progress.note(f"model: {target}")
     run.progress.note(f"run folder: {run.folder} (versatune-ds report {run.folder})")

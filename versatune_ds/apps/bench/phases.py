@@ -65,27 +65,27 @@ class Stopwatch:
         return event
 
 
-class TimedEngine:
-    """A DeepSpeed engine whose forward, backward and step are timed; everything else is the engine's own."""
+class TimedBackend:
+    """A backend whose forward, backward and step are timed; everything else is the backend's own."""
 
-    def __init__(self, engine: Any, watch: Stopwatch) -> None:
-        self._engine = engine
+    def __init__(self, backend: Any, watch: Stopwatch) -> None:
+        self._backend = backend
         self._watch = watch
 
-    def __call__(self, **inputs: Any) -> Any:
+    def forward(self, **inputs: Any) -> Any:
         with self._watch.span("forward"):
-            return self._engine(**inputs)
+            return self._backend.forward(**inputs)
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
         with self._watch.span("backward"):
-            return self._engine.backward(*args, **kwargs)
+            return self._backend.backward(*args, **kwargs)
 
-    def step(self) -> Any:
+    def step(self, learning_rate: float) -> Any:
         with self._watch.span("optimizer"):
-            return self._engine.step()
+            return self._backend.step(learning_rate)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        return getattr(self._backend, name)
 
 
 class TimedStatistics:
@@ -111,19 +111,19 @@ class TimedStatistics:
 @contextlib.contextmanager
 def timed_phases(run: Run) -> Iterator[Stopwatch]:
     """Within it, the calls of a step are timed."""
-    watch = Stopwatch(run.engine.device)
-    engine, statistics = run.engine, run.statistics
-    head = engine.model.lm.get_output_embeddings()
+    watch = Stopwatch(run.backend.device)
+    backend, statistics = run.backend, run.statistics
+    head = backend.model.lm.get_output_embeddings()
     hooks = [
         head.register_forward_pre_hook(lambda *_: watch.begin("loss")),
         head.register_forward_hook(lambda *_: watch.end("loss")),
     ]
-    run.engine = engine._replace(deepspeed=TimedEngine(engine.deepspeed, watch))
+    run.backend = TimedBackend(backend, watch)  # type: ignore[assignment]
     run.statistics = TimedStatistics(statistics, watch)  # type: ignore[assignment]
     try:
         yield watch
     finally:
-        run.engine, run.statistics = engine, statistics
+        run.backend, run.statistics = backend, statistics
         for hook in hooks:
             hook.remove()
 
@@ -154,7 +154,7 @@ class NoStatistics:
 @contextlib.contextmanager
 def without_statistics(run: Run) -> Iterator[None]:
     """Within it, the head computes the loss only, and nothing is added or reduced."""
-    head, statistics = run.engine.model.lm.get_output_embeddings(), run.statistics
+    head, statistics = run.backend.model.lm.get_output_embeddings(), run.statistics
     forward = head.forward
 
     def loss_only(hidden: Any, labels: Any, sample_ids: Any, num_samples: int, *rest: Any) -> Any:

@@ -183,7 +183,7 @@ def main(arguments: Sequence[str]) -> int:
     setup_logging()
     threading.Thread(target=_leave_with, args=(job["starter"],), name="starter watch", daemon=True).start()
     from versatune_ds.apps.bench import trainer as bench
-    from versatune_ds.engine.backend.build import leave_process_group
+    from versatune_ds.engine.backend.process_group import leave_process_group
 
     try:
         outcome = bench.bench_slice(BenchSettings.from_json(job["settings"]), job["layers"])

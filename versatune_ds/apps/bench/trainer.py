@@ -53,19 +53,17 @@ from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.early_stopping import EarlyStopping
 from versatune_ds.domain.reference import load_reference
 from versatune_ds.domain.table import DomainTable
-from versatune_ds.engine.backend.build import (
-    accelerator_peak_tflops,
-    build_engine,
-    describe_hardware,
-    describe_versions,
-    start_process_group,
-)
-from versatune_ds.engine.backend.deepspeed_config import zero_stage
+from versatune_ds.engine.backend.deepspeed_backend import build_backend
+from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
+from versatune_ds.engine.backend.parameters import parameter_counts
+from versatune_ds.engine.backend.process_group import start_process_group
+from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.signals import StopRequest
-from versatune_ds.engine.model.packed_lm import DTYPES, parameter_counts
-from versatune_ds.engine.preflight.dry_run import rehearse_when_asked
+from versatune_ds.engine.model.packed_lm import DTYPES
+from versatune_ds.engine.preflight.dry_run import dry_run_when_asked
+from versatune_ds.engine.provenance import accelerator_peak_tflops, describe_hardware, describe_versions
 from versatune_ds.engine.run import Run, planner_settings
 from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
@@ -125,7 +123,7 @@ def measure(run: Run, settings: BenchSettings, ceiling_tflops: float) -> dict[st
         if settings.metrics == "off":
             stack.enter_context(without_statistics(run))
         stepper.take(settings.warmup_steps)
-        if run.engine.device.type == "cuda":
+        if run.backend.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         timed = stepper.take(settings.steps)
         peak_gib = peak_memory_gib()
@@ -141,7 +139,7 @@ def measure(run: Run, settings: BenchSettings, ceiling_tflops: float) -> dict[st
     totals = timed.totals()
     return {
         "layers": run.shape.num_layers,
-        "num_parameters": parameter_counts(run.engine.model)[0],
+        "num_parameters": parameter_counts(run.backend.model)[0],
         "steps": settings.steps,
         "skipped_steps": timed.skipped,
         "seconds": seconds,
@@ -220,7 +218,7 @@ class Stepper:
 
     def synchronise(self) -> None:
         """Wait for the device and for all ranks."""
-        if self.run.engine.device.type == "cuda":
+        if self.run.backend.device.type == "cuda":
             torch.cuda.synchronize()
         distributed.barrier()
 
@@ -348,15 +346,15 @@ def open_bench_run(config: Config, settings: BenchSettings, device: torch.device
     corpus.check(planner)
     reference = load_reference(config.weights.reference, table)
     controller = WeightController(table, config.domains, config.weights, reference)
-    engine = build_engine(config, device)
-    rehearse_when_asked(engine, config)
+    ranks = Ranks.of_world()
+    backend = build_backend(config, deepspeed_config(config, ranks.dp.size), ranks, device)
+    dry_run_when_asked(backend, config)
     loader = RecordingLoader(
         corpus,
         sources,
         planner,
         PlannerState.initial(len(table)),
-        distributed.rank(),
-        distributed.world_size(),
+        *ranks.dp,
         pad_id=0,
         pin_memory=device.type == "cuda",
     )
@@ -365,17 +363,17 @@ def open_bench_run(config: Config, settings: BenchSettings, device: torch.device
         table=table,
         corpus=corpus,
         caches=sources,
-        engine=engine,
+        backend=backend,
         loader=loader,
         controller=controller,
         statistics=StepStatistics(len(table), device),
-        saver=Saver(config.run.dir, config.checkpoint, engine),
+        saver=Saver(config.run.dir, config.checkpoint, backend),
         held_out=None,
         probe=None,
         tokenizer=None,
         sinks=RecordingSinks(),
         progress=Progress(config.train.max_steps or 0, table.names, is_main=False),
-        shape=ModelShape.from_config(engine.model.lm.config, *parameter_counts(engine.model)),
+        shape=ModelShape.from_config(backend.model.lm.config, *parameter_counts(backend.model)),
         peak_tflops=accelerator_peak_tflops(config, device),
         total_steps=config.train.max_steps or 0,
         first_step=0,
@@ -449,11 +447,11 @@ def describe_settings(settings: BenchSettings, run: Run) -> dict[str, Any]:
         "pack_len": config.batch.pack_len,
         "packs_per_rank": config.batch.packs_per_step // distributed.world_size(),
         "dtype": config.model.dtype,
-        "zero_stage": zero_stage(run.engine.settings),
-        "zero_optimization": run.engine.settings["zero_optimization"],
+        "zero_stage": run.backend.layout["ZeRO stage"],
+        "zero_optimization": deepspeed_config(config, distributed.world_size())["zero_optimization"],
         "activation_checkpointing": config.model.activation_checkpointing,
-        "attention": run.engine.attention.implementation,
-        "loss_backend": resolve_backend(config.model.loss_backend, run.engine.device.type).name,
+        "attention": run.backend.attention.implementation,
+        "loss_backend": resolve_backend(config.model.loss_backend, run.backend.device.type).name,
         "data": settings.data or "synthetic",
         "supervised": settings.supervised if settings.data is None else None,
         "metrics": settings.metrics,

@@ -45,8 +45,9 @@ from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.encode.templating import load_tokenizer
 from versatune_ds.domain.knowledge import aggregate
 from versatune_ds.domain.table import DomainTable
-from versatune_ds.engine.backend.build import close_process_group, describe_versions, start_process_group
+from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.faults.signals import StopRequest
+from versatune_ds.engine.provenance import describe_versions
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError, VersaTuneError
 from versatune_ds.foundations.files import canonical_hash, write_json_atomic

@@ -29,17 +29,14 @@ from versatune_ds.data.plan.planner import Corpus
 from versatune_ds.domain.evaluation import Change, ModelEvaluation, compare
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.domain.table import DomainTable
-from versatune_ds.engine.backend.build import (
-    build_for_evaluation,
-    close_process_group,
-    describe_hardware,
-    describe_versions,
-    start_process_group,
-)
+from versatune_ds.engine.backend.deepspeed_backend import build_for_evaluation
+from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
+from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.evaluate import HeldOut, evaluate_samples
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
 from versatune_ds.engine.model.packed_lm import load_architecture
 from versatune_ds.engine.preflight import checks as preflight
+from versatune_ds.engine.provenance import describe_hardware, describe_versions
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError, DivergenceError, StateError
 from versatune_ds.foundations.log import get_logger
@@ -150,13 +147,15 @@ def measure(
     architecture = load_architecture(derived.model)
     preflight.check_architecture(architecture, tokenizer, Corpus.from_caches(caches, table.names))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read
-    held_out = HeldOut(caches, config.batch.pack_len, config.evaluation.max_samples_per_domain, pad_id)
+    held_out = HeldOut(
+        caches, config.batch.pack_len, config.evaluation.max_samples_per_domain, pad_id, Ranks.of_world()
+    )
     lacking = [name for name, cache in zip(table.names, caches, strict=True) if cache is None]
     if lacking:
         log.warning("not evaluated, for lack of held-out data or by choice: %s", ", ".join(lacking))
-    engine = build_for_evaluation(derived, device)
-    losses, tokens = evaluate_samples(engine, held_out)
-    del engine
+    backend = build_for_evaluation(derived, device)
+    losses, tokens = evaluate_samples(backend, held_out)
+    del backend
     free_memory()
     _check_finite(source, table, caches, losses)
     encoder = ChatEncoder.build(tokenizer, config.data.chat_template)

@@ -296,7 +296,7 @@ def work(link: connection.Connection, log_file: Path) -> None:
         stream.flush()
         os.dup2(output, stream.fileno())
     setup_logging()
-    from versatune_ds.engine.backend.build import close_process_group, start_process_group
+    from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 
     device = start_process_group()
     with contextlib.suppress(EOFError, KeyboardInterrupt):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,15 +176,29 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     return merged
 
 
-def zero_stage(settings: dict[str, Any]) -> int:
+def zero_stage(settings: Mapping[str, Any]) -> int:
     """ZeRO stage of a DeepSpeed configuration."""
     return int(settings["zero_optimization"].get("stage", 0))
 
 
-def offloads_optimizer(settings: dict[str, Any]) -> bool:
+def offloads_optimizer(settings: Mapping[str, Any]) -> bool:
     """True if the optimizer runs on the CPU (it then has to be DeepSpeed's own CPU Adam)."""
     offload = settings["zero_optimization"].get("offload_optimizer") or {}
     return offload.get("device", "none") != "none"
+
+
+def state_layout(settings: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """What decides how DeepSpeed lays out saved state, beside the number of ranks; part of a checkpoint.
+
+    Args:
+        settings: a DeepSpeed configuration.
+        dtype: `model.dtype`.
+    """
+    return {
+        "ZeRO stage": zero_stage(settings),
+        "model.dtype": dtype,
+        "optimizer offload": offloads_optimizer(settings),
+    }
 
 
 def _require_accepted(settings: dict[str, Any]) -> DeepSpeedConfig:

@@ -20,18 +20,19 @@ from typing import Any
 
 import torch
 
-from versatune_ds.engine.backend.build import Engine
 from versatune_ds.engine.backend.saved_shards import MASTER, MOMENTS, SavedShards
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError
 
 
-def load_resharded(folder: Path, world_size: int, engine: Engine) -> None:
+def load_resharded(folder: Path, world_size: int, live: Any) -> None:
     """Load model and optimizer from a checkpoint of `world_size` ranks, any ZeRO stage from 1 to 3.
 
     Every rank calls it and reads what it owns. Hyperparameters stay those of the running configuration.
+
+    Args:
+        live: the DeepSpeed engine to load into.
     """
-    live = engine.deepspeed
     if live.zero_nvme_offload_optimizer():
         raise StateError(
             f"{folder} was written with other ranks or settings, and moments on NVMe cannot be divided anew; "

@@ -27,9 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from versatune_ds.config.schema import Checkpoint
-from versatune_ds.engine.backend.build import Engine
-from versatune_ds.engine.backend.reshard import load_resharded
-from versatune_ds.engine.backend.safe_loading import tensors_only
+from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.constants import (
     CHECKPOINT_MANIFEST_FILE,
@@ -192,36 +190,22 @@ def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def load_model_state(path: Path, engine: Engine, state: dict[str, Any], layout: dict[str, Any]) -> None:
+def load_model_state(path: Path, backend: Backend, state: dict[str, Any]) -> None:
     """Load model, optimizer and random generator states; every rank calls it.
 
-    With the number of ranks and the layout it was saved in, the run goes on bit for bit. Otherwise the shards
-    are divided anew, and the generators are seeded from the checkpoint's name and the rank: generator states
-    belong to ranks. (The models drop nothing out, so no training step draws from them.)
+    With the number of ranks and the layout it was saved in, the run goes on bit for bit. Otherwise the
+    generators are seeded from the checkpoint's name and the rank: generator states belong to ranks. (The
+    models drop nothing out, so no training step draws from them.)
 
     Args:
         state: our own state of the checkpoint.
-        layout: as for `read_state`.
     """
-    same_ranks = state["world_size"] == distributed.world_size()
-    if layout["ZeRO stage"] == 0 or (same_ranks and state["layout"] == layout):
-        with tensors_only(path):
-            loaded, _ = engine.deepspeed.load_checkpoint(
-                str(path.parent), tag=path.name, load_lr_scheduler_states=False
-            )
-        if loaded is None:
-            raise StateError(f"{path}: DeepSpeed found nothing to load there")
-    else:
-        changes = {key: (state["layout"][key], value) for key, value in layout.items()}
-        changes["ranks"] = (state["world_size"], distributed.world_size())
-        moved = [f"{key} {old} -> {new}" for key, (old, new) in changes.items() if old != new]
-        log.info("dividing the state of %s anew: %s", path.name, ", ".join(moved))
-        load_resharded(path, state["world_size"], engine)
-    if same_ranks:
+    backend.load(path, state["layout"], state["world_size"])
+    if state["world_size"] == distributed.world_size():
         states = load_file(path / generator_name(distributed.rank()))
         torch.set_rng_state(states["cpu"])
         if "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], engine.device)
+            torch.cuda.set_rng_state(states["cuda"], backend.device)
     else:
         seed = canonical_hash([path.name, distributed.rank()])
         torch.manual_seed(int(seed[:15], 16))

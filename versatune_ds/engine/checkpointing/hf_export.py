@@ -1,6 +1,6 @@
 """Writing the trained model as a Hugging Face folder, one shard at a time.
 
-`export_model` gathers the parameters of a live engine one by one; `export_checkpoint` takes them one by one
+`export_model` gathers the parameters of a live backend one by one; `export_checkpoint` takes them one by one
 out of the mapped files of a checkpoint of any ZeRO stage (`engine/backend/saved_shards.py`), on a CPU without
 any process group. Both hand (name, tensor) pairs to the same shard writer, which holds one shard in memory,
 so the peak on any rank is one shard and one parameter. The folder appears whole or not.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,10 @@ from transformers import GenerationConfig
 from versatune_ds.config.load import load_config
 from versatune_ds.config.schema import Config
 from versatune_ds.data.encode.templating import load_tokenizer, set_chat_template, stop_token
+from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.saved_shards import SavedWeights
 from versatune_ds.engine.checkpointing.folder import saved_state
-from versatune_ds.engine.model.packed_lm import DTYPES, PackedCausalLM, load_architecture
+from versatune_ds.engine.model.packed_lm import DTYPES, load_architecture
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import SaveError, VersaTuneError
 from versatune_ds.foundations.files import fsync_dir, fsync_tree, write_json_atomic
@@ -111,11 +112,10 @@ class Companions(NamedTuple):
         self.generation.save_pretrained(folder)
 
 
-def export_model(model: PackedCausalLM, companions: Companions, folder: Path, max_shard_bytes: int) -> None:
-    """Write the model of a live engine; every rank calls it, rank 0 writes.
+def export_model(backend: Backend, companions: Companions, folder: Path, max_shard_bytes: int) -> None:
+    """Write the model of a live backend; every rank calls it, rank 0 writes.
 
     Args:
-        model: its parameters may be partitioned (ZeRO-3) or whole.
         companions: saved beside the weights.
         folder: target; replaced if it exists.
         max_shard_bytes: bound of a shard, and of the host memory needed.
@@ -123,14 +123,16 @@ def export_model(model: PackedCausalLM, companions: Companions, folder: Path, ma
     Raises:
         SaveError: on all ranks, when rank 0 could not write.
     """
-    parameters = _gathered_parameters(model)
-    copies = ((name, tensor.detach().to("cpu", copy=True)) for name, tensor in parameters)
+    parameters = backend.parameters()
+    copies = (
+        (name.removeprefix(NAME_PREFIX), tensor.detach().to("cpu", copy=True)) for name, tensor in parameters
+    )
     cure = "start the same command again, or make it from the last checkpoint: versatune-ds export RUN"
 
     def write() -> None:
         try:
             if distributed.is_main():
-                _write_folder(copies, model.lm.config, companions, folder, max_shard_bytes, cure)
+                _write_folder(copies, backend.model.lm.config, companions, folder, max_shard_bytes, cure)
         finally:
             for _ in parameters:  # the other ranks' part, and that of a rank 0 that could not write
                 pass
@@ -181,18 +183,6 @@ def export_from_run(run_dir: Path, checkpoint: Path, target: Path) -> None:
     shard_bytes = int(config.checkpoint.export_shard_gb * 1e9)
     companions = Companions.of(config, tokenizer, architecture)
     export_checkpoint(checkpoint, architecture, companions, target, config.model.dtype, shard_bytes)
-
-
-def _gathered_parameters(model: PackedCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, whole tensor) of every parameter once; a collective per partitioned parameter."""
-    import deepspeed
-
-    for name, parameter in model.named_parameters():  # yields a tied parameter once, under its first name
-        if hasattr(parameter, "ds_id"):
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
-                yield name.removeprefix(NAME_PREFIX), parameter.data
-        else:
-            yield name.removeprefix(NAME_PREFIX), parameter.data
 
 
 def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -14,7 +14,7 @@ most. A crash meanwhile leaves a hidden folder, which the next checkpoint remove
 
 DeepSpeed's own background writer was not taken. `DecoupledCheckpointEngine` (0.19.8) returns from `save`
 without a word when its process has died, waits for 300 s at most, and blocks the next optimizer step until
-the files are written. Here DeepSpeed hands its state to `Share`, as to any of its checkpoint engines.
+the files are written. Here a `Backend` hands what it wants saved to the `Share`.
 
 What is not covered: page-locked copies, several checkpoints in flight, and folders that ranks do not share.
 """
@@ -33,11 +33,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from safetensors.torch import save as safetensors_bytes
 
 from versatune_ds.config.schema import Checkpoint
-from versatune_ds.engine.backend.build import Engine
+from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.checkpointing import folder as folders
 from versatune_ds.engine.checkpointing.due import LossBound, checkpoint_due
 from versatune_ds.engine.faults.watchdog import mark
@@ -78,10 +77,10 @@ def host_copy(value: Any, storages: dict[int, tuple[Any, Any]] | None = None) ->
     return copy.deepcopy(value)
 
 
-class Share(TorchCheckpointEngine):
-    """One rank's files of one checkpoint after another; what DeepSpeed calls a checkpoint engine.
+class Share:
+    """One rank's files of one checkpoint after another.
 
-    Nothing here raises: DeepSpeed's barriers come after `save`, and a rank that left before them would leave
+    Nothing here raises: a backend's barriers come after `save`, and a rank that left before them would leave
     the others waiting. The first problem is kept in `problem`, and nothing is written after it.
 
     Attributes:
@@ -89,7 +88,6 @@ class Share(TorchCheckpointEngine):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.problem: Exception | None = None
         self._folder = Path()
         self._keep = False
@@ -102,12 +100,12 @@ class Share(TorchCheckpointEngine):
         self._folder, self._keep = folder, keep
         self.problem, self._kept, self._written, self._thread = None, [], {}, None
 
-    def save(self, state_dict: Any, path: str | Path) -> None:
+    def save(self, content: Any, path: Path) -> None:
         """Write a file of this share (bytes, or anything for torch.save), or keep a copy of what it holds."""
         if self._keep:
-            self._guarded(lambda: self._kept.append((Path(path), host_copy(state_dict))))
+            self._guarded(lambda: self._kept.append((path, host_copy(content))))
         else:
-            self._guarded(lambda: self._write(Path(path), state_dict))
+            self._guarded(lambda: self._write(path, content))
 
     def finish(self) -> None:
         """Write what was kept, in a thread, and the list of files."""
@@ -172,7 +170,7 @@ class Saver:
     Args:
         folder: the run's checkpoint folder, shared by all ranks.
         settings: when, how, and what to keep.
-        engine: its way of writing files is replaced.
+        backend: whose state is saved.
         clock: monotonic seconds.
     """
 
@@ -180,10 +178,10 @@ class Saver:
         self,
         folder: Path,
         settings: Checkpoint,
-        engine: Engine,
+        backend: Backend,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._folder, self._settings, self._engine, self._clock = folder, settings, engine, clock
+        self._folder, self._settings, self._backend, self._clock = folder, settings, backend, clock
         self._share = Share()
         self._in_flight: InFlight | None = None
         self._problem: SaveError | None = None
@@ -192,9 +190,6 @@ class Saver:
         minutes = settings.max_lost_minutes
         self._bound = None if minutes is None else LossBound(60 * minutes, clock())
         self._told = False
-        engine.deepspeed.checkpoint_engine = self._share
-        # DeepSpeed copies scripts into every checkpoint between two barriers; a full disk would part ranks
-        engine.deepspeed._copy_recovery_script = lambda path: None
 
     # --- at a step boundary ---------------------------------------------------------------------------------
 
@@ -253,7 +248,7 @@ class Saver:
             self._share._guarded(lambda: folders.begin(self._folder, folder))
         self._in_flight = InFlight(step, folder, began, 0.0)
         self._raise_together()
-        self._engine.deepspeed.save_checkpoint(str(self._folder), tag=folder.name, save_latest=False)
+        self._backend.save(folder, self._share.save)
         self._share.save(
             safetensors_bytes(folders.generator_states()), folder / folders.generator_name(distributed.rank())
         )

@@ -7,7 +7,7 @@
 - DeepSpeed's CPU all-reduce keeps a buffer (66 MiB a rank) in shared memory and never removes it. The name is
   needed only while a run starts, so a buffer that no process here maps and that is not new is of no use.
 
-What is not covered: leftovers of other users (only named by `doctor`).
+What is not covered: files of other users (only named by `doctor`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NEW_BUFFER_S = 60.0
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs")
 
 
-def take_away_leftovers() -> None:
+def remove_stale_files() -> None:
     """Remove stale build locks and unused buffers of this user, and say so; before the ranks meet."""
     for lock in stale_locks(extension_folders()):
         if (reason := remove_lock(lock)) is None:

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from versatune_ds.config.schema import Model
+from versatune_ds.data.collate import Batch
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError
@@ -271,6 +272,21 @@ def checkpoint_activations(lm: PreTrainedModel, policy: str | int) -> None:
         recompute._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
+def model_inputs(batch: Batch, normalizer: float) -> dict[str, Any]:
+    """Keyword arguments of `PackedCausalLM.forward` for a batch on the model's device."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "labels": batch.labels,
+        "sample_ids": batch.sample_ids,
+        "cu_seqlens": batch.cu_seqlens,
+        "max_seqlen": batch.max_seqlen,
+        "num_samples": len(batch.sample_domains),
+        "num_valid": batch.supervised_tokens,
+        "normalizer": normalizer,
+    }
+
+
 def float32_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """The floating-point buffers (rotary frequencies) before DeepSpeed casts the module."""
     return {
@@ -286,11 +302,3 @@ def restore_buffers(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         setattr(module, attribute, value.to(getattr(module, attribute).device))
-
-
-def parameter_counts(model: PackedCausalLM) -> tuple[int, int]:
-    """All parameters, and those outside the input and output embeddings (partitioned ones at full size)."""
-    sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
-    embeddings = (model.lm.get_input_embeddings().weight, model.lm.get_output_embeddings().weight)
-    embedding_size = sum({id(p): sizes[id(p)] for p in embeddings}.values())
-    return sum(sizes.values()), sum(sizes.values()) - embedding_size

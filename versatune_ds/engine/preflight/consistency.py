@@ -4,8 +4,8 @@ Each rank hashes what it sees; one gather compares. On nodes with their own copi
 configuration, a model or a cache, a stale copy would otherwise train something that nobody asked for, or
 hang where the ranks' ways part.
 
-What is not covered: the token caches (`nodes.py`), the weights' content (their files are compared by name and
-size; reading a large model twice costs minutes), and packages beyond those that compute.
+What is not covered: the token caches (`shared_files.py`), the weights' content (their files are compared by
+name and size; reading a large model twice costs minutes), and packages beyond those that compute.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import versatune_ds
 import versatune_kernels
 from versatune_ds.config.schema import Config
-from versatune_ds.engine.backend.build import describe_versions
+from versatune_ds.engine.provenance import describe_versions
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError
 from versatune_ds.foundations.files import canonical_hash, sha256_file
@@ -29,7 +29,7 @@ HASHED_BYTES = 1 << 20
 RANKS_SHOWN = 8
 
 
-def require_sameness(what: str, mine: Mapping[str, str]) -> None:
+def require_consistency(what: str, mine: Mapping[str, str]) -> None:
     """Compare every rank's fingerprints; a collective.
 
     Args:

@@ -1,4 +1,4 @@
-"""A rehearsal of the first step: too little memory is found before minutes are lost, with what to lower.
+"""A dry run of the first step: too little memory is found before minutes are lost, with what to lower.
 
 Forward and backward run on the worst pack there can be: full, one sample (attention), every token supervised
 (loss). Two micro-batches where a step has several, since gradients of the first are kept meanwhile. Then
@@ -17,10 +17,9 @@ import torch
 from versatune_ds.config.schema import Config
 from versatune_ds.data.collate import Batch, collate
 from versatune_ds.data.plan.packing import Pack
-from versatune_ds.engine.backend.build import Engine, discard_step
-from versatune_ds.engine.evaluate import model_inputs
+from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.faults.watchdog import mark
-from versatune_ds.foundations import distributed
+from versatune_ds.engine.model.packed_lm import model_inputs
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.throughput import peak_memory_gib
@@ -28,32 +27,31 @@ from versatune_ds.observability.throughput import peak_memory_gib
 log = get_logger(__name__)
 
 
-def rehearse_when_asked(engine: Engine, config: Config) -> None:
-    """`rehearse` if `train.rehearse` says so."""
-    is_wanted = {"on": True, "off": False, "auto": engine.device.type == "cuda"}[config.train.rehearse]
+def dry_run_when_asked(backend: Backend, config: Config) -> None:
+    """`dry_run` if `train.rehearse` says so."""
+    is_wanted = {"on": True, "off": False, "auto": backend.device.type == "cuda"}[config.train.rehearse]
     if is_wanted:
         mark("rehearsal", is_limited=False)
-        rehearse(engine, config)
+        dry_run(backend, config)
 
 
-def rehearse(engine: Engine, config: Config) -> None:
+def dry_run(backend: Backend, config: Config) -> None:
     """Run forward and backward of a step's worst packs and forget them; all ranks together.
 
     Raises:
         ConfigError: out of memory. A rank that fails alone tells the others (`engine/faults/heartbeat.py`).
     """
-    batch = worst_batch(config.batch.pack_len).to(engine.device)
-    passes = min(2, config.batch.packs_per_step // distributed.world_size())
+    batch = worst_batch(config.batch.pack_len).to(backend.device)
+    passes = min(2, config.batch.packs_per_step // backend.ranks.dp.size)
     cpu_state = torch.get_rng_state()
-    cuda_state = torch.cuda.get_rng_state() if engine.device.type == "cuda" else None
+    cuda_state = torch.cuda.get_rng_state() if backend.device.type == "cuda" else None
     try:
         for i in range(passes):
-            engine.deepspeed.set_gradient_accumulation_boundary(i == passes - 1)
-            out = engine.deepspeed(**model_inputs(batch, float(passes * batch.supervised_tokens)))
-            engine.deepspeed.backward(out.loss.clone(), scale_wrt_gas=False)
+            out = backend.forward(**model_inputs(batch, float(passes * batch.supervised_tokens)))
+            backend.backward(out.loss, is_last=i == passes - 1)
     except torch.OutOfMemoryError as error:
         raise ConfigError(out_of_memory(config, str(error))) from error
-    discard_step(engine)
+    backend.discard()
     torch.set_rng_state(cpu_state)
     if cuda_state is not None:
         torch.cuda.set_rng_state(cuda_state)

@@ -3,8 +3,8 @@
 Both checks run before a model is built, on all ranks. Each rank says what it sees, all get all answers, and
 all raise the same error, which names the nodes. A rank that raised alone would leave the others waiting.
 
-What is not covered: different code or settings on the nodes (`sameness.py`), and ranks that are lost or late
-during the run (`heartbeat.py`).
+What is not covered: different code or settings on the nodes (`consistency.py`), and ranks that are lost or
+late during the run (`engine/faults/heartbeat.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A stand-in for DeepSpeed's engine in plain PyTorch, whole runs with it, and the same steps by hand.
+"""A backend in plain PyTorch, whole runs with it, and the same steps by hand.
 
 One rank, fp32, no ZeRO. All else of a run is real, so the loop runs in the tests' own process in a second.
 """
@@ -6,10 +6,11 @@ One rank, fp32, no ZeRO. All else of a run is real, so the loop runs in the test
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,17 +23,19 @@ from versatune_ds.config.schema import Config
 from versatune_ds.data.loader import StepLoader
 from versatune_ds.engine import run as run_module
 from versatune_ds.engine import train
-from versatune_ds.engine.backend.build import Engine
-from versatune_ds.engine.backend.optimizer import build_optimizer
+from versatune_ds.engine.backend.backend import Backend, Write
+from versatune_ds.engine.backend.optimizer import build_optimizer, set_learning_rate
+from versatune_ds.engine.backend.ranks import Group, Ranks
 from versatune_ds.engine.model.attention import choose_attention
 from versatune_ds.engine.model.packed_lm import build_model
+from versatune_kernels import LossOutput
 
 CPU = torch.device("cpu")
-STAGE_0 = {"zero_optimization": {"stage": 0}}
+Disturb = Callable[[int, Any], Any]
 
 
-class PlainEngine:
-    """What the loop uses of DeepSpeed's engine.
+class PlainBackend:
+    """A `Backend` in plain PyTorch.
 
     Attributes:
         rates: learning rates that the optimizer was stepped with.
@@ -40,97 +43,100 @@ class PlainEngine:
         disturb: called with the number of the step (from 0) and the output of each training pass.
     """
 
-    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-        self.module, self.optimizer, self.max_norm = model, optimizer, max_norm
+    layout: ClassVar = {"ZeRO stage": 0, "model.dtype": "fp32", "optimizer offload": False}
+    ranks = Ranks(Group(0, 1), Group(0, 1))
+    device = CPU
+
+    def __init__(self, config: Config, disturb: Disturb | None) -> None:
+        self.attention = choose_attention(config.model, "cpu")
+        self.model = build_model(config.model, self.attention, config.run.seed)
+        self.optimizer = build_optimizer(self.model, config.optimizer, offload=False)
+        self.max_norm = config.optimizer.max_grad_norm
+        self.disturb: Disturb = disturb or (lambda step, out: out)
         self.rates: list[float] = []
         self.boundaries: list[bool] = []
-        self.disturb: Callable[[int, Any], Any] = lambda step, out: out
-        self.checkpoint_engine: Any = None
-        self._is_boundary = self._applied = False
         self._norm = 0.0
 
-    def __call__(self, **inputs: Any) -> Any:
-        out = self.module(**inputs)
-        return self.disturb(sum(self.boundaries), out) if self.module.training else out
+    def forward(self, **inputs: Any) -> LossOutput:
+        out = self.model(**inputs)
+        return self.disturb(sum(self.boundaries), out) if self.model.training else out
 
-    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        self._is_boundary = is_boundary
-
-    def backward(self, loss: torch.Tensor, *, scale_wrt_gas: bool) -> None:
-        assert not scale_wrt_gas, "DeepSpeed would divide by the accumulation steps"
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         loss.backward()
-        self.boundaries.append(self._is_boundary)
+        self.boundaries.append(is_last)
 
-    def step(self) -> None:
-        self._applied = self._is_boundary
-        if not self._is_boundary:
-            return
-        (rate,) = {group["lr"] for group in self.optimizer.param_groups}
-        self.rates.append(rate)
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
+    def gradients_are_finite(self) -> bool:
+        return all(bool(p.grad.isfinite().all()) for p in self.model.parameters() if p.grad is not None)
+
+    def step(self, learning_rate: float) -> bool:
+        assert self.boundaries[-1], "a step in the middle of another"
+        self.rates.append(learning_rate)
+        set_learning_rate(self.optimizer, learning_rate)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         self._norm = float(norm)
         if self.max_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return True
 
-    def was_step_applied(self) -> bool:
-        return self._applied
+    def discard(self) -> None:
+        self.optimizer.zero_grad()
 
-    def get_global_grad_norm(self) -> float:
+    def grad_norm(self) -> float:
         return self._norm
 
-    def train(self) -> None:
-        self.module.train()
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.model.eval()
+        with torch.no_grad():
+            yield
+        self.model.train()
 
-    def eval(self) -> None:
-        self.module.eval()
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.model.named_parameters()
 
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-        self.checkpoint_engine.save(state, Path(folder) / tag / "plain.pt")
+    def save(self, folder: Path, write: Write) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        write(state, folder / "plain.pt")
 
-    def load_checkpoint(self, folder: str, tag: str, **_: Any) -> tuple[str, dict[str, Any]]:
-        path = Path(folder) / tag / "plain.pt"
-        state = torch.load(path)
-        self.module.load_state_dict(state["model"])
+    def load(self, folder: Path, layout: Mapping[str, Any], world_size: int) -> None:
+        state = torch.load(folder / "plain.pt")
+        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        return str(path), {}
+
+    def close(self) -> None:
+        pass
 
 
 class PlainRun:
-    """A whole run with a `PlainEngine`.
+    """A whole run with a `PlainBackend`.
 
     Attributes:
-        engine: it, after the run.
+        backend: it, after the run.
         start: the transformers model before the first step.
         samples: of every step in turn, (domain, index) of each sample.
         train, held_out: token caches by domain.
     """
 
-    def __init__(self, config: Config, disturb: Callable[[int, Any], Any] | None = None) -> None:
+    def __init__(self, config: Config, disturb: Disturb | None = None) -> None:
         self.config = config
         self.folder = config.run.dir
         self.samples: list[list[tuple[int, int]]] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_module, "build_engine", self._build(disturb))
+            patch.setattr(run_module, "build_backend", self._build(disturb))
             patch.setattr(run_module, "open_held_out", self._noting(run_module.open_held_out))
             patch.setattr(StepLoader, "take", self._taking(StepLoader.take))
             self.finished = train.train_in_group(config, CPU)
 
-    def _build(self, disturb: Callable[[int, Any], Any] | None) -> Callable[..., Engine]:
-        def build_engine(config: Config, device: torch.device) -> Engine:
-            attention = choose_attention(config.model, device.type)
-            model = build_model(config.model, attention, config.run.seed)
-            optimizer = build_optimizer(model, config.optimizer, offload=False)
-            self.engine = PlainEngine(model, optimizer, config.optimizer.max_grad_norm)
-            if disturb is not None:
-                self.engine.disturb = disturb
-            self.start = copy.deepcopy(model)
-            return Engine(self.engine, model, device, attention, STAGE_0)
+    def _build(self, disturb: Disturb | None) -> Callable[..., Backend]:
+        def build_backend(config: Config, *_: Any) -> Backend:
+            self.backend = PlainBackend(config, disturb)
+            self.start = copy.deepcopy(self.backend.model)
+            return self.backend
 
-        return build_engine
+        return build_backend
 
     def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def open_held_out(config: Config, table: Any, caches: Any, *rest: Any) -> Any:
@@ -155,10 +161,10 @@ class PlainRun:
 
     @property
     def parameters(self) -> dict[str, torch.Tensor]:
-        return dict(self.engine.module.lm.named_parameters())
+        return dict(self.backend.model.lm.named_parameters())
 
 
-def plain_run(config: Path, *overrides: str, disturb: Callable[[int, Any], Any] | None = None) -> PlainRun:
+def plain_run(config: Path, *overrides: str, disturb: Disturb | None = None) -> PlainRun:
     """Run the settings of a file, ZeRO stage 0, in the folder that the overrides name."""
     stage_0 = "deepspeed={zero_optimization: {stage: 0}}"
     return PlainRun(load_config(config, [stage_0, *overrides]), disturb)

@@ -1,0 +1,269 @@
+"""A `Backend` with DeepSpeed: the model partitioned by ZeRO, its optimizer, and DeepSpeed's files.
+
+Also the bare model for evaluation, without gradients: partitioned under ZeRO-3, whole otherwise.
+
+What is not covered: which settings DeepSpeed gets (`deepspeed_config.py`), and dividing a saved state anew
+(`reshard.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from versatune_ds.config.schema import Config
+from versatune_ds.engine.backend.backend import Backend, Write
+from versatune_ds.engine.backend.deepspeed_config import (
+    deepspeed_config,
+    offloads_optimizer,
+    state_layout,
+    zero_stage,
+)
+from versatune_ds.engine.backend.optimizer import build_optimizer, set_learning_rate
+from versatune_ds.engine.backend.ranks import Ranks
+from versatune_ds.engine.backend.reshard import load_resharded
+from versatune_ds.engine.backend.safe_loading import tensors_only
+from versatune_ds.engine.model.attention import AttentionChoice, choose_attention, isolation_leak
+from versatune_ds.engine.model.packed_lm import PackedCausalLM, build_model, float32_buffers, restore_buffers
+from versatune_ds.foundations.errors import ConfigError, StateError, VersaTuneError
+from versatune_ds.foundations.log import get_logger
+from versatune_kernels import KernelError, LossOutput, resolve_backend
+
+log = get_logger(__name__)
+
+MAX_ISOLATION_LEAK = {"cpu": 1e-6, "cuda": 1e-2}
+"""Largest accepted relative change of a sample by its neighbour. Exactly 0 is expected; CUDA kernels may
+choose another split of the same sum, which in bf16 moves the last bits; a leak moves losses by order 1."""
+
+
+class HandingOver(TorchCheckpointEngine):
+    """What DeepSpeed calls a checkpoint engine: it hands everything that is to be saved to `write`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write: Write | None = None
+
+    def save(self, state_dict: Any, path: str | Path) -> None:
+        """Called by DeepSpeed for each file."""
+        assert self.write is not None
+        self.write(state_dict, Path(path))
+
+
+class DeepSpeedBackend:
+    """See `Backend`.
+
+    Args:
+        live: the DeepSpeed engine around `model`, or `model` itself where it only goes forward.
+        settings: the DeepSpeed configuration in force.
+        layout: `state_layout` of the settings.
+    """
+
+    def __init__(
+        self,
+        live: Any,
+        model: PackedCausalLM,
+        device: torch.device,
+        attention: AttentionChoice,
+        settings: Mapping[str, Any],
+        layout: dict[str, Any],
+        ranks: Ranks,
+    ) -> None:
+        self.live, self.model, self.device, self.attention = live, model, device, attention
+        self.settings, self.layout, self.ranks = settings, layout, ranks
+        self._files = HandingOver()
+        if live is not model:
+            live.checkpoint_engine = self._files
+            # it copies scripts into every checkpoint between two barriers; a full disk would part ranks
+            live._copy_recovery_script = lambda path: None
+
+    # --- a step ---------------------------------------------------------------------------------------------
+
+    def forward(self, **inputs: Any) -> LossOutput:
+        """As `Backend.forward`."""
+        out: LossOutput = self.live(**inputs)
+        return out
+
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        """As `Backend.backward`."""
+        self.live.set_gradient_accumulation_boundary(is_last)
+        # clone: at ZeRO stage 0 DeepSpeed 0.19.8 divides the gradient of a model output by the accumulation
+        # steps in spite of scale_wrt_gas; the hook that should prevent it runs too late on that very tensor
+        self.live.backward(loss.clone(), scale_wrt_gas=False)
+
+    def gradients_are_finite(self) -> bool:
+        """As `Backend.gradients_are_finite`.
+
+        ZeRO stages check for themselves in `step`; stage 0 does not. The gradients are averaged already, so
+        all ranks see the same.
+        """
+        if zero_stage(self.settings) > 0:
+            return True
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+
+    def step(self, learning_rate: float) -> bool:
+        """As `Backend.step`."""
+        set_learning_rate(self.live.optimizer, learning_rate)
+        self.live.step()
+        return bool(self.live.was_step_applied())
+
+    def discard(self) -> None:
+        """As `Backend.discard`."""
+        # what DeepSpeed itself does when a loss scale overflows
+        optimizer = self.live.optimizer
+        optimizer.zero_grad()
+        if getattr(optimizer, "averaged_gradients", None):
+            optimizer.averaged_gradients = {}
+        if zero_stage(self.settings) in (1, 2):
+            optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+        if offloads_optimizer(self.settings):
+            optimizer.reset_cpu_buffers()
+
+    def grad_norm(self) -> float | None:
+        """As `Backend.grad_norm`."""
+        norm = self.live.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    # --- the model ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """As `Backend.evaluating`."""
+        self.live.eval()
+        with torch.no_grad():
+            yield
+        self.live.train()
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `Backend.parameters`; a collective per partitioned parameter."""
+        for name, parameter in self.model.named_parameters():  # a tied parameter once, under its first name
+            if hasattr(parameter, "ds_id"):
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+                    yield name, parameter.data
+            else:
+                yield name, parameter.data
+
+    # --- state ----------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, write: Write) -> None:
+        """As `Backend.save`."""
+        self._files.write = write
+        self.live.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+
+    def load(self, folder: Path, layout: Mapping[str, Any], world_size: int) -> None:
+        """As `Backend.load`; bit for bit with as many ranks and this layout, else shards are divided anew."""
+        if self.layout["ZeRO stage"] == 0 or (world_size == self.ranks.dp.size and layout == self.layout):
+            with tensors_only(folder):
+                loaded, _ = self.live.load_checkpoint(
+                    str(folder.parent), tag=folder.name, load_lr_scheduler_states=False
+                )
+            if loaded is None:
+                raise StateError(f"{folder}: DeepSpeed found nothing to load there")
+            return
+        changes = {key: (layout[key], value) for key, value in self.layout.items()}
+        changes["ranks"] = (world_size, self.ranks.dp.size)
+        moved = [f"{key} {old} -> {new}" for key, (old, new) in changes.items() if old != new]
+        log.info("dividing the state of %s anew: %s", folder.name, ", ".join(moved))
+        load_resharded(folder, world_size, self.live)
+
+    def close(self) -> None:
+        """As `Backend.close`."""
+        self.live.destroy()
+
+
+def build_backend(
+    config: Config, settings: dict[str, Any], ranks: Ranks, device: torch.device
+) -> DeepSpeedBackend:
+    """Build model, optimizer and DeepSpeed engine, and prove that packed samples are kept apart.
+
+    Args:
+        settings: `deepspeed_config` of the run.
+
+    Raises:
+        ConfigError: settings that do not fit together or this machine.
+        VersaTuneError: the attention backend mixes samples.
+    """
+    if config.model.dtype != "fp32" and zero_stage(settings) == 0:
+        raise ConfigError("deepspeed: ZeRO stage 0 keeps no fp32 master weights; use stage 1, 2 or 3")
+    model, attention = _build_model(config, device, settings)
+    buffers = float32_buffers(model)
+    optimizer = build_optimizer(model, config.optimizer, offloads_optimizer(settings))
+    live, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    restore_buffers(model, buffers)
+    layout = state_layout(settings, config.model.dtype)
+    backend = DeepSpeedBackend(live, model, device, attention, settings, layout, ranks)
+    check_isolation(backend)
+    return backend
+
+
+def build_for_evaluation(config: Config, device: torch.device) -> DeepSpeedBackend:
+    """Build a model that only goes forward: no gradients, no optimizer.
+
+    With ZeRO-3 it is partitioned over the ranks; with any other stage each rank holds all of it.
+
+    Raises:
+        ConfigError, VersaTuneError: as `build_backend`.
+    """
+    settings = deepspeed_config(config, world_size=1)  # batch sizes do not matter here
+    settings["zero_optimization"].pop("offload_optimizer", None)
+    model, attention = _build_model(config, device, settings)
+    model.requires_grad_(False)
+    live: Any = model
+    if zero_stage(settings) == 3:
+        buffers = float32_buffers(model)
+        live, _, _, _ = deepspeed.initialize(model=model, config=settings)
+        restore_buffers(model, buffers)
+    else:
+        model.to(device)
+    layout = state_layout(settings, config.model.dtype)
+    backend = DeepSpeedBackend(live, model, device, attention, settings, layout, Ranks.of_world())
+    check_isolation(backend)
+    return backend
+
+
+def _build_model(
+    config: Config, device: torch.device, settings: dict[str, Any]
+) -> tuple[PackedCausalLM, AttentionChoice]:
+    """The model (partitioned as it is made under ZeRO-3) and how it attends."""
+    if config.model.trust_remote_code:
+        log.warning("model.trust_remote_code is on: Python code of %s will run here", config.model.source)
+    if config.model.dtype == "fp16" and device.type == "cpu":
+        raise ConfigError("model.dtype fp16 needs CUDA; use bf16 or fp32 on CPUs")
+    try:
+        resolve_backend(config.model.loss_backend, device.type)
+    except KernelError as error:
+        raise ConfigError(f"model.loss_backend: {error}") from None
+    attention = choose_attention(config.model, device.type)
+    is_zero3 = zero_stage(settings) == 3
+    zero3 = HfDeepSpeedConfig(settings) if is_zero3 else None  # kept alive: transformers looks it up
+    model = build_model(config.model, attention, config.run.seed, device.type)
+    unset_hf_deepspeed_config()
+    del zero3
+    return model, attention
+
+
+def check_isolation(backend: Backend) -> None:
+    """Run the real model on a two-sample probe; raises VersaTuneError if one sample sees the other."""
+    architecture = backend.model.lm.config
+    with backend.evaluating():
+        leak = isolation_leak(backend.forward, architecture.vocab_size, backend.device)
+    if not math.isfinite(leak):
+        raise VersaTuneError(
+            f"model.source {architecture.name_or_path!r} gives losses that are not finite on a short probe; "
+            "its weights are damaged, or model.dtype is too narrow for it"
+        )
+    if leak > MAX_ISOLATION_LEAK[backend.device.type]:
+        raise VersaTuneError(
+            f"attention {backend.attention.implementation} mixes packed samples (relative leak {leak:.2e}); "
+            "choose another model.attention, and report the versions shown by versatune-ds doctor"
+        )

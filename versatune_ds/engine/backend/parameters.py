@@ -1,0 +1,16 @@
+"""Sizes of parameters that ZeRO-3 may have partitioned.
+
+What is not covered: their values (`Backend.parameters`).
+"""
+
+from __future__ import annotations
+
+from versatune_ds.engine.model.packed_lm import PackedCausalLM
+
+
+def parameter_counts(model: PackedCausalLM) -> tuple[int, int]:
+    """All parameters, and those outside the input and output embeddings (partitioned ones at full size)."""
+    sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
+    embeddings = (model.lm.get_input_embeddings().weight, model.lm.get_output_embeddings().weight)
+    embedding_size = sum({id(p): sizes[id(p)] for p in embeddings}.values())
+    return sum(sizes.values()), sum(sizes.values()) - embedding_size

@@ -1,0 +1,98 @@
+"""Joining and leaving the process group of a launch.
+
+What is not covered: launchers (`engine/faults/launcher.py`) and lost ranks (`engine/faults/heartbeat.py`).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import time
+import warnings
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from versatune_ds.config.schema import DEFAULT_COLLECTIVE_TIMEOUT_S
+from versatune_ds.engine.faults.stale_files import remove_stale_files, shared_memory_buffer
+from versatune_ds.foundations import distributed
+from versatune_ds.foundations.errors import VersaTuneError
+
+
+def start_process_group(timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S) -> torch.device:
+    """Join the process group (alone without a launcher) and return this rank's device.
+
+    What was imported so far is taken out of garbage collection: half a million objects that will stay, and
+    each of DeepSpeed's explicit collections, or one in the middle of a step, would go through all of them.
+
+    Args:
+        timeout_s: how long ranks wait for each other, here and in every collective.
+
+    Raises:
+        VersaTuneError: the ranks do not meet.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        device = torch.device("cpu")
+    else:
+        accelerator.set_device(distributed.local_rank())
+        device = torch.device(accelerator.device_name(), distributed.local_rank())
+    remove_stale_files()
+    gc.freeze()
+    # torch 2.13 renames collectives that DeepSpeed 0.19 calls; the hint is for its authors
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
+    try:
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name(),
+            verbose=False,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise VersaTuneError(_why_ranks_cannot_meet(str(error).splitlines()[0], timeout_s)) from error
+    return device
+
+
+def _why_ranks_cannot_meet(reason: str, timeout_s: float) -> str:
+    """What the first line of torch's error means for the user."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "timed out" in reason.lower():
+        return (
+            f"not all ranks came to {where} within {timeout_s:g} s (run.collective_timeout_s): {reason} Were "
+            "all nodes started, did a rank fail before, and can all nodes reach that address (name, port, "
+            "firewall)?"
+        )
+    return (
+        f"the ranks cannot meet at {where}: {reason} Is another run using it? Give "
+        "this one its own: deepspeed --master_port PORT ..., or MASTER_PORT=PORT for other launchers."
+    )
+
+
+def close_process_group() -> None:
+    """Leave together, after a run that went well."""
+    dist.barrier()
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Leave alone, if there is a group to leave.
+
+    Without the pause gloo aborts some runs at exit: DeepSpeed still holds the group.
+    """
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    shared_memory_buffer().unlink(missing_ok=True)
+    time.sleep(0.5)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

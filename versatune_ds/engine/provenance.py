@@ -1,0 +1,57 @@
+"""On what and with which versions something ran, for run.json, evaluations and benchmarks.
+
+What is not covered: the commit (`foundations/commit.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+from typing import Any
+
+import torch
+
+import versatune_ds
+from versatune_ds.config.schema import Config
+from versatune_ds.foundations.log import get_logger
+from versatune_ds.observability.throughput import peak_tflops
+
+log = get_logger(__name__)
+
+REQUIRED = ("torch", "transformers", "deepspeed")
+OPTIONAL = ("triton", "flash_attn")
+"""Distributions of what computes, by the names in run.json."""
+
+
+def describe_hardware(device: torch.device) -> dict[str, Any]:
+    """Facts about the machine for run.json."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else "CPU",
+        "devices_per_node": torch.cuda.device_count() if cuda else 0,
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def accelerator_peak_tflops(config: Config, device: torch.device) -> float | None:
+    """Dense peak of one accelerator in TFLOP/s, for MFU; None on a CPU and, with a warning, if unknown."""
+    name = describe_hardware(device)["device"]
+    peak = config.metrics.peak_tflops or peak_tflops(name)
+    if peak is None and device.type != "cpu":
+        log.warning(
+            "the dense peak of %s is not known, so there is no MFU; set metrics.peak_tflops to what its "
+            "data sheet says for model.dtype without sparsity",
+            name,
+        )
+    return peak
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of what computes: ours, torch, transformers and DeepSpeed, and some that may be missing."""
+    versions = {"versatune_ds": versatune_ds.__version__}
+    versions |= {name: importlib.metadata.version(name) for name in REQUIRED}
+    for name in OPTIONAL:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
