@@ -22,9 +22,8 @@ What is not covered: how a run is opened (`engine/run.py`), and what each part d
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -38,8 +37,20 @@ from versatune_ds.engine.evaluate import HeldOut, evaluate
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.run_lock import RunLock
 from versatune_ds.engine.faults.signals import StopRequest, note_stopped
-from versatune_ds.engine.faults.watchdog import mark
 from versatune_ds.engine.model.packed_lm import model_inputs
+from versatune_ds.engine.phases import (
+    BACKWARD,
+    DATA_WAIT,
+    FORWARD,
+    OPTIMIZER_STEP,
+    PROBE,
+    REDUCTION,
+    STATISTICS,
+    WEIGHT_UPDATE,
+    Recorder,
+    phase,
+    recording,
+)
 from versatune_ds.engine.run import Run, open_run
 from versatune_ds.engine.skipping import FP16_OVERFLOW, NONFINITE_GRADIENT, reason_to_skip, report_skip
 from versatune_ds.engine.statistics import Flags, StepTotals
@@ -50,15 +61,6 @@ from versatune_ds.observability.records import EvalRecord, StepRecord
 from versatune_ds.observability.throughput import mfu, peak_memory_gib, step_flops, step_flops_6n
 
 log = get_logger(__name__)
-
-
-class StepTimes(NamedTuple):
-    """Seconds of one step on this rank."""
-
-    whole: float
-    boundary: float
-    update: float
-    probe: float
 
 
 # --- the run ------------------------------------------------------------------------------------------------
@@ -121,35 +123,33 @@ def run_steps(run: Run, stop: StopRequest) -> bool:
 
 def run_step(run: Run, step: int, stop: StopRequest) -> Flags:
     """One optimizer step; returns what the ranks agreed on at its boundary."""
-    started = time.perf_counter()
+    with recording() as times:
+        return _run_step(run, step, stop, times)
+
+
+def _run_step(run: Run, step: int, stop: StopRequest, times: Recorder) -> Flags:
+    done = step + 1
     rate = learning_rate(run.config.optimizer, step, run.total_steps)
-    mark("waiting for data", step + 1)
-    plan, batches = run.loader.take(run.controller.weights)
+    with phase(DATA_WAIT, done):
+        plan, batches = run.loader.take(run.controller.weights)
     sample_losses = accumulate(run, plan, batches)
-
-    mark("reduction of the statistics", step + 1)
-    reached_boundary = time.perf_counter()
-    totals = run.statistics.reduce(run.saver.flags(stop=stop.requested is not None))
-    left_boundary = time.perf_counter()
-
-    mark("optimizer step", step + 1)
-    reason = reason_to_skip(run, totals)
-    applied = apply_step(run, reason, rate)
+    with phase(REDUCTION, done):
+        totals = run.statistics.reduce(run.saver.flags(stop=stop.requested is not None))
+    with phase(OPTIMIZER_STEP, done):
+        reason = reason_to_skip(run, totals)
+        applied = apply_step(run, reason, rate)
     if applied and totals.sums is not None:
         run.controller.observe(totals.sums)
         run.spikes.observe(totals.sums.total_loss())
     elif run.config.model.dtype != "fp16":  # fp16 adapts its loss scale
         reason = reason or NONFINITE_GRADIENT  # found by ZeRO
     run.skipped_in_a_row = run.skipped_in_a_row + 1 if reason else 0
-    stepped = time.perf_counter()
-    updated = run.controller.due(step + 1, skipped=not applied)
-    probe_s = update_weights(run, step + 1) if updated else 0.0
-    ended = time.perf_counter()
-    update_s = ended - stepped if updated else 0.0
-    times = StepTimes(ended - started, left_boundary - reached_boundary, update_s, probe_s)
+    if run.controller.due(done, skipped=not applied):
+        with phase(WEIGHT_UPDATE, done):
+            update_weights(run, done)
     record_step(run, plan, totals, rate, None if applied else reason or FP16_OVERFLOW, times)
     if reason and (error := report_skip(run, plan, totals, sample_losses, reason)):
-        run.saver.save(step + 1, run.state)
+        run.saver.save(done, run.state)
         run.saver.finish()
         raise error
     return totals.flags
@@ -168,11 +168,14 @@ def accumulate(run: Run, plan: StepPlan, batches: list[Batch]) -> list[torch.Ten
     normalizer = plan.supervised_tokens / backend.ranks.dp.size
     sample_losses = []
     for i, batch in enumerate(batches):
-        mark(f"forward and backward of pack {i + 1} of {len(batches)}", plan.step + 1)
-        on_device = batch.to(backend.device, non_blocking=True)
-        out = backend.forward(**model_inputs(on_device, normalizer))
-        run.statistics.add(out, on_device.sample_domains)
-        backend.backward(out.loss, is_last=i == len(batches) - 1)
+        place = plan.step + 1, f"pack {i + 1} of {len(batches)}"
+        with phase(FORWARD, *place):
+            on_device = batch.to(backend.device, non_blocking=True)
+            out = backend.forward(**model_inputs(on_device, normalizer))
+        with phase(STATISTICS, *place):
+            run.statistics.add(out, on_device.sample_domains)
+        with phase(BACKWARD, *place):
+            backend.backward(out.loss, is_last=i == len(batches) - 1)
         sample_losses.append(out.sample_loss)
     return sample_losses
 
@@ -185,23 +188,22 @@ def apply_step(run: Run, reason: str | None, rate: float) -> bool:
     return run.backend.step(rate)
 
 
-def update_weights(run: Run, done: int) -> float:
+def update_weights(run: Run, done: int) -> None:
     """Move the domain weights; the next batch is drawn from them.
-
-    Returns:
-        Seconds that the held-out probe took; 0 without one.
 
     Raises:
         VersaTuneError: ranks came to different weights.
     """
-    probed = None if run.probe is None else evaluate(run.backend, run.probe, len(run.table))
-    update = run.controller.update(done, None if probed is None else probed.sums)
+    sums = None
+    if run.probe is not None:
+        with phase(PROBE, done):
+            sums = evaluate(run.backend, run.probe, len(run.table)).sums
+    update = run.controller.update(done, sums)
     if not distributed.all_equal(run.controller.digest()):
         raise VersaTuneError(
             f"after step {done} the ranks hold different domain weights: this is a bug, report it"
         )
     record_weights(run, update.to_json())
-    return 0.0 if probed is None else probed.seconds
 
 
 # --- records ------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def record_weights(run: Run, line: dict[str, Any]) -> None:
 
 
 def record_step(
-    run: Run, plan: StepPlan, totals: StepTotals, rate: float, why_skipped: str | None, times: StepTimes
+    run: Run, plan: StepPlan, totals: StepTotals, rate: float, why_skipped: str | None, times: Recorder
 ) -> None:
     """A line of metrics.jsonl, and the console; rank 0 only."""
     if not distributed.is_main():
@@ -224,6 +226,7 @@ def record_step(
     none = dict.fromkeys(names)
     units = ("samples", "tokens", "supervised_tokens")
     lengths = [pack.lengths.astype("int64") for pack in plan.packs]
+    step_s = times.age_s()
     flops = step_flops(
         run.shape,
         real_tokens=plan.tokens,
@@ -258,16 +261,16 @@ def record_step(
                 names, plan.state_after.trained.samples, run.corpus.num_samples, strict=True
             )
         },
-        step_s=times.whole,
-        data_wait_s=run.loader.last_wait_s,
+        step_s=step_s,
+        data_wait_s=times.seconds(DATA_WAIT),
         plan_s=run.loader.last_plan_s,
-        boundary_s=times.boundary,
-        update_s=times.update,
-        probe_s=times.probe,
+        boundary_s=times.seconds(REDUCTION),
+        update_s=times.seconds(WEIGHT_UPDATE),
+        probe_s=times.seconds(PROBE),
         save_stall_s=run.saver.take_stall_s(),
         memory_gib=peak_memory_gib(),
-        mfu=mfu(flops, times.whole, distributed.world_size(), run.peak_tflops),
-        mfu_6n=mfu(flops_6n, times.whole, distributed.world_size(), run.peak_tflops),
+        mfu=mfu(flops, step_s, distributed.world_size(), run.peak_tflops),
+        mfu_6n=mfu(flops_6n, step_s, distributed.world_size(), run.peak_tflops),
     )
     run.sinks.step(record)
     run.progress.step(record)
@@ -305,11 +308,11 @@ def record_evaluation(run: Run, done: int, held_out: HeldOut) -> None:
 
 def finish(run: Run) -> None:
     """Export the model and say where things lie."""
-    mark("export", is_limited=False)
     target = run.folder / constants.EXPORT_DIR
     if run.config.checkpoint.export_at_end:
         shard_bytes = int(run.config.checkpoint.export_shard_gb * 1e9)
         companions = Companions.of(run.config, run.tokenizer, run.backend.model.lm.config)
-        export_model(run.backend, companions, target, shard_bytes)
+        with phase("export", is_limited=False):
+            export_model(run.backend, companions, target, shard_bytes)
         run.progress.note(f"model: {target}")
     run.progress.note(f"run folder: {run.folder} (versatune-ds report {run.folder})")

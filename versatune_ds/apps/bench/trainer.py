@@ -6,7 +6,7 @@
 
 The steps are `engine.train.run_step` on a `Run` like any other; nothing of the loop is written a second time.
 Throughput is tokens over wall time between two synchronisations around many steps. The split into phases puts
-CUDA events (on a CPU: clock readings) around the calls that `run_step` makes. It adds a barrier before the
+CUDA events (on a CPU: clock readings) around the phases of `run_step`. It adds a barrier before the
 step's all-reduce, so that waiting for slower ranks is told apart from it, and a synchronisation at the end of
 the step; it is therefore measured in steps of its own, which are not in the throughput.
 
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from versatune_ds.apps.bench.phases import Stopwatch, phases, timed_phases, without_statistics
+from versatune_ds.apps.bench.phases import SplitRecorder, clock_of, split, without_statistics
 from versatune_ds.apps.bench.results import (
     PHASES,
     rates,
@@ -62,6 +62,7 @@ from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.signals import StopRequest
 from versatune_ds.engine.model.packed_lm import DTYPES
+from versatune_ds.engine.phases import DATA_WAIT, WEIGHT_UPDATE, Recorder, phase, recording, timed
 from versatune_ds.engine.preflight.dry_run import dry_run_when_asked
 from versatune_ds.engine.provenance import accelerator_peak_tflops, describe_hardware, describe_versions
 from versatune_ds.engine.run import Run, planner_settings
@@ -255,11 +256,10 @@ class RecordingSinks(Sinks):
 def split_times(run: Run, stepper: Stepper, count: int) -> dict[str, float]:
     """Median seconds of each phase over `count` steps on this rank."""
     steps = []
-    with timed_phases(run) as watch:
-        for _ in range(count):
+    for _ in range(count):
+        with recording(SplitRecorder(clock_of(run.backend.device))) as recorder:
             took = stepper.take(1)
-            seconds = watch.seconds()
-            steps.append(phases(took.step_s[0], run.loader.last_wait_s, seconds))
+        steps.append(split(took.seconds, recorder.own_seconds()))
     return {name: float(np.median([step[name] for step in steps])) for name in PHASES}
 
 
@@ -268,11 +268,12 @@ def update_times(run: Run, stepper: Stepper, step_s: float) -> dict[str, Any]:
     update_s, wait_s = [], []
     for _ in range(NUM_UPDATES):
         stepper.take(1)
-        started = time.perf_counter()
-        update_weights(run, stepper.done)
-        update_s.append(time.perf_counter() - started)
-        stepper.take(1)
-        wait_s.append(run.loader.last_wait_s)
+        with recording() as recorder, phase(WEIGHT_UPDATE, stepper.done):
+            update_weights(run, stepper.done)
+        update_s.append(recorder.seconds(WEIGHT_UPDATE))
+        with recording() as recorder:
+            stepper.take(1)
+        wait_s.append(recorder.seconds(DATA_WAIT))
     every = run.config.weights.every_n_steps
     return {
         "update_s": float(np.median(update_s)),
@@ -412,11 +413,10 @@ def matmul_ceiling(config: Config, settings: BenchSettings, device: torch.device
         b = torch.randn(n, k, device=device).to(DTYPES[config.model.dtype])
         seconds = []
         for i in range(warmups + runs):
-            watch = Stopwatch(device)
-            with watch.span("product"):
+            with recording(Recorder(clock_of(device))) as recorder, timed("product"):
                 torch.mm(a, b.T)
             if i >= warmups:
-                seconds.append(watch.seconds()["product"])
+                seconds.append(recorder.seconds("product"))
         tflops = 2 * m * k * n / float(np.median(seconds)) / 1e12
         if tflops > best["tflops"]:
             best = {"tflops": tflops, "m": m, "k": k, "n": n, "runs": runs, "dtype": config.model.dtype}
