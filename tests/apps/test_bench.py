@@ -305,7 +305,7 @@ for how in ("plain", "timed", "without"):
         assert all(parts[name] > 0 for name in bench_phases.PHASES), parts
         assert abs(sum(parts.values()) - 10) < 1e-9
     elif how == "without":
-        with bench_phases.without_statistics(run):
+        with bench_phases.without_statistics(run) as stepper.run:
             stepper.take(2)
     else:
         stepper.take(2)

@@ -9,6 +9,7 @@ What is not covered: when steps are taken and what becomes of the seconds (`apps
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ from versatune_ds.engine.phases import (
     Recorder,
     timed,
 )
-from versatune_ds.engine.run import Run
+from versatune_ds.engine.run import Components
 from versatune_ds.engine.statistics import NO_FLAGS, Flags, StepTotals
 from versatune_ds.foundations import distributed
 
@@ -88,18 +89,17 @@ class NoStatistics:
 
 
 @contextlib.contextmanager
-def without_statistics(run: Run) -> Iterator[None]:
-    """Within it, the head computes the loss only, and nothing is added or reduced."""
-    head, statistics = run.backend.model.lm.get_output_embeddings(), run.statistics
+def without_statistics(run: Components) -> Iterator[Components]:
+    """Gives a run that adds and reduces nothing, and whose head computes the loss only while this is open."""
+    head = run.backend.model.lm.get_output_embeddings()
     forward = head.forward
 
     def loss_only(hidden: Any, labels: Any, sample_ids: Any, num_samples: int, *rest: Any) -> Any:
         return forward(hidden, labels, None, None, *rest)
 
     head.forward = loss_only
-    run.statistics = NoStatistics(len(run.table))  # type: ignore[assignment]
+    nothing: Any = NoStatistics(len(run.table))
     try:
-        yield
+        yield dataclasses.replace(run, statistics=nothing)
     finally:
         del head.forward  # the class's own is back in force
-        run.statistics = statistics
