@@ -1,4 +1,4 @@
-"""The trainer benchmark: what it writes, what it adds up to, and that its stand-ins change nothing.
+"""The trainer benchmark: what it writes, what it adds up to, and that timing changes nothing.
 
 No test asserts a time; the numbers of a run are only compared with each other.
 """
