@@ -21,7 +21,7 @@ from versatune_ds.foundations.log import get_logger
 log = get_logger(__name__)
 
 DOMAINS = ("law", "medicine", "finance", "science", "code", "other")
-ZERO_FILE = Path(__file__).resolve().parents[2] / "configs" / "deepspeed" / "zero3.json"
+ZERO_FILE = Path(__file__).resolve().parents[3] / "configs" / "deepspeed" / "zero3.json"
 """The DeepSpeed settings that the project's own runs use; a checkout has it, an installed copy has not."""
 
 
