@@ -41,7 +41,7 @@ ORIGINAL_HASH, ORIGINAL_CHECK = sameness.folder_hash, preflight.check_file
 ORIGINAL_RUN_STEPS, ORIGINAL_ACCUMULATE = train.run_steps, train.accumulate
 ORIGINAL_PART, ORIGINAL_BEGIN, ORIGINAL_WRITE = saving.write_part, saving.Share.begin, saving.Share._write
 ORIGINAL_PUBLISH, ORIGINAL_FLUSH = checkpoint.publish, export.ShardWriter._flush
-ORIGINAL_BUILD = build.build_model
+ORIGINAL_BUILD, ORIGINAL_AVAILABLE = build.build_model, saving.available_bytes
 ORIGINAL_UPDATE = WeightController.update
 UNLIMITED = resource.RLIM_INFINITY
 LAST_STEP = 5
@@ -267,6 +267,19 @@ def write_slowly() -> None:
     train.run_step, saving.Share._write = run_step, write
 
 
+def no_room_for_a_copy() -> None:
+    """The last rank sees no free host memory; what a thread would write fails, on all ranks."""
+
+    def write(self, path, content):
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError("written in the background")
+        ORIGINAL_WRITE(self, path, content)
+
+    saving.Share._write = write
+    if distributed.rank() == distributed.world_size() - 1:
+        saving.available_bytes = lambda: 0
+
+
 def record_samples() -> None:
     """Every rank notes each pack it trains on: step, process, its samples and a hash of its tokens.
 
@@ -291,6 +304,7 @@ def record_samples() -> None:
 SABOTAGE = {
     "record samples": record_samples,
     "write slowly": write_slowly,
+    "no room for a copy": no_room_for_a_copy,
     "freeze two": freeze_two,
     "cannot export": fail_to_export,
     "cannot write checkpoint 4": lambda: fail_to_write(4),
@@ -321,6 +335,7 @@ def repair() -> None:
     sameness.folder_hash, preflight.check_file = ORIGINAL_HASH, ORIGINAL_CHECK
     train.run_steps, train.accumulate = ORIGINAL_RUN_STEPS, ORIGINAL_ACCUMULATE
     saving.write_part, saving.Share.begin, saving.Share._write = ORIGINAL_PART, ORIGINAL_BEGIN, ORIGINAL_WRITE
+    saving.available_bytes = ORIGINAL_AVAILABLE
     checkpoint.publish, export.ShardWriter._flush = ORIGINAL_PUBLISH, ORIGINAL_FLUSH
     build.build_model = ORIGINAL_BUILD
     WeightController.update = ORIGINAL_UPDATE
