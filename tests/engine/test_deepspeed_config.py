@@ -160,6 +160,8 @@ ON_DISK = {"device": "nvme", "nvme_path": "/local"}
         (2, {"offload_optimizer": ON_DISK}, {}, "nvme works at ZeRO stage 3; this is 2"),
         (3, {}, {"aio": {"queue_depth": 8}}, "aio is of no use here"),
         (3, {"offload_optimizer": ON_DISK}, {"aio": {"queue_dept": 8}}, "key of aio 'queue_dept'; did"),
+        (3, {"reduce_scatter": False}, {"gradient_predivide_factor": 2.0}, "predivide_factor .* is 3"),
+        (2, {}, {"prescale_gradients": True}, "prescale_gradients .* stage 0 or 1; this is 2"),
         (3, {}, {"data_types": {"param_dtype": "bf16"}}, "data_types.param_dtype .* model.dtype"),
     ],
 )  # fmt: skip
@@ -176,6 +178,7 @@ def test_what_would_change_nothing_within_a_section_is_refused(stage, zero, othe
         (3, {"offload_optimizer": ON_DISK}, {"aio": {"queue_depth": 8}}),
         (3, {"zero_hpz_partition_size": 8, "zero_quantized_weights": True}, {}),
         (1, {}, {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}),
+        (1, {}, {"prescale_gradients": True}),
     ],
 )
 def test_what_has_an_effect_passes(stage, zero, others):

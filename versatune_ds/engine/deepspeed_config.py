@@ -221,6 +221,11 @@ def _require_effect(settings: dict[str, Any]) -> None:
             needed = " or ".join(map(str, stages))
             why = f"works at ZeRO stage {needed}; this is {stage}"
             raise _without_effect(f"zero_optimization.{key}", why)
+    for key in ("gradient_predivide_factor", "prescale_gradients"):
+        # above, DeepSpeed 0.19.8 refuses it once the model is built or, at stage 3 with reduce_scatter false
+        # and a factor of the number of ranks, divides twice
+        if key in settings and stage > 1:
+            raise _without_effect(key, f"works at ZeRO stage 0 or 1; this is {stage}")
     sections = {key: zero.get(key) or {} for key in ("offload_optimizer", "offload_param")}
     for key, section in sections.items():
         if (section.get("device") == "nvme") != (section.get("nvme_path") is not None):
