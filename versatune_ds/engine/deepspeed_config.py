@@ -138,6 +138,9 @@ STAGES = {
 """ZeRO stages at which a key of zero_optimization does something, where not at all; keys that begin with
 `stage3_` need stage 3."""
 
+NVME_KEYS = {"buffer_count", "buffer_size", "fast_init", "max_in_cpu", "pipeline_read", "pipeline_write"}
+"""Keys of offload_optimizer and offload_param that only swapping reads."""
+
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run.
@@ -233,6 +236,9 @@ def _require_effect(settings: dict[str, Any]) -> None:
                 f"deepspeed: zero_optimization.{key} needs both device: nvme and nvme_path, a folder on a "
                 f"local disk, or neither; found {section}"
             )
+        for inner in sorted(section.keys() & NVME_KEYS):
+            if section.get("device") != "nvme":
+                raise _without_effect(f"zero_optimization.{key}.{inner}", "is for device: nvme")
     on_nvme = [key for key, section in sections.items() if section.get("device") == "nvme"]
     if on_nvme and stage != 3:
         raise ConfigError(
