@@ -118,7 +118,7 @@ def test_few_rows_with_torchs_own_settings(tools, num_tokens):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_several_chunks_and_sums(tools, dtype):
-    """Seven chunks and a ragged eighth (three and a fourth in the interpreter); dW is summed in fp32."""
+    """Seven chunks and a ragged eighth (five in the interpreter); dW is summed in fp32."""
     num_tokens, chunk = rows(1000), 2 if ON_CPU else 128
     case = _on_gpu(tools, tools.case(num_tokens, hidden_size=64, vocab_size=9001, dtype=dtype, ignored=0.0))
     case.labels[num_tokens // 3 :: 7] = -100
@@ -227,7 +227,8 @@ torch.cuda.synchronize()
 def test_a_bad_label_that_nobody_waited_for_is_told_at_the_end():
     """The device stops and names us, and what to do; in a process of its own, which it costs."""
     script = BAD_LABEL.replace("DEVICE", DEVICE)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(folder for folder in sys.path if folder)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
     expected = "label 1000 of token 4" if ON_CPU else "versatune_kernels: bad input; use validate=True"
     assert done.returncode != 0 and expected in done.stderr, done.stderr[-2000:]
 
