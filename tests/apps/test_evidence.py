@@ -5,7 +5,6 @@ No test asserts a time of the trainer; the one whole run is tiny and only shows 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -18,10 +17,11 @@ import pytest
 from launching import run_command
 
 from versatune_ds.apps.evidence import comparison, correctness
+from versatune_ds.apps.evidence.cases import ARMS, CPU_CASES, GPU_CASES, choose_cases
 from versatune_ds.apps.evidence.command import find_checkout, run_evidence, summarise
-from versatune_ds.apps.evidence.comparison import ARMS, CPU_CASES, GPU_CASES, choose_cases, compare
 from versatune_ds.apps.evidence.profiling import TOP, longest, union_s
 from versatune_ds.apps.evidence.programs import Deadline, run_program
+from versatune_ds.apps.evidence.ratios import compare
 from versatune_ds.apps.evidence.record import LoadWatch, Record, ask_card
 from versatune_ds.apps.evidence.samples import ParquetSamples, write_samples
 from versatune_ds.engine.bench_shapes import total_parameters
@@ -280,6 +280,9 @@ def test_mfu_and_ceiling_by_hand():
     assert rates["achieved_tflops"] == pytest.approx(flops / 0.5 / 1e12)
     assert rates["mfu"] == pytest.approx(flops / 0.5 / 0.2e12)
     assert rates["of_ceiling"] == pytest.approx(flops / 0.5 / 0.1e12)
+    # as most papers count: all parameters, whole packs of 128, no causal half
+    papers = (6 * (n + 2 * 64 * 4096) + 12 * 2 * 64 * 128) * 2048
+    assert rates["mfu_6n"] == pytest.approx(papers / 0.5 / 0.2e12)
 
 
 @pytest.mark.parametrize(
@@ -345,10 +348,9 @@ def test_no_arm_starts_without_time_for_it(tmp_path):
 
 def test_an_arm_that_cannot_start_is_told_why(tmp_path):
     (tmp_path / "samples.parquet").write_bytes(b"")
-    case = dataclasses.replace(CASE, shape="no such shape")
     arm = next(arm for arm in ARMS if arm.name == "ours")
-    run = comparison.run_arm(arm, case, {"stage": 0}, tmp_path, Deadline(120), None, None)
-    assert run["status"] == "failed" and "no such shape" in run["reason"]
+    run = comparison.run_arm(arm, CASE, {"stage": 0}, tmp_path, Deadline(120), None, None)
+    assert run["status"] == "failed" and "0 bytes" in run["reason"]
 
 
 # --- the profile --------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def test_a_sweep_leaves_results_failures_and_one_page(tmp_path):
     (result,) = tmp_path.glob("*.json")
     assert json.loads(result.read_text())["slices"][0]["layers"] == 2
     page = (tmp_path / "comparison.md").read_text()
-    assert "| tiny" in page and f"Ended with an error:\n\n- {failures}" in page
+    assert "| tiny" in page and f"Not measured:\n\n- {failures}" in page
 
 
 @pytest.mark.parametrize(

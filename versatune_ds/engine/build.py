@@ -37,6 +37,7 @@ from versatune_ds.engine.optimizer import build_optimizer
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.observability.throughput import peak_tflops
 from versatune_kernels import KernelError, resolve_backend
 
 log = get_logger(__name__)
@@ -243,6 +244,19 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
         "devices_per_node": torch.cuda.device_count() if cuda else 0,
         "cpu_count": os.cpu_count(),
     }
+
+
+def accelerator_peak_tflops(config: Config, device: torch.device) -> float | None:
+    """Dense peak of one accelerator in TFLOP/s, for MFU; None on a CPU and, with a warning, if unknown."""
+    name = describe_hardware(device)["device"]
+    peak = config.metrics.peak_tflops or peak_tflops(name)
+    if peak is None and device.type != "cpu":
+        log.warning(
+            "the dense peak of %s is not known, so there is no MFU; set metrics.peak_tflops to what its "
+            "data sheet says for model.dtype without sparsity",
+            name,
+        )
+    return peak
 
 
 def describe_versions() -> dict[str, str]:

@@ -43,7 +43,7 @@ from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.records import EvalRecord, StepRecord
-from versatune_ds.observability.throughput import mfu, peak_memory_gib, step_flops
+from versatune_ds.observability.throughput import mfu, peak_memory_gib, step_flops, step_flops_6n
 
 log = get_logger(__name__)
 
@@ -231,6 +231,8 @@ def record_step(
         supervised_tokens=plan.supervised_tokens,
         sum_squared_lengths=sum(int((n * n).sum()) for n in lengths),
     )
+    slots = plan.num_packs * plan.pack_len
+    flops_6n = step_flops_6n(run.shape, slot_tokens=slots, pack_len=plan.pack_len)
     norm = run.engine.deepspeed.get_global_grad_norm() if why_skipped is None else None
     record = StepRecord(
         step=plan.step + 1,
@@ -240,7 +242,7 @@ def record_step(
         skipped=why_skipped is not None,
         skip_reason=why_skipped,
         real_tokens=plan.tokens,
-        slot_tokens=plan.num_packs * plan.pack_len,
+        slot_tokens=slots,
         supervised_tokens=plan.supervised_tokens,
         samples=plan.num_samples,
         domain_loss=none if sums is None else run.table.by_name(sums.mean_loss()),
@@ -267,6 +269,7 @@ def record_step(
         save_stall_s=run.saver.take_stall_s(),
         memory_gib=peak_memory_gib(),
         mfu=mfu(flops, times.whole, distributed.world_size(), run.peak_tflops),
+        mfu_6n=mfu(flops_6n, times.whole, distributed.world_size(), run.peak_tflops),
     )
     run.sinks.step(record)
     run.progress.step(record)

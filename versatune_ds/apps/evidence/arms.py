@@ -101,14 +101,8 @@ class Counted:
 
 def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
     """The trainer's own step (`engine.train.run_step`)."""
-    from versatune_ds.engine.bench import (
-        DOMAINS,
-        BenchSettings,
-        Stepper,
-        bench_config,
-        matmul_ceiling,
-        open_run_on,
-    )
+    from versatune_ds.engine.bench import Stepper, matmul_ceiling, open_run_on
+    from versatune_ds.engine.bench_settings import DOMAINS, BenchSettings, bench_config
     from versatune_ds.engine.build import close_process_group, start_process_group
 
     device = start_process_group()
@@ -121,16 +115,15 @@ def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
             packs_per_rank=spec.packs,
             dtype=spec.dtype,
             activation_checkpointing=spec.recompute,
-            deepspeed=zero,
+            deepspeed=str(zero),
             overrides=(
-                f"model.source={spec.model}",
                 f"run.seed={spec.seed}",
                 f"optimizer.lr={spec.lr}",
                 "optimizer.warmup_ratio=0",
                 "weights.every_n_steps=4",
             ),
         )
-        config = bench_config(settings, spec.layers, Path(folder))
+        config = bench_config(settings, spec.model, Path(folder) / "run")
         sources = [ParquetSamples(Path(spec.data), domain) for domain in range(len(DOMAINS))]
         run = open_run_on(config, sources, device)
         stepper = Stepper(run)
