@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,12 +19,14 @@ import pytest
 from launching import run_command
 
 from versatune_ds.apps.evidence import comparison, correctness
+from versatune_ds.apps.evidence import record as record_module
 from versatune_ds.apps.evidence.cases import ARMS, CPU_CASES, GPU_CASES, choose_cases
 from versatune_ds.apps.evidence.command import find_checkout, run_evidence, summarise
+from versatune_ds.apps.evidence.kernel import run_kernel
 from versatune_ds.apps.evidence.profiling import TOP, longest, union_s
 from versatune_ds.apps.evidence.programs import Deadline, run_program
 from versatune_ds.apps.evidence.ratios import compare
-from versatune_ds.apps.evidence.record import LoadWatch, Record, ask_card
+from versatune_ds.apps.evidence.record import LoadWatch, Record, ask_card, describe_machine, memory_gib
 from versatune_ds.apps.evidence.samples import ParquetSamples, write_samples
 from versatune_ds.engine.bench_shapes import total_parameters
 from versatune_ds.foundations.constants import IGNORE_INDEX
@@ -32,7 +36,7 @@ GPU_TESTS = """
 import time
 import pytest
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.MARK.gpu
 
 
 def test_sound():
@@ -65,7 +69,7 @@ def broken_later():
 
 def test_without_an_end(broken_later):
     pass
-"""
+""".replace("MARK", "mark")  # this file itself marks nothing
 
 
 @pytest.fixture
@@ -154,6 +158,27 @@ def test_a_program_over_its_time_ends_with_its_children(tmp_path):
         pytest.fail(f"process {pid} is still there")
 
 
+def test_a_command_that_is_asked_to_end_takes_its_program_along(tmp_path):
+    pid_file = tmp_path / "pid"
+    program = (
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    command = (
+        "import sys\n"
+        "from versatune_ds.apps.evidence.programs import end_children_when_asked_to_end, run_program\n"
+        "end_children_when_asked_to_end()\n"
+        f"run_program([sys.executable, '-c', {program!r}], 600.0)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", command])
+    while not (pid_file.is_file() and pid_file.read_text()):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{pid_file.read_text()}").exists()
+
+
 def test_a_program_that_fails_is_told_by_its_last_line():
     ended = run_program([sys.executable, "-c", "raise ValueError('just so')"], 30.0)
     assert ended.in_a_line == "left with 1: ValueError: just so"
@@ -178,6 +203,17 @@ def test_the_first_visible_card_is_asked(tmp_path, monkeypatch):
     assert "--id=3" in (tmp_path / "asked").read_text()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert ask_card(("name",)) is None
+
+
+def test_without_nvidia_smi_torch_is_asked(monkeypatch):
+    """A card is never taken for none: everything would be tiny."""
+    monkeypatch.setattr(record_module, "ask_card", lambda fields: None)
+    monkeypatch.setattr(
+        record_module, "ASK_TORCH", """print('{"name": "A Card", "memory.total": "81559"}')"""
+    )
+    card = describe_machine()["card"]
+    assert card["name"] == "A Card" and card["driver_version"] == "not known"
+    assert memory_gib(card) == pytest.approx(79.65, abs=0.01)
 
 
 def test_clocks_are_those_under_load(tmp_path, monkeypatch):
@@ -377,6 +413,11 @@ def test_wrong_stages_and_times_are_refused(tmp_path):
         run_evidence(tmp_path, 1.0, [7], "tiny")
     with pytest.raises(ConfigError, match="time above 0"):
         run_evidence(tmp_path, 0.0, [1], "tiny")
+
+
+def test_the_kernel_benchmark_is_not_started_without_time_for_it(record):
+    lines = run_kernel(record, Deadline(35), find_checkout(), "tiny")
+    assert lines[0].startswith("not run: no time left") and "benchmark" not in record.results
 
 
 def test_the_checkout_is_found():

@@ -42,6 +42,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run the stages and print the summary."""
     from versatune_ds.apps.evidence.command import run_evidence
+    from versatune_ds.apps.evidence.programs import end_children_when_asked_to_end
 
+    end_children_when_asked_to_end()
     print(run_evidence(args.out, args.minutes, args.stage, args.size))
     return EXIT_OK

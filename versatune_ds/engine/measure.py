@@ -36,6 +36,7 @@ from versatune_ds.engine.build import (
     describe_versions,
     start_process_group,
 )
+from versatune_ds.engine.device_errors import explained
 from versatune_ds.engine.evaluate import HeldOut, evaluate_samples
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
 from versatune_ds.engine.model import load_architecture
@@ -153,8 +154,9 @@ def measure(
     lacking = [name for name, cache in zip(table.names, caches, strict=True) if cache is None]
     if lacking:
         log.warning("not evaluated, for lack of held-out data or by choice: %s", ", ".join(lacking))
-    engine = build_for_evaluation(derived, device)
-    losses, tokens = evaluate_samples(engine, held_out)
+    with explained(derived):
+        engine = build_for_evaluation(derived, device)
+        losses, tokens = evaluate_samples(engine, held_out)
     del engine
     free_memory()
     _check_finite(source, table, caches, losses)

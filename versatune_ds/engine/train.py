@@ -29,6 +29,7 @@ from versatune_ds.engine.build import (
     discard_step,
     start_process_group,
 )
+from versatune_ds.engine.device_errors import explained
 from versatune_ds.engine.evaluate import HeldOut, evaluate, model_inputs
 from versatune_ds.engine.export import Companions, export_model
 from versatune_ds.engine.heartbeat import Heartbeat
@@ -77,7 +78,7 @@ def train(config: Config, config_path: Path | None = None) -> None:
 def train_in_group(config: Config, device: torch.device, config_path: Path | None = None) -> bool:
     """`train` within a process group that is already there and stays; False when it was asked to stop."""
     watched = Heartbeat(config.run.hang_timeout_s)
-    with StopRequest() as stop, watched, RunLock(config.run.dir):
+    with StopRequest() as stop, watched, RunLock(config.run.dir), explained(config):
         run = open_run(config, device, config_path)
         try:
             finished = run_steps(run, stop)

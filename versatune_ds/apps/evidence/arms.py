@@ -124,6 +124,7 @@ def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
             ),
         )
         config = bench_config(settings, spec.model, Path(folder) / "run")
+        ceiling = matmul_ceiling(config, settings, device)
         sources = [ParquetSamples(Path(spec.data), domain) for domain in range(len(DOMAINS))]
         run = open_run_on(config, sources, device)
         stepper = Stepper(run)
@@ -136,6 +137,7 @@ def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
             "seconds": timed.seconds,
             "tokens": {name: value for name, value in timed.totals().items() if name != "flops"},
             "peak_gib": peak_memory_gib(),
+            "matmul_ceiling": ceiling,
             "attention": run.engine.attention.implementation,
             "liger": run.engine.model.liger,
             "optimizer": type(run.engine.deepspeed.optimizer).__name__,
@@ -146,9 +148,6 @@ def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
         stepper.take(PROFILED_STEPS)
         write(result | {"profile": measured.stop(PROFILED_STEPS)})
         run.close()
-        run.engine.deepspeed.destroy()
-        ceiling = matmul_ceiling(config, settings, device)
-        write(result | {"profile": measured.result, "matmul_ceiling": ceiling})
     close_process_group()
 
 

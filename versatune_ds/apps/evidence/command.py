@@ -73,9 +73,9 @@ def run_evidence(folder: Path, minutes: float, numbers: Sequence[int], size: str
         raise ConfigError(f"evidence: --minutes is {minutes:g}; give a time above 0")
     folder.mkdir(parents=True, exist_ok=True)
     checkout = find_checkout()
+    environment = describe_machine()
+    used = "tiny" if size == "auto" and environment["card"] is None else size
     for i, stage in enumerate(stages):
-        environment = describe_machine()
-        used = "tiny" if size == "auto" and environment["card"] is None else size
         path = folder / f"stage{stage.number}_{stage.name}.json"
         command = shlex.join(["versatune-ds", *sys.argv[1:]])
         record = Record(path, f"{stage.number} {stage.name}", environment | {"size": used}, command)

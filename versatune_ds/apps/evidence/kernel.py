@@ -17,6 +17,7 @@ from versatune_ds.apps.evidence.record import Record
 BENCHMARK = Path("kernels") / "benchmarks" / "fused_loss.py"
 MINUTES = {"tiny": 1.0, "small": 2.0, "auto": 2.0}
 SIZES = {"tiny": "tiny", "small": "tiny", "auto": "quick"}
+LEAST_MINUTES = 0.2
 OVERTIME_S = 30.0
 """The benchmark may take this long to end its workers."""
 
@@ -33,7 +34,10 @@ def run_kernel(record: Record, deadline: Deadline, checkout: Path | None, size: 
     if checkout is None or not (checkout / BENCHMARK).is_file():
         record.results["not_run"] = f"no {BENCHMARK} beside the package: run from a checkout"
         return [f"not run: {record.results['not_run']}"]
-    minutes = min(MINUTES[size], max(0.0, deadline.left_s() - OVERTIME_S) / 60)
+    minutes = min(MINUTES[size], (deadline.left_s() - OVERTIME_S) / 60)
+    if minutes < LEAST_MINUTES:
+        record.results["not_run"] = f"no time left ({deadline.left_s():.0f} s)"
+        return [f"not run: {record.results['not_run']}"]
     with tempfile.TemporaryDirectory(prefix="versatune-evidence-") as folder:
         results = Path(folder) / "results.json"
 

@@ -30,8 +30,6 @@ class DeviceProfile:
         self._cuda = device.type == "cuda"
         self._profile = profile(activities=[ProfilerActivity.CUDA if self._cuda else ProfilerActivity.CPU])
         self._started = 0.0
-        self.result: dict[str, Any] | None = None
-        """Of `stop`."""
 
     def start(self) -> None:
         """Begin."""
@@ -44,15 +42,14 @@ class DeviceProfile:
         self._synchronise()
         wall_s = time.perf_counter() - self._started
         self._profile.stop()
-        self.result = {"steps": steps, "wall_s": wall_s, **self._shares(wall_s)}
-        return self.result
+        return {"steps": steps, "wall_s": wall_s, **self._shares(wall_s)}
 
     def _shares(self, wall_s: float) -> dict[str, Any]:
         if self._cuda:
             spans = [
                 (event.name, event.time_range.start / 1e6, event.time_range.end / 1e6)
                 for event in self._profile.events()
-                if event.device_type == torch.autograd.DeviceType.CUDA
+                if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
             ]
             busy_s = union_s((begin, end) for _, begin, end in spans)
             top = longest(((name, end - begin) for name, begin, end in spans), wall_s)

@@ -1,6 +1,7 @@
 """Running a program under a time limit, whatever it does: its output bounded, its children ended with it.
 
-What is not covered: children that leave the program's process group.
+What is not covered: children that leave the program's process group, and what still runs when this process is
+ended by SIGKILL.
 """
 
 from __future__ import annotations
@@ -56,6 +57,15 @@ class Ended(NamedTuple):
         """Why it did not do its work, with the last line that it printed; None when it did."""
         lines = self.tail.strip().splitlines() or ["(it printed nothing)"]
         return None if self.code == 0 else f"{self.how}: {lines[-1]}"
+
+
+def end_children_when_asked_to_end() -> None:
+    """From now on SIGTERM ends this process as an exception does: with the program that it runs."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def run_program(

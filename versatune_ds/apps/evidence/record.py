@@ -1,7 +1,7 @@
 """What the command keeps: a JSON file a stage, rewritten after every number, with where it was measured.
 
-The card is asked through `nvidia-smi`, so that this process holds no memory of it, and versions are read
-without importing what they belong to: the command must also run where half of it is missing.
+The card is asked through `nvidia-smi`, or else by a short process, so that this one holds no memory of it.
+Versions are read without importing what they belong to: the command must also run where half of it lacks.
 
 What is not covered: machines with several kinds of card (the first visible one is described and used).
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +59,7 @@ class Record:
             "stage": stage,
             "command": command,
             "environment": environment,
+            "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "results": {},
             "summary": [],
             "ended": None,
@@ -86,8 +89,7 @@ def describe_machine() -> dict[str, Any]:
     """Date, hardware, driver, clocks, versions, commit and load; `card` is None without an NVIDIA card."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "card": ask_card(CARD),
+        "card": ask_card(CARD) or ask_torch(),
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "load_average": list(os.getloadavg()),
@@ -119,6 +121,22 @@ def ask_card(fields: Sequence[str]) -> dict[str, str] | None:
         return None
     rows = list(csv.reader(done.stdout.splitlines(), skipinitialspace=True))
     return dict(zip(fields, rows[0], strict=False)) if done.returncode == 0 and rows else None
+
+
+ASK_TORCH = """
+import json, torch
+if torch.cuda.is_available():
+    found = torch.cuda.get_device_properties(0)
+    print(json.dumps({"name": found.name, "memory.total": str(found.total_memory >> 20)}))
+"""
+
+
+def ask_torch() -> dict[str, str] | None:
+    """Name and memory of the first card where `nvidia-smi` says nothing; None without a card."""
+    done = subprocess.run([sys.executable, "-c", ASK_TORCH], capture_output=True, text=True, timeout=120)
+    if done.returncode != 0 or not done.stdout.strip():
+        return None
+    return dict.fromkeys(CARD, "not known") | json.loads(done.stdout)
 
 
 class LoadWatch:
