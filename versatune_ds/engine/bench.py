@@ -47,6 +47,7 @@ from versatune_ds.engine.bench_shapes import shape_config, write_model_folder
 from versatune_ds.engine.build import (
     accelerator_peak_tflops,
     build_engine,
+    close_process_group,
     describe_hardware,
     describe_versions,
     start_process_group,
@@ -107,9 +108,11 @@ def bench_slice(settings: BenchSettings, layers: int) -> dict[str, Any]:
                 measured = measure(run, settings, ceiling["tflops"])
             finally:
                 run.close()
+    in_force = describe_settings(settings, run)
+    close_process_group()
     return {
         "environment": environment,
-        "settings": describe_settings(settings, run),
+        "settings": in_force,
         "peak_tflops": run.peak_tflops,
         "slice": {**measured, "matmul_ceiling": ceiling},
     }
