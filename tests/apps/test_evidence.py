@@ -286,7 +286,8 @@ def measured(arm: str, number: int, seconds: float, *, gib: float = 1.0, losses=
     tokens = {"real": 2000, "slot": 2048, "supervised": 1000, "sum_squared_lengths": 200_000}
     more = {"peak_gib": gib, "losses": list(losses), "attention": "sdpa", "liger": "off"}
     return {
-        "arm": arm, "round": number, "status": "measured", "seconds": seconds, "tokens": tokens, **more,
+        "arm": arm, "round": number, "status": "measured", "seconds": seconds, "cpu_s": seconds,
+        "tokens": tokens, **more,
     }  # fmt: skip
 
 
@@ -298,8 +299,15 @@ def test_ratios_are_of_runs_of_the_same_round():
         {"arm": "trl-varlen", "round": 2, "status": "not run", "reason": "needs CUDA"},
     ]  # fmt: skip
     found = compare(CASE, runs, peak=None)
-    assert found["ratios"] == {
-        "trl-sdpa": {"pairs": [2.0, 3.0], "tokens_per_s": 2.5, "peak_memory": pytest.approx(0.8)}
+    # each CPU second is half a second of wall time for ours and a whole one for TRL
+    for run in runs[:4]:
+        run["cpu_s"] = run["seconds"] / (2 if run["arm"] == "ours" else 1)
+    assert compare(CASE, runs, peak=None)["ratios"]["trl-sdpa"] == {
+        "pairs": [2.0, 3.0],
+        "tokens_per_s": 2.5,
+        "cpu_pairs": [4.0, 6.0],
+        "tokens_per_cpu_s": 5.0,
+        "peak_memory": pytest.approx(0.8),
     }
     ours = found["arms"]["ours"]
     assert ours["real_tokens_per_s"] == 1500.0 and ours["runs"] == 2  # of 2000 and 1000

@@ -130,11 +130,14 @@ def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
         stepper = Stepper(run)
         stepper.take(spec.warmup_steps)
         reset_peak(device)
+        cpu_started = time.process_time()
         timed = stepper.take(spec.steps)
+        cpu_s = time.process_time() - cpu_started
         records = run.sinks.records  # type: ignore[attr-defined]
         result: dict[str, Any] = {
             "losses": [record.loss for record in records],
             "seconds": timed.seconds,
+            "cpu_s": cpu_s,
             "tokens": {name: value for name, value in timed.totals().items() if name != "flops"},
             "peak_gib": peak_memory_gib(),
             "matmul_ceiling": ceiling,
@@ -226,17 +229,18 @@ def trl(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
             """Reads the clock between steps, and the losses."""
 
             def __init__(self) -> None:
-                self.started = 0.0
+                self.started, self.cpu_started = 0.0, 0.0
                 self.result: dict[str, Any] = {}
 
             def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
                 if state.global_step == spec.warmup_steps:
                     synchronise(device)
                     reset_peak(device)
-                    self.started = time.perf_counter()
+                    self.started, self.cpu_started = time.perf_counter(), time.process_time()
                 if state.global_step == last:
                     synchronise(device)
                     self.result["seconds"] = time.perf_counter() - self.started
+                    self.result["cpu_s"] = time.process_time() - self.cpu_started
                     self.result["peak_gib"] = peak_memory_gib()
                     measured.start()
                 if state.global_step == last + PROFILED_STEPS:

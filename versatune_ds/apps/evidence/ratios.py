@@ -1,8 +1,12 @@
 """From the runs of a comparison to rates, ratios, checks and the table. Pure functions.
 
-Ratios are of runs of the same round. MFU stands in both conventions (`observability.throughput`). Of ceiling:
-useful work over the fastest matrix product measured in the same command. Padding: the share of computed
-positions that are no tokens; TRL computes none, ours fills packs up.
+Ratios are of runs of the same round: of tokens a second, and of tokens a second of CPU time. Other work on
+the machine disturbs the latter less; it leaves out TRL's loader processes, and on a GPU it is the host's work
+alone.
+
+MFU stands in both conventions (`observability.throughput`). Of ceiling: useful work over the fastest matrix
+product measured in the same command. Padding: the share of computed positions that are no tokens; TRL
+computes none, ours fills packs up.
 
 What is not covered: where the runs come from (`comparison`).
 """
@@ -45,20 +49,27 @@ def compare(case: Case, runs: Sequence[dict[str, Any]], peak: float | None) -> d
     ratios = {}
     for name in by_arm:
         pairs = [
-            tokens_per_s(a) / tokens_per_s(b)
+            (tokens_per_s(a) / tokens_per_s(b), tokens_per_s(a, "cpu_s") / tokens_per_s(b, "cpu_s"))
             for a in by_arm["ours"]
             for b in by_arm[name]
             if a["round"] == b["round"]
         ]
         if name != "ours" and pairs:
             memory = rates["ours"]["peak_gib"] / rates[name]["peak_gib"]
-            ratios[name] = {"pairs": pairs, "tokens_per_s": statistics.median(pairs), "peak_memory": memory}
+            walls, cpus = map(list, zip(*pairs, strict=True))
+            ratios[name] = {
+                "pairs": walls,
+                "tokens_per_s": statistics.median(walls),
+                "cpu_pairs": cpus,
+                "tokens_per_cpu_s": statistics.median(cpus),
+                "peak_memory": memory,
+            }
     return {"arms": rates, "ratios": ratios, "checks": checks(case, by_arm), "matmul_ceiling_tflops": ceiling}
 
 
-def tokens_per_s(run: dict[str, Any]) -> float:
-    """Real tokens a second of a run."""
-    return float(run["tokens"]["real"] / run["seconds"])
+def tokens_per_s(run: dict[str, Any], clock: str = "seconds") -> float:
+    """Real tokens a second of a run, or of CPU time ("cpu_s")."""
+    return float(run["tokens"]["real"] / run[clock])
 
 
 def arm_rates(
@@ -177,9 +188,10 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
             )
         lines.append("")
         for name, ratio in kept["ratios"].items():
-            pairs = ", ".join(f"{pair:.3f}" for pair in ratio["pairs"])
+            pairs, cpu = (", ".join(f"{p:.3f}" for p in ratio[key]) for key in ("pairs", "cpu_pairs"))
             lines.append(
-                f"ours / {name}: {ratio['tokens_per_s']:.3f} of its tokens/s (pairs {pairs}), "
+                f"ours / {name}: {ratio['tokens_per_s']:.3f} of its tokens/s (pairs {pairs}); "
+                f"{ratio['tokens_per_cpu_s']:.3f} per CPU second ({cpu}); "
                 f"{ratio['peak_memory']:.3f} of its peak memory"
             )
         firsts = ", ".join(f"{name} {first:.3f}" for name, first in found["first_loss"].items())
