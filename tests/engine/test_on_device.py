@@ -23,7 +23,7 @@ from launched_runs import prepare_small_run
 from launching import TRAIN_CASES, case_file, free_port, launch, rank_environment, read_jsonl
 from safetensors.torch import load_file
 
-from versatune_ds.engine.attention import varlen_attention
+from versatune_ds.engine import attention
 from versatune_kernels import KernelError, linear_cross_entropy
 
 HAS_CUDA = torch.cuda.is_available()
@@ -82,10 +82,8 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (7, 1)])
 def test_varlen_forward_and_backward_are_as_good_as_sdpa(device, heads, kv_heads, monkeypatch):
     """Against fp32 with a block-diagonal mask: samples of one token, grouped heads, padding at the end."""
-    import torch.nn.attention.varlen
-
     if device == "cpu":
-        monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", plain_varlen)
+        monkeypatch.setattr(attention, "varlen_attn", plain_varlen)
     lengths, size = [1, 7, 1, 130, 64, 1, 52], 64  # the last one is padding
     total = sum(lengths)
     generator = torch.Generator().manual_seed(0)
@@ -96,9 +94,9 @@ def test_varlen_forward_and_backward_are_as_good_as_sdpa(device, heads, kv_heads
     mask = (owner[:, None] == owner[None, :]).tril()
     ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
 
-    def run(attention, dtype):
+    def run(attend, dtype):
         leaves = [value.bfloat16().to(dtype).requires_grad_() for value in values]
-        out = attention(*leaves)
+        out = attend(*leaves)
         out.backward(upstream.bfloat16().to(out.dtype))
         return [out.detach().float(), *(leaf.grad.float() for leaf in leaves)]
 
@@ -108,7 +106,7 @@ def test_varlen_forward_and_backward_are_as_good_as_sdpa(device, heads, kv_heads
 
     def varlen(q, k, v):
         options = {"cu_seq_lens_q": ends, "max_length_q": max(lengths)}
-        return varlen_attention(torch.nn.Identity(), q, k, v, None, **options)[0]
+        return attention.varlen_attention(torch.nn.Identity(), q, k, v, None, **options)[0]
 
     exact = run(sdpa, torch.float32)
     plain, ours = run(sdpa, torch.bfloat16), run(varlen, torch.bfloat16)
