@@ -180,7 +180,7 @@ def test_a_sweep_leaves_results_failures_and_one_page(tmp_path):
     (result,) = tmp_path.glob("*.json")
     assert json.loads(result.read_text())["slices"][0]["layers"] == 2
     page = (tmp_path / "comparison.md").read_text()
-    assert "| tiny" in page and f"Ended with an error:\n\n- {failures}" in page
+    assert "| tiny" in page and f"Not measured:\n\n- {failures}" in page
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,41 @@ def test_the_audit_fails_on_findings_and_skips_with_a_reason(tmp_path, output, e
     done = subprocess.run(
         [str(REPOSITORY / ".ci" / "audit")],
         env={**os.environ, "PIP_AUDIT": str(program)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code, done.stderr
+    assert says in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("install", "tests", "code", "says"),
+    [
+        ("exit 0", "exit 0", 0, "the tests run"),
+        ("exit 0", "exit 1", 2, "the tests run"),
+        ("sleep 60", "exit 0", 0, "skipped: not installed within 1 s"),
+        (
+            "echo 'ERROR: Could not find a version that satisfies torch==2.11.0'; exit 2",
+            "exit 0",
+            0,
+            "skipped",
+        ),
+        ("echo 'ERROR: ResolutionImpossible: for help visit'; exit 2", "exit 0", 1, "ResolutionImpossible"),
+        ("echo 'error: metadata-generation-failed'; exit 2", "exit 0", 1, "metadata-generation-failed"),
+    ],
+)
+def test_the_oldest_versions_are_tested_where_they_can_be_had(tmp_path, install, tests, code, says):
+    """With a `make` that does as told: what is ours to mend fails, wheels that cannot be had are a skip."""
+    make = tmp_path / "make"
+    make.write_text(
+        f"#!/bin/bash\n[[ $1 == test-oldest ]] || {{ {install}; }}\n"
+        f"if [[ $1 == test-oldest ]]; then echo the tests run; ({tests}) || exit 2; fi\n"
+    )
+    make.chmod(0o755)
+    done = subprocess.run(
+        [str(REPOSITORY / ".ci" / "oldest")],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OLDEST_LIMIT": "1"},
         capture_output=True,
         text=True,
         timeout=60,

@@ -142,6 +142,34 @@ def no_memory() -> None:
     LossHead.forward = forward
 
 
+def no_memory_left(step_to_fail: int) -> None:
+    """In this step (from 0) more memory is asked for than any device has."""
+
+    def change(step, head, hidden, sample_ids):
+        if step == step_to_fail and head.training:
+            torch.empty(1 << 58, device=hidden.device)
+        return hidden
+
+    disturb_hidden(change)
+
+
+def bad_label(step_to_fail: int) -> None:
+    """In this step (from 0) a label is not in the vocabulary."""
+    current = {"step": -1}
+
+    def run_step(run, step, stop):
+        current["step"] = step
+        return ORIGINAL_RUN_STEP(run, step, stop)
+
+    def forward(self, hidden, labels, *args):
+        if current["step"] == step_to_fail and self.training:
+            labels = labels.clone()
+            labels[(labels >= 0).nonzero()[0]] = 10**6
+        return ORIGINAL_FORWARD(self, hidden, labels, *args)
+
+    train.run_step, LossHead.forward = run_step, forward
+
+
 def ask_to_stop_in_step(step_to_stop: int) -> None:
     """In this step (from 0) the last rank gets SIGUSR1, in the middle of everything."""
 
@@ -320,6 +348,8 @@ SABOTAGE = {
     "spike in step 12": lambda: spike_in_steps(12),
     "spike from step 12 on": lambda: spike_in_steps(*range(12, 100)),
     "no memory": no_memory,
+    "no memory left in step 2": lambda: no_memory_left(2),
+    "bad label in step 2": lambda: bad_label(2),
     "other code on the last rank": lambda: on_the_last_rank("other code"),
     "damaged cache on the last rank": lambda: on_the_last_rank("damaged cache"),
     "full disk in step 1": lambda: full_disk_after_step(0),
