@@ -80,6 +80,14 @@ def test_no_batch_is_drawn_from_old_weights(corpus: Corpus) -> None:
             state = expected.state_after
 
 
+def test_weights_that_moved_by_one_bit_are_other_weights(corpus: Corpus) -> None:
+    moved = np.array([np.nextafter(0.5, 1), np.nextafter(0.5, 0)])
+    with open_loader(corpus) as loader:
+        loader.take(EQUAL)
+        plan, _ = loader.take(moved)
+        assert plan.weights.tolist() == moved.tolist() != EQUAL.tolist()
+
+
 def test_a_change_of_the_callers_array_is_a_change_of_weights(corpus: Corpus) -> None:
     weights = EQUAL.copy()
     with open_loader(corpus) as loader:

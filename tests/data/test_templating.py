@@ -189,10 +189,14 @@ def test_an_encoder_gives_the_same_in_another_process() -> None:
     assert encode(copy, TWO_ROUNDS)[0].tokens.tolist() == encode(encoder, TWO_ROUNDS)[0].tokens.tolist()
 
 
-def test_a_token_across_the_start_of_a_turn_is_not_supervised() -> None:
+@pytest.mark.parametrize("by_heads", [True, False])
+def test_a_token_across_the_start_of_a_turn_is_not_supervised(
+    by_heads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The template ends its prompt with a space that the tokenizer joins to the first word."""
     template = "{% for m in messages %}{% if m.role == 'user' %}{{ 'Q: ' + m.content + ' A: ' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
     encoder = ChatEncoder.build(qwen(template), "tokenizer")
+    monkeypatch.setattr(encoder, "_tokens_are_fixed_texts", by_heads)
     (sample,) = encode(encoder, Conversation((("user", "?"), ("assistant", "capital is"))))
     assert supervised_runs(encoder, sample) == [" is<|im_end|>"]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from versatune_ds.config.schema import STRATEGIES_WITH_REFERENCE, Domains, Weights
 from versatune_ds.domain.controller import WeightController
-from versatune_ds.domain.reference import load_reference
+from versatune_ds.domain.reference import ReferenceLosses, load_reference
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
@@ -118,6 +118,31 @@ def test_noise_is_subtracted_from_gamma():
     controller.observe(noisy)
     record = controller.update(10)
     assert record.stderr["law"] == pytest.approx(1.0) and record.gamma["law"] == pytest.approx(0.25)
+
+
+def test_noise_of_the_reference_counts_too():
+    # as above, but the reference has an error of 0.75: sqrt(1 + 0.75^2) = 1.25; (2 - 1 - 0.5 * 1.25) / 2
+    noisy = DomainSums.from_samples([0, 0, 1, 1, 2, 2], [30.0, 10.0, 9.0, 9.0, 9.0, 9.0], [10] * 6, 3)
+    reference = ReferenceLosses(np.ones(3), np.array([0.75, 0.0, 0.0]))
+    weights = Weights(strategy="fostering", reference=REFERENCE, every_n_steps=10, noise_z=0.5)
+    controller = WeightController(DomainTable(NAMES), Domains(names=NAMES), weights, reference)
+    controller.observe(noisy)
+    assert controller.update(10).gamma["law"] == pytest.approx(0.1875)
+
+
+def test_an_absent_domain_keeps_the_standard_error_of_its_loss():
+    controller = controller_of(noise_z=0.5)
+    noisy = [30.0, 10.0, 9.0, 9.0, 9.0, 9.0]  # law: l = 2, se = 1
+    controller.observe(DomainSums.from_samples([0, 0, 1, 1, 2, 2], noisy, [10] * 6, 3))
+    gamma = controller.update(10).gamma["law"]
+    # one sample of law is too few for a standard error; its loss and what is known of it stand
+    controller.observe(DomainSums.from_samples([0, 1, 1, 2, 2], [70.0, *noisy[2:]], [10] * 5, 3))
+    record = controller.update(20)
+    assert record.losses["law"] == 2.0 and record.stderr["law"] == pytest.approx(1.0)
+    assert record.gamma["law"] == gamma == pytest.approx(0.25)
+    # l = 4.8, se = 1 against 2, 1: phi = (2.8 - 0.5 sqrt(2)) / 2
+    controller.observe(DomainSums.from_samples([0, 0, 1, 1, 2, 2], [58.0, 38.0, *noisy[2:]], [10] * 6, 3))
+    assert controller.update(30).phi["law"] == pytest.approx((2.8 - 0.5 * math.sqrt(2)) / 2)
 
 
 def test_probe_losses_replace_the_window():
@@ -235,9 +260,9 @@ def run(controller: WeightController, steps, seed=0) -> list[dict]:
     records = []
     for step in steps:
         rng = np.random.default_rng([seed, step])
-        controller.observe(
-            sums(rng.uniform(0.5, 4, 3), tokens=rng.integers(0, 2, 3) * 2 * rng.integers(1, 99))
-        )
+        tokens = np.repeat(rng.integers(0, 2, 3) * rng.integers(1, 99), 2)  # two samples of a domain, or none
+        losses = rng.uniform(0.5, 4, 6) * tokens
+        controller.observe(DomainSums.from_samples([0, 0, 1, 1, 2, 2], losses, tokens, 3))
         if controller.due(step):
             records.append(controller.update(step).to_json())
     return records
@@ -246,13 +271,17 @@ def run(controller: WeightController, steps, seed=0) -> list[dict]:
 @pytest.mark.parametrize("cut", [5, 10, 17])
 @pytest.mark.parametrize("strategy", ["fostering", "expansion", "doremi", "raw_loss"])
 def test_resumed_run_equals_the_uninterrupted_one(strategy, cut):
-    options = {"every_n_steps": 5, "target": "law", "limits": {"min_weight": 0.01}}
-    whole, first, second = (controller_of(strategy, **options) for _ in range(3))
+    """The resumed one was made with other initial weights: those of the state count, in alarms too."""
+    limits = {"min_weight": 0.01, "initial": {"law": 0.1, "code": 0.2, "other": 0.7}}
+    options = {"every_n_steps": 5, "target": "law", "noise_z": 0.25}
+    whole, first = (controller_of(strategy, limits=limits, **options) for _ in range(2))
+    second = controller_of(strategy, limits={"min_weight": 0.01}, **options)
     expected = run(whole, range(1, 31))
     got = run(first, range(1, cut + 1))
     second.load_state(json.loads(json.dumps(first.state(), allow_nan=False)))
     got += run(second, range(cut + 1, 31))
     assert json.dumps(got) == json.dumps(expected)
+    assert any(loss for record in expected for loss in record["stderr"].values())
     assert second.digest() == whole.digest() and second.state() == whole.state()
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from versatune_ds.config.schema import Checkpoint
 from versatune_ds.engine import checkpoint as ck
@@ -86,6 +87,48 @@ def test_pruning_keeps_the_newest_and_milestones(tmp_path):
         make(tmp_path, step)
     ck._prune(tmp_path, Checkpoint(keep_last=2, milestone_every_n_steps=4))
     assert sorted(p.name[-2:] for p in tmp_path.iterdir()) == ["04", "08", "10"]
+
+
+def publish(folder, step: int, keep_last: int):
+    """A new checkpoint of one rank, made the way a run does it."""
+    temporary = folder / ck.unfinished_name(step)
+    ck.begin(folder, temporary)
+    (temporary / "a.bin").write_bytes(b"new")
+    part = {"a.bin": {"bytes": 3, "sha256": sha256_file(temporary / "a.bin")}}
+    (temporary / ck.part_name(0)).write_text(json.dumps(part))
+    return ck.publish(temporary, step, 1, Checkpoint(keep_last=keep_last))
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_newer_ones_that_were_damaged_go_and_the_new_one_stays(tmp_path, keep_last):
+    """A run that went on from step 2 saves 4; with keep_last 1 the damaged 6 would have outlived it."""
+    make(tmp_path, 2)
+    for step in (4, 6):
+        damage_flip(make(tmp_path, step))
+    final = publish(tmp_path, 4, keep_last)
+    names = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert names == ["step-00000002", "step-00000004"][-keep_last:]
+    assert ck.newest_sound_checkpoint(tmp_path) == final and (final / "a.bin").read_bytes() == b"new"
+    assert json.loads((tmp_path / "latest.json").read_text()) == {"checkpoint": final.name, "step": 4}
+
+
+@pytest.mark.parametrize(("ranks", "restored"), [(1, True), (2, False)])
+def test_random_generators_go_on_where_they_were_with_as_many_ranks(tmp_path, ranks, restored):
+    """Otherwise they are seeded from the checkpoint's name and the rank, the same each time."""
+    path = tmp_path / "step-00000002"
+    path.mkdir()
+    torch.manual_seed(5)
+    save_file(ck.generator_states(), path / ck.generator_name(0))
+    expected = torch.rand(4)
+    live = SimpleNamespace(load_checkpoint=lambda *_, **__: ("path", {}))
+    engine, layout = SimpleNamespace(deepspeed=live), {"ZeRO stage": 0}
+    drawn = []
+    for seed in (6, 7):
+        torch.manual_seed(seed)
+        ck.load_model_state(path, engine, {"world_size": ranks, "layout": layout}, layout)
+        drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], expected) == restored
 
 
 @pytest.mark.parametrize(

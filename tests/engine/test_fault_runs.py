@@ -71,8 +71,15 @@ def test_a_loss_spike_is_skipped_and_its_samples_are_written_down(finished, name
     losses = [sample["loss"] for sample in skipped["samples"]]
     assert losses == sorted(losses, reverse=True) and losses[0] > skipped["loss"]
     assert all(int(sample["source"].rpartition(":")[2]) >= 1 for sample in skipped["samples"])
-    # the step left no trace: the ones after it are as low as the ones before
+    # the step left no trace: not in the parameters (the losses after it are as low as the ones before) ...
     assert all(line["loss"] < 1.1 * metrics[11]["loss"] for line in metrics[13:])
+    # ... nor in what later spikes are measured by, nor in the window of the weights, open since step 12
+    path = finished / name / "checkpoints" / "step-00000015" / "versatune_state.json"
+    state = json.loads(path.read_text())
+    applied = [line for line in metrics if not line["skipped"]]
+    assert state["losses"] == [line["loss"] for line in applied]
+    window = state["controller"]["window"]
+    assert sum(window["tokens"]) == sum(line["supervised_tokens"] for line in applied if line["step"] > 12)
 
 
 def test_too_many_spikes_end_the_run(finished):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from launching import TRAIN_CASES, case_file, launch, launch_soundly, read_jsonl, run_cases
+from plain_engine import plain_run
 from safetensors.torch import load_file
 from small_runs import prepare_run, sample_settings
 
@@ -165,6 +166,22 @@ def test_asked_to_stop_saves_at_once_and_goes_on_when_started_again(resumed):
     run = resumed / "asked_to_stop"
     assert outcome(run, 0) is None and outcome(run, 1) is None
     assert (run / "checkpoints" / "step-00000005").is_dir()
+
+
+def test_a_run_on_two_ranks_with_zero_3_is_the_one_of_plain_pytorch(finished):
+    """With a plain engine in DeepSpeed's place, which test_loop.py holds against training by hand."""
+    plain = plain_run(finished / "config.yaml", f"run.dir={finished / 'plain'}")
+    rates = [line["lr"] for line in read_jsonl(finished / "whole" / "metrics.jsonl")]
+    assert rates == plain.engine.rates and len(set(rates)) == STEPS
+    for log, keys in (
+        ("metrics", ("step", "loss", "grad_norm", "domain_loss", "domain_supervised_tokens", "weights")),
+        ("eval", ("step", "domain_loss", "domain_stderr", "domain_samples")),
+        ("weights", ("step", "losses", "tokens", "samples", "after")),
+    ):
+        ours = read_jsonl(finished / "whole" / f"{log}.jsonl")
+        for line, expected in zip(ours, plain.lines(log), strict=True):
+            for key in keys:
+                assert line[key] == pytest.approx(expected[key], rel=2e-4), (log, line["step"], key)
 
 
 def test_loss_falls_and_weights_move(finished):

@@ -20,8 +20,11 @@ from small_runs import cut_back, small_run
 
 from versatune_ds.config.schema import Checkpoint
 from versatune_ds.engine import saving
+from versatune_ds.engine.checkpoint import damage, saved_state
 from versatune_ds.engine.intervals import LossBound, checkpoint_due
 from versatune_ds.engine.saving import Need, Saver, Share, host_bytes, host_copy, hosts_without_room
+from versatune_ds.engine.statistics import Flags
+from versatune_ds.foundations.errors import SaveError
 
 STEPS = 6
 
@@ -181,6 +184,66 @@ def test_a_failed_share_keeps_its_first_problem_and_lists_nothing(tmp_path, keep
     assert list(tmp_path.iterdir()) == []
     share.begin(tmp_path, keep)  # the next one starts anew
     assert share.problem is None
+
+
+# --- a saver at step boundaries -----------------------------------------------------------------------------
+
+
+def saver_of(folder: Path, **settings) -> Saver:
+    """A saver on one rank, whose DeepSpeed has one file to save."""
+    live = SimpleNamespace()
+    live.save_checkpoint = lambda to, tag, save_latest: live.checkpoint_engine.save(
+        {"x": torch.ones(3)}, Path(to) / tag / "model.pt"
+    )
+    return Saver(folder, Checkpoint(**settings), SimpleNamespace(deepspeed=live))
+
+
+def test_a_checkpoint_in_the_background_is_published_at_the_first_boundary_after_all_have_written(tmp_path):
+    saver = saver_of(tmp_path, asynchronous=True)
+    saver.save(2, lambda: {"answer": 42})
+    saver._share.wait()
+    saver.settle(Flags(writing=True))  # another rank still writes
+    assert checkpoints_in(tmp_path) == []
+    assert saver.flags(stop=False) == Flags()
+    saver.settle(Flags())
+    assert checkpoints_in(tmp_path) == ["step-00000002"]
+    assert damage(tmp_path / "step-00000002") is None
+    assert saved_state(tmp_path / "step-00000002") == {"version": 1, "step": 2, "answer": 42}
+    saver.settle(Flags())  # nothing is left to do
+
+
+def test_a_rank_that_could_not_write_says_so_at_the_boundary_and_nothing_is_published(tmp_path):
+    saver = saver_of(tmp_path, asynchronous=True)
+    saver.save(2, lambda: {"answer": 42})
+    saver._share.wait()
+    saver._share.problem = OSError("no room")
+    flags = saver.flags(stop=True)
+    assert flags == Flags(stop=True, failed=True)
+    with pytest.raises(SaveError, match=r"checkpoint after step 2 could not be written .*no room"):
+        saver.settle(flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "done", "agreed", "last", "due"),
+    [
+        ({"every_n_steps": 4}, 4, Flags(), False, True),
+        ({"every_n_steps": 4}, 5, Flags(), False, False),
+        ({"every_n_steps": 4}, 5, Flags(stop=True), False, True),
+        ({"every_n_steps": 4}, 5, Flags(save=True), False, True),
+        ({"every_n_steps": 4}, 5, Flags(writing=True), False, False),
+        ({"every_n_steps": 4}, 5, Flags(), True, True),
+        ({"every_n_steps": None}, 5, Flags(), True, False),
+        ({"every_n_steps": None, "max_lost_minutes": 9}, 5, Flags(), True, True),
+        ({"every_n_steps": None, "milestone_every_n_steps": 5}, 5, Flags(), False, True),
+    ],
+)
+def test_when_a_run_saves(tmp_path, settings, done, agreed, last, due):
+    assert saver_of(tmp_path, **settings).due(done, agreed, last) == due
+
+
+def checkpoints_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step-*"))
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------

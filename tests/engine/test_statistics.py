@@ -5,10 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from versatune_ds.domain.statistics import DomainSums
-from versatune_ds.engine.statistics import Flags, StepStatistics
+from versatune_ds.engine.statistics import NO_FLAGS, Flags, StepStatistics
+from versatune_ds.foundations import distributed
 
 CPU = torch.device("cpu")
 
@@ -43,3 +45,34 @@ def test_a_nan_marks_the_step_and_no_other_domain():
     assert statistics.reduce().sums is None
     statistics.add(output([2.0], [1]), torch.tensor([1]))
     assert statistics.reduce().sums.tokens.tolist() == [0.0, 1.0]
+
+
+def on_three_ranks(monkeypatch, said, losses):
+    """What the first of three ranks gets back, each with its flags and one sample's loss."""
+    packed = []
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda mine: packed.append(mine) or mine)
+    for flags, loss in reversed(list(zip(said, losses, strict=True))):
+        statistics = StepStatistics(2, CPU)
+        statistics.add(output([loss], [3]), torch.tensor([1]))
+        if len(packed) == 2:
+            monkeypatch.setattr(distributed, "all_reduce_sum", lambda mine: mine + sum(packed))
+        totals = statistics.reduce(flags)
+    return totals
+
+
+@pytest.mark.parametrize("name", Flags._fields)
+def test_what_one_rank_says_is_true_for_all_and_nothing_else(monkeypatch, name):
+    totals = on_three_ranks(monkeypatch, [NO_FLAGS, Flags(**{name: True}), NO_FLAGS], [1.0, 2.0, 4.0])
+    assert totals.flags == Flags(**{name: True})
+    assert totals.sums.values[:, 1].tolist() == [7.0, 9.0, 3.0, 21.0, 21.0, 27.0]
+
+
+def test_a_nan_on_one_rank_is_one_for_all(monkeypatch):
+    assert on_three_ranks(monkeypatch, [NO_FLAGS] * 3, [1.0, float("nan"), 4.0]).sums is None
+
+
+def test_infinite_losses_whose_sums_are_finite_are_found():
+    """A sample without a domain here adds nothing to the sums."""
+    statistics = StepStatistics(1, CPU)
+    statistics.add(output([float("inf"), 1.0], [1, 1]), torch.tensor([5, 0]))
+    assert statistics.reduce().sums is None

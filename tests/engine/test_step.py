@@ -6,7 +6,6 @@ The reference is plain PyTorch: every sample alone in a row, summed token losses
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +38,8 @@ CASES = {
         "untied-packed-zero2-nan",
         "untied-packed-zero1-nan",
         "untied-packed-zero0-nan",
+        "untied-packed-zero2-offload-nan",  # DeepSpeed compiles its CPU Adam on first use
+        "untied-packed-zero3-offload-nan",
         *(f"untied-packed-zero{stage}-clip" for stage in range(4)),
     ],
     4: ["untied-packed-zero3", "tied-unpacked-zero3-recompute", "untied-packed-zero1"],
@@ -128,6 +129,7 @@ def reference(models):
             out[f"norm_{step}"] = torch.nn.utils.get_total_norm([m.grad for m in masters.values()])
             if max_norm:
                 torch.nn.utils.clip_grad_norm_(masters.values(), max_norm)
+            optimizer.param_groups[0]["lr"] = cases.RATES[step]
             optimizer.step()
             model.zero_grad()
             for key, parameter in model.named_parameters():
@@ -181,21 +183,6 @@ def test_bf16_errs_no_more_than_twice_as_far_as_plain_pytorch_in_bf16(case, resu
     assert (moved(ours, "master") - expected).norm() <= 2 * error
     for n in names:  # the model computes with the rounded master weights
         assert torch.equal(ours[f"parameter.{n}"], ours[f"master.{n}"].bfloat16())
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    "VERSATUNE_TEST_OFFLOAD" not in os.environ,
-    reason="DeepSpeed compiles its CPU Adam for minutes on first use; set VERSATUNE_TEST_OFFLOAD=1",
-)
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_discarded_step_leaves_nothing_in_an_offloaded_optimizer(stage, models, reference, tmp_path):
-    case = f"untied-packed-zero{stage}-offload-nan"
-    launch_soundly(CASES_FILE, 2, [str(tmp_path), str(models), case])
-    ours, expected = load_file(tmp_path / f"{case}.safetensors"), reference("untied")
-    for name in expected.keys() & ours.keys():
-        if name.startswith("parameter."):
-            torch.testing.assert_close(ours[name], expected[name], rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.slow

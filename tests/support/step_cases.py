@@ -37,6 +37,8 @@ WITHOUT_SUPERVISION = 2
 # eps 1 makes AdamW's first step proportional to the gradient; with the usual eps it would be its sign, and a
 # gradient wrong by a factor would go unseen.
 LEARNING_RATE, EPS = 0.5, 1.0
+RATES = {"first": 0.3, "poisoned": 5.0, "second": 0.45}
+"""Of each step; none is that of the settings."""
 MAX_NORM = 0.25
 """Of the `-clip` cases; a fraction of the global gradient norm of both steps (checked in test_step.py)."""
 
@@ -113,7 +115,7 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
             poison_last_rank()
         accumulate(run, plan, batches)
         totals = run.statistics.reduce()
-        applied = apply_step(run, reason_to_skip(run, totals), LEARNING_RATE)
+        applied = apply_step(run, reason_to_skip(run, totals), RATES[step])
         if step == "poisoned":
             LossHead.forward = ORIGINAL_FORWARD
             assert totals.sums is None and not applied
