@@ -104,7 +104,7 @@ def varlen_attention(
         raise ConfigError("varlen attention was called without sample boundaries: samples would mix")
     if sliding_window is not None and sliding_window < longest:
         raise ConfigError("varlen attention does not do sliding windows; use flash_attention_2")
-    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if NAMES_GROUPED_HEADS else {}
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if NAMES_GROUPED_HEADS else {}
     out = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
