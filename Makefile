@@ -6,11 +6,12 @@ export PYTHONSAFEPATH := 1
 # DeepSpeed builds an extension on first use; its folder belongs to the environment that built it.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help quickstart test lint audit clean
+.PHONY: help quickstart test mutants lint audit clean
 
 help:
 	@echo "make quickstart   install, then train a tiny model on six domains and write its report"
 	@echo "make test         install with the test extra, then run the whole suite (CPU only)"
+	@echo "make mutants      planted faults that tests must see; ONLY=\"WORD ...\" for those with a word in their name"
 	@echo "make lint         ruff and mypy"
 	@echo "make audit        known vulnerabilities of the installed packages"
 
@@ -35,6 +36,9 @@ quickstart: $(VENV)/.installed
 # three workers keep two cores busy while one of them waits for a timeout
 test: $(VENV)/.installed-test
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+mutants: $(VENV)/.installed-test
+	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests/mutants OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run_mutants.py $(ONLY)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
