@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,13 +190,13 @@ def test_a_failed_share_keeps_its_first_problem_and_lists_nothing(tmp_path, keep
 # --- a saver at step boundaries -----------------------------------------------------------------------------
 
 
-def saver_of(folder: Path, **settings) -> Saver:
+def saver_of(folder: Path, clock=time.monotonic, **settings) -> Saver:
     """A saver on one rank, whose DeepSpeed has one file to save."""
     live = SimpleNamespace()
     live.save_checkpoint = lambda to, tag, save_latest: live.checkpoint_engine.save(
         {"x": torch.ones(3)}, Path(to) / tag / "model.pt"
     )
-    return Saver(folder, Checkpoint(**settings), SimpleNamespace(deepspeed=live))
+    return Saver(folder, Checkpoint(**settings), SimpleNamespace(deepspeed=live), clock)
 
 
 def test_a_checkpoint_in_the_background_is_published_at_the_first_boundary_after_all_have_written(tmp_path):
@@ -240,6 +241,21 @@ def test_a_rank_that_could_not_write_says_so_at_the_boundary_and_nothing_is_publ
 )
 def test_when_a_run_saves(tmp_path, settings, done, agreed, last, due):
     assert saver_of(tmp_path, **settings).due(done, agreed, last) == due
+
+
+def test_work_since_a_checkpoint_in_the_background_is_counted_from_its_beginning(tmp_path):
+    """Of 600 s that may be lost, 350 s lie behind the checkpoint of 100 s when it is complete, and saving
+    takes 300 s: the next one is due."""
+    now = [0.0]
+    saver = saver_of(tmp_path, clock=lambda: now[0], asynchronous=True, max_lost_minutes=10)
+    for now[0] in (50.0, 100.0):
+        assert not saver.flags(stop=False).save
+    saver.save(2, dict)
+    saver._share.wait()
+    now[0] = 400.0
+    saver.settle(Flags())
+    now[0] = 450.0
+    assert saver.flags(stop=False).save
 
 
 def checkpoints_in(folder: Path) -> list[str]:

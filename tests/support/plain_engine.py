@@ -103,7 +103,7 @@ class PlainRun:
     """A whole run with a `PlainEngine`.
 
     Attributes:
-        engine: it, after the run.
+        engine: it, after the run; `built` with model and device around it.
         start: the transformers model before the first step.
         samples: of every step in turn, (domain, index) of each sample.
         train, held_out: token caches by domain.
@@ -128,7 +128,8 @@ class PlainRun:
             if disturb is not None:
                 self.engine.disturb = disturb
             self.start = copy.deepcopy(model)
-            return Engine(self.engine, model, device, attention, STAGE_0)
+            self.built = Engine(self.engine, model, device, attention, STAGE_0)
+            return self.built
 
         return build_engine
 
