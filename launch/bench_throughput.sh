@@ -15,8 +15,8 @@ cd "$(dirname "$0")/.."
 out=runs/bench
 shapes="llama-3-8b:all qwen2.5-7b:all qwen2.5-14b:4,8 qwen2.5-32b:4,8"
 pack_lens=8192
-packs_per_rank=2
-recompute="off all"
+packs_per_rank=8
+recompute=auto
 zero_stages=3
 hostfile=
 ranks=

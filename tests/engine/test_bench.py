@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from launching import REPOSITORY, launch_soundly
+from launching import REPOSITORY, launch
 
 from versatune_ds.cli.main import main
 from versatune_ds.engine import bench_shapes
@@ -29,10 +29,11 @@ OPTIONS = (
 def result(tmp_path_factory) -> dict:
     """Two slices of the tiny shape on two ranks, with everything measured."""
     out = tmp_path_factory.mktemp("bench")
-    arguments = [*OPTIONS, "--layers", "1,2", "--out", str(out), "--name", "two"]
-    launch_soundly(REPOSITORY / "launch" / "bench.py", 2, arguments)
+    arguments = [*OPTIONS, "--layers", "1,2", "--out", str(out), "--name", "two", "train.rehearse=on"]
+    ranks = launch(REPOSITORY / "launch" / "bench.py", 2, arguments)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stdout[-3000:] + ranks[1].stdout[-3000:]
     assert (out / "two.md").read_text().startswith("# Trainer benchmark: tiny")
-    return json.loads((out / "two.json").read_text())
+    return {**json.loads((out / "two.json").read_text()), "log": ranks[0].stdout}
 
 
 # --- shapes -------------------------------------------------------------------------------------------------
@@ -102,13 +103,15 @@ def test_the_kernel_benchmark_has_the_same_heads():
 def test_rates_by_hand():
     # 800 real tokens in 2 s on 4 ranks: 100 a second and rank; 1.6e13 FLOPs: 2 TFLOP/s a rank
     tokens = {"real": 800, "slot": 1600, "supervised": 400}
-    rates = bench_results.rates(tokens, 1.6e13, 2.0, 4, peak_tflops=10.0, ceiling_tflops=8.0)
+    done = bench_results.Work(flops=1.6e13, flops_6n=2.4e13)
+    rates = bench_results.rates(tokens, done, 2.0, 4, peak_tflops=10.0, ceiling_tflops=8.0)
     assert rates == {
         "real_tokens_per_s_per_rank": 100.0,
         "slot_tokens_per_s_per_rank": 200.0,
         "supervised_tokens_per_s_per_rank": 50.0,
         "achieved_tflops_per_rank": 2.0,
         "mfu": 0.2,
+        "mfu_6n": 0.3,
         "ratio_to_matmul_ceiling": 0.25,
     }
 
@@ -116,6 +119,8 @@ def test_rates_by_hand():
 def slice_of(layers: int, step_s: float, **split_s: float) -> dict:
     return {
         "layers": layers,
+        "status": "measured",
+        "num_parameters": 1400,
         "step_s": {"mean": step_s},
         "split_s": {**dict.fromkeys(bench_results.PHASES, 0.0), **split_s},
         "tokens_per_step": {"real": 10, "slot": 20, "supervised": 5, "sum_squared_lengths": 30},
@@ -145,14 +150,38 @@ def test_a_whole_model_is_not_extrapolated():
 
 def test_the_full_model_is_counted_with_all_its_layers():
     shape = ModelShape(
-        num_parameters_nonembedding=1000, num_layers=64, attention_width=8, hidden_size=4, vocab_size=50
+        num_parameters=1400,
+        num_parameters_nonembedding=1000,
+        num_layers=64,
+        attention_width=8,
+        hidden_size=4,
+        vocab_size=50,
     )
     full = bench_results.full_model(
-        [slice_of(8, 1.0), slice_of(4, 0.6)], shape, 9.0, 1, peak_tflops=None, ceiling_tflops=None
+        [slice_of(8, 1.0), slice_of(4, 0.6)], shape, 20, 1, peak_tflops=1e-6, ceiling_tflops=None
     )
     # 6 x 1000 x 10 + 6 x 4 x 50 x 5 + 6 x 64 x 8 x 30 = 158,160 FLOPs in 6.6 s
     assert full["achieved_tflops_per_rank"] == pytest.approx(158_160 / 6.6 / 1e12)
-    assert full["extrapolated"] and full["mfu"] is None
+    assert full["mfu"] == pytest.approx(158_160 / 6.6 / 1e6)
+    # (6 x 1400 + 12 x 64 x 8 x 20) x 20 slots = 131,280 x 20
+    assert full["mfu_6n"] == pytest.approx(2_625_600 / 6.6 / 1e6)
+    assert full["extrapolated"]
+
+
+def test_one_slice_of_a_full_model_scales_the_optimizer_by_the_parameters():
+    # 1 of 2 layers, half of the 2,800 parameters, all of the second in the optimizer: 2 s
+    shape = ModelShape(
+        num_parameters=2800,
+        num_parameters_nonembedding=1000,
+        num_layers=2,
+        attention_width=8,
+        hidden_size=4,
+        vocab_size=50,
+    )
+    full = bench_results.full_model(
+        [slice_of(1, 1.0, optimizer=1.0)], shape, 20, 1, peak_tflops=None, ceiling_tflops=None
+    )
+    assert full["step_s"] == pytest.approx(2.0) and full["mfu"] is full["mfu_6n"] is None
 
 
 # --- a run --------------------------------------------------------------------------------------------------
@@ -166,12 +195,35 @@ def test_a_result_says_what_was_measured(result):
     assert [measured["layers"] for measured in result["slices"]] == [1, 2]
     assert result["full_model"]["layers"] == 4 and result["full_model"]["extrapolated"]
     assert result["matmul_ceiling"]["tflops"] > 0
+    assert result["finished"] and result["settings"]["activation_checkpointing"] == "off"
     for measured in result["slices"]:
         expected = bench_shapes.total_parameters("tiny", measured["layers"])
         assert measured["num_parameters"] == expected
         assert measured["skipped_steps"] == 0
         assert measured["peak_memory_gib"] > 0
-        assert measured["mfu"] is None  # the peak of a CPU is not known
+        assert measured["status"] == "measured" and measured["plan"]["verdict"] == "fits"
+        assert measured["mfu"] is measured["mfu_6n"] is None  # the peak of a CPU is not known
+
+
+def test_a_slice_rehearses_as_a_run_does(result):
+    assert result["log"].count("rehearsal: a full pack fits") == 2
+
+
+def test_the_shipped_deepspeed_settings_are_measured(result):
+    shipped = json.loads((REPOSITORY / "configs" / "deepspeed" / "zero3.json").read_text())
+    assert shipped["zero_optimization"].items() <= result["settings"]["zero_optimization"].items()
+
+
+@pytest.mark.slow
+def test_a_rank_without_memory_costs_its_slice_only(tmp_path):
+    """Rank 1 runs out of memory in the first slice: rank 0 knows why, and both go on with the second."""
+    script = REPOSITORY / "tests" / "support" / "sabotaged_bench.py"
+    arguments = [*OPTIONS, "--layers", "1,2", "--metrics", "off", "--out", str(tmp_path), "--name", "two"]
+    ranks = launch(script, 2, arguments)
+    lost, measured = json.loads((tmp_path / "two.json").read_text())["slices"]
+    assert lost["status"] == "out of memory" and "Tried to allocate 2 GiB" in lost["reason"], lost
+    assert "rank 1" in lost["reason"] and measured["status"] == "measured"
+    assert [rank.returncode for rank in ranks] == [1, 0]
 
 
 def test_tokens_and_rates_belong_together(result):
@@ -207,11 +259,17 @@ def test_the_page_compares_and_marks_what_was_extrapolated(result, tmp_path, cap
     (tmp_path / "two.json").write_text(json.dumps(whole))
     (tmp_path / "failures.txt").write_text("qwen2.5-32b all layers\n")
     assert main(["bench", "--page", str(tmp_path)]) == 0
+    lost = {"layers": 3, "status": "out of memory", "reason": "no room"}
+    (tmp_path / "three.json").write_text(
+        json.dumps({**result, "slices": [lost], "full_model": None, "environment": {}})
+    )
+    assert main(["bench", "--page", str(tmp_path)]) == 0
     page = (tmp_path / "comparison.md").read_text()
+    assert "- three: 3 layers: out of memory: no room\n- qwen2.5-32b all layers\n" in page
+    assert "MFU 6N: 6 N + 12 L H T" in page
     (one,) = [line for line in page.splitlines() if line.startswith("| one |")]
     (two,) = [line for line in page.splitlines() if line.startswith("| two |")]
     assert "4 * from 2" in one and "*" not in two
-    assert "- qwen2.5-32b all layers" in page
 
 
 def test_a_page_without_results_is_an_error(tmp_path):
@@ -228,14 +286,19 @@ def test_the_stand_ins_leave_the_run_as_it_was():
 import json, tempfile
 from pathlib import Path
 from versatune_ds.engine import bench, bench_phases, train
+from versatune_ds.engine.bench_settings import BenchSettings
 from versatune_ds.engine.build import close_process_group, start_process_group
 
 device = start_process_group()
 losses = {}
 for how in ("plain", "timed", "without"):
-    settings = bench.BenchSettings(shape="tiny", layers=(1,), pack_len=128, packs_per_rank=2, dtype="fp32")
+    settings = BenchSettings(
+        shape="tiny", pack_len=128, packs_per_rank=2, dtype="fp32", activation_checkpointing="off",
+        overrides=("metrics.peak_tflops=2",),
+    )
     with tempfile.TemporaryDirectory() as folder:
-        config = bench.bench_config(settings, 1, Path(folder))
+        model = bench.write_model_folder(Path(folder) / "model", "tiny", 1)
+        config = bench.bench_config(settings, str(model), Path(folder) / "run")
         run = bench.open_bench_run(config, settings, device)
     stepper, seen = bench.Stepper(run), []
     accumulate = train.accumulate
@@ -254,6 +317,8 @@ for how in ("plain", "timed", "without"):
     assert run.engine is engine and run.statistics is statistics
     records = run.sinks.records
     losses[how] = {"backward": seen, "record": [record.loss for record in records]}
+    losses[how]["flops_6n"] = [record.mfu_6n * record.step_s * 2e12 for record in records]
+    losses[how]["ratio"] = [record.mfu / record.mfu_6n for record in records]
     run.close()
     engine.deepspeed.destroy()
 close_process_group()
@@ -266,12 +331,17 @@ print(json.dumps(losses))
     assert losses["plain"]["backward"] == losses["timed"]["backward"] == losses["without"]["backward"]
     assert all(loss > 0 for loss in losses["plain"]["record"])
     assert losses["without"]["record"] == [None, None]
+    # (6 x all parameters + 12 x 1 layer x 64 x 128) x 256 slots, in every record
+    expected = (6 * bench_shapes.total_parameters("tiny", 1) + 12 * 64 * 128) * 256
+    assert losses["plain"]["flops_6n"] == pytest.approx([expected] * 2)
+    assert all(0 < ratio < 0.6 for ratio in losses["plain"]["ratio"])  # half of the labels, no embedding
 
 
 def test_prepared_data_must_fit_the_vocabulary():
     import numpy as np
 
-    from versatune_ds.engine.bench import BenchSettings, check_tokens
+    from versatune_ds.engine.bench import check_tokens
+    from versatune_ds.engine.bench_settings import BenchSettings
 
     class Cache:
         domain = "law"

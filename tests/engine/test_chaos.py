@@ -38,7 +38,7 @@ KILLS, STEPS, EVERY = 20, 40, 2
 SEED = 20261120
 MOMENTS = ("saving", "training", "training", "saving", "starting")
 SURVIVOR_LEAVES_S, LAUNCHER_S = 60.0, 2.0
-CLOCK = ("_s", "_gib", "mfu")
+CLOCK = ("_s", "_gib", "mfu", "mfu_6n")
 
 
 @pytest.fixture(scope="module")

@@ -224,3 +224,18 @@ def test_command_reads_a_runs_settings(capsys):
         "chosen": False,
     }
     assert any("ZeRO++" in part["what"] for part in plan["memory"]["always"])
+
+
+def test_a_published_mfu_in_both_conventions():
+    """KempnerForge: 8B on one H200, samples of 4,096 tokens, 10,471 tokens/s, reported as 57.8 %."""
+    from versatune_ds.engine.plan_shape import find_decoder
+    from versatune_ds.observability.throughput import mfu, peak_tflops, step_flops, step_flops_6n
+
+    shape, tokens, length = find_decoder("llama-3-8b").flops_shape(), 10_471, 4096
+    peak = peak_tflops("NVIDIA H200")
+    common = step_flops_6n(shape, slot_tokens=tokens, pack_len=length)
+    strict = step_flops(
+        shape, real_tokens=tokens, supervised_tokens=tokens, sum_squared_lengths=tokens * length
+    )
+    assert mfu(common, 1.0, 1, peak) == pytest.approx(0.578, abs=5e-4)
+    assert mfu(strict, 1.0, 1, peak) == pytest.approx(0.511, abs=5e-4)

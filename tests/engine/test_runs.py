@@ -22,7 +22,7 @@ from small_runs import prepare_run, sample_settings
 
 from versatune_ds.cli.main import main
 from versatune_ds.config.load import load_config
-from versatune_ds.engine.build import git_commit
+from versatune_ds.foundations.commit import git_commit
 
 pytestmark = pytest.mark.slow
 

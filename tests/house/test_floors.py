@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import REPOSITORY
 
-FLOORS = ["foundations", "config", "domain", "data", "observability", "engine", "cli"]
+FLOORS = ["foundations", "config", "domain", "data", "observability", "engine", "apps", "cli"]
 PACKAGE = REPOSITORY / "versatune_ds"
 KERNELS = REPOSITORY / "kernels" / "versatune_kernels"
 

@@ -22,11 +22,11 @@ def test_a_line_has_step_losses_rate_and_eta(make_step):
     stream = Ascii()
     progress = Progress(4, ["law", "code"], stream=stream, interval_s=0)
     progress.step(make_step(1))
-    progress.step(make_step(2, domain_loss={"law": 2.0, "code": 5.0}, mfu=0.415))
+    progress.step(make_step(2, domain_loss={"law": 2.0, "code": 5.0}, mfu=0.415, mfu_6n=0.47))
     first, second = printed(stream)
     assert first.startswith("step 1/4 25% | loss 3.990 | law 2.99 code 3.99 | 500 tok/s | ETA")
     # smoothed over about five steps: 0.8 x 2.99 + 0.2 x 2.0 = 2.792; 0.8 x 3.99 + 0.2 x 5.0 = 4.192
-    assert "law 2.79v code 4.19^" in second and "MFU 41.5%" in second
+    assert "law 2.79v code 4.19^" in second and "MFU 41.5% (6N 47.0%)" in second
 
 
 def test_lines_come_at_intervals_first_last_and_skipped_always(make_step):

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from versatune_ds.foundations.constants import EXIT_OK
+from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
+
+if TYPE_CHECKING:
+    from versatune_ds.engine.bench_settings import BenchSettings
 
 DEFAULT_FOLDER = Path("runs/bench")
 
@@ -30,11 +36,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=_layer_counts,
         default=(),
         metavar="N[,N]",
-        help="slices of the first N layers with the true head; the full model's step is then extrapolated",
+        help="slices of the first N layers with the true head; the full model's step is then extrapolated; "
+        "default: the whole model, or slices of it where that does not fit",
     )
     parser.add_argument("--pack-len", type=int, default=8192, metavar="TOKENS")
     parser.add_argument(
-        "--packs-per-rank", type=int, default=2, metavar="N", help="packs of a rank in a step"
+        "--packs-per-rank", type=int, default=8, metavar="N", help="packs of a rank in a step"
     )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps on the clock")
     parser.add_argument("--warmup-steps", type=int, default=5, metavar="N")
@@ -54,10 +61,25 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--supervised", type=float, default=0.5, metavar="SHARE", help="labels in synthetic data"
     )
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
-    parser.add_argument("--checkpointing", default="off", metavar="off|all|N", help="recompute activations")
-    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=3, help="ZeRO stage")
     parser.add_argument(
-        "--deepspeed", type=Path, metavar="FILE", help="DeepSpeed JSON file instead of --zero"
+        "--checkpointing",
+        default="auto",
+        metavar="auto|off|all|N",
+        help="recompute activations; auto: as little as fits by the memory model of `plan`",
+    )
+    parser.add_argument(
+        "--zero",
+        type=int,
+        choices=(0, 1, 2, 3),
+        default=3,
+        help="ZeRO stage, otherwise configs/deepspeed/zero3.json",
+    )
+    parser.add_argument("--deepspeed", metavar="FILE", help="another DeepSpeed JSON file, instead of --zero")
+    parser.add_argument(
+        "--slice-limit-s",
+        type=float,
+        metavar="SECONDS",
+        help="end a slice that takes longer (building included), note it, and go on with the next",
     )
     parser.add_argument(
         "--out", type=Path, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
@@ -77,7 +99,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and write JSON and table, or write the page."""
+    """Measure, and write JSON and table after every slice; or write the page."""
     if args.page is not None:
         return write_page(args.page)
     if args.shape is None:
@@ -87,10 +109,10 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.engine.launcher import leave_with_launcher
 
     leave_with_launcher()
-    from versatune_ds.engine.bench import BenchSettings, bench, check_settings
+    from versatune_ds.engine.bench_fit import choose_slices, device_memory
+    from versatune_ds.engine.bench_settings import BenchSettings, check_settings
+    from versatune_ds.engine.bench_slices import run_slices
     from versatune_ds.foundations import distributed
-    from versatune_ds.foundations.files import write_json_atomic, write_text_atomic
-    from versatune_ds.observability.bench_results import table
 
     checkpointing = args.checkpointing
     settings = BenchSettings(
@@ -102,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         steps=args.steps,
         split_steps=args.split_steps,
         metrics=args.metrics,
-        data=None if args.data == "synthetic" else Path(args.data),
+        data=None if args.data == "synthetic" else args.data,
         supervised=args.supervised,
         dtype=args.dtype,
         activation_checkpointing=int(checkpointing) if checkpointing.isdigit() else checkpointing,
@@ -111,15 +133,48 @@ def run(args: argparse.Namespace) -> int:
         overrides=tuple(args.overrides),
     )
     check_settings(settings)
-    result = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), **bench(settings)}
-    if distributed.is_main():
-        args.out.mkdir(parents=True, exist_ok=True)
-        name = args.name or _name(args, result["environment"]["world_size"])
-        write_json_atomic(args.out / f"{name}.json", result)
-        write_text_atomic(args.out / f"{name}.md", table(result))
-        print(table(result))
-        print(f"written: {args.out / name}.json")
-    return EXIT_OK
+    slices = choose_slices(settings, device_memory())
+    writer = _Writer(args, settings, len(slices))
+    run_slices(settings, slices, args.slice_limit_s, writer.write)
+    # the launcher ends rank 0 when another one leaves with an error: only rank 0 has the verdict
+    return EXIT_OK if writer.all_measured or not distributed.is_main() else EXIT_FAILURE
+
+
+class _Writer:
+    """Keeps the files of a benchmark as far as its slices are through; rank 0 only."""
+
+    def __init__(self, args: argparse.Namespace, settings: BenchSettings, num_slices: int) -> None:
+        from versatune_ds.engine.plan_shape import find_decoder
+        from versatune_ds.foundations import distributed
+
+        world_size = distributed.world_size()
+        self._is_main = distributed.is_main()
+        self._path = args.out / (args.name or _name(args, world_size))
+        self._num_slices = num_slices
+        self._full = find_decoder(settings.shape).flops_shape()
+        self._known = {
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "environment": {"date": time.strftime("%Y-%m-%d"), "world_size": world_size},
+            "settings": dataclasses.asdict(settings),
+        }
+        self.all_measured = False
+
+    def write(self, outcomes: list[dict[str, Any]]) -> None:
+        """Write NAME.json and NAME.md; the last time also to the console."""
+        if not self._is_main:
+            return
+        from versatune_ds.foundations.files import write_json_atomic, write_text_atomic
+        from versatune_ds.observability.bench_results import lost_texts, result_of, table
+
+        is_finished = len(outcomes) == self._num_slices
+        result = result_of(outcomes, self._known, self._full, is_finished=is_finished)
+        self.all_measured = is_finished and not lost_texts(result)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(self._path.with_name(f"{self._path.name}.json"), result)
+        write_text_atomic(self._path.with_name(f"{self._path.name}.md"), table(result))
+        if is_finished:
+            print(table(result))
+            print(f"written: {self._path}.json")
 
 
 def write_page(folder: Path) -> int:
@@ -144,7 +199,7 @@ def _layer_counts(text: str) -> tuple[int, ...]:
 def _name(args: argparse.Namespace, world_size: int) -> str:
     """A file name that tells settings apart."""
     layers = "-".join(map(str, args.layers)) or "all"
-    zero = args.deepspeed.stem if args.deepspeed is not None else f"zero{args.zero}"
+    zero = Path(args.deepspeed).stem if args.deepspeed is not None else f"zero{args.zero}"
     return (
         f"{args.shape}_{layers}-layers_{args.packs_per_rank}x{args.pack_len}_{args.dtype}_"
         f"recompute-{args.checkpointing}_{zero}_{world_size}-ranks"

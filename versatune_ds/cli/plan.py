@@ -89,28 +89,12 @@ def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], str, float | No
     if args.config is None:
         return {}, args.model, None
     from versatune_ds.config.load import load_config
-    from versatune_ds.engine.plan_memory import ZeroBuffers, read_offload
-    from versatune_ds.foundations.errors import ConfigError
+    from versatune_ds.engine.plan_memory import setup_fields
 
     config = load_config(args.config, args.overrides)
-    source: Any = config.deepspeed
-    if isinstance(source, Path):
-        if not source.is_file():
-            raise ConfigError(f"deepspeed: no file {source}; see configs/deepspeed/ for ready ones")
-        source = json.loads(source.read_text(encoding="utf-8"))
-    zero = source.get("zero_optimization", {"stage": 3})
-    fields = {
-        "zero_stage": int(zero.get("stage", 0)),
-        "dtype": config.model.dtype,
-        "pack_len": config.batch.pack_len,
-        "packs_per_step": config.batch.packs_per_step,
-        "checkpointing": config.model.activation_checkpointing,
-        "offload": read_offload(zero),
-        "buffers": ZeroBuffers.from_settings(zero),
-    }
     steps = config.train.max_steps
     tokens = None if steps is None else float(steps * config.batch.pack_len * config.batch.packs_per_step)
-    return fields, config.model.source, tokens
+    return setup_fields(config), config.model.source, tokens
 
 
 def _setup(fields: dict[str, Any], args: argparse.Namespace) -> Any:

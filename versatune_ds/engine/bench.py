@@ -1,6 +1,7 @@
 """End-to-end throughput of the trainer's own step, on random weights of a named shape.
 
-    warm up -> matrix-product ceiling -> steps on the clock -> steps with every phase timed -> weight updates
+    matrix-product ceiling -> model -> dry run -> warm up -> steps on the clock
+            -> steps with every phase timed -> weight updates
             -> steps with and without domain statistics, in alternation
 
 The steps are `engine.train.run_step` on a `Run` like any other; nothing of the loop is written a second time.
@@ -13,25 +14,22 @@ Phases: data_wait (the loader made the loop wait), forward (without the head), l
 with the fused backends computes its gradients too), backward, optimizer, statistics (adding and reducing the
 domain sums), rank_wait, and other (copies, records, what the phases leave).
 
-What is not covered: evaluation and checkpoints (not part of a step), and the quality of what is trained.
+What is not covered: evaluation and checkpoints (not part of a step), the quality of what is trained, and
+which slices are measured, each in a process of its own (`engine/bench_slices.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
-import shutil
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 
 from versatune_ds.config.load import load_config
 from versatune_ds.config.schema import Config
@@ -44,22 +42,20 @@ from versatune_ds.domain.early_stopping import EarlyStopping
 from versatune_ds.domain.reference import load_reference
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.bench_phases import Stopwatch, phases, timed_phases, without_statistics
-from versatune_ds.engine.bench_shapes import (
-    nonembedding_parameters,
-    shape_config,
-    total_parameters,
-    write_model_folder,
-)
+from versatune_ds.engine.bench_settings import BenchSettings, bench_config
+from versatune_ds.engine.bench_shapes import shape_config, write_model_folder
 from versatune_ds.engine.build import (
+    accelerator_peak_tflops,
     build_engine,
     close_process_group,
     describe_hardware,
     describe_versions,
-    git_commit,
     start_process_group,
 )
 from versatune_ds.engine.deepspeed_config import zero_stage
+from versatune_ds.engine.heartbeat import Heartbeat
 from versatune_ds.engine.model import DTYPES, parameter_counts
+from versatune_ds.engine.rehearsal import rehearse_when_asked
 from versatune_ds.engine.run import Run, planner_settings
 from versatune_ds.engine.saving import Saver
 from versatune_ds.engine.signals import StopRequest
@@ -67,120 +63,58 @@ from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.engine.train import run_step, update_weights
 from versatune_ds.foundations import distributed
-from versatune_ds.foundations.errors import ConfigError, DataError
+from versatune_ds.foundations.commit import git_commit
+from versatune_ds.foundations.errors import DataError
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.bench_results import (
-    KIND,
     PHASES,
-    SCHEMA_VERSION,
-    full_model,
     rates,
     spread,
+    work,
 )
 from versatune_ds.observability.progress import Progress
 from versatune_ds.observability.records import StepRecord
 from versatune_ds.observability.sinks import Sinks
-from versatune_ds.observability.throughput import ModelShape, peak_memory_gib, peak_tflops, step_flops
+from versatune_ds.observability.throughput import ModelShape, peak_memory_gib
 
 log = get_logger(__name__)
 
-DOMAINS = ("law", "medicine", "finance", "science", "code", "other")
 SYNTHETIC_SAMPLES = 4096
 NUM_UPDATES = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchSettings:
-    """What is measured, and how often."""
-
-    shape: str
-    """Name in `bench_shapes.SHAPES`."""
-    layers: tuple[int, ...] = ()
-    """Slices of the first n layers; empty: the whole model."""
-    pack_len: int = 8192
-    packs_per_rank: int = 2
-    """Packs of a rank in a step: its accumulation steps."""
-    warmup_steps: int = 5
-    steps: int = 20
-    """Steps on the clock."""
-    split_steps: int = 5
-    """Steps with every phase timed."""
-    metrics: str = "both"
-    """Domain statistics "on", "off", or "both" (adds steps that alternate)."""
-    data: Path | None = None
-    """Settings whose prepared data is used; None: synthetic samples."""
-    supervised: float = 0.5
-    """Synthetic: share of a sample that has labels."""
-    dtype: str = "bf16"
-    activation_checkpointing: str | int = "off"
-    zero_stage: int = 3
-    deepspeed: Path | None = None
-    """DeepSpeed JSON file instead of `zero_stage`."""
-    overrides: tuple[str, ...] = ()
-    """`section.key=value` for any other setting; they win."""
 
 
 # --- the benchmark ------------------------------------------------------------------------------------------
 
 
-def bench(settings: BenchSettings) -> dict[str, Any]:
-    """Measure and return the result, complete on rank 0; every rank calls it.
+def bench_slice(settings: BenchSettings, layers: int) -> dict[str, Any]:
+    """Measure the first `layers` layers; every rank calls it, in a process without a group.
+
+    Returns:
+        `slice` (the numbers), and `environment`, `settings` in force, `peak_tflops`. Complete on rank 0.
 
     Raises:
-        VersaTuneError: settings or data that cannot be used.
+        VersaTuneError: settings or data that cannot be used, out of memory in the dry run, a lost rank.
     """
-    device = start_process_group()
-    result = bench_in_group(settings, device)
-    close_process_group()
-    return result
-
-
-def bench_in_group(settings: BenchSettings, device: torch.device) -> dict[str, Any]:
-    """`bench` within a process group that is already there and stays."""
-    full_layers = shape_config(settings.shape)["num_hidden_layers"]
-    layers = sorted(set(settings.layers or (full_layers,)))
-    environment = describe_environment(device)
-    measured = []
-    ceiling: dict[str, Any] = {}
-    for count in layers:
-        log.info("%s: %d of %d layers", settings.shape, count, full_layers)
-        folder = Path(tempfile.mkdtemp(prefix="versatune-bench-"))
-        try:
-            config = bench_config(settings, count, folder)
-            opened = open_bench_run(config, settings, device)
+    with tempfile.TemporaryDirectory(prefix="versatune-bench-") as name:
+        folder = Path(name)
+        model = write_model_folder(folder / "model", settings.shape, layers)
+        config = bench_config(settings, str(model), folder / "run")
+        device = start_process_group(config.run.collective_timeout_s)
+        environment = describe_environment(device)
+        ceiling = matmul_ceiling(config, settings, device)
+        with Heartbeat(config.run.hang_timeout_s):
+            run = open_bench_run(config, settings, device)
             try:
-                if not ceiling:
-                    ceiling = matmul_ceiling(config, settings, device)
-                measured.append(measure(opened, settings, ceiling["tflops"]))
-                used = describe_settings(settings, opened)
-                peak = opened.peak_tflops
+                measured = measure(run, settings, ceiling["tflops"])
             finally:
-                opened.close()
-                opened.engine.deepspeed.destroy()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        del opened
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    whole = shape_of(settings.shape)
-    ratio = total_parameters(settings.shape) / total_parameters(settings.shape, layers[-1])
+                run.close()
+    in_force = describe_settings(settings, run)
+    close_process_group()
     return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": KIND,
         "environment": environment,
-        "settings": used,
-        "peak_tflops": peak,
-        "matmul_ceiling": ceiling,
-        "slices": measured,
-        "full_model": full_model(
-            measured,
-            whole,
-            ratio,
-            distributed.world_size(),
-            peak_tflops=peak,
-            ceiling_tflops=ceiling["tflops"],
-        ),
+        "settings": in_force,
+        "peak_tflops": run.peak_tflops,
+        "slice": {**measured, "matmul_ceiling": ceiling},
     }
 
 
@@ -212,12 +146,10 @@ def measure(run: Run, settings: BenchSettings, ceiling_tflops: float) -> dict[st
         "skipped_steps": timed.skipped,
         "seconds": seconds,
         "step_s": spread(list(step_s)),
-        "tokens_per_step": {
-            name: total / settings.steps for name, total in totals.items() if name != "flops"
-        },
+        "tokens_per_step": {name: total / settings.steps for name, total in totals.items()},
         **rates(
             totals,
-            totals["flops"],
+            work(run.shape, totals, run.config.batch.pack_len),
             seconds,
             distributed.world_size(),
             peak_tflops=run.peak_tflops,
@@ -242,18 +174,16 @@ class TimedSteps(NamedTuple):
     step_s: list[float]
     """Between the ends of consecutive steps on this rank."""
     plans: list[StepPlan]
-    flops: float
     skipped: int
     """Steps without an optimizer step; known on rank 0."""
 
     def totals(self) -> dict[str, float]:
-        """Tokens, squared lengths and FLOPs over all ranks."""
+        """Tokens and squared lengths over all ranks."""
         return {
             "real": sum(plan.tokens for plan in self.plans),
             "slot": sum(plan.num_packs * plan.pack_len for plan in self.plans),
             "supervised": sum(plan.supervised_tokens for plan in self.plans),
             "sum_squared_lengths": sum(squared_lengths(plan) for plan in self.plans),
-            "flops": self.flops,
         }
 
 
@@ -286,24 +216,13 @@ class Stepper:
             log.warning(
                 "%d of %d steps were skipped (%s)", len(reasons), count, ", ".join(sorted(set(reasons)))
             )
-        flops = sum(plan_flops(plan, run.shape) for plan in plans)
-        return TimedSteps(seconds, step_s, plans, flops, len(reasons))
+        return TimedSteps(seconds, step_s, plans, len(reasons))
 
     def synchronise(self) -> None:
         """Wait for the device and for all ranks."""
         if self.run.engine.device.type == "cuda":
             torch.cuda.synchronize()
         distributed.barrier()
-
-
-def plan_flops(plan: StepPlan, shape: ModelShape) -> float:
-    """Useful work of a step, as in metrics.jsonl."""
-    return step_flops(
-        shape,
-        real_tokens=plan.tokens,
-        supervised_tokens=plan.supervised_tokens,
-        sum_squared_lengths=squared_lengths(plan),
-    )
 
 
 def squared_lengths(plan: StepPlan) -> int:
@@ -413,41 +332,6 @@ class SyntheticSamples:
         return "synthetic", index + 1
 
 
-def bench_config(settings: BenchSettings, layers: int, folder: Path) -> Config:
-    """A run's settings for the benchmark; `overrides` win over everything."""
-    names = list(DOMAINS)
-    domains: dict[str, Any] = {"names": names}
-    if settings.data is not None:
-        given = load_config(settings.data)
-        names = given.domains.names
-        domains = given.domains.model_dump(mode="json")
-    model = write_model_folder(folder / "model", settings.shape, layers)
-    deepspeed: Any = {"zero_optimization": {"stage": settings.zero_stage}}
-    raw = {
-        "run": {"dir": str(folder / "run")},
-        "model": {
-            "source": str(model),
-            "weights": "random",
-            "dtype": settings.dtype,
-            "activation_checkpointing": settings.activation_checkpointing,
-        },
-        "data": {"train": [{"path": "synthetic", "domain": names[0]}]},
-        "domains": domains,
-        # weights that move with the losses: a random model is above this reference in every domain
-        "weights": {"strategy": "fostering", "reference": dict.fromkeys(names, 1.0)},
-        "batch": {
-            "pack_len": settings.pack_len,
-            "packs_per_step": settings.packs_per_rank * distributed.world_size(),
-        },
-        "optimizer": {"schedule": "constant"},
-        "train": {"max_steps": 10**6},
-        "deepspeed": deepspeed if settings.deepspeed is None else str(settings.deepspeed),
-    }
-    path = folder / "bench.yaml"
-    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
-    return load_config(path, list(settings.overrides))
-
-
 def open_bench_run(config: Config, settings: BenchSettings, device: torch.device) -> Run:
     """A run like `engine.run.open_run` makes, without a folder, evaluation or checkpoints."""
     table = DomainTable(config.domains.names)
@@ -459,12 +343,19 @@ def open_bench_run(config: Config, settings: BenchSettings, device: torch.device
     if settings.data is not None:
         sources = open_caches(load_config(settings.data), config_path=settings.data)["train"]
         check_tokens(sources, vocab_size, settings)
+    return open_run_on(config, sources, device)
+
+
+def open_run_on(config: Config, sources: list[Any], device: torch.device) -> Run:
+    """A run on these token sources, one a domain in table order; as `open_bench_run` opens it."""
+    table = DomainTable(config.domains.names)
     corpus = Corpus.from_caches(sources, table.names)
     planner = planner_settings(config, table)
     corpus.check(planner)
     reference = load_reference(config.weights.reference, table)
     controller = WeightController(table, config.domains, config.weights, reference)
     engine = build_engine(config, device)
+    rehearse_when_asked(engine, config)
     loader = RecordingLoader(
         corpus,
         sources,
@@ -490,8 +381,8 @@ def open_bench_run(config: Config, settings: BenchSettings, device: torch.device
         tokenizer=None,
         sinks=RecordingSinks(),
         progress=Progress(config.train.max_steps or 0, table.names, is_main=False),
-        shape=ModelShape.from_config(engine.model.lm.config, parameter_counts(engine.model)[1]),
-        peak_tflops=config.metrics.peak_tflops or peak_tflops(describe_hardware(device)["device"]),
+        shape=ModelShape.from_config(engine.model.lm.config, *parameter_counts(engine.model)),
+        peak_tflops=accelerator_peak_tflops(config, device),
         total_steps=config.train.max_steps or 0,
         first_step=0,
         skipped_in_a_row=0,
@@ -511,18 +402,6 @@ def check_tokens(caches: list[Any], vocab_size: int, settings: BenchSettings) ->
                 f"{settings.data}: domain {cache.domain} has the token id {largest}, {settings.shape} has "
                 f"{vocab_size} tokens; take a shape with the vocabulary of the data's tokenizer"
             )
-
-
-def shape_of(name: str) -> ModelShape:
-    """The FLOPs shape of a whole named model."""
-    shape = shape_config(name)
-    return ModelShape(
-        num_parameters_nonembedding=nonembedding_parameters(name),
-        num_layers=shape["num_hidden_layers"],
-        attention_width=shape["hidden_size"],
-        hidden_size=shape["hidden_size"],
-        vocab_size=shape["vocab_size"],
-    )
 
 
 # --- where it runs ------------------------------------------------------------------------------------------
@@ -573,26 +452,16 @@ def describe_settings(settings: BenchSettings, run: Run) -> dict[str, Any]:
     config = run.config
     return {
         "shape": settings.shape,
-        "layers": list(settings.layers),
         "pack_len": config.batch.pack_len,
         "packs_per_rank": config.batch.packs_per_step // distributed.world_size(),
         "dtype": config.model.dtype,
         "zero_stage": zero_stage(run.engine.settings),
+        "zero_optimization": run.engine.settings["zero_optimization"],
         "activation_checkpointing": config.model.activation_checkpointing,
         "attention": run.engine.attention.implementation,
         "loss_backend": resolve_backend(config.model.loss_backend, run.engine.device.type).name,
-        "data": "synthetic" if settings.data is None else str(settings.data),
+        "data": settings.data or "synthetic",
         "supervised": settings.supervised if settings.data is None else None,
         "metrics": settings.metrics,
         "overrides": list(settings.overrides),
     }
-
-
-def check_settings(settings: BenchSettings) -> None:
-    """Raise ConfigError for what cannot be measured, before anything is started."""
-    for layers in settings.layers or (None,):
-        shape_config(settings.shape, layers)
-    if settings.steps < 1 or settings.split_steps < 1 or settings.warmup_steps < 0:
-        raise ConfigError("bench: steps and split steps must be >= 1, warm-up steps >= 0")
-    if not 0 < settings.supervised <= 1:
-        raise ConfigError(f"bench: --supervised is a share above 0 and up to 1, not {settings.supervised}")

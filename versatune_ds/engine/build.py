@@ -10,11 +10,9 @@ import importlib.util
 import math
 import os
 import socket
-import subprocess
 import time
 import warnings
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -39,6 +37,7 @@ from versatune_ds.engine.optimizer import build_optimizer
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.observability.throughput import peak_tflops
 from versatune_kernels import KernelError, resolve_backend
 
 log = get_logger(__name__)
@@ -247,6 +246,19 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
+def accelerator_peak_tflops(config: Config, device: torch.device) -> float | None:
+    """Dense peak of one accelerator in TFLOP/s, for MFU; None on a CPU and, with a warning, if unknown."""
+    name = describe_hardware(device)["device"]
+    peak = config.metrics.peak_tflops or peak_tflops(name)
+    if peak is None and device.type != "cpu":
+        log.warning(
+            "the dense peak of %s is not known, so there is no MFU; set metrics.peak_tflops to what its "
+            "data sheet says for model.dtype without sparsity",
+            name,
+        )
+    return peak
+
+
 def describe_versions() -> dict[str, str]:
     """Versions of what computes, for run.json."""
     import transformers
@@ -263,26 +275,6 @@ def describe_versions() -> dict[str, str]:
         if importlib.util.find_spec(name) is not None:
             versions[name] = getattr(__import__(name), "__version__", "installed")
     return versions
-
-
-def git_commit(file: Path = Path(__file__)) -> str | None:
-    """Commit of the source tree that `file` belongs to, "-dirty" appended when tracked files differ.
-
-    None outside of git, and for an installed copy that lies in the checkout of something else.
-    """
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=file.parent, check=True, capture_output=True, text=True
-        )
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", file.name)
-        commit = git("rev-parse", "--short=12", "HEAD")
-        return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _free_port() -> int:

@@ -3,24 +3,28 @@
 Batch sizes, precision, clipping and the optimizer are set once, in the run's YAML; a DeepSpeed file that sets
 them too is refused, because one of the two would silently lose.
 
-DeepSpeed ignores top-level keys that it does not know, so a misspelt section would be lost. Which keys the
-installed DeepSpeed knows is seen by letting it read a dict that notes what is looked up in it. The rest is
-left to DeepSpeed's own validation, whose errors become ours.
+DeepSpeed ignores top-level keys that it does not know, and reads others that change nothing here: they
+belong to features that a caller must switch on (`engine.compile`, `checkpointing.configure`), or to loaders,
+optimizers and engines that the trainer does not use. So every key has a place in one of the tables below:
+it passes, it is set by one of our sections, or it is refused with the reason. What a section may hold is left
+to DeepSpeed's own validation, whose errors become ours; where it has none, we do it.
 
-What is not covered: the meaning of DeepSpeed's own keys (ZeRO stage, offload, buckets, ZeRO++), and unknown
-keys within the few sections that DeepSpeed does not validate (aio, activation_checkpointing, ...).
+DeepSpeed's throughput timer is switched off: it waits for the device in every forward from the third step on.
+
+What is not covered: whether values suit the machine (buckets, offload, the ranks of a ZeRO++ partition).
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
@@ -28,6 +32,22 @@ from versatune_ds.config.schema import Config
 from versatune_ds.data.balance import check_world_size
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 
+PASSED_KEYS = (
+    "aio",
+    "comms_logger",
+    "communication_data_type",
+    "data_types",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "log_level",
+    "memory_breakdown",
+    "prescale_gradients",
+    "wall_clock_breakdown",
+    "zero_optimization",
+)
+"""Top-level keys that do here what DeepSpeed's documentation says."""
 OWNED_KEYS = {
     "train_batch_size": "batch.packs_per_step",
     "train_micro_batch_size_per_gpu": "batch (one pack is one micro-batch)",
@@ -41,7 +61,85 @@ OWNED_KEYS = {
     "steps_per_print": "(the console is ours)",
     "checkpoint": "checkpoint (its files are written and verified by the trainer)",
     "datastates_ckpt": "checkpoint (its files are written and verified by the trainer)",
+    "timers": "(off: DeepSpeed's timer waits for the device in every forward)",
+    "gradient_allreduce_op": "(the loss is divided by the tokens of all ranks, then gradients are averaged)",
+    "managed_gradient_accumulation": "(the loop says which pack ends a step)",
+    "torch_autocast": "model.dtype",
+    "tensorboard": "metrics",
+    "wandb": "metrics",
+    "comet": "metrics",
+    "csv_monitor": "metrics",
 }
+WITHOUT_EFFECT = {
+    "activation_checkpointing": "is for models that call DeepSpeed's checkpoint function; set "
+    "model.activation_checkpointing",
+    "compile": "is for DeepCompile, which the trainer does not start; set model.compile",
+    "autotuning": "is for DeepSpeed's autotuner, which cannot run the trainer; see versatune-ds plan",
+    "data_efficiency": "is for DeepSpeed's data loader; set data and batch",
+    "dataloader_drop_last": "is for DeepSpeed's data loader; set data and batch",
+    "disable_allgather": "is read by nothing in DeepSpeed",
+    "expert_parallel": "would put other layers into the model, which the trainer does not know",
+    "hybrid_engine": "is for generating texts between steps, which the trainer does not do",
+    "pipeline": "is for DeepSpeed's pipeline engine, which the trainer does not use",
+    "seq_parallel_communication_data_type": "is for sequence parallelism, which the trainer does not have",
+    "tensor_parallel": "would change which ranks share data, which the trainer's sums do not know",
+    "use_data_before_expert_parallelism": "is for expert parallelism, which the trainer does not have",
+    "vocabulary_size": "only makes DeepSpeed print a warning",
+    "weight_quantization": "is for inference",
+    "zero_allow_untested_optimizer": "is for optimizers that DeepSpeed does not know; ours it knows",
+    "zero_force_ds_cpu_optimizer": "is for optimizers other than DeepSpeed's own, which offloading takes",
+}
+ZERO_WITHOUT_EFFECT = {
+    "allgather_partitions": "is read by nothing in DeepSpeed",
+    "compute_grad_norm": "is on: in the norm the trainer finds gradients that are not finite",
+    "cpu_offload": "is deprecated; set offload_optimizer: {device: cpu}",
+    "cpu_offload_param": "is deprecated; set offload_param: {device: cpu}",
+    "cpu_offload_use_pin_memory": "is deprecated; set pin_memory in offload_optimizer and offload_param",
+    "elastic_checkpoint": "is for DeepSpeed's own checkpoints; any number of ranks reads the trainer's",
+    "gather_16bit_weights_on_model_save": "is for DeepSpeed's own export; the trainer's needs no key",
+    "legacy_stage1": "is refused by DeepSpeed",
+    "load_from_fp32_weights": "is for DeepSpeed's own checkpoints; the trainer's always keep fp32 weights",
+    "pipeline_loading_checkpoint": "is for DeepSpeed's own checkpoints",
+    "save_muon_momentum_buffer_in_memory": "is for the Muon optimizer, which the trainer does not have",
+    "stage3_gather_16bit_weights_on_model_save": "is for DeepSpeed's own export; the trainer's needs no key",
+    "stage3_gather_fp16_weights_on_model_save": "is for DeepSpeed's own export; the trainer's needs no key",
+    "zenflow": "takes optimizer steps later than the trainer counts them",
+    "zero_quantized_nontrainable_weights": "needs a call that the trainer does not make, and loses weights "
+    "that are frozen before they are partitioned",
+}
+"""Keys of zero_optimization."""
+STAGES = {
+    "offload_optimizer": (1, 2, 3),
+    **dict.fromkeys(
+        (
+            "allgather_bucket_size",
+            "ignore_unused_parameters",
+            "parameter_alignment",
+            "round_robin_gradients",
+            "use_multi_rank_bucket_allreduce",
+        ),
+        (1, 2),
+    ),
+    **dict.fromkeys(
+        (
+            "leaf_module",
+            "log_trace_cache_warnings",
+            "memory_efficient_linear",
+            "offload_param",
+            "override_module_apply",
+            "sub_group_size",
+            "zero_hpz_partition_size",
+            "zero_quantized_gradients",
+            "zero_quantized_weights",
+        ),
+        (3,),
+    ),
+}
+"""ZeRO stages at which a key of zero_optimization does something, where not at all; keys that begin with
+`stage3_` need stage 3."""
+
+NVME_KEYS = {"buffer_count", "buffer_size", "fast_init", "max_in_cpu", "pipeline_read", "pipeline_write"}
+"""Keys of offload_optimizer and offload_param that only swapping reads."""
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -52,15 +150,17 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         world_size: number of ranks; must divide `batch.packs_per_step`.
 
     Raises:
-        ConfigError: the file is missing or not JSON, sets a key we own or one that DeepSpeed does not know,
-            DeepSpeed refuses a value, or the batch does not divide.
+        ConfigError: the file is missing or not JSON, sets a key that we own, that is unknown, that would have
+            no effect or would falsify gradients, DeepSpeed refuses a value, or the batch does not divide.
     """
     merged = _read(config.deepspeed)
-    for key, owner in OWNED_KEYS.items():
-        if key in merged:
+    for key in merged:
+        if key in OWNED_KEYS:
             raise ConfigError(
-                f"deepspeed: the key {key!r} is set by {owner}; remove it from the DeepSpeed file"
+                f"deepspeed: the key {key!r} is set by {OWNED_KEYS[key]}; remove it from the DeepSpeed file"
             )
+        if key in WITHOUT_EFFECT:
+            raise _without_effect(key, WITHOUT_EFFECT[key])
     merged["train_micro_batch_size_per_gpu"] = 1
     check_world_size(config.batch.packs_per_step, world_size)
     merged["gradient_accumulation_steps"] = config.batch.packs_per_step // world_size
@@ -71,7 +171,10 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         merged["fp16"] = {"enabled": True}
     merged.setdefault("zero_optimization", {"stage": 3})
     merged["steps_per_print"] = 2**31
-    _require_accepted(merged)
+    merged["timers"] = {"throughput": {"enabled": False}}
+    accepted = _require_accepted(merged)
+    _require_effect(merged)
+    _require_exact_gradients(accepted, config.model.dtype)
     return merged
 
 
@@ -86,49 +189,8 @@ def offloads_optimizer(settings: dict[str, Any]) -> bool:
     return offload.get("device", "none") != "none"
 
 
-class _Noting(dict[str, Any]):
-    """A dict that notes the keys that are looked up in it, be they there or not.
-
-    DeepSpeedConfig first asks for keys that it no longer takes, then reads all others from a copy: with the
-    copy the notes begin anew.
-    """
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        super().__init__(values)
-        self.asked: set[str] = set()
-
-    def __copy__(self) -> _Noting:
-        self.asked.clear()
-        return self
-
-    def __contains__(self, key: object) -> bool:
-        self.asked.add(str(key))
-        return super().__contains__(key)
-
-    def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """As of any dict."""
-        self.asked.add(key)
-        return super().get(key, default)
-
-    def keys(self) -> Any:
-        """The dict itself: DeepSpeed asks `key in settings.keys()`."""
-        return self
-
-
-@functools.cache
-def known_keys() -> tuple[str, ...]:
-    """Top-level keys that the installed DeepSpeed reads from its configuration."""
-    noting = _Noting({"train_micro_batch_size_per_gpu": 1})
-    DeepSpeedConfig(noting)
-    return tuple(sorted(noting.asked))
-
-
-def _require_accepted(settings: dict[str, Any]) -> None:
-    """Refuse a key that DeepSpeed would ignore, and whatever it does not take.
+def _require_accepted(settings: dict[str, Any]) -> DeepSpeedConfig:
+    """Refuse whatever DeepSpeed does not take.
 
     Raises:
         ConfigError: names the key or the section.
@@ -137,15 +199,95 @@ def _require_accepted(settings: dict[str, Any]) -> None:
     if not isinstance(zero, dict):
         raise ConfigError(f"deepspeed: zero_optimization is {zero!r}; it must be an object with a stage")
     try:
-        DeepSpeedConfig(copy.deepcopy(settings))
+        return DeepSpeedConfig(copy.deepcopy(settings))
     except (DeepSpeedConfigError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         raise ConfigError(
             f"deepspeed: DeepSpeed {deepspeed.__version__} refuses these settings: {_reason(error)}"
         ) from error
-    unknown = [key for key in settings if key not in known_keys()]
-    if unknown:
-        free = [key for key in known_keys() if key not in OWNED_KEYS]
-        raise ConfigError(f"deepspeed: {unknown_name('key', unknown[0], free)}")
+
+
+def _require_effect(settings: dict[str, Any]) -> None:
+    """Refuse unknown keys of the top level, and what would change nothing within the sections.
+
+    Raises:
+        ConfigError: names the key, and what it would need.
+    """
+    for key in settings:
+        if key not in PASSED_KEYS and key not in OWNED_KEYS:
+            raise ConfigError(f"deepspeed: {unknown_name('key', key, PASSED_KEYS)}")
+    zero, stage = settings["zero_optimization"], zero_stage(settings)
+    for key in zero:
+        if key in ZERO_WITHOUT_EFFECT:
+            raise _without_effect(f"zero_optimization.{key}", ZERO_WITHOUT_EFFECT[key])
+        stages = (3,) if key.startswith("stage3_") else STAGES.get(key)
+        if stages is not None and stage not in stages:
+            needed = " or ".join(map(str, stages))
+            why = f"works at ZeRO stage {needed}; this is {stage}"
+            raise _without_effect(f"zero_optimization.{key}", why)
+    for key in ("gradient_predivide_factor", "prescale_gradients"):
+        # above, DeepSpeed 0.19.8 refuses it once the model is built or, at stage 3 with reduce_scatter false
+        # and a factor of the number of ranks, divides twice
+        if key in settings and stage > 1:
+            raise _without_effect(key, f"works at ZeRO stage 0 or 1; this is {stage}")
+    sections = {key: zero.get(key) or {} for key in ("offload_optimizer", "offload_param")}
+    for key, section in sections.items():
+        if (section.get("device") == "nvme") != (section.get("nvme_path") is not None):
+            raise ConfigError(
+                f"deepspeed: zero_optimization.{key} needs both device: nvme and nvme_path, a folder on a "
+                f"local disk, or neither; found {section}"
+            )
+        for inner in sorted(section.keys() & NVME_KEYS):
+            if section.get("device") != "nvme":
+                raise _without_effect(f"zero_optimization.{key}.{inner}", "is for device: nvme")
+    on_nvme = [key for key, section in sections.items() if section.get("device") == "nvme"]
+    if on_nvme and stage != 3:
+        raise ConfigError(
+            f"deepspeed: zero_optimization.{on_nvme[0]} to nvme works at ZeRO stage 3; this is {stage}, "
+            "where DeepSpeed would keep it in host memory. Set stage 3, or device: cpu"
+        )
+    if "aio" in settings and not on_nvme:
+        raise _without_effect("aio", "is for offloading to nvme, and nothing is")
+    for key in settings.get("aio") or {}:
+        if key not in AIO_DEFAULT_DICT:
+            raise ConfigError(f"deepspeed: {unknown_name('key of aio', key, sorted(AIO_DEFAULT_DICT))}")
+    for key in settings.get("data_types") or {}:
+        if key != "grad_accum_dtype":
+            raise _without_effect(
+                f"data_types.{key}",
+                "is set by model.dtype, and buffers stay in fp32; only grad_accum_dtype may stand there",
+            )
+
+
+def _require_exact_gradients(accepted: DeepSpeedConfig, dtype: str) -> None:
+    """Refuse what DeepSpeed takes and what would falsify gradients in silence.
+
+    DeepSpeed 0.19.8 hands the gradients to its 4-bit kernel as they are (`all_to_all_quant_reduce` in
+    runtime/comm/coalesced_collectives.py), and the kernel reads any memory as fp16 (`swizzle_quant` in
+    csrc/quantization/pt_binding.cpp): bf16 gradients of 1e-3, 1e-5 and 1e-8 become 0.81, 0.45 and 0.19.
+    `communication_data_type: fp16` would convert them first, but only fp16 runs scale the loss: gradients
+    below 6e-8 would be lost, and most of a large model's are not far above. Weights
+    (`zero_quantized_weights`) are converted there and back, and int8 steps are coarser than fp16's.
+
+    Raises:
+        ConfigError: names the key, and the cure.
+    """
+    sent_as_fp16 = accepted.communication_data_type is torch.float16
+    if sent_as_fp16 and dtype != "fp16":
+        raise ConfigError(
+            f"deepspeed: communication_data_type fp16 loses gradients below 6e-8 when model.dtype is "
+            f"{dtype}, because only fp16 runs scale the loss; remove it, or set bf16 or fp32"
+        )
+    is_fp16 = dtype == "fp16" and (sent_as_fp16 or accepted.communication_data_type is None)
+    if accepted.zero_config.zero_quantized_gradients and not is_fp16:
+        raise ConfigError(
+            f"deepspeed: zero_optimization.zero_quantized_gradients with model.dtype {dtype}: DeepSpeed's "
+            "4-bit kernel reads gradients as fp16 whatever they are, so they would be noise. Remove it; "
+            "zero_hpz_partition_size and zero_quantized_weights may stay"
+        )
+
+
+def _without_effect(key: str, why: str) -> ConfigError:
+    return ConfigError(f"deepspeed: {key} is of no use here: it {why}. Remove it from the DeepSpeed file")
 
 
 def _reason(error: Exception) -> str:

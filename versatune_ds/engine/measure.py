@@ -28,7 +28,7 @@ from versatune_ds.domain.evaluation import Change, ModelEvaluation, compare
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine import preflight
-from versatune_ds.engine.benchmarks import check_benchmarks_can_run, run_benchmarks
+from versatune_ds.engine.benchmarks import Scores, check_benchmarks_can_run, run_benchmarks
 from versatune_ds.engine.build import (
     build_for_evaluation,
     close_process_group,
@@ -36,6 +36,7 @@ from versatune_ds.engine.build import (
     describe_versions,
     start_process_group,
 )
+from versatune_ds.engine.device_errors import explained
 from versatune_ds.engine.evaluate import HeldOut, evaluate_samples
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
 from versatune_ds.engine.model import load_architecture
@@ -104,17 +105,38 @@ def evaluate_in_group(
     out: Path | None = None,
     config_path: Path | None = None,
 ) -> tuple[ModelEvaluation, Path]:
-    """Evaluate one model within a process group and write evaluation.json; returns also its folder."""
+    """Evaluate one model within a process group and write evaluation.json; returns also its folder.
+
+    Benchmarks take hours: the file is written before the first of them and after each.
+    """
     target = resolve_target(model, config)
-    evaluation = measure(config, target.source, device, config_path)
-    if tasks is not None:
-        found = run_benchmarks(target.source, tasks, config.model, device)
-        evaluation = dataclasses.replace(
-            evaluation,
-            benchmarks=found.scores,
-            provenance={**evaluation.provenance, "benchmarks_not_run": found.not_run},
-        )
     folder = out or target.out
+    evaluation = measure(config, target.source, device, config_path)
+    write_evaluation(evaluation, folder)
+    if tasks is None:
+        return evaluation, folder
+
+    def with_scores(found: Scores) -> ModelEvaluation:
+        provenance = {**evaluation.provenance, "benchmarks_not_run": found.not_run}
+        return dataclasses.replace(evaluation, benchmarks=found.scores, provenance=provenance)
+
+    found = run_benchmarks(
+        target.source,
+        tasks,
+        config.model,
+        device,
+        keep=lambda so_far: write_evaluation(with_scores(so_far), folder),
+    )
+    write_evaluation(with_scores(found), folder)
+    return with_scores(found), folder
+
+
+def write_evaluation(evaluation: ModelEvaluation, folder: Path) -> None:
+    """Write evaluation.json on rank 0; a collective.
+
+    Raises:
+        StateError: on every rank, where it cannot be written.
+    """
     problem: Exception | None = None
     if distributed.is_main():
         try:
@@ -123,7 +145,6 @@ def evaluate_in_group(
         except OSError as error:
             problem = StateError(f"{folder} cannot be written ({error.strerror}); give another --out")
     distributed.raise_together(problem)
-    return evaluation, folder
 
 
 def measure(
@@ -153,8 +174,9 @@ def measure(
     lacking = [name for name, cache in zip(table.names, caches, strict=True) if cache is None]
     if lacking:
         log.warning("not evaluated, for lack of held-out data or by choice: %s", ", ".join(lacking))
-    engine = build_for_evaluation(derived, device)
-    losses, tokens = evaluate_samples(engine, held_out)
+    with explained(derived):
+        engine = build_for_evaluation(derived, device)
+        losses, tokens = evaluate_samples(engine, held_out)
     del engine
     free_memory()
     _check_finite(source, table, caches, losses)

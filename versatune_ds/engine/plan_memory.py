@@ -18,14 +18,18 @@ activations), NVMe offload, LoRA, sequence parallelism. ZeRO++'s secondary parti
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from versatune_ds.config.schema import Config
 from versatune_ds.domain.statistics import NUM_ROWS
 from versatune_ds.engine.plan_shape import Decoder
+from versatune_ds.foundations.errors import ConfigError
 from versatune_kernels.chunked import VOCAB_BLOCK
 from versatune_kernels.contract import Effort
 from versatune_kernels.sizing import chunked_rows, row_stride, triton_chunks
@@ -125,6 +129,29 @@ def read_offload(zero: dict[str, Any]) -> Offload:
     if is_on("offload_param"):
         return "all"
     return "optimizer" if is_on("offload_optimizer") else "none"
+
+
+def setup_fields(config: Config) -> dict[str, Any]:
+    """The fields of `Setup` that a run's settings decide.
+
+    Raises:
+        ConfigError: there is no such DeepSpeed file.
+    """
+    source: Any = config.deepspeed
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise ConfigError(f"deepspeed: no file {source}; see configs/deepspeed/ for ready ones")
+        source = json.loads(source.read_text(encoding="utf-8"))
+    zero = source.get("zero_optimization", {"stage": 3})
+    return {
+        "zero_stage": int(zero.get("stage", 0)),
+        "dtype": config.model.dtype,
+        "pack_len": config.batch.pack_len,
+        "packs_per_step": config.batch.packs_per_step,
+        "checkpointing": config.model.activation_checkpointing,
+        "offload": read_offload(zero),
+        "buffers": ZeroBuffers.from_settings(zero),
+    }
 
 
 class Part(NamedTuple):

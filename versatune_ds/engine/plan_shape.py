@@ -122,6 +122,7 @@ class Decoder:
     def flops_shape(self) -> ModelShape:
         """What `observability.throughput.step_flops` needs."""
         return ModelShape(
+            num_parameters=self.parameters,
             num_parameters_nonembedding=self.nonembedding_parameters,
             num_layers=self.layers,
             attention_width=self.query_width,

@@ -27,7 +27,13 @@ from versatune_ds.domain.early_stopping import EarlyStopping
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine import preflight
-from versatune_ds.engine.build import Engine, build_engine, describe_hardware, describe_versions, git_commit
+from versatune_ds.engine.build import (
+    Engine,
+    accelerator_peak_tflops,
+    build_engine,
+    describe_hardware,
+    describe_versions,
+)
 from versatune_ds.engine.checkpoint import load_model_state, newest_sound_checkpoint, read_state
 from versatune_ds.engine.deepspeed_config import deepspeed_config, offloads_optimizer, zero_stage
 from versatune_ds.engine.evaluate import HeldOut
@@ -41,12 +47,13 @@ from versatune_ds.engine.saving import Saver
 from versatune_ds.engine.skipping import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
+from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.errors import ConfigError, StateError
 from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.progress import Progress
 from versatune_ds.observability.sinks import Sinks, open_sinks
-from versatune_ds.observability.throughput import ModelShape, peak_tflops
+from versatune_ds.observability.throughput import ModelShape
 
 log = get_logger(__name__)
 
@@ -202,8 +209,8 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
         tokenizer=tokenizer,
         sinks=sinks,
         progress=Progress(total_steps, table.names, done_steps=first_step, is_main=distributed.is_main()),
-        shape=ModelShape.from_config(engine.model.lm.config, parameter_counts(engine.model)[1]),
-        peak_tflops=config.metrics.peak_tflops or peak_tflops(describe_hardware(device)["device"]),
+        shape=ModelShape.from_config(engine.model.lm.config, *parameter_counts(engine.model)),
+        peak_tflops=accelerator_peak_tflops(config, device),
         total_steps=total_steps,
         first_step=first_step,
         skipped_in_a_row=0 if state is None else int(state["skipped_in_a_row"]),

@@ -310,8 +310,8 @@ def train_job(job: Job, fingerprint: str, threads: int, device: Any) -> Outcome:
     """Train one run to its end, from its checkpoint if it was stopped; other remains are removed first."""
     import torch
 
-    from versatune_ds.engine.build import git_commit
     from versatune_ds.engine.train import train_in_group
+    from versatune_ds.foundations.commit import git_commit
 
     started, cpu_started = time.perf_counter(), time.process_time()
     torch.set_num_threads(threads)

@@ -10,6 +10,13 @@
 Every rank runs the same lines. What they decide from is either the same by construction (settings, plan) or
 the result of that one all-reduce.
 
+Where the host waits for the device: once in `StepStatistics.reduce`, and in what DeepSpeed 0.19.8 does under
+ZeRO-3 and offers no setting for: after each backward for the stream that reduces gradients (their buffers are
+used again), before a parameter is fetched for an older fetch (which bounds memory; on one rank for the fetch
+itself), and at the optimizer step for the norm, to see whether it is finite. With flash-attn transformers
+looks in every forward whether position ids hold several sequences; torch's varlen kernel is spared that
+(`attention.register_varlen`). `tests/engine/test_waits.py` counts what a CPU can show.
+
 What is not covered: how a run is opened (`engine/run.py`), and what each part does inside.
 """
 
@@ -29,6 +36,7 @@ from versatune_ds.engine.build import (
     discard_step,
     start_process_group,
 )
+from versatune_ds.engine.device_errors import explained
 from versatune_ds.engine.evaluate import HeldOut, evaluate, model_inputs
 from versatune_ds.engine.export import Companions, export_model
 from versatune_ds.engine.heartbeat import Heartbeat
@@ -43,7 +51,7 @@ from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.records import EvalRecord, StepRecord
-from versatune_ds.observability.throughput import mfu, peak_memory_gib, step_flops
+from versatune_ds.observability.throughput import mfu, peak_memory_gib, step_flops, step_flops_6n
 
 log = get_logger(__name__)
 
@@ -77,7 +85,7 @@ def train(config: Config, config_path: Path | None = None) -> None:
 def train_in_group(config: Config, device: torch.device, config_path: Path | None = None) -> bool:
     """`train` within a process group that is already there and stays; False when it was asked to stop."""
     watched = Heartbeat(config.run.hang_timeout_s)
-    with StopRequest() as stop, watched, RunLock(config.run.dir):
+    with StopRequest() as stop, watched, RunLock(config.run.dir), explained(config):
         run = open_run(config, device, config_path)
         try:
             finished = run_steps(run, stop)
@@ -231,6 +239,8 @@ def record_step(
         supervised_tokens=plan.supervised_tokens,
         sum_squared_lengths=sum(int((n * n).sum()) for n in lengths),
     )
+    slots = plan.num_packs * plan.pack_len
+    flops_6n = step_flops_6n(run.shape, slot_tokens=slots, pack_len=plan.pack_len)
     norm = run.engine.deepspeed.get_global_grad_norm() if why_skipped is None else None
     record = StepRecord(
         step=plan.step + 1,
@@ -240,7 +250,7 @@ def record_step(
         skipped=why_skipped is not None,
         skip_reason=why_skipped,
         real_tokens=plan.tokens,
-        slot_tokens=plan.num_packs * plan.pack_len,
+        slot_tokens=slots,
         supervised_tokens=plan.supervised_tokens,
         samples=plan.num_samples,
         domain_loss=none if sums is None else run.table.by_name(sums.mean_loss()),
@@ -267,6 +277,7 @@ def record_step(
         save_stall_s=run.saver.take_stall_s(),
         memory_gib=peak_memory_gib(),
         mfu=mfu(flops, times.whole, distributed.world_size(), run.peak_tflops),
+        mfu_6n=mfu(flops_6n, times.whole, distributed.world_size(), run.peak_tflops),
     )
     run.sinks.step(record)
     run.progress.step(record)

@@ -8,6 +8,8 @@ full model is never called measured when it was not; it is computed in one of tw
     one slice            forward and backward grow with the layers, the optimizer with the parameters, and
                          the rest (loss, data wait, statistics) stays
 
+Slices that could not be measured stay in the result, with the reason.
+
 What is not covered: measuring (`versatune_ds.engine.bench`), and the memory and communication of
 the full model."""
 
@@ -16,15 +18,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from versatune_ds.foundations.errors import DataError
 from versatune_ds.observability.measures import number, percent
-from versatune_ds.observability.throughput import TERA, ModelShape, mfu, step_flops
+from versatune_ds.observability.throughput import TERA, ModelShape, mfu, step_flops, step_flops_6n
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KIND = "trainer_bench"
 PHASES = (
     "data_wait",
@@ -38,6 +40,7 @@ PHASES = (
 )
 PER_LAYER_PHASES = ("forward", "backward")
 UNITS = ("real", "slot", "supervised")
+MEASURED = "measured"
 
 
 # --- numbers ------------------------------------------------------------------------------------------------
@@ -53,9 +56,29 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+class Work(NamedTuple):
+    """FLOPs over all ranks, in both conventions of `observability/throughput.py`."""
+
+    flops: float
+    """Useful work."""
+    flops_6n: float
+    """6 N + 12 L H T for every slot token."""
+
+
+def work(shape: ModelShape, tokens: Mapping[str, float], pack_len: int) -> Work:
+    """FLOPs of steps with these tokens (real, slot, supervised, sum_squared_lengths)."""
+    useful = step_flops(
+        shape,
+        real_tokens=tokens["real"],
+        supervised_tokens=tokens["supervised"],
+        sum_squared_lengths=tokens["sum_squared_lengths"],
+    )
+    return Work(useful, step_flops_6n(shape, slot_tokens=tokens["slot"], pack_len=pack_len))
+
+
 def rates(
     tokens: Mapping[str, float],
-    flops: float,
+    done: Work,
     seconds: float,
     world_size: int,
     *,
@@ -66,17 +89,18 @@ def rates(
 
     Args:
         tokens: real, slot and supervised tokens over all ranks in `seconds`.
-        flops: useful work over all ranks in `seconds` (`throughput.step_flops`).
+        done: work over all ranks in `seconds`.
         seconds: wall time.
         world_size: number of ranks.
         peak_tflops: datasheet peak of one accelerator, or None.
         ceiling_tflops: measured matrix product of one rank, or None.
     """
-    achieved = flops / (seconds * world_size * TERA)
+    achieved = done.flops / (seconds * world_size * TERA)
     return {
         **{f"{unit}_tokens_per_s_per_rank": tokens[unit] / (seconds * world_size) for unit in UNITS},
         "achieved_tflops_per_rank": achieved,
-        "mfu": mfu(flops, seconds, world_size, peak_tflops),
+        "mfu": mfu(done.flops, seconds, world_size, peak_tflops),
+        "mfu_6n": mfu(done.flops_6n, seconds, world_size, peak_tflops),
         "ratio_to_matmul_ceiling": None if not ceiling_tflops else achieved / ceiling_tflops,
     }
 
@@ -120,29 +144,83 @@ def extrapolated_step_s(
 def full_model(
     slices: Sequence[Mapping[str, Any]],
     full: ModelShape,
-    parameter_ratio: float,
+    pack_len: int,
     world_size: int,
     *,
     peak_tflops: float | None,
     ceiling_tflops: float | None,
 ) -> dict[str, Any]:
     """The step of the full model: measured when a slice was all of it, else extrapolated and marked."""
-    step_s, method = extrapolated_step_s(slices, full.num_layers, parameter_ratio)
     longest = max(slices, key=lambda measured: measured["layers"])
+    ratio = full.num_parameters / longest["num_parameters"]
+    step_s, method = extrapolated_step_s(slices, full.num_layers, ratio)
     tokens = longest["tokens_per_step"]
-    flops = step_flops(
-        full,
-        real_tokens=tokens["real"],
-        supervised_tokens=tokens["supervised"],
-        sum_squared_lengths=tokens["sum_squared_lengths"],
-    )
+    done = work(full, tokens, pack_len)
     return {
         "layers": full.num_layers,
         "extrapolated": method != "measured",
         "method": method,
         "step_s": step_s,
-        **rates(tokens, flops, step_s, world_size, peak_tflops=peak_tflops, ceiling_tflops=ceiling_tflops),
+        **rates(tokens, done, step_s, world_size, peak_tflops=peak_tflops, ceiling_tflops=ceiling_tflops),
     }
+
+
+def result_of(
+    outcomes: Sequence[Mapping[str, Any]],
+    known: Mapping[str, Any],
+    full: ModelShape,
+    *,
+    is_finished: bool,
+) -> dict[str, Any]:
+    """The result of a benchmark so far, as it is written.
+
+    Args:
+        outcomes: of slices (`engine/bench_slices.py`), fewest layers first, those that failed too.
+        known: `command`, `settings` and `environment` as far as they are known before anything is measured.
+        full: the whole model.
+        is_finished: no slice is still to come.
+    """
+    measured = [outcome for outcome in outcomes if outcome["slice"]["status"] == MEASURED]
+    newest: Mapping[str, Any] = measured[-1] if measured else {}
+    environment = {**known["environment"], **newest.get("environment", {})}
+    settings = {**known["settings"], **newest.get("settings", {})}
+    peak = newest.get("peak_tflops")
+    ceiling = newest["slice"]["matmul_ceiling"] if measured else None
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "command": known["command"],
+        "finished": is_finished,
+        "environment": environment,
+        "settings": settings,
+        "peak_tflops": peak,
+        "matmul_ceiling": ceiling,
+        "slices": [outcome["slice"] for outcome in outcomes],
+        "full_model": full_model(
+            [outcome["slice"] for outcome in measured],
+            full,
+            settings["pack_len"],
+            environment["world_size"],
+            peak_tflops=peak,
+            ceiling_tflops=ceiling["tflops"],
+        )
+        if ceiling
+        else None,
+    }
+
+
+def measured_slices(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The slices of a result that have numbers."""
+    return [part for part in result["slices"] if part["status"] == MEASURED]
+
+
+def lost_texts(result: Mapping[str, Any]) -> list[str]:
+    """One line for each slice without numbers."""
+    return [
+        f"{part['layers']} layers: {part['status']}: {part['reason']}"
+        for part in result["slices"]
+        if part["status"] != MEASURED
+    ]
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -151,10 +229,16 @@ def full_model(
 def table(result: Mapping[str, Any]) -> str:
     """One benchmark as Markdown."""
     settings, environment = result["settings"], result["environment"]
-    lines = [
-        f"# Trainer benchmark: {settings['shape']}, {environment['device']} x {environment['world_size']}, "
-        f"{environment['date']}",
-        "",
+    slices = measured_slices(result)
+    where = f"{environment.get('device', 'nothing measured')} x {environment['world_size']}"
+    lines = [f"# Trainer benchmark: {settings['shape']}, {where}, {environment['date']}", ""]
+    if not result["finished"]:
+        lines += ["Not finished: slices are still to come.", ""]
+    if lost := lost_texts(result):
+        lines += ["Not measured:", "", *(f"- {text}" for text in lost), ""]
+    if not slices:
+        return "\n".join(lines)
+    lines += [
         f"Commit {environment['commit']}; {_versions(environment)}. {_setting_text(settings)}.",
         "",
         f"Matrix products of one rank: {number(result['matmul_ceiling']['tflops'])} TFLOP/s measured in this "
@@ -163,24 +247,26 @@ def table(result: Mapping[str, Any]) -> str:
         _line("layers", *RATE_COLUMNS),
         _line(*["---"] * (1 + len(RATE_COLUMNS))),
     ]
-    lines += [_line(measured["layers"], *_rate_cells(measured)) for measured in result["slices"]]
+    lines += [_line(measured["layers"], *_rate_cells(measured)) for measured in slices]
     full = result["full_model"]
     if full["extrapolated"]:
         lines.append(_line(f"{full['layers']} (extrapolated)", *_rate_cells(full)))
         lines += ["", f"Extrapolated: {full['method']}. Not measured."]
     lines += [
         "",
+        CONVENTIONS,
+        "",
         "Step split, measured in separate steps (ms and share of the step):",
         "",
         _line("layers", *PHASES),
         _line(*["---"] * (1 + len(PHASES))),
     ]
-    for measured in result["slices"]:
+    for measured in slices:
         part = shares(measured["split_s"])
         cells = [f"{1e3 * measured['split_s'][name]:.3g} ({percent(part[name], 2)})" for name in PHASES]
         lines.append(_line(measured["layers"], *cells))
-    lines += ["", *(_update_text(measured) for measured in result["slices"])]
-    lines += [_comparison_text(m) for m in result["slices"] if m["statistics_off"] is not None]
+    lines += ["", *(_update_text(measured) for measured in slices)]
+    lines += [_comparison_text(m) for m in slices if m["statistics_off"] is not None]
     return "\n".join(lines) + "\n"
 
 
@@ -192,8 +278,14 @@ RATE_COLUMNS = (
     "supervised",
     "TFLOP/s/rank",
     "MFU",
+    "MFU 6N",
     "of ceiling",
     "peak GiB",
+    "planned GiB",
+)
+CONVENTIONS = (
+    "MFU: useful FLOPs of real tokens, causal attention within samples. MFU 6N: 6 N + 12 L H T for every "
+    "slot token, N all parameters, T the pack, as most papers count; compare theirs with this one."
 )
 
 
@@ -208,8 +300,10 @@ def _rate_cells(measured: Mapping[str, Any]) -> list[str]:
         *(number(measured[f"{unit}_tokens_per_s_per_rank"], 0) for unit in UNITS),
         number(measured["achieved_tflops_per_rank"]),
         percent(measured["mfu"]),
+        percent(measured["mfu_6n"]),
         percent(measured["ratio_to_matmul_ceiling"]),
         number(measured.get("peak_memory_gib"), 2),
+        number(measured.get("plan", {}).get("peak_gib"), 2),
     ]
 
 
@@ -272,13 +366,21 @@ def page(results: Sequence[Mapping[str, Any]], failures: Sequence[str] = ()) -> 
         "Rows with `*` are extrapolated from a slice of the model's layers and not measured; their memory is "
         "that of the slice.",
         "",
+        CONVENTIONS,
+        "",
         _line("benchmark", "device", "ranks", "layers", *RATE_COLUMNS, "statistics", "commit", "date"),
         _line(*["---"] * (7 + len(RATE_COLUMNS))),
     ]
+    failures = [f"{result['name']}: {text}" for result in results for text in lost_texts(result)] + [
+        *failures
+    ]
     for result in results:
         environment, full = result["environment"], result["full_model"]
-        longest = max(result["slices"], key=lambda measured: measured["layers"])
-        shown = {**full, "peak_memory_gib": longest["peak_memory_gib"]} if full["extrapolated"] else longest
+        if full is None:
+            continue
+        longest = max(measured_slices(result), key=lambda measured: measured["layers"])
+        memory = {key: longest[key] for key in ("peak_memory_gib", "plan")}
+        shown = {**full, **memory} if full["extrapolated"] else longest
         layers = f"{full['layers']} * from {longest['layers']}" if full["extrapolated"] else full["layers"]
         statistics = shares(longest["split_s"])["statistics"]
         lines.append(
@@ -294,9 +396,10 @@ def page(results: Sequence[Mapping[str, Any]], failures: Sequence[str] = ()) -> 
             )
         )
     lines += ["", "Settings:", ""]
-    lines += [f"- {result['name']}: {_setting_text(result['settings'])}" for result in results]
+    shown_results = [result for result in results if result["full_model"] is not None]
+    lines += [f"- {result['name']}: {_setting_text(result['settings'])}" for result in shown_results]
     if failures:
-        lines += ["", "Ended with an error:", "", *(f"- {text}" for text in failures)]
+        lines += ["", "Not measured:", "", *(f"- {text}" for text in failures)]
     return "\n".join(lines) + "\n"
 
 

@@ -246,7 +246,9 @@ class Progress:
         facts.append(f"{si(rate)} tok/s")
         utilisation = finite(record.mfu)
         if utilisation is not None:
-            facts.append(f"MFU {100 * utilisation:.1f}%")
+            common = finite(record.mfu_6n)
+            other = "" if common is None else f" (6N {100 * common:.1f}%)"
+            facts.append(f"MFU {100 * utilisation:.1f}%{other}")
         return facts
 
     def _line(self, record: StepRecord, now: float) -> str:

@@ -130,7 +130,9 @@ class StepRecord:
     memory_gib: float | None = None
     """Peak since the start of the process on rank 0, GiB: accelerator memory, or resident memory on CPU."""
     mfu: float | None = None
-    """Model FLOPs utilisation, 0..1; None when the peak of the hardware is unknown."""
+    """Model FLOPs utilisation, 0..1, useful work only; None when the peak of the hardware is unknown."""
+    mfu_6n: float | None = None
+    """The same with 6 N + 12 L H T for every slot token, as most papers count (`throughput`)."""
     unix_time_s: float = dataclasses.field(default_factory=time.time)
     """Seconds since 1970 when the record was made."""
 

@@ -206,7 +206,9 @@ def cards(run: RunData) -> list[Card]:
         Card(
             "Throughput",
             f"{_si(rate)} tokens/s",
-            f"MFU {percent(mfu)}" if math.isfinite(mfu) else "median, real tokens",
+            f"MFU {percent(mfu)} (6N: {percent(median(run.series['mfu_6n']))})"
+            if math.isfinite(mfu)
+            else "median, real tokens",
         ),
         Card("Time in steps", duration(None if math.isnan(steps_s) else steps_s), status(run)),
     ]
@@ -225,7 +227,8 @@ def summary_table(runs: Sequence[RunData]) -> Table:
         ("Training loss", lambda run: _loss_text(*train_loss(run))),
         ("Held-out loss", lambda run: _loss_text(*first_last(run.eval_loss))),
         ("Throughput", throughput_text),
-        ("MFU", lambda run: percent(median(run.series["mfu"]))),
+        ("MFU, useful work", lambda run: percent(median(run.series["mfu"]))),
+        ("MFU, 6N + 12 L H T", lambda run: percent(median(run.series["mfu_6n"]))),
         ("Time in steps", lambda run: _duration(total(run.series["step_s"]))),
         ("Standing still for checkpoints", lambda run: _duration(total(run.series["save_stall_s"]))),
         ("Time in evaluations", lambda run: _duration(total(run.eval_s))),
@@ -696,7 +699,7 @@ def speed_section(runs: Sequence[RunData]) -> Section:
             if several
             else [Series(x=runs[0].steps, y=runs[0].series["mfu"], color=INK)]
         )
-        chart = _chart(runs, "MFU", mfu, percent=True, **settings)
+        chart = _chart(runs, "MFU, useful work", mfu, percent=True, **settings)
         pictures.append(Picture("Model FLOPs utilisation", plots.line_chart(chart)))
     lead = "All ranks together; evaluations and checkpoints are not part of a step."
     if several:

@@ -48,6 +48,7 @@ STEP_KEYS = (
     "slot_tokens_per_s",
     "supervised_tokens_per_s",
     "mfu",
+    "mfu_6n",
     "step_s",
     "data_wait_s",
     "plan_s",
