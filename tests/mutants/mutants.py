@@ -799,7 +799,7 @@ fault(
 fault(
     "lost work is counted from the end of saving in the background",
     "saving",
-    "began + stall_s if self._settings.asynchronous else now, now)",
+    "began + stall_s if in_background else now, now)",
     "now, now)",
     "saving::test_work_since_a_checkpoint_in_the_background_is_counted_from_its_beginning",
 )
