@@ -37,7 +37,7 @@ LONGER_FILES = {
 STORY_LINES = 256
 """Of `engine/train.py`."""
 NAMED_TWICE = {
-    *("Bar", "Batch", "Candidate", "Evaluation", "Judge", "Picture", "Place", "Samples", "Section"),
+    *("Bar", "Batch", "Candidate", "Judge", "Picture", "Place", "Samples", "Section"),
     *("Stopped", "Table", "Text", "Variant", "Workers"),
 }
 

@@ -33,7 +33,7 @@ from versatune_ds.foundations.errors import DataError
 from versatune_kernels import LossOutput
 
 
-class Evaluation(NamedTuple):
+class HeldOutLosses(NamedTuple):
     """Result of an evaluation."""
 
     sums: DomainSums
@@ -93,7 +93,7 @@ class HeldOut:
         return rank_packs(by_cost(packs, self.pack_len), *ranks.dp)
 
 
-def evaluate(backend: Backend, held_out: HeldOut, num_domains: int) -> Evaluation:
+def evaluate(backend: Backend, held_out: HeldOut, num_domains: int) -> HeldOutLosses:
     """Loss sums of the held-out data, reduced over ranks; a collective."""
     start = time.perf_counter()
     statistics = StepStatistics(num_domains, backend.device)
@@ -101,7 +101,7 @@ def evaluate(backend: Backend, held_out: HeldOut, num_domains: int) -> Evaluatio
         statistics.add(out, batch.sample_domains)
     totals = statistics.reduce()
     sums = totals.sums if totals.sums is not None else DomainSums.zeros(num_domains)
-    return Evaluation(sums, held_out.samples, time.perf_counter() - start)
+    return HeldOutLosses(sums, held_out.samples, time.perf_counter() - start)
 
 
 def evaluate_samples(backend: Backend, held_out: HeldOut) -> tuple[list[np.ndarray], list[np.ndarray]]:
