@@ -23,7 +23,7 @@ from versatune_ds.data.cache import units
 from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.cache.prepare import open_caches, prepare
 from versatune_ds.data.encode import encoder as encode
-from versatune_ds.data.rows import readers
+from versatune_ds.data.rows import blocks
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
 
 
@@ -91,7 +91,7 @@ def test_rows_keep_their_order_and_places(tmp_path: Path, tokenizer: Path) -> No
 
 def test_processes_change_nothing(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "INLINE_BYTES", 0)
-    monkeypatch.setattr(readers, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 7)
     rows = [*pairs(40), {"prompt": "x"}, *pairs(40)]
     write_jsonl(tmp_path / "a.jsonl", rows)
     inline = data_config(
@@ -376,14 +376,14 @@ DRIVER = """
 import multiprocessing, os, signal, sys
 from versatune_ds.config.load import load_config
 from versatune_ds.data.cache import prepare as module
-from versatune_ds.data.rows import readers
+from versatune_ds.data.rows import blocks
 from versatune_ds.foundations.log import setup_logging
 
 if __name__ == "__main__":
     setup_logging()
     module.INLINE_BYTES = 0
     module.JOURNAL_EVERY_S = 0
-    readers.BLOCK_ROWS = 10
+    blocks.BLOCK_ROWS = 10
     kill_after, add, done = int(sys.argv[2]), module._UnitWork.add, []
 
     def counted(self, *args):
@@ -427,7 +427,7 @@ def test_after_a_kill_the_work_goes_on_and_ends_the_same(
     tmp_path: Path, tokenizer: Path, start: Any, monkeypatch: pytest.MonkeyPatch, encoded_blocks: list[Any],
     messages: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(readers, "BLOCK_ROWS", 10)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 10)
     rows: list[Any] = pairs(200)
     rows[15] = rows[150] = {"prompt": "no answer"}
     path = write_jsonl(tmp_path / "a.jsonl", rows)

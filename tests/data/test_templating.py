@@ -11,7 +11,7 @@ import pytest
 from prepared import byte_level_tokenizer, qwen_like_tokenizer
 
 from versatune_ds.data.encode.templating import ChatEncoder, set_chat_template, stop_token, template_text
-from versatune_ds.data.rows.readers import BadRow, Reason
+from versatune_ds.data.rows.reasons import BadRow, Reason
 from versatune_ds.data.rows.schemas import Conversation
 from versatune_ds.foundations.errors import ConfigError
 

@@ -23,7 +23,6 @@ from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.encode.templating import load_tokenizer
 from versatune_ds.data.plan.packing import pack_all
-from versatune_ds.data.rows.readers import display_path
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 
 MAX_PACKED_SAMPLES = 20_000
@@ -104,8 +103,9 @@ def sample_lines(cache: TokenCache, i: int, tokenizer: Any, paint: Paint) -> Ite
     """A sample: where it comes from, its sizes, and its text with the supervised part marked."""
     tokens, mask = cache.sample(i)
     path, number = cache.source_of(i)
+    shown = path.encode("utf-8", "backslashreplace").decode("utf-8")  # safe to print
     yield paint.heading(
-        f"--- {cache.domain} sample {i}: {display_path(path)}:{number}, {len(tokens):,} tokens, "
+        f"--- {cache.domain} sample {i}: {shown}:{number}, {len(tokens):,} tokens, "
         f"{int(cache.supervised[i]):,} supervised"
     )
     text = "".join(

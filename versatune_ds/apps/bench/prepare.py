@@ -124,7 +124,7 @@ MESSAGES: dict[str, Callable[[Mapping[str, Any], Names], Chat]] = {
 def source_files(config: Config) -> list[tuple[str, str, dict[str, str]]]:
     """(path, format, columns) of every training file; prepares the data, which also warms the page cache."""
     from versatune_ds.data.cache.prepare import prepare
-    from versatune_ds.data.rows.readers import find_files
+    from versatune_ds.data.rows.files import find_files
 
     reports = prepare(config, progress=False).reports
     formats = {file["path"]: file["format"] for r in reports for file in r.manifest["sources"]}

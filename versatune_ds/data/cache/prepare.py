@@ -56,7 +56,6 @@ from versatune_ds.data.cache.units import (
     why_missing,
 )
 from versatune_ds.data.encode.encoder import (
-    NEVER_FATAL,
     BlockResult,
     EncodeSettings,
     EncodeTask,
@@ -65,16 +64,11 @@ from versatune_ds.data.encode.encoder import (
     refuse_unguarded_import,
 )
 from versatune_ds.data.encode.templating import ChatEncoder, load_tokenizer
-from versatune_ds.data.rows import readers
-from versatune_ds.data.rows.readers import (
-    WHOLE_FILE,
-    BadRow,
-    Block,
-    InputFile,
-    Place,
-    decode_block,
-    read_blocks,
-)
+from versatune_ds.data.rows import blocks
+from versatune_ds.data.rows.blocks import Block, RowPlace
+from versatune_ds.data.rows.files import InputFile
+from versatune_ds.data.rows.readers import decode_block, read_blocks
+from versatune_ds.data.rows.reasons import NEVER_FATAL, WHOLE_FILE, BadRow
 from versatune_ds.data.rows.schemas import RowSchema
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.constants import RESOLVED_CONFIG_FILE
@@ -327,7 +321,7 @@ class _UnitWork:
     @staticmethod
     def _block_limits() -> list[int]:
         """The journal counts blocks, so it holds only while they are cut in the same way."""
-        return [readers.BLOCK_BYTES, readers.BLOCK_ROWS, readers.MAX_ROW_BYTES]
+        return [blocks.BLOCK_BYTES, blocks.BLOCK_ROWS, blocks.MAX_ROW_BYTES]
 
     def tasks(self) -> Iterator[tuple[tuple[int, int, int], EncodeTask]]:
         """((file, block, bytes of the file read), task) for every block that is not done yet."""
@@ -482,7 +476,7 @@ def _detect(file: InputFile, block: Block, schema: RowSchema) -> str | None:
     return None
 
 
-def _place_text(file: InputFile, place: Place) -> str:
+def _place_text(file: InputFile, place: RowPlace) -> str:
     line = f":{place.line}" if place.line is not None else ""
     row = f" row {place.row}" if place.row is not None else ""
     return f"{file.path}{line}{row}"

@@ -29,7 +29,10 @@ import numpy as np
 
 from versatune_ds.data.cache.cache import Samples
 from versatune_ds.data.encode.templating import ChatEncoder, EncodedSample
-from versatune_ds.data.rows.readers import BadRow, Block, InputFile, Place, Reason, decode_block, short
+from versatune_ds.data.rows.blocks import Block, RowPlace
+from versatune_ds.data.rows.files import InputFile
+from versatune_ds.data.rows.readers import decode_block
+from versatune_ds.data.rows.reasons import NEVER_FATAL, BadRow, Reason, short
 from versatune_ds.data.rows.schemas import Conversation, RowSchema, TokenRow
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 
@@ -43,7 +46,6 @@ NO_DOMAIN = "(unknown)"
 WORKER_NAME = "versatune-prepare-worker"
 UNGUARDED_EXIT = 88
 """Exit code of a worker that ran into the very call that started it; no other exit uses it."""
-NEVER_FATAL = (Reason.OVERLONG, Reason.OVERLONG_NOTHING_LEFT)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class EncodeTask:
 class Problem:
     """A row that is not trained on."""
 
-    place: Place
+    place: RowPlace
     domain: str
     reason: str
     message: str
@@ -98,7 +100,7 @@ class _Encoded:
     """A row that became tokens."""
 
     domain: str
-    place: Place
+    place: RowPlace
     digests: tuple[int, int]
     sample: EncodedSample
 
@@ -127,7 +129,9 @@ class _BlockEncoder:
     def _note(self, domain: str, what: str, count: int = 1) -> None:
         self.result.notes.setdefault(domain, Counter())[what] += count
 
-    def _reject(self, place: Place, domain: str, error: BadRow, row: Any, fatal: bool | None = None) -> None:
+    def _reject(
+        self, place: RowPlace, domain: str, error: BadRow, row: Any, fatal: bool | None = None
+    ) -> None:
         block = self.task.block
         if block.items and place.number < block.first + len(block.items):
             raw = block.items[place.number - block.first]
@@ -138,7 +142,7 @@ class _BlockEncoder:
         problem = Problem(place, domain, error.reason.value, error.message, excerpt)
         self.problems.append((place.number, problem, fatal))
 
-    def _check_rows(self) -> list[tuple[Place, str, Conversation | TokenRow, Any]]:
+    def _check_rows(self) -> list[tuple[RowPlace, str, Conversation | TokenRow, Any]]:
         """Rows that fit their schema, each with place, domain and raw form."""
         schema, good = self.task.schema, []
         end = self.task.block.first + self.task.block.num_rows
@@ -156,7 +160,7 @@ class _BlockEncoder:
                 self._note(domain, "rows")
         return good
 
-    def _encode(self, rows: list[tuple[Place, str, Conversation | TokenRow, Any]]) -> Iterator[_Encoded]:
+    def _encode(self, rows: list[tuple[RowPlace, str, Conversation | TokenRow, Any]]) -> Iterator[_Encoded]:
         encoder = self.settings.encoder
         conversations = [row for _, _, row, _ in rows if isinstance(row, Conversation)]
         rendered = iter(encoder.encode(conversations))

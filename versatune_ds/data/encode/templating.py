@@ -41,7 +41,7 @@ import numpy as np
 import numpy.typing as npt
 
 from versatune_ds.config.schema import Config
-from versatune_ds.data.rows.readers import BadRow, Reason, short
+from versatune_ds.data.rows.reasons import BadRow, Reason, short
 from versatune_ds.data.rows.schemas import Conversation, TokenRow
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 from versatune_ds.foundations.files import canonical_hash

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from versatune_ds.data.rows.readers import BadRow, Reason, kind_of, short
+from versatune_ds.data.rows.reasons import BadRow, Reason, kind_of, short
 from versatune_ds.foundations.constants import IGNORE_INDEX
 from versatune_ds.foundations.errors import unknown_name
 from versatune_ds.foundations.text import is_blank
