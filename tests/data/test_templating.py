@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from prepared import byte_level_tokenizer, qwen_like_tokenizer
 
-from versatune_ds.data.encode.templating import ChatEncoder, set_chat_template, stop_token, template_text
+from versatune_ds.data.encode.chat_encoder import ChatEncoder, stop_token
+from versatune_ds.data.encode.tokenizer import set_chat_template, template_text
 from versatune_ds.data.rows.reasons import BadRow, Reason
 from versatune_ds.data.rows.schemas import Conversation
 from versatune_ds.foundations.errors import ConfigError
@@ -163,7 +164,7 @@ def test_masks_by_heads_of_turns_equal_masks_by_offsets(
         texts = ["".join(random.choices(WORDS, k=random.randint(1, 30))) + "z" for _ in range(2 * rounds)]
         turns = tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
         conversations.append(Conversation(turns))
-    rendered = [encoder._render_spans(conversation) for conversation in conversations]
+    rendered = [encoder.template.render_spans(conversation) for conversation in conversations]
     by_heads = encoder._encode_by_heads(rendered)
     monkeypatch.setattr(encoder, "_tokens_are_fixed_texts", False)
     by_offsets = encode(encoder, *conversations)

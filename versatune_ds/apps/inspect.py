@@ -21,7 +21,7 @@ import numpy.typing as npt
 from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.cache.prepare import open_caches
-from versatune_ds.data.encode.templating import load_tokenizer
+from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.data.plan.packing import pack_all
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 

@@ -19,7 +19,8 @@ import torch
 
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
-from versatune_ds.data.encode.templating import ChatEncoder, load_tokenizer, set_chat_template
+from versatune_ds.data.encode.chat_encoder import ChatEncoder
+from versatune_ds.data.encode.tokenizer import load_tokenizer, set_chat_template
 from versatune_ds.data.loader import StepLoader
 from versatune_ds.data.plan.planner import Corpus, PlannerSettings, PlannerState, steps_per_epoch
 from versatune_ds.domain.controller import WeightController

@@ -56,7 +56,7 @@ def run_datasets(config: Config, files: Sequence[tuple[str, str, Mapping[str, st
     """The other side; returns the number of tokens."""
     import datasets
 
-    from versatune_ds.data.encode.templating import load_tokenizer, set_chat_template
+    from versatune_ds.data.encode.tokenizer import load_tokenizer, set_chat_template
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(config)

@@ -55,15 +55,15 @@ from versatune_ds.data.cache.units import (
     unit_lock,
     why_missing,
 )
+from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.encoder import (
     BlockResult,
     EncodeSettings,
     EncodeTask,
     Problem,
-    Workers,
-    refuse_unguarded_import,
 )
-from versatune_ds.data.encode.templating import ChatEncoder, load_tokenizer
+from versatune_ds.data.encode.tokenizer import load_tokenizer
+from versatune_ds.data.encode.workers import EncodeWorkers, refuse_unguarded_import
 from versatune_ds.data.rows import blocks
 from versatune_ds.data.rows.blocks import Block, RowPlace
 from versatune_ds.data.rows.files import InputFile
@@ -345,8 +345,8 @@ class _UnitWork:
             DataError: the block has a problem that stops the preparation.
         """
         file, _, source = self.unit.files[file_index]
-        if result.fatal is not None:
-            raise self._error(file, source, result.fatal)
+        if fatal := next((problem for problem in result.problems if problem.is_fatal), None):
+            raise self._error(file, source, fatal)
         for domain, samples in result.samples.items():
             self.writer.append(self._folders[domain], file_index, samples)
             self.samples[file_index] += len(samples.lengths)
@@ -523,7 +523,7 @@ class _Preparation:
                 done = sum(work.samples)
                 logger.info("going on with %s after %d samples", ", ".join(work.unit.domains), done)
         bar = _ProgressBar(total, self.progress)
-        workers = Workers(count, self.settings)
+        workers = EncodeWorkers(count, self.settings)
         try:
             for (i, place), result in workers.run(self._tasks()):
                 work = self.works[i]

@@ -21,7 +21,7 @@ from typing import Any
 
 from versatune_ds.config.schema import Config, Source
 from versatune_ds.data.cache.cache import CACHE_SCHEMA_VERSION, read_manifest
-from versatune_ds.data.encode.templating import ChatEncoder
+from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.rows.files import HUB_PREFIX, FoundFiles, InputFile, find_files
 from versatune_ds.data.rows.hub import hub_revision
 from versatune_ds.data.rows.schemas import RowSchema
