@@ -376,26 +376,27 @@ DRIVER = """
 import multiprocessing, os, signal, sys
 from versatune_ds.config.load import load_config
 from versatune_ds.data.cache import prepare as module
+from versatune_ds.data.cache import unit_writer
 from versatune_ds.data.rows import blocks
 from versatune_ds.foundations.log import setup_logging
 
 if __name__ == "__main__":
     setup_logging()
     module.INLINE_BYTES = 0
-    module.JOURNAL_EVERY_S = 0
+    unit_writer.JOURNAL_EVERY_S = 0
     blocks.BLOCK_ROWS = 10
-    kill_after, add, done = int(sys.argv[2]), module._UnitWork.add, []
+    kill_after, add, done = int(sys.argv[2]), unit_writer.UnitWriter.add, []
 
     def counted(self, *args):
         if len(done) == kill_after:
-            module.JOURNAL_EVERY_S = 1e9  # this block is appended, but not journalled
+            unit_writer.JOURNAL_EVERY_S = 1e9  # this block is appended, but not journalled
             add(self, *args)
             print(*[child.pid for child in multiprocessing.active_children()], flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         add(self, *args)
         done.append(args)
 
-    module._UnitWork.add = counted
+    unit_writer.UnitWriter.add = counted
     prepared = module.prepare(load_config(sys.argv[1]))
     print("reused" if prepared.reused else f"made {len(done)}")
 """
@@ -410,7 +411,7 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     def start(config: Config, kill_after: int = -1) -> subprocess.Popen[str]:
         settings = tmp_path / "config.yaml"
         write_resolved(config, settings)
-        root = Path(prepare_module.__file__).parents[2]
+        root = Path(prepare_module.__file__).parents[3]
         environment = os.environ | {
             "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
             "OMP_NUM_THREADS": "1",

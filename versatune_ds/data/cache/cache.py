@@ -209,7 +209,7 @@ def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleArrays:
     """Encoded samples of one domain, in order, ready to be appended."""
 
     tokens: npt.NDArray[Any]
@@ -249,7 +249,7 @@ class CacheWriter:
             if path.is_file() and str(path.relative_to(folder)) not in known:
                 path.unlink()
 
-    def append(self, domain_folder: str, source_index: int, samples: Samples) -> None:
+    def append(self, domain_folder: str, source_index: int, samples: SampleArrays) -> None:
         """Write samples behind those that are there."""
         n = len(samples.lengths)
         for name, values in (

@@ -35,6 +35,7 @@ PREPARE_VERSION = 2
 """Part of every key: raise it when the same input gives other tokens, masks or rejections."""
 SPLITS = ("train", "eval")
 UNIT_FILE = "unit.json"
+REJECTED_FILE = "rejected.jsonl"
 HASHES_FILE = "source_hashes.json"
 
 

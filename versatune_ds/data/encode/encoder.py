@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from versatune_ds.data.cache.cache import Samples
+from versatune_ds.data.cache.cache import SampleArrays
 from versatune_ds.data.encode.chat_encoder import ChatEncoder, EncodedSample
 from versatune_ds.data.rows.blocks import Block, RowPlace
 from versatune_ds.data.rows.files import InputFile
@@ -65,7 +65,7 @@ class BlockResult:
     """What became of a block."""
 
     rows: int = 0
-    samples: dict[str, Samples] = field(default_factory=dict)
+    samples: dict[str, SampleArrays] = field(default_factory=dict)
     """By domain."""
     problems: list[Problem] = field(default_factory=list)
     """In the order of the rows."""
@@ -192,7 +192,7 @@ class _BlockEncoder:
             by_domain.setdefault(item.domain, []).append(item)
         for domain, items in by_domain.items():
             samples = [item.sample for item in items]
-            self.result.samples[domain] = Samples(
+            self.result.samples[domain] = SampleArrays(
                 tokens=np.concatenate([s.tokens for s in samples]).astype(self.settings.dtype),
                 mask=np.concatenate([s.mask for s in samples]).view(np.uint8),
                 lengths=np.array([len(s.tokens) for s in samples], dtype="<i4"),
