@@ -17,19 +17,10 @@ from versatune_ds.apps.bench.planner import raw_lengths
 from versatune_ds.data.plan import order
 from versatune_ds.data.plan import planner as planner_module
 from versatune_ds.data.plan.balance import modelled_idle, quadratic_tokens, rank_packs
-from versatune_ds.data.plan.planner import (
-    WEIGHT_UNITS,
-    Carried,
-    Corpus,
-    PlannerSettings,
-    PlannerState,
-    StepPlan,
-    Totals,
-    _ChairmanRule,
-    plan_step,
-    steps_per_epoch,
-    supply,
-)
+from versatune_ds.data.plan.corpus import WEIGHT_UNITS, Corpus, PlannerSettings, steps_per_epoch, supply
+from versatune_ds.data.plan.planner import StepPlan, plan_step
+from versatune_ds.data.plan.share_rules import ChairmanRule
+from versatune_ds.data.plan.state import Carried, PlannerState, Totals
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
 
 CORPUS_FILES = ["law.jsonl", "medicine.jsonl", "finance.parquet", "science.jsonl", "code.json", "other.jsonl"]
@@ -164,7 +155,7 @@ def test_every_draw_is_within_one_sample_of_its_target(seed: int, num_domains: i
     rng = np.random.default_rng(seed)
     weights = np.maximum(rng.dirichlet(np.full(num_domains, 0.4)), 1e-4)
     weights = (weights / weights.sum()).tolist()
-    rule = _ChairmanRule(weights, [0.0] * num_domains)
+    rule = ChairmanRule(weights, [0.0] * num_domains)
     drawn = [0] * num_domains
     bound = 1 - 1 / (2 * num_domains - 2)
     for n in range(1, 400):

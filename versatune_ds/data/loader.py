@@ -24,7 +24,9 @@ import numpy as np
 
 from versatune_ds.data.collate import Batch, TokenSource, collate
 from versatune_ds.data.plan.balance import check_world_size, rank_packs
-from versatune_ds.data.plan.planner import Corpus, Float64, PlannerSettings, PlannerState, StepPlan, plan_step
+from versatune_ds.data.plan.corpus import Corpus, Float64, PlannerSettings
+from versatune_ds.data.plan.planner import StepPlan, plan_step
+from versatune_ds.data.plan.state import PlannerState
 from versatune_ds.foundations.errors import DataError, StateError
 
 

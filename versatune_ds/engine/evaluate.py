@@ -21,8 +21,7 @@ import torch
 from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.collate import Batch, collate
 from versatune_ds.data.plan.balance import by_cost, rank_packs
-from versatune_ds.data.plan.packing import pack_all
-from versatune_ds.data.plan.planner import Pack
+from versatune_ds.data.plan.packing import Pack, pack_all
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.engine.backend.build import Engine
 from versatune_ds.engine.faults.watchdog import mark

@@ -22,7 +22,8 @@ from versatune_ds.config.schema import Config
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.tokenizer import load_tokenizer, set_chat_template
 from versatune_ds.data.loader import StepLoader
-from versatune_ds.data.plan.planner import Corpus, PlannerSettings, PlannerState, steps_per_epoch
+from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, steps_per_epoch
+from versatune_ds.data.plan.state import PlannerState
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.early_stopping import EarlyStopping
 from versatune_ds.domain.statistics import DomainSums

@@ -53,7 +53,9 @@ from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.loader import StepLoader
 from versatune_ds.data.plan.balance import check_world_size
-from versatune_ds.data.plan.planner import Corpus, PlannerState, StepPlan
+from versatune_ds.data.plan.corpus import Corpus
+from versatune_ds.data.plan.planner import StepPlan
+from versatune_ds.data.plan.state import PlannerState
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.early_stopping import EarlyStopping
 from versatune_ds.domain.reference import load_reference
