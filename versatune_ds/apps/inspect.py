@@ -10,6 +10,7 @@ packs shown here mix the domains as they lie in the cache.
 
 from __future__ import annotations
 
+import functools
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -108,11 +109,10 @@ def sample_lines(cache: TokenCache, i: int, tokenizer: Any, paint: Paint) -> Ite
         f"--- {cache.domain} sample {i}: {shown}:{number}, {len(tokens):,} tokens, "
         f"{int(cache.supervised[i]):,} supervised"
     )
-    text = "".join(
+    yield "".join(
         paint.supervised(escape(piece)) if is_supervised else escape(piece)
         for piece, is_supervised in pieces(tokens, mask, tokenizer)
     )
-    yield text
     yield ""
 
 
@@ -123,21 +123,16 @@ def pieces(
 
     Whole beginnings are decoded and compared, because decoders drop a space in front of what they are given.
     """
+    decode = functools.partial(
+        tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
     ends = [*(np.flatnonzero(mask[1:] != mask[:-1]) + 1), len(tokens)]
     before, start = "", 0
     for end in ends:
-        text = decode(tokenizer, tokens[:end])
-        run = text[len(before) :] if text.startswith(before) else decode(tokenizer, tokens[start:end])
+        text = decode(tokens[:end].tolist())
+        run = text[len(before) :] if text.startswith(before) else decode(tokens[start:end].tolist())
         yield run, bool(mask[start])
         before, start = text, int(end)
-
-
-def decode(tokenizer: Any, tokens: npt.NDArray[np.uint32]) -> str:
-    """Text of token ids, special tokens included, nothing tidied up."""
-    text: str = tokenizer.decode(
-        tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    return text
 
 
 def escape(text: str) -> str:

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from versatune_ds.config.schema import Config, Source
 from versatune_ds.data.cache.cache import CACHE_SCHEMA_VERSION, read_manifest
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
-from versatune_ds.data.rows.files import HUB_PREFIX, FoundFiles, InputFile, find_files
+from versatune_ds.data.rows.files import FoundFiles, InputFile, find_files
 from versatune_ds.data.rows.hub import hub_revision
 from versatune_ds.data.rows.schemas import RowSchema
 from versatune_ds.foundations.errors import DataError, StateError
@@ -176,10 +178,7 @@ class SourceHashes:
 
     def update(self, file: InputFile) -> str:
         """The hash, computed where it is not known, and remembered."""
-        from filelock import FileLock
-
-        known = self._known(file)
-        if known is not None and file.kind != "hub":
+        if file.kind != "hub" and (known := self._known(file)) is not None:
             return known
         # One process reads a file; the others that started with it find its hash here.
         with FileLock(f"{self.path}.lock"):
@@ -187,10 +186,8 @@ class SourceHashes:
             if known is not None and file.kind != "hub":
                 return known
             stamp = file_stamp(file)
-            digest = self._hub_commit(file, known) if file.kind == "hub" else _hash(file)
-            entries = self._read()
-            entries[self._name(file)] = [stamp, digest]
-            write_json_atomic(self.path, entries)
+            digest = _hub_commit(file, known) if file.kind == "hub" else _hash(file)
+            write_json_atomic(self.path, self._read() | {self._name(file): [stamp, digest]})
         return digest
 
     def look_up(self, file: InputFile) -> str:
@@ -201,15 +198,6 @@ class SourceHashes:
         if file.kind == "hub":
             raise StateError(f"{file.path} is not prepared; run `versatune-ds prepare` with the hub in reach")
         return _hash(file)
-
-    def _hub_commit(self, file: InputFile, known: str | None) -> str:
-        try:
-            return hub_revision(file.path)
-        except DataError as error:
-            if known is None:
-                raise
-            logger.warning("%s; going on with commit %s, which was used before", error, known)
-            return known
 
     def _known(self, file: InputFile) -> str | None:
         entry = self._read().get(self._name(file))
@@ -226,9 +214,19 @@ class SourceHashes:
         return entries if isinstance(entries, dict) else {}
 
 
+def _hub_commit(file: InputFile, known: str | None) -> str:
+    try:
+        return hub_revision(file.path)
+    except DataError as error:
+        if known is None:
+            raise
+        logger.warning("%s; going on with commit %s, which was used before", error, known)
+        return known
+
+
 def file_stamp(file: InputFile) -> list[int]:
     """Size and times (ns) of a file; any write changes it. Empty for hub data sets, which have commits."""
-    if file.path.startswith(HUB_PREFIX):
+    if file.kind == "hub":
         return []
     try:
         stat = os.stat(file.path)
@@ -250,18 +248,15 @@ def read_unit(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def unit_lock(cache_dir: Path, key: str) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
+    """Hold a unit; says that it waits, at once and then every minute."""
     lock = FileLock(cache_dir / f"{key}.lock")
-    waited = 0
-    while True:
+    still = ""
+    while not lock.is_locked:
         try:
-            lock.acquire(timeout=60 if waited else 0)
-            break
+            lock.acquire(timeout=60 if still else 0)
         except Timeout:
-            still = "still " if waited else ""
             logger.info("another process prepares this data; %swaiting for it (%s)", still, lock.lock_file)
-            waited += 1
+            still = "still "
     try:
         yield
     finally:
