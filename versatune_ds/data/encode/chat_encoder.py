@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from versatune_ds.data.encode.templating import ChatTemplate, RenderedChat
+from versatune_ds.data.encode.templating import ChatRenderer, RenderedChat
 from versatune_ds.data.encode.tokenizer import say_once
 from versatune_ds.data.rows.reasons import BadRow, Reason
 from versatune_ds.data.rows.schemas import Conversation, TokenRow
@@ -68,7 +68,7 @@ class ChatEncoder:
     """Renders and tokenises conversations; picklable, light, the same in every process."""
 
     tokenizer_json: str
-    template: ChatTemplate
+    template: ChatRenderer
     vocab_size: int
     split_special_tokens: bool = False
     stop_id: int = field(init=False)
@@ -94,7 +94,7 @@ class ChatEncoder:
         backend.no_padding()
         encoder = cls(
             tokenizer_json=backend.to_str(),
-            template=ChatTemplate.of(tokenizer, name),
+            template=ChatRenderer.of(tokenizer, name),
             vocab_size=len(tokenizer),
             split_special_tokens=bool(getattr(tokenizer, "split_special_tokens", False)),
         )

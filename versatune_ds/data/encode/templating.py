@@ -87,8 +87,8 @@ class RenderedChat:
 
 
 @dataclass
-class ChatTemplate:
-    """A chat template with what it sees beside the messages; picklable.
+class ChatRenderer:
+    """Renders conversations with one template and what it sees beside the messages; picklable.
 
     Raises:
         ConfigError: it is broken, leaves out responses, or puts no stop token after them.
@@ -106,7 +106,7 @@ class ChatTemplate:
         self.stop_text = self._find_stop_text()
 
     @classmethod
-    def of(cls, tokenizer: Any, name: str) -> ChatTemplate:
+    def of(cls, tokenizer: Any, name: str) -> ChatRenderer:
         """The template of a loaded tokenizer that `data.chat_template: name` chooses."""
         return cls(
             template_text(tokenizer, name), dict(tokenizer.special_tokens_map), special_texts(tokenizer)

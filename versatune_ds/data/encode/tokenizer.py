@@ -9,15 +9,15 @@ import functools
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import ChatTemplate, Config
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 from versatune_ds.foundations.log import get_logger
 
 logger = get_logger(__name__)
 
-BUILT_IN_TEMPLATES = ("chatml", "alpaca", "llama2", "llama3")
+BUILT_IN_TEMPLATES = tuple(name for name in get_args(ChatTemplate) if name != "tokenizer")
 _END_OF_TURN = re.compile(r"\{%- set end_of_turn = (.+?) -%\}")
 
 
