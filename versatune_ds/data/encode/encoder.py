@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,14 +73,15 @@ class BlockResult:
     """By domain: rows, truncated, split, pieces_dropped, special_text, rewritten."""
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """A row that became tokens."""
+@dataclass(eq=False)
+class _Row:
+    """A row on its way."""
 
-    domain: str
     place: RowPlace
-    digests: tuple[int, int]
-    sample: EncodedSample
+    raw: Any
+    """As it stands in the file, for the excerpt; None: it cannot be shown."""
+    domain: str
+    content: Conversation | TokenRow = field(init=False)
 
 
 def encode_block(task: EncodeTask, settings: EncodeSettings) -> BlockResult:
@@ -95,136 +96,112 @@ class _BlockEncoder:
         self.result = BlockResult()
 
     def run(self) -> BlockResult:
-        self._collect(self._encode(self._check_rows()))
+        by_domain: dict[str, list[tuple[_Row, EncodedSample]]] = {}
+        for row, sample in self._encode(self._check_rows()):
+            by_domain.setdefault(row.domain, []).append((row, sample))
+        self.result.samples = {
+            domain: _join(items, self.settings.dtype) for domain, items in by_domain.items()
+        }
         self.result.problems.sort(key=lambda problem: problem.place.number)
         return self.result
 
-    def _note(self, domain: str, what: str, count: int = 1) -> None:
-        self.result.notes.setdefault(domain, Counter())[what] += count
+    def _note(self, row: _Row, what: str, count: int = 1) -> None:
+        self.result.notes.setdefault(row.domain, Counter())[what] += count
 
-    def _reject(
-        self, place: RowPlace, domain: str, error: BadRow, row: Any, fatal: bool | None = None
-    ) -> None:
-        block = self.task.block
-        if block.items and place.number < block.first + len(block.items):
-            raw = block.items[place.number - block.first]
-            row = "" if isinstance(raw, BadRow) else raw
-        if fatal is None:
-            fatal = self.settings.stop_at_bad_row and error.reason not in NEVER_FATAL
-        excerpt = short(row, EXCERPT_CHARS) if row != "" else ""
-        problem = Problem(place, domain, error.reason.value, error.message, excerpt, fatal)
-        self.result.problems.append(problem)
+    def _reject(self, row: _Row, error: BadRow, is_fatal: bool | None = None) -> None:
+        if is_fatal is None:
+            is_fatal = self.settings.stop_at_bad_row and error.reason not in NEVER_FATAL
+        excerpt = "" if row.raw is None else short(row.raw, EXCERPT_CHARS)
+        self.result.problems.append(
+            Problem(row.place, row.domain, error.reason.value, error.message, excerpt, is_fatal)
+        )
 
-    def _check_rows(self) -> list[tuple[RowPlace, str, Conversation | TokenRow, Any]]:
-        """Rows that fit their schema, each with place, domain and raw form."""
-        schema, good = self.task.schema, []
-        end = self.task.block.first + self.task.block.num_rows
-        for place, row in decode_block(self.task.file, self.task.block):
-            domain = schema.domain or NO_DOMAIN
+    def _check_rows(self) -> list[_Row]:
+        """Rows that fit their schema."""
+        block, schema, good = self.task.block, self.task.schema, []
+        for place, found in decode_block(self.task.file, block):
+            at = place.number - block.first
+            raw = block.items[at] if at < len(block.items) else found
+            row = _Row(place, None if isinstance(raw, BadRow) else raw, schema.domain or NO_DOMAIN)
             try:
-                if isinstance(row, BadRow):
-                    raise row
-                domain = schema.domain_of(row)
-                good.append((place, domain, schema.parse(row, self.task.format), row))
+                if isinstance(found, BadRow):
+                    raise found
+                row.domain = schema.domain_of(found)
+                row.content = schema.parse(found, self.task.format)
+                good.append(row)
             except BadRow as error:
-                self._reject(place, domain, error, "" if isinstance(row, BadRow) else row)
-            if place.number < end:  # else it stands for damage to the file
+                self._reject(row, error)
+            if at < block.num_rows:  # else it stands for damage to the file
                 self.result.rows += 1
-                self._note(domain, "rows")
+                self._note(row, "rows")
         return good
 
-    def _encode(self, rows: list[tuple[RowPlace, str, Conversation | TokenRow, Any]]) -> Iterator[_Encoded]:
+    def _encode(self, rows: Sequence[_Row]) -> Iterator[tuple[_Row, EncodedSample]]:
         encoder = self.settings.encoder
-        conversations = [row for _, _, row, _ in rows if isinstance(row, Conversation)]
+        conversations = [row.content for row in rows if isinstance(row.content, Conversation)]
         rendered = iter(encoder.encode(conversations))
-        for place, domain, row, raw in rows:
+        for row in rows:
             try:
-                if isinstance(row, TokenRow):
-                    sample, digests = encoder.check_tokens(row), _token_digests(row)
-                else:
-                    outcome = next(rendered)
-                    if isinstance(outcome, BadRow):
-                        raise outcome
-                    sample, digests = outcome, _text_digests(row)
+                content = row.content
+                sample = encoder.check_tokens(content) if isinstance(content, TokenRow) else next(rendered)
+                if isinstance(sample, BadRow):
+                    raise sample
             except BadRow as error:
-                self._reject(place, domain, error, raw)
+                self._reject(row, error)
                 continue
             if sample.has_special_text:
-                self._note(domain, "special_text")
+                self._note(row, "special_text")
             if sample.was_rewritten:
-                self._note(domain, "rewritten")
-            if len(sample.tokens) > self.settings.pack_len:
-                yield from self._shorten(_Encoded(domain, place, digests, sample), raw)
-            else:
-                yield _Encoded(domain, place, digests, sample)
+                self._note(row, "rewritten")
+            for piece in self._fit(row, sample):
+                yield row, piece
 
-    def _shorten(self, item: _Encoded, raw: Any) -> list[_Encoded]:
-        """Apply `data.overlong` to a sample that does not fit a pack."""
-        limit, policy, sample = self.settings.pack_len, self.settings.overlong, item.sample
-        found = f"the sample has {len(sample.tokens)} tokens, batch.pack_len is {limit}"
-        if policy == "error":
-            error = BadRow(
-                Reason.OVERLONG,
-                f"{found}; set data.overlong to drop, truncate or split, or raise batch.pack_len",
-            )
-            self._reject(item.place, item.domain, error, raw, fatal=True)
+    def _fit(self, row: _Row, sample: EncodedSample) -> list[EncodedSample]:
+        """The sample, or what `data.overlong` makes of one that does not fit a pack."""
+        limit, policy, size = self.settings.pack_len, self.settings.overlong, len(sample.tokens)
+        if size <= limit:
+            return [sample]
+        found = f"the sample has {size} tokens, batch.pack_len is {limit}"
+        if policy in ("error", "drop"):
+            cure = "set data.overlong to drop, truncate or split, or raise batch.pack_len"
+            error = BadRow(Reason.OVERLONG, f"{found}; {cure if policy == 'error' else 'dropped'}")
+            self._reject(row, error, is_fatal=policy == "error")
             return []
-        if policy == "drop":
-            self._reject(item.place, item.domain, BadRow(Reason.OVERLONG, f"{found}; dropped"), raw)
-            return []
-        stop = limit if policy == "truncate" else len(sample.tokens)
         pieces = [
             EncodedSample(sample.tokens[i : i + limit], sample.mask[i : i + limit])
-            for i in range(0, stop, limit)
+            for i in range(0, limit if policy == "truncate" else size, limit)
         ]
         kept = [piece for piece in pieces if piece.mask[1:].any()]
-        if not kept:
-            error = BadRow(Reason.OVERLONG_NOTHING_LEFT, f"{found}; {policy} leaves nothing supervised")
-            self._reject(item.place, item.domain, error, raw)
-            return []
-        self._note(item.domain, "truncated" if policy == "truncate" else "split")
-        self._note(item.domain, "pieces_dropped", len(pieces) - len(kept))
-        return [_Encoded(item.domain, item.place, item.digests, piece) for piece in kept]
-
-    def _collect(self, encoded: Iterable[_Encoded]) -> None:
-        by_domain: dict[str, list[_Encoded]] = {}
-        for item in encoded:
-            by_domain.setdefault(item.domain, []).append(item)
-        for domain, items in by_domain.items():
-            samples = [item.sample for item in items]
-            self.result.samples[domain] = SampleArrays(
-                tokens=np.concatenate([s.tokens for s in samples]).astype(self.settings.dtype),
-                mask=np.concatenate([s.mask for s in samples]).view(np.uint8),
-                lengths=np.array([len(s.tokens) for s in samples], dtype="<i4"),
-                supervised=np.array([np.count_nonzero(s.mask[1:]) for s in samples], dtype="<i4"),
-                source_number=np.array([item.place.number for item in items], dtype="<i8"),
-                digests=np.array(_first_pieces(items), dtype="<u8").reshape(-1, 2),
-            )
+        if kept:
+            self._note(row, "truncated" if policy == "truncate" else "split")
+            self._note(row, "pieces_dropped", len(pieces) - len(kept))
+        else:
+            nothing = f"{found}; {policy} leaves nothing supervised"
+            self._reject(row, BadRow(Reason.OVERLONG_NOTHING_LEFT, nothing))
+        return kept
 
 
-def _first_pieces(items: Sequence[_Encoded]) -> list[tuple[int, int]]:
-    """Hashes of the rows: one per row, also where a row was split into several samples."""
-    return [
-        item.digests
-        for i, item in enumerate(items)
-        if i == 0 or items[i - 1].place.number != item.place.number
-    ]
+def _join(items: Sequence[tuple[_Row, EncodedSample]], dtype: str) -> SampleArrays:
+    samples = [sample for _, sample in items]
+    rows = dict.fromkeys(row for row, _ in items)  # once, also where a row was split into several samples
+    return SampleArrays(
+        tokens=np.concatenate([s.tokens for s in samples]).astype(dtype),
+        mask=np.concatenate([s.mask for s in samples]).view(np.uint8),
+        lengths=np.array([len(s.tokens) for s in samples], dtype="<i4"),
+        supervised=np.array([np.count_nonzero(s.mask[1:]) for s in samples], dtype="<i4"),
+        source_number=np.array([row.place.number for row, _ in items], dtype="<i8"),
+        digests=np.array([_digests(row.content) for row in rows], dtype="<u8"),
+    )
 
 
-def _digest_pair(prompt: bytes, rest: bytes) -> tuple[int, int]:
-    first = hashlib.blake2b(prompt, digest_size=8)
-    prompt_digest = int.from_bytes(first.digest(), "little")
-    first = hashlib.blake2b(first.digest() + rest, digest_size=8)
-    return prompt_digest, int.from_bytes(first.digest(), "little")
-
-
-def _text_digests(row: Conversation) -> tuple[int, int]:
+def _digests(row: Conversation | TokenRow) -> tuple[int, int]:
     """Hashes of the prompt (all before the last response) and of the whole row."""
-    last = max(i for i, (role, _) in enumerate(row.turns) if role == "assistant")
-    prompt = "".join(f"{role} {len(content)} {content}" for role, content in row.turns[:last])
-    rest = "".join(f"{role} {len(content)} {content}" for role, content in row.turns[last:])
-    return _digest_pair(prompt.encode("utf-8"), rest.encode("utf-8"))
-
-
-def _token_digests(row: TokenRow) -> tuple[int, int]:
-    return _digest_pair(row.tokens[~row.mask].tobytes(), row.tokens.tobytes() + row.mask.tobytes())
+    if isinstance(row, TokenRow):
+        prompt, rest = row.tokens[~row.mask].tobytes(), row.tokens.tobytes() + row.mask.tobytes()
+    else:
+        last = max(i for i, (role, _) in enumerate(row.turns) if role == "assistant")
+        turns = [f"{role} {len(content)} {content}".encode() for role, content in row.turns]
+        prompt, rest = b"".join(turns[:last]), b"".join(turns[last:])
+    first = hashlib.blake2b(prompt, digest_size=8).digest()
+    whole = hashlib.blake2b(first + rest, digest_size=8).digest()
+    return int.from_bytes(first, "little"), int.from_bytes(whole, "little")

@@ -71,15 +71,19 @@ def template_text(tokenizer: Any, name: str) -> str:
     text = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text("utf-8").rstrip("\n")
     match = _END_OF_TURN.search(text)
     assert match is not None, name
-    stop = match.group(1)
-    if stop == "eos_token" or stop.strip("'") in special_texts(tokenizer):
-        if stop == "eos_token":
-            _require_eos(tokenizer, name)
+    stop = match.group(1).strip("'")
+    if stop in special_texts(tokenizer):
         return text
-    eos = _require_eos(tokenizer, name)
+    if tokenizer.eos_token is None:
+        raise ConfigError(
+            f"the {name} template ends turns with the eos token, and the tokenizer has none; "
+            "set eos_token in tokenizer_config.json"
+        )
+    if stop == "eos_token":
+        return text
     say_once(
-        f"the {name} template ends turns with {stop.strip(chr(39))}, which is not a special token of this "
-        f"tokenizer; its eos token {eos} is used instead"
+        f"the {name} template ends turns with {stop}, which is not a special token of this tokenizer; its "
+        f"eos token {tokenizer.eos_token} is used instead"
     )
     return text.replace(match.group(0), "{%- set end_of_turn = eos_token -%}")
 
@@ -88,15 +92,6 @@ def template_text(tokenizer: Any, name: str) -> str:
 def say_once(text: str) -> None:
     """Warn of something that concerns every sample."""
     logger.warning(text)
-
-
-def _require_eos(tokenizer: Any, name: str) -> str:
-    if tokenizer.eos_token is None:
-        raise ConfigError(
-            f"the {name} template ends turns with the eos token, and the tokenizer has none; "
-            "set eos_token in tokenizer_config.json"
-        )
-    return str(tokenizer.eos_token)
 
 
 def set_chat_template(tokenizer: Any, name: str) -> None:
