@@ -165,7 +165,7 @@ def test_masks_by_heads_of_turns_equal_masks_by_offsets(
         turns = tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
         conversations.append(Conversation(turns))
     rendered = [encoder.template.render_spans(conversation) for conversation in conversations]
-    by_heads = encoder._encode_by_heads(rendered)
+    by_heads = encoder._encode_by_heads(dict(enumerate(rendered)))
     monkeypatch.setattr(encoder, "_tokens_are_fixed_texts", False)
     by_offsets = encode(encoder, *conversations)
     assert len(by_heads) > 0

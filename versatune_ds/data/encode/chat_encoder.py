@@ -16,7 +16,7 @@ from __future__ import annotations
 import bisect
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,18 +129,15 @@ class ChatEncoder:
                 rendered.append(self.template.render_spans(conversation))
             except BadRow as error:
                 rendered.append(error)
-        done: dict[int, EncodedSample | BadRow] = {
-            i: item for i, item in enumerate(rendered) if isinstance(item, BadRow)
-        }
-        if self._tokens_are_fixed_texts:
-            done |= self._encode_by_heads(rendered)
-        rest = [
-            (i, item) for i, item in enumerate(rendered) if i not in done and isinstance(item, RenderedChat)
+        chats = {i: item for i, item in enumerate(rendered) if not isinstance(item, BadRow)}
+        quick = self._encode_by_heads(chats) if self._tokens_are_fixed_texts else {}
+        rest = [i for i in chats if i not in quick]
+        encodings = self.backend.encode_batch([chats[i].text for i in rest], add_special_tokens=False)
+        slow = {i: self._with_mask(chats[i], e) for i, e in zip(rest, encodings, strict=True)}
+        return [
+            item if isinstance(item, BadRow) else quick[i] if i in quick else slow[i]
+            for i, item in enumerate(rendered)
         ]
-        encodings = self.backend.encode_batch([item.text for _, item in rest], add_special_tokens=False)
-        for (i, item), encoding in zip(rest, encodings, strict=True):
-            done[i] = self._with_mask(item, encoding)
-        return [done[i] for i in range(len(rendered))]
 
     def check_tokens(self, row: TokenRow) -> EncodedSample:
         """A pre-tokenised row as a sample.
@@ -205,18 +202,14 @@ class ChatEncoder:
         table[[self.backend.token_to_id(text) for text in self.template.special_texts]] = True
         return table
 
-    def _encode_by_heads(self, rendered: Sequence[RenderedChat | BadRow]) -> dict[int, EncodedSample]:
-        """Samples whose turns begin shortly after a special token, by index; the others are left out.
+    def _encode_by_heads(self, chats: Mapping[int, RenderedChat]) -> dict[int, EncodedSample]:
+        """Samples whose turns begin shortly after a special token, by their keys; the others are left out.
 
         Special tokens cut the text before anything else, so the n-th in the text is the n-th among the ids.
         From there on only the head of a turn, up to a little past its start, is tokenised with offsets. If
         the ids before the start equal those of the whole text, they cover the same characters.
         """
-        plans = {
-            i: plan
-            for i, item in enumerate(rendered)
-            if isinstance(item, RenderedChat) and (plan := self._plan_heads(item)) is not None
-        }
+        plans = {i: plan for i, chat in chats.items() if (plan := self._plan_heads(chat)) is not None}
         texts = [plan.item.text for plan in plans.values()]
         whole = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         heads = [head for plan in plans.values() for head in plan.heads]

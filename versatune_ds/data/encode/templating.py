@@ -65,7 +65,7 @@ def _raise_exception(message: str) -> None:
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
+    indent: Any = None,
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
