@@ -9,9 +9,7 @@ of everything the result depends on. In the cache folder lie
     source_hashes.json     SHA-256 of source files by size and times: unchanged files are not read again
 
 One process reads blocks of rows and appends results in order; the workers decode, check, render and tokenise.
-Memory is bounded by the blocks in flight. Every few seconds the files are synced and the journal replaced;
-after a kill, files are cut back to the journal and the work goes on from there. The last step is a rename, so
-a unit is whole or absent.
+Memory is bounded by the blocks in flight. After a kill the work goes on from the journal (`unit_writer.py`).
 
 Training never prepares: `open_caches` compares keys and refuses with the command to run. It checks sizes,
 not content, and takes a source's hash from source_hashes.json while its size and times are unchanged.

@@ -197,7 +197,7 @@ class UnitWriter:
     def _check_sources(self) -> None:
         samples = iter(self.progress.samples)
         for source in self.unit.sources:
-            for file, digest in zip(source.files, source.hashes, strict=True):
+            for file, digest in source.files:
                 if self.hashes.look_up(file) != digest:
                     changed = "the file changed while it was read; run the command again"
                     raise DataError(changed, path=file.path)

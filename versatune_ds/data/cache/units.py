@@ -11,10 +11,9 @@ What is not covered: making units (`prepare.py`) and what a cache holds (`cache.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from filelock import FileLock, Timeout
 from versatune_ds.config.schema import Config, Source
 from versatune_ds.data.cache.cache import CACHE_SCHEMA_VERSION, read_manifest
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
-from versatune_ds.data.rows.files import FoundFiles, InputFile, find_files
+from versatune_ds.data.rows.files import InputFile, find_files
 from versatune_ds.data.rows.hub import hub_revision
 from versatune_ds.data.rows.schemas import RowSchema
 from versatune_ds.foundations.errors import DataError, StateError
@@ -48,8 +47,10 @@ class SourceFiles:
     name: str
     """`data.train[0]`, for error texts."""
     source: Source
-    files: tuple[InputFile, ...]
-    hashes: tuple[str, ...]
+    files: tuple[tuple[InputFile, str], ...]
+    """Each with the hash of its content."""
+    ignored: tuple[str, ...]
+    """See `FoundFiles.ignored`."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,6 @@ class Unit:
     inputs: dict[str, Any]
     """Everything the result depends on; its hash is the key."""
     cache_dir: Path
-    ignored: tuple[str, ...]
 
     @property
     def key(self) -> str:
@@ -77,33 +77,28 @@ class Unit:
     @property
     def files(self) -> list[tuple[InputFile, str, SourceFiles]]:
         """(file, its hash, its source), in reading order; the position is the source index of samples."""
-        return [
-            (file, digest, source)
-            for source in self.sources
-            for file, digest in zip(source.files, source.hashes, strict=True)
-        ]
+        return [(file, digest, source) for source in self.sources for file, digest in source.files]
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """What lies beside the files of the sources and is not read."""
+        return tuple(name for source in self.sources for name in source.ignored)
 
     def schema(self, source: Source) -> RowSchema:
         """How rows of `source` are read."""
         return RowSchema(source.format, source.columns, source.domain, source.domain_column, self.domains)
 
 
-def find_units(config: Config, encoder: ChatEncoder, hash_file: Any) -> list[Unit]:
-    """All units of a configuration, with their keys; `hash_file(InputFile) -> str` gives content hashes.
+def find_units(config: Config, encoder: ChatEncoder, hash_file: Callable[[InputFile], str]) -> list[Unit]:
+    """All units of a configuration, with their keys; `hash_file` gives content hashes.
 
     Raises:
         DataError: a source has no files.
     """
     units = []
     for split in SPLITS:
-        sources: list[SourceFiles] = []
-        ignored: dict[str, tuple[str, ...]] = {}
-        for i, source in enumerate(getattr(config.data, split)):
-            name = f"data.{split}[{i}]"
-            found = _find(source, name)
-            hashed = tuple(hash_file(file) for file in found.files)
-            sources.append(SourceFiles(name, source, found.files, hashed))
-            ignored[name] = found.ignored
+        given = enumerate(getattr(config.data, split))
+        sources = [_source_files(f"data.{split}[{i}]", source, hash_file) for i, source in given]
         names = tuple(config.domains.names)
         if any(source.source.domain_column for source in sources):
             groups = [(names, sources)]
@@ -111,17 +106,17 @@ def find_units(config: Config, encoder: ChatEncoder, hash_file: Any) -> list[Uni
             groups = [((d,), [s for s in sources if s.source.domain == d]) for d in names]
         for domains, members in groups:
             if members:
-                beside = tuple(itertools.chain.from_iterable(ignored[s.name] for s in members))
                 inputs = _unit_inputs(config, encoder, domains, members)
-                units.append(Unit(split, tuple(members), domains, inputs, config.data.cache_dir, beside))
+                units.append(Unit(split, tuple(members), domains, inputs, config.data.cache_dir))
     return units
 
 
-def _find(source: Source, name: str) -> FoundFiles:
+def _source_files(name: str, source: Source, hash_file: Callable[[InputFile], str]) -> SourceFiles:
     try:
-        return find_files(source.path, source.split)
+        found = find_files(source.path, source.split)
     except DataError as error:
         raise DataError(f"{error.reason} ({name})", path=error.path) from None
+    return SourceFiles(name, source, tuple((file, hash_file(file)) for file in found.files), found.ignored)
 
 
 def _unit_inputs(
@@ -140,10 +135,7 @@ def _unit_inputs(
                 "domain_column": member.source.domain_column,
                 "format": member.source.format,
                 "columns": dict(member.source.columns),
-                "files": [
-                    [file.kind, file.compression, digest]
-                    for file, digest in zip(member.files, member.hashes, strict=True)
-                ],
+                "files": [[file.kind, file.compression, digest] for file, digest in member.files],
             }
             for member in sources
         ],
@@ -192,8 +184,7 @@ class SourceHashes:
 
     def look_up(self, file: InputFile) -> str:
         """The hash; a file that changed or is not known is read, a hub data set must be known."""
-        known = self._known(file)
-        if known is not None:
+        if (known := self._known(file)) is not None:
             return known
         if file.kind == "hub":
             raise StateError(f"{file.path} is not prepared; run `versatune-ds prepare` with the hub in reach")
