@@ -23,7 +23,7 @@ from small_runs import cut_back, small_run
 from versatune_ds.data.plan.planner import PlannerSettings
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.evaluate import HeldOut, evaluate_samples
-from versatune_ds.engine.run import count_steps
+from versatune_ds.engine.prepared import count_steps
 from versatune_ds.foundations.errors import DivergenceError
 
 STEPS, PEAK = 6, 0.2
