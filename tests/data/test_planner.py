@@ -92,7 +92,9 @@ def test_every_run_of_steps(seed: int, num_domains: int, packs: int, unit: str) 
     weights = random_weights(seed, num_domains, 12)
     trained: Counter[tuple[int, int]] = Counter()
     drawn_before = np.zeros(num_domains)
-    for plan, asked in zip(run(corpus, settings, weights), weights, strict=True):
+    plans = run(corpus, settings, weights)
+    assert [(plan.step, plan.state_after.step) for plan in plans] == [(s, s + 1) for s in range(12)]
+    for plan, asked in zip(plans, weights, strict=True):
         state = plan.state_after
         # Drawn from exactly these weights, and never from a weight of 0.
         assert np.array_equal(plan.weights, asked)
@@ -255,15 +257,36 @@ def test_planning_changes_none_of_its_arguments() -> None:
     assert first.weights.tolist() == [0.25, 0.75]
 
 
+def equal_lengths(*sizes: int) -> Corpus:
+    """Every sample has 10 tokens: what is drawn in a step fills its packs, and nothing is carried over."""
+    lengths = [np.full(size, 10, np.int32) for size in sizes]
+    return Corpus(lengths, lengths)
+
+
 def test_seeds_and_passes_have_their_own_order() -> None:
-    corpus = random_corpus(0, [100], 30)
     orders = []
     for seed in (0, 1):
-        settings = PlannerSettings(pack_len=1000, packs_per_step=1, seed=seed)
-        plans = run(corpus, settings, [np.array([1.0])] * 6)
-        samples = [sample for plan in plans for _, sample in content(plan)[0]]
-        orders += [samples[:40], samples[100:140]]
-    assert all(one != other for one, other in itertools.combinations(map(sorted, orders), 2))
+        settings = PlannerSettings(pack_len=200, packs_per_step=1, seed=seed)
+        plans = run(equal_lengths(100), settings, [np.array([1.0])] * 10)
+        drawn = [{sample for _, sample in content(plan)[0]} for plan in plans]
+        assert set.union(*drawn[:5]) == set.union(*drawn[5:]) == set(range(100))  # two passes of five steps
+        orders += [drawn[:5], drawn[5:]]
+    assert all(one[0] != other[0] for one, other in itertools.combinations(orders, 2))
+
+
+def test_the_order_of_a_domain_is_its_own() -> None:
+    """Domains of one size are not gone through in the same order."""
+    settings = PlannerSettings(pack_len=400, packs_per_step=1)
+    (plan,) = run(equal_lengths(50, 50), settings, [np.array([0.5, 0.5])])
+    drawn = [{sample for domain, sample in content(plan)[0] if domain == d} for d in (0, 1)]
+    assert len(drawn[0]) == len(drawn[1]) == 20 and drawn[0] != drawn[1]
+
+
+def test_a_fraction_of_an_epoch_is_a_whole_number_of_samples() -> None:
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    corpus = random_corpus(0, [100, 7], 30)
+    settings = PlannerSettings(pack_len=64, packs_per_step=1, max_epochs=(0.29, None))
+    assert settings.draw_limits(corpus) == (29, math.inf)
 
 
 def test_the_plan_does_not_depend_on_block_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -353,8 +353,8 @@ class Checkpoint(Section):
     """Save so often that a crash costs at most this much training time, by measured step and save times;
     works beside `every_n_steps`. None: by steps only."""
     asynchronous: bool = False
-    """Copy the state to host memory and write it while training goes on. Needs room for a rank's share of
-    model and optimizer in host memory on every rank."""
+    """Copy the state to host memory and write it while training goes on. Needs room for the
+    shares of a host's ranks in its memory; without it a checkpoint is written while training waits."""
     export_at_end: bool = True
     """Write the finished model as a Hugging Face folder `model/` into the run folder."""
     export_shard_gb: float = Field(5.0, gt=0)

@@ -34,6 +34,7 @@ from versatune_ds.engine.backend.optimizer import learning_rate
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.checkpointing.hf_export import Companions, export_model
 from versatune_ds.engine.evaluate import HeldOut, evaluate
+from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.run_lock import RunLock
 from versatune_ds.engine.faults.signals import StopRequest, note_stopped
@@ -82,7 +83,7 @@ def train(config: Config, config_path: Path | None = None) -> None:
 def train_in_group(config: Config, device: torch.device, config_path: Path | None = None) -> bool:
     """`train` within a process group that is already there and stays; False when it was asked to stop."""
     watched = Heartbeat(config.run.hang_timeout_s)
-    with StopRequest() as stop, watched, RunLock(config.run.dir):
+    with StopRequest() as stop, watched, RunLock(config.run.dir), explained(config):
         run = open_run(config, device, config_path)
         try:
             finished = run_steps(run, stop)
