@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from prepared import byte_level_tokenizer, qwen_like_tokenizer
 
-from versatune_ds.data.encode import templating
-from versatune_ds.data.encode.templating import ChatEncoder, set_chat_template, stop_token, template_text
-from versatune_ds.data.rows.readers import BadRow, Reason
+from versatune_ds.data.encode import chat_encoder
+from versatune_ds.data.encode.chat_encoder import ChatEncoder, stop_token
+from versatune_ds.data.encode.tokenizer import set_chat_template, template_text
+from versatune_ds.data.rows.reasons import BadRow, Reason
 from versatune_ds.data.rows.schemas import Conversation, TokenRow
 from versatune_ds.foundations.errors import ConfigError
 
@@ -165,8 +166,8 @@ def test_masks_by_heads_of_turns_equal_masks_by_offsets(
         texts = ["".join(random.choices(WORDS, k=random.randint(1, 30))) + "z" for _ in range(2 * rounds)]
         turns = tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
         conversations.append(Conversation(turns))
-    rendered = [encoder._render_spans(conversation) for conversation in conversations]
-    by_heads = encoder._encode_by_heads(rendered)
+    rendered = [encoder.template.render_spans(conversation) for conversation in conversations]
+    by_heads = encoder._encode_by_heads(dict(enumerate(rendered)))
     monkeypatch.setattr(encoder, "_tokens_are_fixed_texts", False)
     by_offsets = encode(encoder, *conversations)
     assert len(by_heads) > 0
@@ -181,7 +182,7 @@ def test_a_head_that_ends_within_a_word_is_not_trusted(monkeypatch: pytest.Monke
         "{% for m in messages %}{{ m.content if m.role == 'user' else m.content + eos_token }}{% endfor %}"
     )
     encoder = ChatEncoder.build(qwen(template), "tokenizer")
-    monkeypatch.setattr(templating, "HEAD_LOOKAHEAD_CHARS", 1)
+    monkeypatch.setattr(chat_encoder, "HEAD_LOOKAHEAD_CHARS", 1)
     words = ["capital", "France", "prime", "number", "Seven", "question", "assistant", "system", "eleven"]
     parts = [(word[:i], word[i:]) for word in words for i in range(1, len(word))]
     conversations = [Conversation((("user", a), ("assistant", f"{b} is a {b}"))) for a, b in parts]

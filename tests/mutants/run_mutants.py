@@ -172,6 +172,9 @@ def digest_of_tree(tree: Path) -> str:
 def main(words: Sequence[str]) -> int:
     """Try the faults; the exit code of the command."""
     chosen = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
+    if unknown := [word for word in words if not any(word in m.name for m in MUTANTS)]:
+        print(f"no fault has this in its name: {', '.join(unknown)}")
+        return 1
     import_libraries()
     known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with copy_of_the_tree() as tree:

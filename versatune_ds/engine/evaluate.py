@@ -20,8 +20,7 @@ import numpy as np
 from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.collate import Batch, collate
 from versatune_ds.data.plan.balance import by_cost, rank_packs
-from versatune_ds.data.plan.packing import pack_all
-from versatune_ds.data.plan.planner import Pack
+from versatune_ds.data.plan.packing import Pack, pack_all
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.ranks import Ranks

@@ -56,7 +56,7 @@ def run_datasets(config: Config, files: Sequence[tuple[str, str, Mapping[str, st
     """The other side; returns the number of tokens."""
     import datasets
 
-    from versatune_ds.data.encode.templating import load_tokenizer, set_chat_template
+    from versatune_ds.data.encode.tokenizer import load_tokenizer, set_chat_template
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(config)
@@ -124,7 +124,7 @@ MESSAGES: dict[str, Callable[[Mapping[str, Any], Names], Chat]] = {
 def source_files(config: Config) -> list[tuple[str, str, dict[str, str]]]:
     """(path, format, columns) of every training file; prepares the data, which also warms the page cache."""
     from versatune_ds.data.cache.prepare import prepare
-    from versatune_ds.data.rows.readers import find_files
+    from versatune_ds.data.rows.files import find_files
 
     reports = prepare(config, progress=False).reports
     formats = {file["path"]: file["format"] for r in reports for file in r.manifest["sources"]}

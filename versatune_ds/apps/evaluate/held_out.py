@@ -24,8 +24,9 @@ from versatune_ds.config.benchmarks import Benchmarks
 from versatune_ds.config.derive import with_model
 from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.prepare import open_caches
-from versatune_ds.data.encode.templating import ChatEncoder, load_tokenizer
-from versatune_ds.data.plan.planner import Corpus
+from versatune_ds.data.encode.chat_encoder import ChatEncoder
+from versatune_ds.data.encode.tokenizer import load_tokenizer
+from versatune_ds.data.plan.corpus import Corpus
 from versatune_ds.domain.evaluation import Change, ModelEvaluation, compare
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.domain.table import DomainTable

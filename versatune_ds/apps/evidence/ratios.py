@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from versatune_ds.apps.bench.shapes import nonembedding_parameters, shape_config, total_parameters
-from versatune_ds.apps.evidence.cases import ARMS, Case
+from versatune_ds.apps.evidence.cases import ARMS, TrainingCase
 from versatune_ds.observability.throughput import TERA, ModelShape, mfu, step_flops, step_flops_6n
 
 INIT_STD = 0.02
@@ -32,7 +32,7 @@ CURVE_TOLERANCE = 0.03
 # --- numbers ------------------------------------------------------------------------------------------------
 
 
-def compare(case: Case, runs: Sequence[dict[str, Any]], peak: float | None) -> dict[str, Any]:
+def compare(case: TrainingCase, runs: Sequence[dict[str, Any]], peak: float | None) -> dict[str, Any]:
     """What the runs of a case amount to so far.
 
     Args:
@@ -73,7 +73,7 @@ def tokens_per_s(run: dict[str, Any], clock: str = "seconds") -> float:
 
 
 def arm_rates(
-    case: Case, runs: Sequence[dict[str, Any]], peak: float | None, ceiling: float | None
+    case: TrainingCase, runs: Sequence[dict[str, Any]], peak: float | None, ceiling: float | None
 ) -> dict[str, Any]:
     """Medians over an arm's runs; a share of useful FLOPs is None where its base is not known."""
     shape = model_shape(case)
@@ -107,7 +107,7 @@ def arm_rates(
     }
 
 
-def model_shape(case: Case) -> ModelShape:
+def model_shape(case: TrainingCase) -> ModelShape:
     """The FLOPs shape of a case's model."""
     shape = shape_config(case.shape, case.layers)
     return ModelShape(
@@ -120,7 +120,7 @@ def model_shape(case: Case) -> ModelShape:
     )
 
 
-def checks(case: Case, by_arm: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def checks(case: TrainingCase, by_arm: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Whether the arms did the same work: by their losses.
 
     Random weights of standard deviation s give logits of variance H s^2, a first loss of ln V + H s^2 / 2.
