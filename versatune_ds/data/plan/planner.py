@@ -123,13 +123,8 @@ class _Stream:
     def next(self) -> tuple[int, int, int]:
         """(sample, length, supervised tokens) of the next draw."""
         if not self._block:
-            samples = order.lookup(
-                self._size,
-                self.position,
-                seed=self._seed,
-                domain=self._domain,
-                pass_index=self.pass_index,
-            )[: self._lookup_samples]
+            which = {"seed": self._seed, "domain": self._domain, "pass_index": self.pass_index}
+            samples = order.lookup(self._size, self.position, **which)[: self._lookup_samples]
             self._lookup_samples *= 2
             rows = (samples, self._lengths[samples], self._supervised[samples])
             self._block = list(zip(*(row.tolist() for row in rows), strict=True))
