@@ -95,12 +95,12 @@ def prepare(config: Config, *, progress: bool = True) -> PreparedData:
         StateError: the cache folder cannot be written.
     """
     refuse_unguarded_import()
-    with _full_disk_named(config.data.cache_dir):
+    with _explain_full_disk(config.data.cache_dir):
         return _prepare(config, progress)
 
 
 @contextlib.contextmanager
-def _full_disk_named(cache_dir: Path) -> Iterator[None]:
+def _explain_full_disk(cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -26,17 +26,12 @@ Float64 = npt.NDArray[np.float64]
 class SampleSource(Protocol):
     """What the planner reads of a token cache."""
 
-    @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """int32[n], tokens of each sample."""
-
-    @property
-    def supervised(self) -> npt.NDArray[np.int32]:
-        """int32[n], supervised tokens of each sample, counted on shifted labels."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the content."""
+    lengths: npt.NDArray[np.int32]
+    """int32[n], tokens of each sample."""
+    supervised: npt.NDArray[np.int32]
+    """int32[n], supervised tokens of each sample, counted on shifted labels."""
+    fingerprint: str
+    """Hash of the content."""
 
 
 @dataclass(frozen=True, eq=False)
