@@ -36,6 +36,10 @@ class ShareRule:
         """Count a draw of `size` units."""
         self._units += size
         self._drawn[domain] += size
+        self._schedule(domain)
+
+    def _schedule(self, domain: int) -> None:
+        """Note what `pick` asks of a domain that was drawn."""
 
     def credit(self) -> list[float]:
         """Target minus drawn per domain, in units."""
@@ -83,10 +87,6 @@ class ChairmanRule(ShareRule):
         if best < 0:  # only after a weight change: the credits of the active domains sum to less than 0
             best = min(self._active, key=deadline.__getitem__)
         return best
-
-    def add(self, domain: int, size: int) -> None:
-        super().add(domain, size)
-        self._schedule(domain)
 
 
 class DeficitRule(ShareRule):
