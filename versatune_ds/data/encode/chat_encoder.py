@@ -265,10 +265,9 @@ class ChatEncoder:
             ("assistant", "No."),
         )
         sample = self.encode([Conversation(turns)])[0]
-        if isinstance(sample, BadRow):
-            # A template may take single rounds only; rows then decide.
-            sample = self.encode([Conversation(turns[:2])])[0]
+        if isinstance(sample, BadRow):  # a template may take single rounds only; rows then decide
             turns = turns[:2]
+            sample = self.encode([Conversation(turns)])[0]
         if isinstance(sample, BadRow):
             raise ConfigError(f"the chat template cannot be trained with: {sample}")
         expected = tokenizer.apply_chat_template(
