@@ -59,7 +59,7 @@ class ChairmanRule(ShareRule):
 
     The bound holds from credits of 0 and for constant weights. At a change no rule that does not know the
     future can keep it: weights that move at every draw to the domains behind force 1/2 + ... + 1/m.
-    The credits are kept, so nothing is lost, and `_draw` ends steps at settled credits.
+    The credits are kept, so nothing is lost, and the planner ends steps at settled credits.
     """
 
     def __init__(self, weights: Sequence[float], credit: Sequence[float]) -> None:
