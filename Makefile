@@ -6,11 +6,18 @@ export PYTHONSAFEPATH := 1
 # DeepSpeed builds an extension on first use; its folder belongs to the environment that built it.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help quickstart test lint audit clean
+OLDEST := .venv-oldest
+# what depends on the versions of torch, triton, transformers and deepspeed, and one file each of those that read others
+OLDEST_TESTS := tests/fused_loss $(addprefix tests/engine/test_, isolation.py model.py body.py build.py step.py \
+    checkpoint.py safe_loading.py optimizer.py) tests/config/test_load.py tests/data/test_readers.py \
+    tests/observability/test_report.py
+
+.PHONY: help quickstart test test-oldest lint audit clean
 
 help:
 	@echo "make quickstart   install, then train a tiny model on six domains and write its report"
 	@echo "make test         install with the test extra, then run the whole suite (CPU only)"
+	@echo "make test-oldest  the tests that touch torch, triton, transformers and deepspeed, with the oldest declared versions"
 	@echo "make lint         ruff and mypy"
 	@echo "make audit        known vulnerabilities of the installed packages"
 
@@ -36,6 +43,16 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
+# torch from PyPI is a CUDA build: it runs on CPUs, and pip fetches about 2.9 GB
+$(OLDEST)/.installed: setup.py constraints-oldest.txt versatune_ds/__init__.py
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt -e . triton pytest pytest-timeout pytest-xdist hypothesis
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(OLDEST)/torch_extensions" OMP_NUM_THREADS=1 \
+	    $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(OLDEST_TESTS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -44,4 +61,4 @@ audit: $(VENV)/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/audit
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

@@ -55,11 +55,11 @@ setup(
         "torch>=2.11",
         "transformers>=5.17",
         "deepspeed>=0.19.8",
-        "accelerate>=1.0",  # transformers needs it to build models under zero.Init
+        "accelerate>=1.1",  # transformers needs it to build models under zero.Init
         "numpy>=1.26",
         "sentencepiece>=0.2",
         "protobuf>=4.25",  # reads sentencepiece models when a fast tokenizer is made of them
-        "safetensors>=0.4.5",
+        "safetensors>=0.8",
         "pydantic>=2.7",
         "pyyaml>=6.0",
         "pyarrow>=15.0",

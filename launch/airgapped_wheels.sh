@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
 # Everything a host without network needs: download the wheels here, carry the folder over, install from it there.
 #
-#   launch/airgapped_wheels.sh download --folder wheels [--extras cuda,tracking] [--python 3.11] [--platform TAG]...
+#   launch/airgapped_wheels.sh download --folder wheels [--extras cuda,tracking] [--beside-torch] [--python 3.12]
 #   launch/airgapped_wheels.sh install  --folder wheels [--extras cuda,tracking] [--target FOLDER]
 #   launch/airgapped_wheels.sh verify   --folder wheels
 #
 # download  asks pip for versatune-ds of this checkout, its dependencies at the versions of constraints.txt, and
 #           the tools that install them. Packages that exist as source only (--build; by default deepspeed) become
 #           wheels here. Writes SHA256SUMS last, so a folder that has it is complete.
-# install   checks the hashes and installs with pip's --no-index: nothing is fetched, or it fails.
+#           --beside-torch: for a host that has torch and transformers of its own. Only what such a host lacks, by name
+#           and without dependencies; --extras compare adds what trainers are compared with. --python may then be
+#           another than this one.
+# install   checks the hashes and installs with pip's --no-index: nothing is fetched, or it fails. With --target, for
+#           PYTHONPATH: only what the host lacks goes into that folder; its torch and all else stay as they are.
 # verify    checks the hashes.
 #
-# Other options: --packages "A B" instead of versatune-ds; --constraints FILE; --build "A B"; --index-options
-# "..." (handed to pip as they are, for a mirror or a CUDA build of torch).
+# Other options: --packages "A B" instead of versatune-ds; --constraints FILE; --build "A B"; --platform TAG, repeated;
+# --index-options "..." (handed to pip as they are, for a mirror or a CUDA build of torch).
 # docs/airgapped.md has the steps for a cluster. Which index pip asks is pip's own setting.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -32,6 +36,12 @@ constraints=$root/constraints.txt
 build="deepspeed"
 index_options=
 target=
+beside=
+# What a host with torch and transformers lacks of versatune-ds' dependencies and theirs. Left out, for their size:
+# pyarrow (parquet files), matplotlib (pictures, report), scikit-learn (topic classifier).
+runtime="deepspeed hjson msgpack ninja py-cpuinfo einops psutil accelerate sentencepiece protobuf zstandard pydantic
+    pydantic-core annotated-types typing-inspection typing-extensions"
+compare="liger-kernel trl datasets dill multiprocess xxhash cut-cross-entropy torchao"
 while (($#)); do
     case $1 in
         --folder) folder=$2; shift 2 ;;
@@ -42,6 +52,7 @@ while (($#)); do
         --constraints) constraints=$2; shift 2 ;;
         --build) build=$2; shift 2 ;;
         --index-options) index_options=$2; shift 2 ;;
+        --beside-torch) beside=1; shift ;;
         --target) target=$2; shift 2 ;;
         --help | -h) usage; exit 0 ;;
         *) fail "unknown option $1; see --help" ;;
@@ -63,7 +74,7 @@ download() {
     here=$("$python" -c 'import sys; print(".".join(map(str, sys.version_info[:2])))')
     python_version=${python_version:-$here}
     # pip takes environment markers ("python_version >= 3.11", "Linux") from the Python that runs it.
-    if [[ $python_version != "$here" ]]; then
+    if [[ -z $beside && $python_version != "$here" ]]; then
         fail "the wheels are for Python $python_version and this is $here: pip would choose dependencies for $here. \
 Set PYTHON to a Python $python_version"
     fi
@@ -88,13 +99,24 @@ Set PYTHON to a Python $python_version"
     done
     pip_download=("$python" -m pip download -q --only-binary=:all: --find-links "$folder" -d "$folder")
     pip_download+=("${wheel_options[@]}" ${index[@]+"${index[@]}"})
+    if [[ $python_version != "$here" ]] && ! ((${#platforms[@]})); then
+        for tag in manylinux_2_28 manylinux_2_27 manylinux_2_26 manylinux_2_17 manylinux2014 manylinux_2_12; do
+            platforms+=("${tag}_$(uname -m)")
+        done
+    fi
     if ((${#platforms[@]})); then
         pip_download+=(--python-version "$python_version" --implementation cp)
         for tag in "${platforms[@]}"; do pip_download+=(--platform "$tag"); done
     fi
-    echo "downloading ${wanted[*]} and what they need" >&2
-    "${pip_download[@]}" "${wanted[@]}"
-    if [[ -z $packages ]]; then "${pip_download[@]}" pip "setuptools>=77" wheel ninja; fi
+    if [[ -n $beside ]]; then
+        read -r -d '' -a names <<< "${packages:-$runtime} $([[ ,$extras, != *,compare,* ]] || echo "$compare")" || true
+        echo "downloading ${names[*]}" >&2
+        "${pip_download[@]}" --no-deps "${names[@]}"
+    else
+        echo "downloading ${wanted[*]} and what they need" >&2
+        "${pip_download[@]}" "${wanted[@]}"
+        if [[ -z $packages ]]; then "${pip_download[@]}" pip "setuptools>=77" wheel ninja; fi
+    fi
     (cd "$folder" && sha256sum -- *.whl > .sums && mv .sums SHA256SUMS)
     echo "$(find "$folder" -name '*.whl' | wc -l) wheels, $(du -sh "$folder" | cut -f1), in $folder"
 }
@@ -109,10 +131,20 @@ needs() {
 install() {
     verify
     local options=(--no-index --find-links "$folder")
-    if [[ -n $target ]]; then options+=(--target "$target"); fi
-    "$python" -m pip install -q "${options[@]}" "${wanted[@]}"
-    if [[ -z $target ]]; then "$python" -m pip check; fi
-    echo "installed ${wanted[*]} from $folder"
+    if [[ -z $target ]]; then
+        "$python" -m pip install -q "${options[@]}" "${wanted[@]}"
+        "$python" -m pip check
+    else
+        local roots=("${wanted[@]}") lacking=()
+        if [[ -z $packages && ,$extras, == *,compare,* ]]; then
+            read -r -a rivals <<< "$compare"
+            roots=(versatune-ds "${rivals[@]}")
+        fi
+        mapfile -t lacking < <("$python" "$root/launch/airgapped_missing.py" "$folder" "${roots[@]}")
+        ((${#lacking[@]})) || fail "the wheels of $folder could not be chosen" 4
+        "$python" -m pip install -q --no-deps --no-index --target "$target" "${lacking[@]}"
+    fi
+    echo "installed ${wanted[*]} from $folder${target:+ into $target: put it into PYTHONPATH}"
 }
 
 case $mode in

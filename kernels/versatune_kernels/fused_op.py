@@ -207,16 +207,22 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 # twice, and would then scale twice.
 
 
+def _is_traced(gradient: Tensor) -> bool:
+    """Whether a compiler traces with a stand-in of the tensor. `torch.compiler.is_compiling()` does not tell:
+    torch 2.11 says False where AOT traces forward and backward together."""
+    return type(gradient) is not Tensor
+
+
 def _finish_with_torch(gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype) -> Tensor:
     """`chunked` has already cleared what must be 0."""
     scale = upstream * pending
-    if torch.compiler.is_compiling():
+    if _is_traced(gradient):
         return (gradient * scale).to(dtype)
     return gradient.mul_(scale).to(dtype)
 
 
 def _finish_with_triton(gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype) -> Tensor:
-    if torch.compiler.is_compiling():
+    if _is_traced(gradient):
         return finish_gradient_op(gradient, upstream, pending, dtype)
     from versatune_kernels import triton_backend
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
+
 import pytest
 import torch
+from torch.nn.attention import varlen
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from versatune_ds.config.schema import Model
 from versatune_ds.engine.backend.deepspeed_backend import MAX_ISOLATION_LEAK
+from versatune_ds.engine.model import attention
 from versatune_ds.engine.model.attention import VARLEN, choose_attention, isolation_leak, varlen_attention
 from versatune_ds.engine.model.packed_lm import PackedCausalLM, checkpoint_activations
 from versatune_ds.foundations.errors import ConfigError
@@ -109,8 +114,6 @@ def test_cpu_takes_the_block_diagonal_mask_and_says_so():
 
 
 def test_cuda_prefers_flash_attention_and_falls_back_aloud(monkeypatch):
-    import importlib.util
-
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert choose_attention(Model(source="x"), "cuda").implementation == "flash_attention_2"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -125,6 +128,83 @@ def test_varlen_without_boundaries_is_an_error():
     q = torch.zeros(1, 4, 8, 8)
     with pytest.raises(ConfigError, match="samples would mix"):
         varlen_attention(torch.nn.Identity(), q, q, q, None)
+
+
+def by_samples(query, key, value, boundaries, scale):
+    """What torch's kernel computes on GPUs: causal attention per sample, grouped heads included."""
+    parts = []
+    for start, end in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        parts.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=True
+            ).transpose(0, 1)
+        )
+    return torch.cat(parts)
+
+
+def kernel_of_torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    assert window_size == (-1, 0)
+    return by_samples(query, key, value, cu_seq_q, scale)
+
+
+def kernel_of_torch_2_13(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
+    assert window_size == (-1, 0)
+    if not enable_gqa and query.size(1) != key.size(1):
+        raise ValueError("Expect query and key/value to have the same number of heads")
+    return by_samples(query, key, value, cu_seq_q, scale)
+
+
+INSTALLED = inspect.signature(varlen.varlen_attn)
+
+
+def installed_kernel(*args, **kwargs):
+    given = INSTALLED.bind(*args, **kwargs).arguments
+    return by_samples(given["query"], given["key"], given["value"], given["cu_seq_q"], given["scale"])
+
+
+installed_kernel.__signature__ = INSTALLED  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("kernel", [kernel_of_torch_2_11, kernel_of_torch_2_13, installed_kernel])
+def test_varlen_calls_the_kernel_as_its_version_of_torch_wants(monkeypatch, kernel, kv_heads, compiled):
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    spec = importlib.util.spec_from_file_location("attention_of_this_torch", attention.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    q = torch.randn(1, 4, 12, 8)
+    k, v = torch.randn(2, 1, kv_heads, 12, 8).unbind()
+    boundaries = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    options = {"scaling": 0.3, "cu_seq_lens_q": boundaries, "max_length_q": 6}
+    torch.compiler.reset()
+    call = torch.compile(anew.varlen_attention, backend="eager") if compiled else anew.varlen_attention
+    out, weights = call(torch.nn.Identity(), q, k, v, None, **options)
+    sample = torch.arange(3).repeat_interleave(boundaries.diff())
+    mask = (sample[:, None] == sample) & torch.ones(12, 12, dtype=torch.bool).tril()
+    repeated = (x.repeat_interleave(4 // kv_heads, dim=1) for x in (k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, *repeated, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+    assert weights is None
 
 
 @pytest.mark.gpu

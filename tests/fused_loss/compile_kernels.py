@@ -1,8 +1,12 @@
 """Compile our Triton kernels for GPUs that need not be here, and print what came out as JSON.
 
-A process of its own, because Triton's interpreter, which the tests use, replaces its compiler.
+A process of its own, because Triton's interpreter, which the tests use, replaces its compiler. Start it with
+TRITON_DUMP_PTXAS_LOG=1, TRITON_INTERPRET=0 and an empty TRITON_CACHE_DIR: registers and spills are what the
+assembler says while it works.
 """
 
+import contextlib
+import io
 import json
 import re
 
@@ -12,9 +16,16 @@ from triton.compiler import ASTSource
 
 from versatune_kernels import triton_backend, triton_kernels
 
-VOCAB_SIZE = 152064
+VOCAB_SIZES = (32001, 50257, 128257, 151936, 152064)
 PLAIN = dict(HAS_TOKEN_WEIGHT=False, HAS_SMOOTHING=False, HAS_SOFTCAP=False, TRAINING=True)
 EVERYTHING = dict(HAS_TOKEN_WEIGHT=True, HAS_SMOOTHING=True, HAS_SOFTCAP=True, TRAINING=True)
+ROWS = (("fp32", "bf16", PLAIN), ("bf16", "bf16", EVERYTHING), ("fp32", "fp32", EVERYTHING))
+"""Types of logits and gradient, and switches, for every vocabulary."""
+MORE_ROWS = (("fp32", "fp16", EVERYTHING), ("fp32", "bf16", {**EVERYTHING, "TRAINING": False}))
+"""For the last vocabulary only."""
+SCALES = (("fp32", "bf16", False, "i32"), ("bf16", "bf16", True, "i64"), ("fp32", "fp16", False, "i64"))
+"""Types of gradient and result, whether in place, and type of the count."""
+USAGE = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 ROW_TYPES = {
     "labels_ptr": "*i64",
     "ignore_index": "i32",
@@ -28,16 +39,17 @@ ROW_TYPES = {
 def main() -> None:
     built = []
     for capability in (80, 90, 100):
-        for logits, grad, flags in (("fp32", "bf16", PLAIN), ("bf16", "bf16", EVERYTHING)):
-            types = {**ROW_TYPES, "logits_ptr": f"*{logits}", "grad_ptr": f"*{grad}"}
-            constants = {**flags, "VOCAB_SIZE": VOCAB_SIZE, "TILE": triton_backend.VOCAB_TILE}
-            built.append(build(triton_kernels.row_kernel, types, constants, capability, 8))
+        for vocab_size in VOCAB_SIZES:
+            for logits, grad, flags in ROWS + MORE_ROWS * (vocab_size == VOCAB_SIZES[-1]):
+                types = {**ROW_TYPES, "logits_ptr": f"*{logits}", "grad_ptr": f"*{grad}"}
+                constants = {**flags, "VOCAB_SIZE": vocab_size, "TILE": triton_backend.VOCAB_TILE}
+                built.append(build(triton_kernels.row_kernel, types, constants, capability, 8))
         types = dict(values_ptr="*fp32", labels_ptr="*i64", ids_ptr="*i32", num_tokens="i32")
         types.update(sums_ptr="*fp64", counts_ptr="*i64", squares_ptr="*fp64", ignore_index="i32")
         constants = {"TILE": triton_backend.TOKEN_TILE}
         built.append(build(triton_kernels.segment_kernel, types, constants, capability, 4))
-        for gradient, in_place, count in (("fp32", False, "i32"), ("bf16", True, "i64")):
-            types = dict(gradient_ptr=f"*{gradient}", out_ptr="*bf16", num_elements=count)
+        for gradient, result, in_place, count in SCALES:
+            types = dict(gradient_ptr=f"*{gradient}", out_ptr=f"*{result}", num_elements=count)
             types.update(upstream_ptr="*fp32", pending_ptr="*fp32")
             constants = {"IN_PLACE": in_place, "TILE": triton_backend.SCALE_TILE}
             built.append(build(triton_kernels.scale_kernel, types, constants, capability, 8))
@@ -59,22 +71,29 @@ def build(kernel, types, constants, capability, num_warps):
         },
     )
     target = GPUTarget("cuda", capability, 32)
-    ptx = triton.compile(source, target=target, options={"num_warps": num_warps}).asm["ptx"]
-    accesses = re.findall(r"bar\.sync|(?:ld|st)\.global[.\w]*", ptx)
+    with contextlib.redirect_stdout(io.StringIO()) as assembler:  # TRITON_DUMP_PTXAS_LOG
+        compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    stack, *spills = map(int, USAGE.search(assembler.getvalue()).groups())
+    accesses = re.findall(r"bar\.sync|(?:ld|st)\.global[.\w]*", compiled.asm["ptx"])
     return {
         "kernel": kernel.__name__,
         "capability": capability,
-        "local_memory": ".local" in ptx,
+        "vocab_size": constants.get("VOCAB_SIZE"),
+        "types": [types[name] for name in names if types.get(name, "").startswith("*")][:2],
+        "training": constants.get("TRAINING"),
+        "registers": int(re.search(r"Used (\d+) registers", assembler.getvalue()).group(1)),
+        "shared_bytes": compiled.metadata.shared,
+        "local_bytes": stack + sum(spills),
         "loads_16_bytes": any(a.startswith("ld.global") and ".v4.b32" in a for a in accesses),
-        "barrier_between_load_and_store": kernel.__name__ == "row_kernel" and guarded(accesses),
+        "barrier_between_load_and_store": guarded(accesses),
     }
 
 
 def guarded(accesses):
-    """Whether a barrier stands between the last vector load and the vector store that follows it."""
-    last = [i for i, a in enumerate(accesses) if a.startswith("ld.global") and ".v" in a][-1]
-    after = [a for a in accesses[last:] if a == "bar.sync" or (a.startswith("st") and ".v" in a)]
-    return after[0] == "bar.sync" and len(after) > 1
+    """Whether a barrier stands between the last load from global memory and the store that follows it."""
+    last = [i for i, a in enumerate(accesses) if a.startswith("ld.global")][-1]
+    after = [a for a in accesses[last:] if a == "bar.sync" or a.startswith("st")]
+    return bool(after) and after[0] == "bar.sync" and len(after) > 1
 
 
 main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -84,3 +85,16 @@ def test_transformers_models_import_from_the_repository_root(safe_path):
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True
     )
     assert out.stdout.strip().endswith("fine"), out.stderr
+
+
+def test_the_oldest_versions_tested_are_those_declared():
+    """`make test-oldest` proves the lower bounds of setup.py, all of them and no others."""
+    setup = (REPOSITORY / "setup.py").read_text()
+    required = setup[setup.index("install_requires=[") : setup.index("extras_require")]
+    declared = dict(re.findall(r'"([\w.-]+)>=([\d.]+)', required))
+    possible = declared | dict(re.findall(r'["\']([\w.-]+)>=([\d.]+)', setup))
+    lines = (REPOSITORY / "constraints-oldest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert declared.keys() <= tested.keys() <= possible.keys() and "triton" in tested
+    for name, version in tested.items():
+        assert f"{version}.".startswith(f"{possible[name]}."), f"{name}: {version} is not {possible[name]}"

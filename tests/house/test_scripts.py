@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,12 +42,11 @@ def test_shellcheck_has_nothing_to_say(path):
     assert done.returncode == 0, done.stdout
 
 
-def tiny_wheel(folder: Path, name: str, requires: str = "") -> None:
+def tiny_wheel(folder: Path, name: str, *requires: str) -> None:
     """A wheel of one module, written by hand."""
     info = f"{name}-1.0.dist-info"
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
-    if requires:
-        metadata += f"Requires-Dist: {requires}\n"
+    metadata += "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
     files = {
         f"{name}.py": "VALUE = 7\n",
         f"{info}/METADATA": metadata,
@@ -68,10 +68,10 @@ def index(tmp_path) -> Path:
     return folder
 
 
-def run_wheels(*arguments: str, index: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_wheels(*arguments: str, index: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
     """The script with pip cut off from everything but `index`."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
-    environment |= {"PYTHON": sys.executable, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
+    environment |= {"PYTHON": sys.executable, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", **more}
     if index is not None:
         environment["PIP_FIND_LINKS"] = str(index)
     return subprocess.run(
@@ -112,6 +112,75 @@ def test_a_damaged_or_unfinished_folder_is_refused(index, tmp_path):
 def test_another_python_is_refused(tmp_path):
     done = run_wheels("download", "--folder", str(tmp_path), "--packages", "outer", "--python", "3.99")
     assert done.returncode == 2 and "Python 3.99" in done.stderr
+
+
+def unpacked(folder: Path, name: str, into: Path) -> None:
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl") as wheel:
+        wheel.extractall(into)
+
+
+def test_beside_what_a_host_has_only_what_it_lacks_is_installed(tmp_path):
+    """`hosted` stays the host's own although the folder has it; `old` is too old; nobody has `absent`."""
+    folder, host, site = (tmp_path / name for name in ("wheels", "host", "site"))
+    folder.mkdir()
+    tiny_wheel(
+        folder, "outer", "inner", "hosted>=1", "old>=1", "absent", "elsewhere; sys_platform == 'win32'"
+    )
+    for name in ("inner", "hosted", "old", "unasked"):
+        tiny_wheel(folder, name)
+    unpacked(folder, "hosted", host)
+    unpacked(folder, "old", host)
+    (host / "old-1.0.dist-info").rename(host / "old-0.9.dist-info")
+    metadata = host / "old-0.9.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text().replace("Version: 1.0", "Version: 0.9"))
+    sums = subprocess.run("sha256sum *.whl", shell=True, cwd=folder, capture_output=True, check=True).stdout
+    (folder / "SHA256SUMS").write_bytes(sums)
+
+    options = ("--folder", str(folder), "--packages", "outer", "--target", str(site))
+    done = run_wheels("install", *options, PYTHONPATH=str(host))
+    assert done.returncode == 0, done.stderr
+    assert {path.stem for path in site.glob("*.py")} == {"outer", "inner", "old"}
+    assert done.stderr.count("not here") == 1 and "absent (for outer)" in done.stderr
+
+
+def test_for_a_host_with_torch_wheels_come_by_name_and_for_any_python(index, tmp_path):
+    options = ("--folder", str(tmp_path / "wheels"), "--packages", "outer", "--beside-torch")
+    done = run_wheels("download", *options, "--python", "3.99", index=index)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "wheels").glob("*.whl")] == ["outer-1.0-py3-none-any.whl"]
+
+
+def test_every_dependency_is_carried_or_left_to_the_host_on_purpose():
+    script = WHEELS.read_text()
+    carried = set(re.search(r'^runtime="([^"]*)"', script, re.MULTILINE).group(1).split())
+    setup = (REPOSITORY / "setup.py").read_text()
+    required = setup[setup.index("install_requires=[") : setup.index("extras_require")]
+    declared = set(re.findall(r'"([\w.-]+)>=', required))
+    brought_by_torch = {
+        "torch",
+        "transformers",
+        "numpy",
+        "safetensors",
+        "pyyaml",
+        "filelock",
+        "tqdm",
+        "jinja2",
+        "httpx",
+    }
+    left_out = set(
+        re.findall(r"[\w-]+(?= \()", script[script.index("# What a host") : script.index("runtime=")])
+    )
+    assert left_out == {"pyarrow", "matplotlib", "scikit-learn"}
+    assert declared - carried - brought_by_torch == left_out and not carried & brought_by_torch
+
+
+def test_training_needs_nothing_that_is_left_out():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['pyarrow', 'matplotlib', 'sklearn']))\n"
+        "import versatune_ds.cli.main, versatune_ds.data.prepare, versatune_ds.engine.run"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("script", ["airgapped_wheels.sh", "bench_throughput.sh"])
@@ -163,6 +232,41 @@ def test_the_audit_fails_on_findings_and_skips_with_a_reason(tmp_path, output, e
     done = subprocess.run(
         [str(REPOSITORY / ".ci" / "audit")],
         env={**os.environ, "PIP_AUDIT": str(program)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code, done.stderr
+    assert says in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("install", "tests", "code", "says"),
+    [
+        ("exit 0", "exit 0", 0, "the tests run"),
+        ("exit 0", "exit 1", 2, "the tests run"),
+        ("sleep 60", "exit 0", 0, "skipped: not installed within 1 s"),
+        (
+            "echo 'ERROR: Could not find a version that satisfies torch==2.11.0'; exit 2",
+            "exit 0",
+            0,
+            "skipped",
+        ),
+        ("echo 'ERROR: ResolutionImpossible: for help visit'; exit 2", "exit 0", 1, "ResolutionImpossible"),
+        ("echo 'error: metadata-generation-failed'; exit 2", "exit 0", 1, "metadata-generation-failed"),
+    ],
+)
+def test_the_oldest_versions_are_tested_where_they_can_be_had(tmp_path, install, tests, code, says):
+    """With a `make` that does as told: what is ours to mend fails, wheels that cannot be had are a skip."""
+    make = tmp_path / "make"
+    make.write_text(
+        f"#!/bin/bash\n[[ $1 == test-oldest ]] || {{ {install}; }}\n"
+        f"if [[ $1 == test-oldest ]]; then echo the tests run; ({tests}) || exit 2; fi\n"
+    )
+    make.chmod(0o755)
+    done = subprocess.run(
+        [str(REPOSITORY / ".ci" / "oldest")],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OLDEST_LIMIT": "1"},
         capture_output=True,
         text=True,
         timeout=60,

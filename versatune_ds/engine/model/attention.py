@@ -12,11 +12,13 @@ What is not covered: sliding-window layers with a window shorter than a sample o
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from versatune_ds.config.schema import Model
@@ -25,6 +27,8 @@ from versatune_ds.foundations.errors import ConfigError
 from versatune_kernels import LossOutput
 
 VARLEN = "versatune_varlen"
+NAMES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Whether torch's kernel wants to be told of grouped heads; the one of torch 2.11 takes them as they are."""
 PROBE_SAMPLE_TOKENS = 16
 
 
@@ -99,13 +103,12 @@ def varlen_attention(
     Returns:
         [1, T, heads, head_dim] and None (no attention weights).
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     boundaries, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     if boundaries is None or longest is None:
         raise ConfigError("varlen attention was called without sample boundaries: samples would mix")
     if sliding_window is not None and sliding_window < longest:
         raise ConfigError("varlen attention does not do sliding windows; use flash_attention_2")
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if NAMES_GROUPED_HEADS else {}
     out = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -116,7 +119,7 @@ def varlen_attention(
         longest,
         scale=scaling,
         window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(out, torch.Tensor)
     return out.unsqueeze(0), None
