@@ -1,4 +1,4 @@
-"""The trainer benchmark: what it writes, what it adds up to, and that its stand-ins change nothing.
+"""The trainer benchmark: what it writes, what it adds up to, and that timing changes nothing.
 
 No test asserts a time; the numbers of a run are only compared with each other.
 """
@@ -232,13 +232,15 @@ def test_every_phase_is_seen(result):
 
 
 def test_phases_add_up_to_the_step():
-    from versatune_ds.apps.bench.phases import phases
+    from versatune_ds.apps.bench.phases import split
+    from versatune_ds.engine import phases
 
-    spans = {"forward": 3.0, "loss": 1.0, "backward": 4.0, "optimizer": 1.0, "statistics": 0.5}
-    split = phases(10.0, 0.25, spans)
-    assert split["forward"] == 2.0 and split["data_wait"] == 0.25
-    assert split["other"] == 10.0 - 8.75
-    assert sum(split.values()) == 10.0
+    own = {phases.FORWARD: 2.0, phases.LOSS: 1.0, phases.BACKWARD: 4.0, phases.OPTIMIZER_STEP: 1.0}
+    own |= {phases.STATISTICS: 0.25, phases.REDUCTION: 0.25, phases.DATA_WAIT: 0.25, "evaluation": 99.0}
+    parts = split(10.0, own)
+    assert parts["forward"] == 2.0 and parts["data_wait"] == 0.25 and parts["statistics"] == 0.5
+    assert parts["other"] == 10.0 - 8.75
+    assert sum(parts.values()) == 10.0
 
 
 def test_the_page_compares_and_marks_what_was_extrapolated(result, tmp_path, capsys):
@@ -268,7 +270,7 @@ def test_a_page_without_results_is_an_error(tmp_path):
         bench_results.read_results(tmp_path)
 
 
-def test_the_stand_ins_leave_the_run_as_it_was():
+def test_being_timed_leaves_the_run_as_it_was():
     """Losses with phases timed and without are the same; without statistics the loss is, and no sums come."""
     code = """
 import json, tempfile
@@ -278,6 +280,7 @@ from versatune_ds.apps.bench import phases as bench_phases
 from versatune_ds.engine import train
 from versatune_ds.apps.bench.settings import BenchSettings
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
+from versatune_ds.engine.phases import recording
 
 device = start_process_group()
 losses = {}
@@ -296,11 +299,13 @@ for how in ("plain", "timed", "without"):
     original = backend.live.backward
     backend.live.backward = lambda loss, **k: (seen.append(float(loss)), original(loss, **k))[1]
     if how == "timed":
-        with bench_phases.timed_phases(run) as watch:
+        with recording(bench_phases.SplitRecorder(bench_phases.clock_of(device))) as recorder:
             stepper.take(2)
-            assert watch.seconds()["loss"] > 0
+        parts = bench_phases.split(10.0, recorder.own_seconds())
+        assert all(parts[name] > 0 for name in bench_phases.PHASES), parts
+        assert abs(sum(parts.values()) - 10) < 1e-9
     elif how == "without":
-        with bench_phases.without_statistics(run):
+        with bench_phases.without_statistics(run) as stepper.run:
             stepper.take(2)
     else:
         stepper.take(2)

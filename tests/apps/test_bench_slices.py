@@ -90,7 +90,7 @@ def test_the_settings_are_those_of_a_run_and_not_deepspeeds_own():
 def test_eight_packs_a_step_leave_almost_no_padding():
     from versatune_ds.data.plan.planner import Corpus, PlannerState, plan_step
     from versatune_ds.domain.table import DomainTable
-    from versatune_ds.engine.run import planner_settings
+    from versatune_ds.engine.prepared import planner_settings
 
     settings = BenchSettings(shape="tiny", activation_checkpointing="off")
     config = bench_config(settings, "model", ZERO_FILE)

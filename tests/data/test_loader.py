@@ -1,6 +1,7 @@
 """The loader: prefetched or not, the same batches; no old weights; the state of what was taken."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -156,10 +157,12 @@ def test_supervised_tokens_that_differ_from_the_plan_are_refused(corpus: Corpus)
         loader.take(EQUAL)
 
 
-def test_waiting_and_planning_are_measured(corpus: Corpus) -> None:
+def test_planning_is_measured_and_the_plan_kept(corpus: Corpus) -> None:
     with open_loader(corpus) as loader:
-        loader.take(EQUAL)
-        assert 0 < loader.last_plan_s <= loader.last_wait_s
+        began = time.perf_counter()
+        plan, _ = loader.take(EQUAL)
+        assert 0 < loader.last_plan_s <= time.perf_counter() - began
+        assert loader.last_plan is plan and plan.state_after is loader.state
 
 
 def test_a_closed_loader_has_ended_its_thread_and_gives_no_more_steps(corpus: Corpus) -> None:

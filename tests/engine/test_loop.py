@@ -15,6 +15,7 @@ import torch
 from plain_backend import PlainRun, Steps, plain_run
 from small_runs import cut_back, small_run
 
+from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.foundations.errors import DivergenceError
 
 STEPS, PEAK = 6, 0.2
@@ -80,6 +81,13 @@ def same_parameters(ours: PlainRun, model: torch.nn.Module) -> None:
         torch.testing.assert_close(
             parameter, theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_what_the_loop_asks_for_is_what_the_protocol_says(whole):
+    """The backend that all of this runs on has what `Backend` lists, and besides that what tests look at."""
+    asked = {name for name in vars(Backend) if not name.startswith("_")}
+    ours = {name for name in dir(whole.backend) if not name.startswith("_")}
+    assert ours - asked == {"rates", "boundaries", "disturb", "optimizer", "max_norm"} and asked <= ours
 
 
 def test_every_step_is_that_of_plain_pytorch(whole, expected):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from launching import TRAIN_CASES, case_file, launch, launch_soundly, read_jsonl, run_cases
-from plain_engine import plain_run
+from plain_backend import plain_run
 from safetensors.torch import load_file
 from small_runs import prepare_run, sample_settings
 
@@ -172,7 +172,7 @@ def test_a_run_on_two_ranks_with_zero_3_is_the_one_of_plain_pytorch(finished):
     """With a plain engine in DeepSpeed's place, which test_loop.py holds against training by hand."""
     plain = plain_run(finished / "config.yaml", f"run.dir={finished / 'plain'}")
     rates = [line["lr"] for line in read_jsonl(finished / "whole" / "metrics.jsonl")]
-    assert rates == plain.engine.rates and len(set(rates)) == STEPS
+    assert rates == plain.backend.rates and len(set(rates)) == STEPS
     for log, keys in (
         ("metrics", ("step", "loss", "grad_norm", "domain_loss", "domain_supervised_tokens", "weights")),
         ("eval", ("step", "domain_loss", "domain_stderr", "domain_samples")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from versatune_ds.engine.skipping import MIN_LOSSES, SpikeGuard, is_spike
+from versatune_ds.engine.state import MIN_LOSSES, SpikeGuard, is_spike
 
 STEADY = [2.0] * MIN_LOSSES
 

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from versatune_ds.engine.faults.watchdog import MAX_LOOK_S, Beat, Failure, Judge, Place
+from versatune_ds.engine.faults.watchdog import MAX_LOOK_S, Beat, Failure, Mark, Watchdog
 from versatune_ds.foundations import constants
 
-WAITING = Place(7, 3, "reduction", True)
+WAITING = Mark(7, 3, "reduction", True)
 
 
-def hang(judge: Judge) -> Failure | None:
-    return judge.silence() or judge.standstill()
+def hang(watchdog: Watchdog) -> Failure | None:
+    return watchdog.silence() or watchdog.standstill()
 
 
-def beats(number: int, *places: Place) -> dict[int, Beat]:
+def beats(number: int, *places: Mark) -> dict[int, Beat]:
     return {
         rank: Beat(number, place, 100 + rank, f"host{rank}", "machine") for rank, place in enumerate(places)
     }
 
 
-def watch(judge: Judge, seconds: int, *places: Place, silent: tuple[int, ...] = (), start: int = 0) -> None:
+def watch(
+    watchdog: Watchdog, seconds: int, *places: Mark, silent: tuple[int, ...] = (), start: int = 0
+) -> None:
     """One look a second at ranks that stay where they are; silent ones give no new beat."""
     for second in range(start + 1, start + seconds + 1):
         found = beats(second, *places)
-        judge.look(1.0, {rank: beat for rank, beat in found.items() if rank not in silent})
+        watchdog.look(1.0, {rank: beat for rank, beat in found.items() if rank not in silent})
 
 
 def test_a_beat_survives_its_journey():
@@ -33,66 +35,66 @@ def test_a_beat_survives_its_journey():
 
 
 def test_the_rank_with_the_least_progress_is_behind():
-    judge = Judge(range(3), 10)
-    places = (WAITING, Place(5, 3, "waiting for data", True), WAITING)
-    watch(judge, 10, *places)
-    assert hang(judge) is None  # the first look only showed where they stand
-    watch(judge, 1, *places, start=10)
-    verdict = hang(judge)
+    watchdog = Watchdog(range(3), 10)
+    places = (WAITING, Mark(5, 3, "waiting for data", True), WAITING)
+    watch(watchdog, 10, *places)
+    assert hang(watchdog) is None  # the first look only showed where they stand
+    watch(watchdog, 1, *places, start=10)
+    verdict = hang(watchdog)
     assert verdict.ranks == (1,) and verdict.code == constants.EXIT_HANG
     assert "rank 1 (process 101 on host1) stands in step 3, waiting for data; the others wait" in verdict.text
 
 
 def test_a_rank_without_beats_is_to_blame_though_it_is_not_behind():
-    judge = Judge(range(3), 10)
-    watch(judge, 3, WAITING, WAITING, WAITING)
-    watch(judge, 7, WAITING, WAITING, WAITING, silent=(2,), start=3)
-    assert hang(judge) is None
-    watch(judge, 3, WAITING, WAITING, WAITING, silent=(2,), start=10)
-    verdict = hang(judge)
+    watchdog = Watchdog(range(3), 10)
+    watch(watchdog, 3, WAITING, WAITING, WAITING)
+    watch(watchdog, 7, WAITING, WAITING, WAITING, silent=(2,), start=3)
+    assert hang(watchdog) is None
+    watch(watchdog, 3, WAITING, WAITING, WAITING, silent=(2,), start=10)
+    verdict = hang(watchdog)
     assert verdict.ranks == (2,)
     assert "rank 2 (process 102 on host2) gave no sign of life for 10 s" in verdict.text
     assert "last seen in step 3, reduction" in verdict.text
 
 
 def test_ranks_that_stand_together_are_all_named():
-    judge = Judge(range(2), 10)
-    watch(judge, 11, WAITING, WAITING)
-    verdict = hang(judge)
+    watchdog = Watchdog(range(2), 10)
+    watch(watchdog, 11, WAITING, WAITING)
+    verdict = hang(watchdog)
     assert verdict.ranks == (0, 1) and "all 2 ranks stand in step 3, reduction" in verdict.text
 
 
 def test_a_slow_rank_that_moves_is_no_hang():
-    judge = Judge(range(2), 10)
+    watchdog = Watchdog(range(2), 10)
     for second in range(100):
-        slow = Place(second // 5, 3, "forward and backward of pack 1 of 100", True)
-        judge.look(1.0, beats(second, WAITING._replace(progress=1000), slow))
-        assert hang(judge) is None
+        slow = Mark(second // 5, 3, "forward and backward of pack 1 of 100", True)
+        watchdog.look(1.0, beats(second, WAITING._replace(progress=1000), slow))
+        assert hang(watchdog) is None
 
 
 def test_progress_and_unlimited_phases_are_no_hang():
-    judge = Judge(range(1), 10)
+    watchdog = Watchdog(range(1), 10)
     for second in range(100):
-        judge.look(1.0, beats(second, Place(second, 3, "reduction", True)))
-    watch(judge, 100, Place(1000, 3, "checkpoint", False), start=100)
-    assert hang(judge) is None
+        watchdog.look(1.0, beats(second, Mark(second, 3, "reduction", True)))
+    watch(watchdog, 100, Mark(1000, 3, "checkpoint", False), start=100)
+    assert hang(watchdog) is None
 
 
 def test_a_rank_that_is_done_may_be_silent():
-    judge = Judge(range(2), 10)
+    watchdog = Watchdog(range(2), 10)
     for second in range(100):
-        rank_0, rank_1 = beats(second, Place(second, 3, "x", True), WAITING).values()
-        judge.look(1.0, {0: rank_0, 1: rank_1._replace(number=1, done=True)})
-    assert hang(judge) is None
+        rank_0, rank_1 = beats(second, Mark(second, 3, "x", True), WAITING).values()
+        watchdog.look(1.0, {0: rank_0, 1: rank_1._replace(number=1, done=True)})
+    assert hang(watchdog) is None
 
 
 @pytest.mark.parametrize("pause_s", [3600.0, 1e9])
 def test_a_suspended_job_blames_nobody(pause_s):
-    """Ctrl-Z or a scheduler's suspension: the judge stood still too, and a look counts for little."""
-    judge = Judge(range(2), 10 + MAX_LOOK_S)
-    watch(judge, 5, WAITING, WAITING)
-    judge.look(pause_s, beats(5, WAITING, WAITING))
-    assert hang(judge) is None
+    """Ctrl-Z or a scheduler's suspension: the watchdog stood still too, and a look counts for little."""
+    watchdog = Watchdog(range(2), 10 + MAX_LOOK_S)
+    watch(watchdog, 5, WAITING, WAITING)
+    watchdog.look(pause_s, beats(5, WAITING, WAITING))
+    assert hang(watchdog) is None
 
 
 def test_only_time_that_passes_counts(monkeypatch):
@@ -100,15 +102,15 @@ def test_only_time_that_passes_counts(monkeypatch):
     import time
 
     monkeypatch.setattr(time, "time", lambda: 4e9)
-    judge = Judge(range(1), 10)
-    watch(judge, 5, WAITING)
+    watchdog = Watchdog(range(1), 10)
+    watch(watchdog, 5, WAITING)
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    watch(judge, 5, WAITING, start=5)
-    assert hang(judge) is None
+    watch(watchdog, 5, WAITING, start=5)
+    assert hang(watchdog) is None
 
 
 def test_a_rank_that_never_beat_is_named_without_a_process():
-    judge = Judge(range(2), 10)
+    watchdog = Watchdog(range(2), 10)
     for second in range(12):
-        judge.look(1.0, {0: beats(second, Place(second, 1, "x", True))[0]})
-    assert hang(judge).ranks == (1,) and "rank 1 gave no sign" in hang(judge).text
+        watchdog.look(1.0, {0: beats(second, Mark(second, 1, "x", True))[0]})
+    assert hang(watchdog).ranks == (1,) and "rank 1 gave no sign" in hang(watchdog).text

@@ -25,7 +25,6 @@ MAX_FILES = 12
 FULLER_FOLDERS = {"cli": 15, "domain": 13}
 MAX_LINES = 450
 LONGER_FILES = {
-    "apps/bench/trainer.py": 461,
     "apps/detect/run.py": 480,
     "config/schema.py": 548,
     "data/cache/prepare.py": 658,
@@ -35,10 +34,10 @@ LONGER_FILES = {
     "domain/controller.py": 520,
     "report/report.py": 754,
 }
-STORY_LINES = 315
+STORY_LINES = 256
 """Of `engine/train.py`."""
 NAMED_TWICE = {
-    *("Bar", "Batch", "Candidate", "Evaluation", "Judge", "Picture", "Place", "Run", "Samples", "Section"),
+    *("Bar", "Batch", "Candidate", "Evaluation", "Judge", "Picture", "Place", "Samples", "Section"),
     *("Stopped", "Table", "Text", "Variant", "Workers"),
 }
 

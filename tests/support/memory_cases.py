@@ -40,7 +40,8 @@ from versatune_ds.engine.backend.process_group import close_process_group, start
 from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.model.packed_lm import model_inputs
-from versatune_ds.engine.skipping import SpikeGuard, reason_to_skip
+from versatune_ds.engine.skipping import reason_to_skip
+from versatune_ds.engine.state import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.engine.train import accumulate, apply_step
 from versatune_ds.foundations import distributed
@@ -163,7 +164,7 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
 
     def step() -> None:
         accumulate(run, plan, batches)
-        assert apply_step(run, reason_to_skip(run, run.statistics.reduce()), 1e-4)
+        assert apply_step(run, reason_to_skip(run.statistics.reduce(), run.spikes, run.backend), 1e-4)
 
     before = held_bytes()  # of earlier cases: DeepSpeed's destroy() does not let go of everything
     ranks = Ranks.of_world()

@@ -28,6 +28,7 @@ from versatune_ds.engine.backend.optimizer import build_optimizer, set_learning_
 from versatune_ds.engine.backend.ranks import Group, Ranks
 from versatune_ds.engine.model.attention import choose_attention
 from versatune_ds.engine.model.packed_lm import build_model
+from versatune_ds.engine.prepared import Prepared
 from versatune_kernels import LossOutput
 
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ class PlainRun:
         self.samples: list[list[tuple[int, int]]] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run_module, "build_backend", self._build(disturb))
-            patch.setattr(run_module, "open_held_out", self._noting(run_module.open_held_out))
+            patch.setattr(run_module, "assemble", self._noting(run_module.assemble))
             patch.setattr(StepLoader, "take", self._taking(StepLoader.take))
             self.finished = train.train_in_group(config, CPU)
 
@@ -139,16 +140,15 @@ class PlainRun:
         return build_backend
 
     def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def open_held_out(config: Config, table: Any, caches: Any, *rest: Any) -> Any:
-            self.held_out = caches
-            return original(config, table, caches, *rest)
+        def assemble(prepared: Prepared, *rest: Any) -> Any:
+            self.train, self.held_out = prepared.train, prepared.held_out
+            return original(prepared, *rest)
 
-        return open_held_out
+        return assemble
 
     def _taking(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def take(loader: StepLoader, weights: Any) -> Any:
             plan, batches = original(loader, weights)
-            self.train = loader._caches
             pairs = [pair for p in plan.packs for pair in zip(p.domains, p.samples, strict=True)]
             self.samples.append([(int(domain), int(index)) for domain, index in pairs])
             return plan, batches

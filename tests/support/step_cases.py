@@ -24,7 +24,8 @@ from versatune_ds.engine.backend.process_group import close_process_group, start
 from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.checkpointing.hf_export import NAME_PREFIX
 from versatune_ds.engine.model.packed_lm import LossHead
-from versatune_ds.engine.skipping import SpikeGuard, reason_to_skip
+from versatune_ds.engine.skipping import reason_to_skip
+from versatune_ds.engine.state import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.engine.train import accumulate, apply_step
 from versatune_ds.foundations import distributed
@@ -118,7 +119,7 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
             poison_last_rank()
         accumulate(run, plan, batches)
         totals = run.statistics.reduce()
-        applied = apply_step(run, reason_to_skip(run, totals), RATES[step])
+        applied = apply_step(run, reason_to_skip(totals, run.spikes, run.backend), RATES[step])
         if step == "poisoned":
             LossHead.forward = ORIGINAL_FORWARD
             assert totals.sums is None and not applied

@@ -28,7 +28,8 @@ from versatune_ds.engine.backend import deepspeed_backend, process_group
 from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
 from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.model import attention
-from versatune_ds.engine.skipping import SpikeGuard, reason_to_skip
+from versatune_ds.engine.skipping import reason_to_skip
+from versatune_ds.engine.state import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.engine.train import accumulate, apply_step
 
@@ -92,7 +93,7 @@ def main() -> None:
             accumulate(run, plan, batches)
             totals = run.statistics.reduce()
             assert totals.sums is not None
-            assert apply_step(run, reason_to_skip(run, totals), 1e-3)
+            assert apply_step(run, reason_to_skip(totals, run.spikes, run.backend), 1e-3)
 
     take(FIRST_STEPS)
     accelerator = get_accelerator()

@@ -59,7 +59,7 @@ class StepLoader:
 
     Attributes:
         state: state after the last taken plan.
-        last_wait_s: seconds that the last `take` made its caller wait.
+        last_plan: of the last taken step, if any.
         last_plan_s: seconds that planning the last taken step took, collating excluded.
 
     Raises:
@@ -81,7 +81,7 @@ class StepLoader:
     ) -> None:
         check_world_size(settings.packs_per_step, world_size)
         self.state = state
-        self.last_wait_s = 0.0
+        self.last_plan: StepPlan | None = None
         self.last_plan_s = 0.0
         self._corpus = corpus
         self._caches = caches
@@ -106,18 +106,16 @@ class StepLoader:
         """
         if self._closed:
             raise StateError("the loader is closed: no more steps can be taken from it")
-        start = time.perf_counter()
         wanted = np.array(weights, dtype=np.float64)
         prepared = self._prefetched(wanted)
         if prepared is None:
             prepared = self._prepare(wanted, self.state, threading.Event())
         self.state = prepared.plan.state_after
-        self.last_plan_s = prepared.plan_s
+        self.last_plan, self.last_plan_s = prepared.plan, prepared.plan_s
         if self._pool is not None:
             unwanted = threading.Event()
             result = self._pool.submit(self._prepare, wanted, self.state, unwanted)
             self._prefetch = _Prefetch(wanted, unwanted, result)
-        self.last_wait_s = time.perf_counter() - start
         return prepared.plan, prepared.batches
 
     def _prefetched(self, weights: Float64) -> _Prepared | None:

@@ -25,8 +25,8 @@ from versatune_ds.data.plan.planner import Pack
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.ranks import Ranks
-from versatune_ds.engine.faults.watchdog import mark
 from versatune_ds.engine.model.packed_lm import model_inputs
+from versatune_ds.engine.phases import phase
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import DataError
@@ -130,6 +130,7 @@ def _forward(backend: Backend, held_out: HeldOut) -> Iterator[tuple[Pack, Batch,
     """Every pack of this rank with its batch on the device and the model's output."""
     with backend.evaluating():
         for i, pack in enumerate(held_out.packs):
-            mark(f"evaluation of pack {i + 1} of {len(held_out.packs)}")
-            batch = collate(pack, held_out.caches, held_out.pack_len, held_out.pad_id).to(backend.device)
-            yield pack, batch, backend.forward(**model_inputs(batch, 1.0))
+            with phase("evaluation", detail=f"pack {i + 1} of {len(held_out.packs)}"):
+                batch = collate(pack, held_out.caches, held_out.pack_len, held_out.pad_id).to(backend.device)
+                out = backend.forward(**model_inputs(batch, 1.0))
+            yield pack, batch, out

@@ -1,15 +1,13 @@
 """Opening a run: everything the loop needs, built in a fixed order, fresh or resumed.
 
-Order: run folder checked -> data opened and verified -> weights -> state of the newest sound checkpoint, if
-any -> model and optimizer -> files opened for appending. Mistakes that need no model are found before one is
-built (`engine/preflight/checks.py`), and nothing is written before all checks have passed.
+Order: what was prepared (`engine/prepared.py`) -> state of the newest sound checkpoint, if any -> model and
+optimizer -> files opened for appending. Nothing is written before all checks have passed.
 
 What is not covered: the loop itself (`engine/train.py`).
 """
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,33 +17,23 @@ import torch
 
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
-from versatune_ds.data.encode.templating import ChatEncoder, load_tokenizer, set_chat_template
 from versatune_ds.data.loader import StepLoader
-from versatune_ds.data.plan.planner import Corpus, PlannerSettings, PlannerState, steps_per_epoch
-from versatune_ds.domain.controller import WeightController
-from versatune_ds.domain.early_stopping import EarlyStopping
+from versatune_ds.data.plan.planner import steps_per_epoch
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
-from versatune_ds.engine.backend.deepspeed_config import deepspeed_config, state_layout
+from versatune_ds.engine.backend.deepspeed_config import state_layout
 from versatune_ds.engine.backend.parameters import parameter_counts
-from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.checkpointing.folder import load_model_state, newest_sound_checkpoint, read_state
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.faults.run_lock import unwritable
-from versatune_ds.engine.model.packed_lm import load_architecture
 from versatune_ds.engine.preflight import checks as preflight
-from versatune_ds.engine.preflight.consistency import code_and_settings, require_consistency
 from versatune_ds.engine.preflight.dry_run import dry_run_when_asked
-from versatune_ds.engine.preflight.shared_files import (
-    check_shared_folder,
-    open_caches_on_all_nodes,
-)
+from versatune_ds.engine.prepared import Prepared, prepare_run
 from versatune_ds.engine.provenance import accelerator_peak_tflops, describe_hardware, describe_versions
-from versatune_ds.engine.references import open_reference
-from versatune_ds.engine.skipping import SpikeGuard
+from versatune_ds.engine.state import TrainState
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.commit import git_commit
@@ -59,67 +47,54 @@ from versatune_ds.observability.throughput import ModelShape
 log = get_logger(__name__)
 
 
-@dataclass
-class Run:
-    """A run in progress. What changes from step to step: `loader`, `controller`, `skipped_in_a_row`,
-    `spikes`."""
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """The parts of a run in progress. They stay for its whole length; what changes is in `state`."""
 
-    config: Config
-    table: DomainTable
-    corpus: Corpus
-    caches: list[Any]
+    prepared: Prepared
     backend: Backend
+    state: TrainState
+    first_step: int
+    """Steps done before this process."""
     loader: StepLoader
-    controller: WeightController
     statistics: StepStatistics
     saver: Saver
     held_out: HeldOut | None
+    """What is evaluated; None where that was not asked for."""
     probe: HeldOut | None
-    tokenizer: Any
+    """What the losses that drive the weights are measured on; None where training batches do."""
     sinks: Sinks
     progress: Progress
     shape: ModelShape
     peak_tflops: float | None
-    total_steps: int
-    first_step: int
-    """Steps done before this process."""
-    skipped_in_a_row: int
-    spikes: SpikeGuard
-    early_stopping: EarlyStopping
+
+    @property
+    def config(self) -> Config:
+        """The settings."""
+        return self.prepared.config
+
+    @property
+    def table(self) -> DomainTable:
+        """The domains."""
+        return self.prepared.table
 
     @property
     def folder(self) -> Path:
         """The run folder."""
         return self.config.run.dir
 
-    def state(self) -> dict[str, Any]:
+    def save(self, done: int) -> None:
+        """Write a checkpoint after `done` steps; a collective."""
+        self.saver.save(done, self._saved_state)
+
+    def _saved_state(self) -> dict[str, Any]:
         """Everything of ours that a resumed run needs. File offsets are known on rank 0, which writes it."""
         return {
             "world_size": distributed.world_size(),
             "layout": self.backend.layout,
-            "planner": self.loader.state.to_json(),
-            "controller": self.controller.state(),
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "losses": self.spikes.state(),
-            "early_stopping": self.early_stopping.state(),
+            **self.state.to_json(),
             "offsets": self.sinks.offsets(),
         }
-
-    def after_evaluation(self, done: int, loss: float | None, sums: DomainSums) -> None:
-        """Alarms of the reference losses before the first step; whether to stop early, on all ranks alike."""
-        if done == 0:
-            report_alarms(self.controller.starting_alarms(sums))
-        stopping = self.early_stopping
-        stopping.observe(done, loss)
-        if stopping.exhausted and done < self.total_steps:
-            log.info(
-                "stopping early after step %d: %d evaluations in a row without a lower held-out loss than "
-                "%.4f after step %d (evaluation.patience)",
-                done,
-                stopping.waited,
-                stopping.best_loss,
-                stopping.best_step,
-            )
 
     def close(self) -> None:
         """Stop the threads and close the files."""
@@ -129,7 +104,7 @@ class Run:
         self.sinks.close()
 
 
-def open_run(config: Config, device: torch.device, config_path: Path | None = None) -> Run:
+def open_run(config: Config, device: torch.device, config_path: Path | None = None) -> Components:
     """Build a run from its settings; every rank calls it.
 
     Args:
@@ -138,87 +113,61 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     Raises:
         ConfigError, DataError, StateError: settings, data or saved state that cannot be used.
     """
-    # 1. The same everywhere, and the folder, before anything is written into it.
-    require_consistency("code, settings and model", code_and_settings(config))
-    ranks = Ranks.of_world()
-    deepspeed_settings = deepspeed_config(config, ranks.dp.size)
-    preflight.check_folder(config)
-    check_shared_folder(config.run.dir)
-    preflight.check_trackers(config)
-    # 2. Data and weights.
-    table = DomainTable(config.domains.names)
-    tokenizer = load_tokenizer(config)
-    set_chat_template(tokenizer, config.data.chat_template)
-    caches = open_caches_on_all_nodes(config, config_path)
-    corpus = Corpus.from_caches(caches["train"], table.names)
-    settings = planner_settings(config, table)
-    corpus.check(settings)
-    preflight.check_architecture(load_architecture(config.model), tokenizer, corpus)
-    total_steps = count_steps(config, corpus, settings)
-    encoder = ChatEncoder.build(tokenizer, config.data.chat_template)
-    reference = open_reference(config, table, tokenizer, encoder.fingerprint, caches)
-    controller = WeightController(table, config.domains, config.weights, reference)
-    preflight.check_domains_have_data(config, table, corpus, controller)
-    preflight.check_supply(corpus, settings, controller, total_steps)
-    # 3. Where to begin.
-    resuming = config.run.resume == "auto"
-    checkpoint = newest_sound_checkpoint(config.run.dir / constants.CHECKPOINTS_DIR) if resuming else None
-    state: dict[str, Any] | None = None
-    planner = PlannerState.initial(len(table))
-    early_stopping = EarlyStopping(config.evaluation.patience)
+    prepared = prepare_run(config, config_path)
+    saved: dict[str, Any] | None = None
+    checkpoint: Path | None = None
+    if config.run.resume == "auto":
+        checkpoint = newest_sound_checkpoint(config.run.dir / constants.CHECKPOINTS_DIR)
     if checkpoint is not None:
-        state = read_state(checkpoint, state_layout(deepspeed_settings, config.model.dtype))
-        planner = PlannerState.from_json(state["planner"])
-        planner.check(corpus, settings)
-        controller.load_state(state["controller"])
-        early_stopping.load_state(state["early_stopping"])
-    first_step = planner.step
-    if first_step == 0 and config.evaluation.every_n_steps is None:
-        report_alarms(controller.starting_alarms(DomainSums.zeros(len(table))))
-    # 4. Model and optimizer.
-    backend = build_backend(config, deepspeed_settings, ranks, device)
-    if checkpoint is not None and state is not None:
-        load_model_state(checkpoint, backend, state)
+        saved = read_state(checkpoint, state_layout(prepared.deepspeed, config.model.dtype))
+    state = TrainState.of(prepared, saved)
+    if state.planner.step == 0 and config.evaluation.every_n_steps is None:
+        report_alarms(state.controller.starting_alarms(DomainSums.zeros(len(prepared.table))))
+    backend = build_backend(config, prepared.deepspeed, prepared.ranks, device)
+    if checkpoint is not None and saved is not None:
+        load_model_state(checkpoint, backend, saved)
         log.info("resuming from %s", checkpoint)
     dry_run_when_asked(backend, config)
-    # 5. Files and console.
     if distributed.is_main():
-        introduce(config, corpus, settings, backend, total_steps)
-    sinks = open_files(config, backend, total_steps, state, first_step)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read
-    held_out, probe = open_held_out(config, table, caches["eval"], controller, pad_id, ranks)
-    return Run(
-        config=config,
-        table=table,
-        corpus=corpus,
-        caches=caches["train"],
+        introduce(prepared, backend)
+    sinks = open_files(prepared, backend, saved, state.planner.step + 1)
+    names, is_main = prepared.table.names, distributed.is_main()
+    progress = Progress(prepared.total_steps, names, done_steps=state.planner.step, is_main=is_main)
+    return assemble(prepared, backend, state, sinks, progress)
+
+
+def assemble(
+    prepared: Prepared, backend: Backend, state: TrainState, sinks: Sinks, progress: Progress
+) -> Components:
+    """Put the parts together.
+
+    Raises:
+        DataError: held-out data is asked for and there is none.
+    """
+    config = prepared.config
+    held_out, probe = open_held_out(prepared, needs_probe=state.controller.needs_probe)
+    return Components(
+        prepared=prepared,
         backend=backend,
+        state=state,
+        first_step=state.planner.step,
         loader=StepLoader(
-            corpus,
-            caches["train"],
-            settings,
-            planner,
-            *ranks.dp,
-            pad_id=pad_id,
-            pin_memory=device.type == "cuda",
+            prepared.corpus,
+            prepared.train,
+            prepared.planner,
+            state.planner,
+            *prepared.ranks.dp,
+            pad_id=prepared.pad_id,
+            pin_memory=backend.device.type == "cuda",
         ),
-        controller=controller,
-        statistics=StepStatistics(len(table), device),
+        statistics=StepStatistics(len(prepared.table), backend.device),
         saver=Saver(config.run.dir / constants.CHECKPOINTS_DIR, config.checkpoint, backend),
         held_out=held_out,
         probe=probe,
-        tokenizer=tokenizer,
         sinks=sinks,
-        progress=Progress(total_steps, table.names, done_steps=first_step, is_main=distributed.is_main()),
+        progress=progress,
         shape=ModelShape.from_config(backend.model.lm.config, *parameter_counts(backend.model)),
-        peak_tflops=accelerator_peak_tflops(config, device),
-        total_steps=total_steps,
-        first_step=first_step,
-        skipped_in_a_row=0 if state is None else int(state["skipped_in_a_row"]),
-        spikes=SpikeGuard(
-            config.train.spike_factor, config.train.spike_window, () if state is None else state["losses"]
-        ),
-        early_stopping=early_stopping,
+        peak_tflops=accelerator_peak_tflops(config, backend.device),
     )
 
 
@@ -228,35 +177,17 @@ def report_alarms(alarms: list[str]) -> None:
         log.warning("reference losses: %s", alarm)
 
 
-def planner_settings(config: Config, table: DomainTable) -> PlannerSettings:
-    """The planner's part of the settings."""
-    limit = config.domains.max_epochs
-    by_name = limit if isinstance(limit, dict) else dict.fromkeys(table.names, limit)
-    return PlannerSettings(
-        pack_len=config.batch.pack_len,
-        packs_per_step=config.batch.packs_per_step,
-        weight_unit=config.domains.weight_unit,
-        seed=config.run.seed,
-        max_epochs=tuple(by_name.get(name) for name in table.names),
-    )
-
-
-def count_steps(config: Config, corpus: Corpus, settings: PlannerSettings) -> int:
-    """Optimizer steps of the run, known before it starts."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    assert config.train.epochs is not None
-    return math.ceil(config.train.epochs * sum(corpus.num_tokens) / settings.tokens_per_step)
-
-
-def open_files(
-    config: Config, backend: Backend, total_steps: int, state: dict[str, Any] | None, first_step: int
-) -> Sinks:
+def open_files(prepared: Prepared, backend: Backend, saved: dict[str, Any] | None, first_step: int) -> Sinks:
     """Write what describes the run and open its logs, cut back to the checkpoint, on rank 0; a collective.
+
+    Args:
+        saved: our own state of the checkpoint, if any.
+        first_step: number of the first step that will be recorded, from 1.
 
     Raises:
         StateError: on every rank, where they cannot be written or are not those of the checkpoint.
     """
+    config = prepared.config
 
     def open_on_main() -> Sinks:
         if not distributed.is_main():
@@ -264,12 +195,12 @@ def open_files(
         try:
             _note_changes(config)
             write_resolved(config, config.run.dir / constants.RESOLVED_CONFIG_FILE)
-            _write_run_info(config, backend, total_steps)
+            _write_run_info(prepared, backend)
             return open_sinks(
                 config.run.dir,
                 config.metrics,
-                offsets=None if state is None else state["offsets"],
-                first_step=first_step + 1,
+                offsets=None if saved is None else saved["offsets"],
+                first_step=first_step,
                 config=config.model_dump(mode="json"),
             )
         except OSError as error:
@@ -278,25 +209,22 @@ def open_files(
     return distributed.together(open_on_main)
 
 
-def open_held_out(
-    config: Config,
-    table: DomainTable,
-    caches: list[Any],
-    controller: WeightController,
-    pad_id: int,
-    ranks: Ranks,
-) -> tuple[HeldOut | None, HeldOut | None]:
+def open_held_out(prepared: Prepared, *, needs_probe: bool) -> tuple[HeldOut | None, HeldOut | None]:
     """Held-out samples to evaluate on, and those whose losses drive the weights; None where not asked for.
 
     Raises:
-        DataError: a domain in evaluation.domains has no held-out data.
+        DataError: there is no held-out data.
     """
-    pack_len, held_out, probe = config.batch.pack_len, None, None
-    evaluated = preflight.evaluated_caches(config, table, caches)
+    config, held_out, probe = prepared.config, None, None
+    common: dict[str, Any] = {
+        "pack_len": config.batch.pack_len,
+        "pad_id": prepared.pad_id,
+        "ranks": prepared.ranks,
+    }
     if config.evaluation.every_n_steps is not None:
-        held_out = HeldOut(evaluated, pack_len, config.evaluation.max_samples_per_domain, pad_id, ranks)
-    if controller.needs_probe:
-        probe = HeldOut(caches, pack_len, config.weights.probe_samples, pad_id, ranks)
+        held_out = HeldOut(prepared.evaluated, max_samples=config.evaluation.max_samples_per_domain, **common)
+    if needs_probe:
+        probe = HeldOut(prepared.held_out, max_samples=config.weights.probe_samples, **common)
     return held_out, probe
 
 
@@ -324,8 +252,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return items
 
 
-def _write_run_info(config: Config, backend: Backend, total_steps: int) -> None:
+def _write_run_info(prepared: Prepared, backend: Backend) -> None:
     """run.json: what ran, on what, when; for the report and for people."""
+    config = prepared.config
     total, outside_embeddings = parameter_counts(backend.model)
     write_json_atomic(
         config.run.dir / constants.RUN_INFO_FILE,
@@ -345,18 +274,17 @@ def _write_run_info(config: Config, backend: Backend, total_steps: int) -> None:
             "num_parameters": total,
             "num_parameters_nonembedding": outside_embeddings,
             "domains": config.domains.names,
-            "total_steps": total_steps,
+            "total_steps": prepared.total_steps,
             "config_fingerprint": canonical_hash(config.model_dump(mode="json")),
         },
     )
 
 
-def introduce(
-    config: Config, corpus: Corpus, settings: PlannerSettings, backend: Backend, total_steps: int
-) -> None:
+def introduce(prepared: Prepared, backend: Backend) -> None:
     """The first lines of a run: what is trained, with which backends, on how much."""
     from versatune_kernels import resolve_backend
 
+    config, corpus, settings = prepared.config, prepared.corpus, prepared.planner
     loss = resolve_backend(config.model.loss_backend, backend.device.type)
     epoch = steps_per_epoch(corpus, settings)
     log.info(
@@ -376,7 +304,7 @@ def introduce(
         sum(corpus.num_tokens),
         settings.packs_per_step,
         settings.pack_len,
-        total_steps,
+        prepared.total_steps,
     )
     for setting in preflight.ignored_settings(config):
         log.info("note: this setting has no effect: %s", setting)

@@ -9,22 +9,20 @@ What is not covered: fp16 overflows, through which DeepSpeed finds its loss scal
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.data.plan.planner import StepPlan
+from versatune_ds.engine.backend.backend import Backend
+from versatune_ds.engine.run import Components
+from versatune_ds.engine.state import SpikeGuard
 from versatune_ds.engine.statistics import StepTotals
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import DivergenceError
 from versatune_ds.foundations.log import get_logger
-
-if TYPE_CHECKING:
-    from versatune_ds.engine.run import Run
 
 log = get_logger(__name__)
 
@@ -32,55 +30,21 @@ NONFINITE_LOSS = "non-finite loss"
 NONFINITE_GRADIENT = "non-finite gradient"
 LOSS_SPIKE = "loss spike"
 FP16_OVERFLOW = "fp16 overflow"
-MIN_LOSSES = 10
-"""Losses that must be known before one can leap."""
 SAMPLES_SHOWN = 16
 """Samples of a loss spike that are written down, those with the highest losses first."""
 
 
-def is_spike(loss: float, earlier: Sequence[float], factor: float) -> bool:
-    """Whether `loss` is more than `factor` times the median of the earlier ones (nats per token)."""
-    return len(earlier) >= MIN_LOSSES and loss > factor * median(earlier)
-
-
-class SpikeGuard:
-    """The losses of the last applied steps, over all ranks and domains.
-
-    Args:
-        factor: `train.spike_factor`; None: nothing is a spike.
-        window: how many losses to remember.
-        losses: those of an earlier process.
-    """
-
-    def __init__(self, factor: float | None, window: int, losses: Iterable[float] = ()) -> None:
-        self.factor = factor
-        self._losses = deque(losses, maxlen=window)
-
-    def is_spike(self, loss: float | None) -> bool:
-        """Whether a step with this loss (None: it had no supervised token) is to be skipped."""
-        return self.factor is not None and loss is not None and is_spike(loss, self._losses, self.factor)
-
-    def observe(self, loss: float | None) -> None:
-        """Remember the loss of an applied step, if it had one."""
-        if loss is not None:
-            self._losses.append(loss)
-
-    def state(self) -> list[float]:
-        """For the checkpoint."""
-        return list(self._losses)
-
-
-def reason_to_skip(run: Run, totals: StepTotals) -> str | None:
+def reason_to_skip(totals: StepTotals, spikes: SpikeGuard, backend: Backend) -> str | None:
     """Why this step must not be applied, or None; the same on all ranks."""
     if totals.sums is None:
         return NONFINITE_LOSS
-    if run.spikes.is_spike(totals.sums.total_loss()):
+    if spikes.is_spike(totals.sums.total_loss()):
         return LOSS_SPIKE
-    return None if run.backend.gradients_are_finite() else NONFINITE_GRADIENT
+    return None if backend.gradients_are_finite() else NONFINITE_GRADIENT
 
 
 def report_skip(
-    run: Run, plan: StepPlan, totals: StepTotals, sample_losses: list[torch.Tensor], reason: str
+    run: Components, plan: StepPlan, totals: StepTotals, sample_losses: list[torch.Tensor], reason: str
 ) -> DivergenceError | None:
     """Write down a skipped step and its samples; a collective.
 
@@ -97,21 +61,21 @@ def report_skip(
     if reason == LOSS_SPIKE:
         assert totals.sums is not None
         found = sorted(found, key=lambda sample: -sample["loss"])[:SAMPLES_SHOWN]
-        line |= {"loss": totals.sums.total_loss(), "median_loss": median(run.spikes.state())}
+        line |= {"loss": totals.sums.total_loss(), "median_loss": median(run.state.spikes.state())}
     run.sinks.skipped_step(line | {"samples": found})
     places = ", ".join(f"{s['domain']} {s['source']}" for s in found[:3]) or "no sample that can be named"
     log.warning("step %d skipped on all ranks: %s in %s", plan.step + 1, reason, places)
-    if run.skipped_in_a_row < run.config.train.max_skipped_steps:
+    if run.state.skipped_in_a_row < run.config.train.max_skipped_steps:
         return None
     return DivergenceError(
-        f"{run.skipped_in_a_row} steps in a row were skipped, the last one for a {reason} in {places}; see "
-        f"{run.folder / constants.SKIPPED_STEPS_FILE}. The last good state is saved. Lower optimizer.lr, or "
-        "look at these samples"
+        f"{run.state.skipped_in_a_row} steps in a row were skipped, the last one for a {reason} in {places}; "
+        f"see {run.folder / constants.SKIPPED_STEPS_FILE}. The last good state is saved. Lower optimizer.lr, "
+        "or look at these samples"
     )
 
 
 def _samples(
-    run: Run, plan: StepPlan, sample_losses: list[torch.Tensor], reason: str
+    run: Components, plan: StepPlan, sample_losses: list[torch.Tensor], reason: str
 ) -> list[dict[str, Any]]:
     """This rank's samples to blame and where they come from; a gradient cannot be traced to any."""
     if reason == NONFINITE_GRADIENT:
@@ -124,9 +88,9 @@ def _samples(
             is_finite = loss - loss == 0
             if reason == NONFINITE_LOSS and is_finite:
                 continue
-            path, line = run.caches[domain].source_of(sample)
+            path, line = run.prepared.train[domain].source_of(sample)
             entry = {"domain": run.table.names[domain], "sample": sample, "source": f"{path}:{line}"}
             if reason == LOSS_SPIKE:
-                entry["loss"] = loss / max(1, int(run.caches[domain].supervised[sample]))
+                entry["loss"] = loss / max(1, int(run.prepared.train[domain].supervised[sample]))
             found.append(entry)
     return found

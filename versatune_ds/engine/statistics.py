@@ -88,13 +88,13 @@ class StepStatistics:
     def reduce(self, flags: Flags = NO_FLAGS) -> StepTotals:
         """Sum over ranks and start anew. The one collective, and the one wait of the host, of a step."""
         # filled on the device: a copy from the host would wait for it
-        said = [torch.full_like(self._nonfinite, float(flag)) for flag in flags]
-        packed = torch.cat([self._sums.flatten(), torch.stack([self._nonfinite, *said])])
+        votes = [torch.full_like(self._nonfinite, float(flag)) for flag in flags]
+        packed = torch.cat([self._sums.flatten(), torch.stack([self._nonfinite, *votes])])
         buffer = distributed.all_reduce_sum(packed).cpu().numpy()
         self._sums.zero_()
         self._nonfinite.zero_()
         count = self._sums.numel()
         sums = buffer[:count].reshape(NUM_ROWS, self.num_domains)
         finite = buffer[count] == 0 and bool(np.isfinite(sums).all())
-        agreed = Flags(*(bool(votes > 0) for votes in buffer[count + 1 :]))
+        agreed = Flags(*(bool(n > 0) for n in buffer[count + 1 :]))
         return StepTotals(DomainSums(sums) if finite else None, agreed)

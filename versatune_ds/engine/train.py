@@ -22,9 +22,8 @@ What is not covered: how a run is opened (`engine/run.py`), and what each part d
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -38,27 +37,29 @@ from versatune_ds.engine.evaluate import HeldOut, evaluate
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.run_lock import RunLock
 from versatune_ds.engine.faults.signals import StopRequest, note_stopped
-from versatune_ds.engine.faults.watchdog import mark
 from versatune_ds.engine.model.packed_lm import model_inputs
-from versatune_ds.engine.run import Run, open_run
+from versatune_ds.engine.phases import (
+    BACKWARD,
+    DATA_WAIT,
+    FORWARD,
+    OPTIMIZER_STEP,
+    PROBE,
+    REDUCTION,
+    STATISTICS,
+    WEIGHT_UPDATE,
+    phase,
+    recording,
+)
+from versatune_ds.engine.run import Components, open_run, report_alarms
 from versatune_ds.engine.skipping import FP16_OVERFLOW, NONFINITE_GRADIENT, reason_to_skip, report_skip
-from versatune_ds.engine.statistics import Flags, StepTotals
+from versatune_ds.engine.statistics import Flags
+from versatune_ds.engine.step_record import record_step
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.log import get_logger
-from versatune_ds.observability.records import EvalRecord, StepRecord
-from versatune_ds.observability.throughput import mfu, peak_memory_gib, step_flops, step_flops_6n
+from versatune_ds.observability.records import EvalRecord
 
 log = get_logger(__name__)
-
-
-class StepTimes(NamedTuple):
-    """Seconds of one step on this rank."""
-
-    whole: float
-    boundary: float
-    update: float
-    probe: float
 
 
 # --- the run ------------------------------------------------------------------------------------------------
@@ -92,64 +93,59 @@ def train_in_group(config: Config, device: torch.device, config_path: Path | Non
             run.close()
 
 
-def run_steps(run: Run, stop: StopRequest) -> bool:
+def run_steps(run: Components, stop: StopRequest) -> bool:
     """All remaining steps; False when the run was asked to stop before its last one."""
     if run.first_step == 0:
-        record_weights(run, run.controller.initial_update().to_json())
-    if not run.early_stopping.exhausted:
+        record_weights(run, run.state.controller.initial_update().to_json())
+    if not run.state.early_stopping.exhausted:
         evaluate_when_due(run, run.first_step)
-    for step in range(run.first_step, run.total_steps):
-        if run.early_stopping.exhausted:
+    for step in range(run.first_step, run.prepared.total_steps):
+        if run.state.early_stopping.exhausted:
             break
         agreed = run_step(run, step, stop)
         done = step + 1
-        last = done == run.total_steps
+        last = done == run.prepared.total_steps
         run.saver.settle(agreed)
         if run.saver.due(done, agreed, last):
-            run.saver.save(done, run.state)
+            run.save(done)
         if agreed.stop and not last:
             run.saver.finish()
             log.info(
                 "stopped after step %d as asked (%s); start the same command to go on", done, stop.reason
             )
-            note_stopped(done, run.total_steps)
+            note_stopped(done, run.prepared.total_steps)
             return False
         evaluate_when_due(run, done)
     run.saver.finish()
     return True
 
 
-def run_step(run: Run, step: int, stop: StopRequest) -> Flags:
+def run_step(run: Components, step: int, stop: StopRequest) -> Flags:
     """One optimizer step; returns what the ranks agreed on at its boundary."""
-    started = time.perf_counter()
-    rate = learning_rate(run.config.optimizer, step, run.total_steps)
-    mark("waiting for data", step + 1)
-    plan, batches = run.loader.take(run.controller.weights)
-    sample_losses = accumulate(run, plan, batches)
-
-    mark("reduction of the statistics", step + 1)
-    reached_boundary = time.perf_counter()
-    totals = run.statistics.reduce(run.saver.flags(stop=stop.requested is not None))
-    left_boundary = time.perf_counter()
-
-    mark("optimizer step", step + 1)
-    reason = reason_to_skip(run, totals)
-    applied = apply_step(run, reason, rate)
-    if applied and totals.sums is not None:
-        run.controller.observe(totals.sums)
-        run.spikes.observe(totals.sums.total_loss())
-    elif run.config.model.dtype != "fp16":  # fp16 adapts its loss scale
-        reason = reason or NONFINITE_GRADIENT  # found by ZeRO
-    run.skipped_in_a_row = run.skipped_in_a_row + 1 if reason else 0
-    stepped = time.perf_counter()
-    updated = run.controller.due(step + 1, skipped=not applied)
-    probe_s = update_weights(run, step + 1) if updated else 0.0
-    ended = time.perf_counter()
-    update_s = ended - stepped if updated else 0.0
-    times = StepTimes(ended - started, left_boundary - reached_boundary, update_s, probe_s)
-    record_step(run, plan, totals, rate, None if applied else reason or FP16_OVERFLOW, times)
+    done, state = step + 1, run.state
+    with recording() as times:
+        rate = learning_rate(run.config.optimizer, step, run.prepared.total_steps)
+        with phase(DATA_WAIT, done):
+            plan, batches = run.loader.take(state.controller.weights)
+            state.planner = plan.state_after
+        sample_losses = accumulate(run, plan, batches)
+        with phase(REDUCTION, done):
+            totals = run.statistics.reduce(run.saver.flags(stop=stop.requested is not None))
+        with phase(OPTIMIZER_STEP, done):
+            reason = reason_to_skip(totals, state.spikes, run.backend)
+            applied = apply_step(run, reason, rate)
+        if applied and totals.sums is not None:
+            state.controller.observe(totals.sums)
+            state.spikes.observe(totals.sums.total_loss())
+        elif run.config.model.dtype != "fp16":  # fp16 adapts its loss scale
+            reason = reason or NONFINITE_GRADIENT  # found by ZeRO
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if reason else 0
+        if state.controller.due(done, skipped=not applied):
+            with phase(WEIGHT_UPDATE, done):
+                update_weights(run, done)
+        record_step(run, plan, totals, rate, None if applied else reason or FP16_OVERFLOW, times)
     if reason and (error := report_skip(run, plan, totals, sample_losses, reason)):
-        run.saver.save(step + 1, run.state)
+        run.save(done)
         run.saver.finish()
         raise error
     return totals.flags
@@ -158,7 +154,7 @@ def run_step(run: Run, step: int, stop: StopRequest) -> Flags:
 # --- the parts of a step ------------------------------------------------------------------------------------
 
 
-def accumulate(run: Run, plan: StepPlan, batches: list[Batch]) -> list[torch.Tensor]:
+def accumulate(run: Components, plan: StepPlan, batches: list[Batch]) -> list[torch.Tensor]:
     """Forward and backward over this rank's packs; returns the per-sample losses, still on the device.
 
     The loss of every pack is divided by the supervised tokens of the whole step over all ranks. The backend
@@ -168,16 +164,19 @@ def accumulate(run: Run, plan: StepPlan, batches: list[Batch]) -> list[torch.Ten
     normalizer = plan.supervised_tokens / backend.ranks.dp.size
     sample_losses = []
     for i, batch in enumerate(batches):
-        mark(f"forward and backward of pack {i + 1} of {len(batches)}", plan.step + 1)
-        on_device = batch.to(backend.device, non_blocking=True)
-        out = backend.forward(**model_inputs(on_device, normalizer))
-        run.statistics.add(out, on_device.sample_domains)
-        backend.backward(out.loss, is_last=i == len(batches) - 1)
+        place = plan.step + 1, f"pack {i + 1} of {len(batches)}"
+        with phase(FORWARD, *place):
+            on_device = batch.to(backend.device, non_blocking=True)
+            out = backend.forward(**model_inputs(on_device, normalizer))
+        with phase(STATISTICS, *place):
+            run.statistics.add(out, on_device.sample_domains)
+        with phase(BACKWARD, *place):
+            backend.backward(out.loss, is_last=i == len(batches) - 1)
         sample_losses.append(out.sample_loss)
     return sample_losses
 
 
-def apply_step(run: Run, reason: str | None, rate: float) -> bool:
+def apply_step(run: Components, reason: str | None, rate: float) -> bool:
     """Take the optimizer step, or discard it on every rank when there is a reason to skip it."""
     if reason is not None:
         run.backend.discard()
@@ -185,105 +184,45 @@ def apply_step(run: Run, reason: str | None, rate: float) -> bool:
     return run.backend.step(rate)
 
 
-def update_weights(run: Run, done: int) -> float:
+def update_weights(run: Components, done: int) -> None:
     """Move the domain weights; the next batch is drawn from them.
-
-    Returns:
-        Seconds that the held-out probe took; 0 without one.
 
     Raises:
         VersaTuneError: ranks came to different weights.
     """
-    probed = None if run.probe is None else evaluate(run.backend, run.probe, len(run.table))
-    update = run.controller.update(done, None if probed is None else probed.sums)
-    if not distributed.all_equal(run.controller.digest()):
+    sums = None
+    if run.probe is not None:
+        with phase(PROBE, done):
+            sums = evaluate(run.backend, run.probe, len(run.table)).sums
+    update = run.state.controller.update(done, sums)
+    if not distributed.all_equal(run.state.controller.digest()):
         raise VersaTuneError(
             f"after step {done} the ranks hold different domain weights: this is a bug, report it"
         )
     record_weights(run, update.to_json())
-    return 0.0 if probed is None else probed.seconds
 
 
 # --- records ------------------------------------------------------------------------------------------------
 
 
-def record_weights(run: Run, line: dict[str, Any]) -> None:
+def record_weights(run: Components, line: dict[str, Any]) -> None:
     """A line of weights.jsonl, and the console."""
     run.sinks.weight_update(line)
     if line["step"] > 0:
         run.progress.weight_update(line)
 
 
-def record_step(
-    run: Run, plan: StepPlan, totals: StepTotals, rate: float, why_skipped: str | None, times: StepTimes
-) -> None:
-    """A line of metrics.jsonl, and the console; rank 0 only."""
-    if not distributed.is_main():
-        return
-    names, sums = run.table.names, totals.sums
-    none = dict.fromkeys(names)
-    units = ("samples", "tokens", "supervised_tokens")
-    lengths = [pack.lengths.astype("int64") for pack in plan.packs]
-    flops = step_flops(
-        run.shape,
-        real_tokens=plan.tokens,
-        supervised_tokens=plan.supervised_tokens,
-        sum_squared_lengths=sum(int((n * n).sum()) for n in lengths),
-    )
-    slots = plan.num_packs * plan.pack_len
-    flops_6n = step_flops_6n(run.shape, slot_tokens=slots, pack_len=plan.pack_len)
-    record = StepRecord(
-        step=plan.step + 1,
-        loss=None if sums is None else sums.total_loss(),
-        lr=rate,
-        grad_norm=run.backend.grad_norm() if why_skipped is None else None,
-        skipped=why_skipped is not None,
-        skip_reason=why_skipped,
-        real_tokens=plan.tokens,
-        slot_tokens=slots,
-        supervised_tokens=plan.supervised_tokens,
-        samples=plan.num_samples,
-        domain_loss=none if sums is None else run.table.by_name(sums.mean_loss()),
-        domain_supervised_tokens=dict(zip(names, plan.trained.supervised_tokens, strict=True)),
-        weights=run.table.by_name(plan.weights),
-        weight_unit=run.config.domains.weight_unit,
-        target_shares=run.table.by_name(plan.target_shares),
-        achieved_shares={u: run.table.by_name(getattr(plan.shares, u)) for u in units},
-        cumulative_shares={
-            u: run.table.by_name(getattr(plan.state_after.trained.shares(), u)) for u in units
-        },
-        epochs={
-            name: trained / max(1, size)
-            for name, trained, size in zip(
-                names, plan.state_after.trained.samples, run.corpus.num_samples, strict=True
-            )
-        },
-        step_s=times.whole,
-        data_wait_s=run.loader.last_wait_s,
-        plan_s=run.loader.last_plan_s,
-        boundary_s=times.boundary,
-        update_s=times.update,
-        probe_s=times.probe,
-        save_stall_s=run.saver.take_stall_s(),
-        memory_gib=peak_memory_gib(),
-        mfu=mfu(flops, times.whole, distributed.world_size(), run.peak_tflops),
-        mfu_6n=mfu(flops_6n, times.whole, distributed.world_size(), run.peak_tflops),
-    )
-    run.sinks.step(record)
-    run.progress.step(record)
-
-
-def evaluate_when_due(run: Run, done: int) -> None:
+def evaluate_when_due(run: Components, done: int) -> None:
     """Held-out losses before the first step, every n steps, and after the last."""
     every = run.config.evaluation.every_n_steps
-    if run.held_out is None or every is None or not (done % every == 0 or done == run.total_steps):
+    if run.held_out is None or every is None or not (done % every == 0 or done == run.prepared.total_steps):
         return
     record_evaluation(run, done, run.held_out)
-    if run.early_stopping.exhausted and run.config.checkpoint.every_n_steps:
-        run.saver.save(done, run.state)  # a restart then knows that the run is over
+    if run.state.early_stopping.exhausted and run.config.checkpoint.every_n_steps:
+        run.save(done)  # a restart then knows that the run is over
 
 
-def record_evaluation(run: Run, done: int, held_out: HeldOut) -> None:
+def record_evaluation(run: Components, done: int, held_out: HeldOut) -> None:
     """Evaluate on all ranks; a line of eval.jsonl and the console."""
     result = evaluate(run.backend, held_out, len(run.table))
     names = run.table.names
@@ -297,19 +236,21 @@ def record_evaluation(run: Run, done: int, held_out: HeldOut) -> None:
     )
     run.sinks.evaluation(record)
     run.progress.evaluation(record)
-    run.after_evaluation(done, record.loss, result.sums)
+    if done == 0:
+        report_alarms(run.state.controller.starting_alarms(result.sums))
+    run.state.observe_evaluation(done, run.prepared.total_steps, record.loss)
 
 
 # --- the end ------------------------------------------------------------------------------------------------
 
 
-def finish(run: Run) -> None:
+def finish(run: Components) -> None:
     """Export the model and say where things lie."""
-    mark("export", is_limited=False)
     target = run.folder / constants.EXPORT_DIR
     if run.config.checkpoint.export_at_end:
         shard_bytes = int(run.config.checkpoint.export_shard_gb * 1e9)
-        companions = Companions.of(run.config, run.tokenizer, run.backend.model.lm.config)
-        export_model(run.backend, companions, target, shard_bytes)
+        companions = Companions.of(run.config, run.prepared.tokenizer, run.backend.model.lm.config)
+        with phase("export", is_limited=False):
+            export_model(run.backend, companions, target, shard_bytes)
         run.progress.note(f"model: {target}")
     run.progress.note(f"run folder: {run.folder} (versatune-ds report {run.folder})")

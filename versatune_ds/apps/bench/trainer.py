@@ -4,9 +4,9 @@
             -> steps with every phase timed -> weight updates
             -> steps with and without domain statistics, in alternation
 
-The steps are `engine.train.run_step` on a `Run` like any other; nothing of the loop is written a second time.
+The steps are `engine.train.run_step` on a run like any other; nothing of the loop is written a second time.
 Throughput is tokens over wall time between two synchronisations around many steps. The split into phases puts
-CUDA events (on a CPU: clock readings) around the calls that `run_step` makes. It adds a barrier before the
+CUDA events (on a CPU: clock readings) around the phases of `run_step`. It adds a barrier before the
 step's all-reduce, so that waiting for slower ranks is told apart from it, and a synchronisation at the end of
 the step; it is therefore measured in steps of its own, which are not in the throughput.
 
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from versatune_ds.apps.bench.phases import Stopwatch, phases, timed_phases, without_statistics
+from versatune_ds.apps.bench.phases import SplitRecorder, clock_of, split, without_statistics
 from versatune_ds.apps.bench.results import (
     PHASES,
     rates,
@@ -46,27 +46,19 @@ from versatune_ds.apps.bench.shapes import (
 from versatune_ds.config.load import load_config
 from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.prepare import open_caches
-from versatune_ds.data.loader import StepLoader
-from versatune_ds.data.plan.balance import check_world_size
-from versatune_ds.data.plan.planner import Corpus, PlannerState, StepPlan
-from versatune_ds.domain.controller import WeightController
-from versatune_ds.domain.early_stopping import EarlyStopping
-from versatune_ds.domain.reference import load_reference
-from versatune_ds.domain.table import DomainTable
+from versatune_ds.data.plan.planner import StepPlan
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
-from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
 from versatune_ds.engine.backend.parameters import parameter_counts
 from versatune_ds.engine.backend.process_group import start_process_group
-from versatune_ds.engine.backend.ranks import Ranks
-from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.signals import StopRequest
 from versatune_ds.engine.model.packed_lm import DTYPES
+from versatune_ds.engine.phases import DATA_WAIT, WEIGHT_UPDATE, Recorder, phase, recording, timed
 from versatune_ds.engine.preflight.dry_run import dry_run_when_asked
-from versatune_ds.engine.provenance import accelerator_peak_tflops, describe_hardware, describe_versions
-from versatune_ds.engine.run import Run, planner_settings
-from versatune_ds.engine.skipping import SpikeGuard
-from versatune_ds.engine.statistics import StepStatistics
+from versatune_ds.engine.prepared import prepare_on_samples
+from versatune_ds.engine.provenance import describe_hardware, describe_versions
+from versatune_ds.engine.run import Components, assemble
+from versatune_ds.engine.state import TrainState
 from versatune_ds.engine.train import run_step, update_weights
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.commit import git_commit
@@ -75,7 +67,7 @@ from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.progress import Progress
 from versatune_ds.observability.records import StepRecord
 from versatune_ds.observability.sinks import Sinks
-from versatune_ds.observability.throughput import ModelShape, peak_memory_gib
+from versatune_ds.observability.throughput import peak_memory_gib
 
 log = get_logger(__name__)
 
@@ -116,12 +108,12 @@ def bench_slice(settings: BenchSettings, layers: int) -> dict[str, Any]:
     }
 
 
-def measure(run: Run, settings: BenchSettings, ceiling_tflops: float) -> dict[str, Any]:
+def measure(run: Components, settings: BenchSettings, ceiling_tflops: float) -> dict[str, Any]:
     """All numbers of one slice; a collective."""
     stepper = Stepper(run)
     with contextlib.ExitStack() as stack:
         if settings.metrics == "off":
-            stack.enter_context(without_statistics(run))
+            stepper.run = stack.enter_context(without_statistics(run))
         stepper.take(settings.warmup_steps)
         if run.backend.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -188,7 +180,7 @@ class TimedSteps(NamedTuple):
 class Stepper:
     """Takes steps of a run, one after the other, and keeps what they were."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Components) -> None:
         self.run = run
         self.done = 0
         self._stop = StopRequest()
@@ -206,7 +198,8 @@ class Stepper:
             now = time.perf_counter()
             step_s.append(now - ended)
             ended = now
-            plans.append(run.loader.last_plan)  # type: ignore[attr-defined]
+            assert run.loader.last_plan is not None
+            plans.append(run.loader.last_plan)
         self.synchronise()
         seconds = time.perf_counter() - started
         reasons = [record.skip_reason for record in records[first_record:] if record.skipped]
@@ -228,18 +221,6 @@ def squared_lengths(plan: StepPlan) -> int:
     return sum(int((pack.lengths.astype(np.int64) ** 2).sum()) for pack in plan.packs)
 
 
-class RecordingLoader(StepLoader):
-    """The loader, remembering the last plan it handed out."""
-
-    last_plan: StepPlan
-
-    def take(self, weights: Any) -> Any:
-        """As `StepLoader.take`."""
-        plan, batches = super().take(weights)
-        self.last_plan = plan
-        return plan, batches
-
-
 class RecordingSinks(Sinks):
     """Keeps the records of steps in memory."""
 
@@ -252,27 +233,27 @@ class RecordingSinks(Sinks):
         self.records.append(record)
 
 
-def split_times(run: Run, stepper: Stepper, count: int) -> dict[str, float]:
+def split_times(run: Components, stepper: Stepper, count: int) -> dict[str, float]:
     """Median seconds of each phase over `count` steps on this rank."""
     steps = []
-    with timed_phases(run) as watch:
-        for _ in range(count):
+    for _ in range(count):
+        with recording(SplitRecorder(clock_of(run.backend.device))) as recorder:
             took = stepper.take(1)
-            seconds = watch.seconds()
-            steps.append(phases(took.step_s[0], run.loader.last_wait_s, seconds))
+        steps.append(split(took.seconds, recorder.own_seconds()))
     return {name: float(np.median([step[name] for step in steps])) for name in PHASES}
 
 
-def update_times(run: Run, stepper: Stepper, step_s: float) -> dict[str, Any]:
+def update_times(run: Components, stepper: Stepper, step_s: float) -> dict[str, Any]:
     """What an update of the domain weights costs, and how long the batch after it is waited for."""
     update_s, wait_s = [], []
     for _ in range(NUM_UPDATES):
         stepper.take(1)
-        started = time.perf_counter()
-        update_weights(run, stepper.done)
-        update_s.append(time.perf_counter() - started)
-        stepper.take(1)
-        wait_s.append(run.loader.last_wait_s)
+        with recording() as recorder, phase(WEIGHT_UPDATE, stepper.done):
+            update_weights(run, stepper.done)
+        update_s.append(recorder.seconds(WEIGHT_UPDATE))
+        with recording() as recorder:
+            stepper.take(1)
+        wait_s.append(recorder.seconds(DATA_WAIT))
     every = run.config.weights.every_n_steps
     return {
         "update_s": float(np.median(update_s)),
@@ -282,13 +263,14 @@ def update_times(run: Run, stepper: Stepper, step_s: float) -> dict[str, Any]:
     }
 
 
-def compare_statistics(run: Run, stepper: Stepper, count: int) -> dict[str, Any]:
+def compare_statistics(run: Components, stepper: Stepper, count: int) -> dict[str, Any]:
     """`count` steps with and `count` steps without domain statistics, in alternation."""
     with_s, without_s = [], []
     for _ in range(count):
         with_s.append(stepper.take(1).seconds)
-        with without_statistics(run):
+        with without_statistics(run) as stepper.run:
             without_s.append(stepper.take(1).seconds)
+        stepper.run = run
     return {
         "step_s_with": spread(with_s),
         "step_s_without": spread(without_s),
@@ -330,57 +312,21 @@ class SyntheticSamples:
         return "synthetic", index + 1
 
 
-def open_bench_run(config: Config, settings: BenchSettings, device: torch.device) -> Run:
-    """A run like `engine.run.open_run` makes, without a folder, evaluation or checkpoints."""
-    table = DomainTable(config.domains.names)
-    check_world_size(config.batch.packs_per_step, distributed.world_size())
+def open_bench_run(config: Config, settings: BenchSettings, device: torch.device) -> Components:
+    """A run on given samples, without a folder, evaluation or checkpoints."""
     vocab_size = shape_config(settings.shape)["vocab_size"]
-    sources: list[Any] = [
-        SyntheticSamples(i, vocab_size, config.batch.pack_len, settings.supervised) for i in range(len(table))
+    samples: list[Any] = [
+        SyntheticSamples(i, vocab_size, config.batch.pack_len, settings.supervised)
+        for i in range(len(config.domains.names))
     ]
     if settings.data is not None:
-        sources = open_caches(load_config(settings.data), config_path=settings.data)["train"]
-        check_tokens(sources, vocab_size, settings)
-    corpus = Corpus.from_caches(sources, table.names)
-    planner = planner_settings(config, table)
-    corpus.check(planner)
-    reference = load_reference(config.weights.reference, table)
-    controller = WeightController(table, config.domains, config.weights, reference)
-    ranks = Ranks.of_world()
-    backend = build_backend(config, deepspeed_config(config, ranks.dp.size), ranks, device)
+        samples = open_caches(load_config(settings.data), config_path=settings.data)["train"]
+        check_tokens(samples, vocab_size, settings)
+    prepared = prepare_on_samples(config, samples)
+    backend = build_backend(config, prepared.deepspeed, prepared.ranks, device)
     dry_run_when_asked(backend, config)
-    loader = RecordingLoader(
-        corpus,
-        sources,
-        planner,
-        PlannerState.initial(len(table)),
-        *ranks.dp,
-        pad_id=0,
-        pin_memory=device.type == "cuda",
-    )
-    return Run(
-        config=config,
-        table=table,
-        corpus=corpus,
-        caches=sources,
-        backend=backend,
-        loader=loader,
-        controller=controller,
-        statistics=StepStatistics(len(table), device),
-        saver=Saver(config.run.dir, config.checkpoint, backend),
-        held_out=None,
-        probe=None,
-        tokenizer=None,
-        sinks=RecordingSinks(),
-        progress=Progress(config.train.max_steps or 0, table.names, is_main=False),
-        shape=ModelShape.from_config(backend.model.lm.config, *parameter_counts(backend.model)),
-        peak_tflops=accelerator_peak_tflops(config, device),
-        total_steps=config.train.max_steps or 0,
-        first_step=0,
-        skipped_in_a_row=0,
-        spikes=SpikeGuard(None, 1),
-        early_stopping=EarlyStopping(None),
-    )
+    silent = Progress(prepared.total_steps, prepared.table.names, is_main=False)
+    return assemble(prepared, backend, TrainState.of(prepared, None), RecordingSinks(), silent)
 
 
 def check_tokens(caches: list[Any], vocab_size: int, settings: BenchSettings) -> None:
@@ -412,11 +358,10 @@ def matmul_ceiling(config: Config, settings: BenchSettings, device: torch.device
         b = torch.randn(n, k, device=device).to(DTYPES[config.model.dtype])
         seconds = []
         for i in range(warmups + runs):
-            watch = Stopwatch(device)
-            with watch.span("product"):
+            with recording(Recorder(clock_of(device))) as recorder, timed("product"):
                 torch.mm(a, b.T)
             if i >= warmups:
-                seconds.append(watch.seconds()["product"])
+                seconds.append(recorder.seconds("product"))
         tflops = 2 * m * k * n / float(np.median(seconds)) / 1e12
         if tflops > best["tflops"]:
             best = {"tflops": tflops, "m": m, "k": k, "n": n, "runs": runs, "dtype": config.model.dtype}
@@ -437,7 +382,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def describe_settings(settings: BenchSettings, run: Run) -> dict[str, Any]:
+def describe_settings(settings: BenchSettings, run: Components) -> dict[str, Any]:
     """What was in force, overrides included."""
     from versatune_kernels import resolve_backend
 
@@ -448,7 +393,7 @@ def describe_settings(settings: BenchSettings, run: Run) -> dict[str, Any]:
         "packs_per_rank": config.batch.packs_per_step // distributed.world_size(),
         "dtype": config.model.dtype,
         "zero_stage": run.backend.layout["ZeRO stage"],
-        "zero_optimization": deepspeed_config(config, distributed.world_size())["zero_optimization"],
+        "zero_optimization": run.prepared.deepspeed["zero_optimization"],
         "activation_checkpointing": config.model.activation_checkpointing,
         "attention": run.backend.attention.implementation,
         "loss_backend": resolve_backend(config.model.loss_backend, run.backend.device.type).name,

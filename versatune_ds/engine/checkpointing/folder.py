@@ -89,8 +89,8 @@ def part_name(rank: int) -> str:
 def begin(folder: Path, temporary: Path) -> None:
     """Make the folder of a new checkpoint and remove what crashes have left; rank 0 only."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{UNFINISHED_PREFIX}*"):
-        shutil.rmtree(leftover)
+    for unfinished in folder.glob(f"{UNFINISHED_PREFIX}*"):
+        shutil.rmtree(unfinished)
     remove_temporaries(folder / LATEST_FILE)
     temporary.mkdir()
 

@@ -39,7 +39,7 @@ from versatune_ds.config.schema import Checkpoint
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.checkpointing import folder as folders
 from versatune_ds.engine.checkpointing.due import LossBound, checkpoint_due
-from versatune_ds.engine.faults.watchdog import mark
+from versatune_ds.engine.phases import phase
 from versatune_ds.engine.statistics import Flags
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.constants import CHECKPOINT_STATE_FILE
@@ -189,7 +189,7 @@ class Saver:
         self._stall_s = 0.0
         minutes = settings.max_lost_minutes
         self._bound = None if minutes is None else LossBound(60 * minutes, clock())
-        self._told = False
+        self._has_logged_bound = False
 
     # --- at a step boundary ---------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class Saver:
             self._raise_together()
         if self._in_flight is not None and not agreed.writing:
             self._publish()
-        self._stood_still(began)
+        self._count_stall(began)
 
     def due(self, done: int, agreed: Flags, last: bool) -> bool:
         """True when a checkpoint is to be written after `done` steps."""
@@ -239,7 +239,29 @@ class Saver:
         Raises:
             SaveError: on all ranks, when one could not write.
         """
-        mark("checkpoint", step, is_limited=False)
+        with phase("checkpoint", step, is_limited=False):
+            self._begin(step, state)
+            if not self._settings.asynchronous:
+                self._complete()
+
+    def finish(self) -> None:
+        """Wait until everything is complete.
+
+        Raises:
+            SaveError: on all ranks, when one could not write.
+        """
+        with phase("end of a checkpoint", is_limited=False):
+            self._complete()
+            self._raise_together()
+
+    def close(self) -> None:
+        """Wait for this rank's writer only; after an error there may be no other ranks to agree with."""
+        self._share.wait()
+
+    # --- parts ----------------------------------------------------------------------------------------------
+
+    def _begin(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        """Complete the last checkpoint, then hand over what makes this one."""
         self._complete()
         began = self._clock()
         folder = self._folder / folders.unfinished_name(step)
@@ -255,26 +277,8 @@ class Saver:
         if distributed.is_main():
             self._share._guarded(lambda: self._save_own(folder, step, state()))
         self._share.finish()
-        self._stood_still(began)
+        self._count_stall(began)
         self._in_flight = self._in_flight._replace(stall_s=self._clock() - began)
-        if not self._settings.asynchronous:
-            self._complete()
-
-    def finish(self) -> None:
-        """Wait until everything is complete.
-
-        Raises:
-            SaveError: on all ranks, when one could not write.
-        """
-        mark("end of a checkpoint", is_limited=False)
-        self._complete()
-        self._raise_together()
-
-    def close(self) -> None:
-        """Wait for this rank's writer only; after an error there may be no other ranks to agree with."""
-        self._share.wait()
-
-    # --- parts ----------------------------------------------------------------------------------------------
 
     def _save_own(self, folder: Path, step: int, state: dict[str, Any]) -> None:
         own = {"version": folders.VERSION, "step": step, **state}
@@ -289,7 +293,7 @@ class Saver:
         self._raise_together()
         self._publish()
         self._raise_together()
-        self._stood_still(began)
+        self._count_stall(began)
 
     def _publish(self) -> None:
         """Give the folder its name; a problem is kept for the next agreement."""
@@ -315,9 +319,9 @@ class Saver:
 
     def _tell(self, bound: LossBound) -> None:
         """Once, what the bound on lost work means in steps; a warning when it cannot be kept."""
-        if self._told or not distributed.is_main():
+        if self._has_logged_bound or not distributed.is_main():
             return
-        self._told = True
+        self._has_logged_bound = True
         shortest_s = bound.save_s if self._settings.asynchronous else 0.0  # one is in flight at most
         if bound.interval_s <= shortest_s:
             log.warning(
@@ -363,7 +367,7 @@ class Saver:
             "on from the newest one"
         )
 
-    def _stood_still(self, began: float) -> None:
+    def _count_stall(self, began: float) -> None:
         now = self._clock()
         self._stall_s += now - began
         if self._bound is not None:

@@ -33,7 +33,7 @@ import psutil
 import torch.distributed as dist
 
 from versatune_ds.engine.faults.stale_files import shared_memory_buffer
-from versatune_ds.engine.faults.watchdog import GO_ON, QUIET_S, Beat, Failure, Judge, here
+from versatune_ds.engine.faults.watchdog import GO_ON, QUIET_S, Beat, Failure, Watchdog, here
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import PeerLostError, VersaTuneError
 from versatune_ds.foundations.log import get_logger
@@ -143,7 +143,7 @@ class Heartbeat:
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         watched = range(self._world_size) if self._rank == 0 else range(1)
         self._board = Board(watched)
-        self._judge = Judge(watched, math.inf if timeout_s is None else timeout_s)
+        self._watchdog = Watchdog(watched, math.inf if timeout_s is None else timeout_s)
         self._looked = time.monotonic()
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
@@ -184,15 +184,15 @@ class Heartbeat:
     def _watch(self) -> None:
         while not self._leaving.wait(BEAT_S):
             self._look()
-            failure = self._known_failure() or self._judge.silence()
+            failure = self._known_failure() or self._watchdog.silence()
             if failure is None and self._rank == 0:
-                failure = self._judge.standstill()
+                failure = self._watchdog.standstill()
             if failure is not None:
                 self._end(failure)
 
     def _look(self) -> None:
         now = time.monotonic()
-        self._judge.look(now - self._looked, self._board.beats)
+        self._watchdog.look(now - self._looked, self._board.beats)
         self._looked = now
 
     def _end(self, failure: Failure) -> None:
@@ -247,7 +247,7 @@ class Heartbeat:
 
     def _known_failure(self) -> Failure | None:
         """What another rank has posted, or the loss of rank 0, without which nothing can be posted."""
-        posted = [beat.failure for beat in self._judge.last.values() if beat.failure is not None]
+        posted = [beat.failure for beat in self._watchdog.last.values() if beat.failure is not None]
         for failure in posted:
             if not failure.is_consequence:
                 return failure
@@ -257,22 +257,22 @@ class Heartbeat:
 
     def _dead_process(self) -> Failure | None:
         """A rank whose process on this machine died without a word."""
-        for rank, beat in self._judge.last.items():
+        for rank, beat in self._watchdog.last.items():
             silent = not beat.done and beat.failure is None
             if silent and beat.machine == self._board.mine.machine and not _is_alive(beat.pid):
                 return self._lost(rank, "its process was killed")
         return None
 
     def _silent_rank(self) -> Failure | None:
-        silent = [rank for rank, seconds in self._judge.silent_s.items() if seconds > QUIET_S]
+        silent = [rank for rank, seconds in self._watchdog.silent_s.items() if seconds > QUIET_S]
         return self._lost(silent[0], "it gives no sign of life") if silent else None
 
     def _lost(self, rank: int, how: str) -> Failure:
-        beat = self._judge.last.get(rank)
+        beat = self._watchdog.last.get(rank)
         where = "" if beat is None else f" (last seen in {beat.place})"
         return Failure(
-            f"{self._judge.name(rank)} is gone: {how}{where}. Look at its last output and at the system log "
-            f"(the kernel kills what needs more memory than there is). {GO_ON}",
+            f"{self._watchdog.name(rank)} is gone: {how}{where}. Look at its last output and at the system "
+            f"log (the kernel kills what needs more memory than there is). {GO_ON}",
             constants.EXIT_PEER_LOST,
             (rank,),
         )

@@ -25,7 +25,7 @@ QUIET_S = 3.0
 GO_ON = "Start the same command to go on from the newest checkpoint"
 
 
-class Place(NamedTuple):
+class Mark(NamedTuple):
     """What a rank is doing."""
 
     progress: int = 0
@@ -56,7 +56,7 @@ class Beat(NamedTuple):
 
     number: int
     """Beats so far."""
-    place: Place
+    place: Mark
     pid: int
     host: str
     machine: str
@@ -77,24 +77,24 @@ class Beat(NamedTuple):
         if failure is not None:
             reason, code, ranks, is_consequence = failure
             failure = Failure(reason, code, tuple(ranks), is_consequence)
-        return Beat(number, Place(*place), pid, host, machine, done, failure)
+        return Beat(number, Mark(*place), pid, host, machine, done, failure)
 
 
-_here = Place()
+_here = Mark()
 
 
 def mark(phase: str, step: int | None = None, is_limited: bool = True) -> None:
     """Note that this process has come to `phase` of `step` (from 1). Costs one assignment."""
     global _here
-    _here = Place(_here.progress + 1, step, phase, is_limited)
+    _here = Mark(_here.progress + 1, step, phase, is_limited)
 
 
-def here() -> Place:
+def here() -> Mark:
     """The last mark of this process."""
     return _here
 
 
-class Judge:
+class Watchdog:
     """Watches the beats of some ranks.
 
     Args:

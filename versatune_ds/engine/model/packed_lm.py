@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from versatune_ds.config.schema import Model
 from versatune_ds.data.collate import Batch
 from versatune_ds.engine.model.attention import AttentionChoice
+from versatune_ds.engine.phases import LOSS, timed
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError
 from versatune_kernels import LossOutput, linear_cross_entropy
@@ -127,7 +128,9 @@ class PackedCausalLM(nn.Module):
         """Loss of one pack (see `data.collate.Batch` for shapes), divided by `normalizer`."""
         hidden = self.hidden_states(input_ids, position_ids, cu_seqlens, max_seqlen)
         head = self.lm.get_output_embeddings()
-        return head(hidden, labels, sample_ids, num_samples, num_valid, normalizer)
+        with timed(LOSS):
+            out: LossOutput = head(hidden, labels, sample_ids, num_samples, num_valid, normalizer)
+        return out
 
 
 def load_architecture(settings: Model) -> Any:

@@ -18,8 +18,8 @@ from versatune_ds.config.schema import Config
 from versatune_ds.data.collate import Batch, collate
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.engine.backend.backend import Backend
-from versatune_ds.engine.faults.watchdog import mark
 from versatune_ds.engine.model.packed_lm import model_inputs
+from versatune_ds.engine.phases import phase
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.throughput import peak_memory_gib
@@ -31,8 +31,8 @@ def dry_run_when_asked(backend: Backend, config: Config) -> None:
     """`dry_run` if `train.rehearse` says so."""
     is_wanted = {"on": True, "off": False, "auto": backend.device.type == "cuda"}[config.train.rehearse]
     if is_wanted:
-        mark("rehearsal", is_limited=False)
-        dry_run(backend, config)
+        with phase("rehearsal", is_limited=False):
+            dry_run(backend, config)
 
 
 def dry_run(backend: Backend, config: Config) -> None:
