@@ -14,22 +14,24 @@ LONGEST_BAR = 2.5
 """Bars of slower variants are cut here and marked ">"; the number beside them is the true one."""
 
 
-def draw(results: dict[str, Any], path: Path) -> bool:
-    """Write the picture; False when there is nothing to draw.
+def draw(results: dict[str, Any], path: Path) -> str | None:
+    """Write the picture, or say why there is none.
 
     Args:
         results: the content of results.json.
         path: a .png or .svg file.
     """
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        return "matplotlib is not installed"
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     cases = [case for case in results["cases"] if _ratios(case, "time")]
     names = list(dict.fromkeys(name for case in cases for name in _ratios(case, "time")))
     if not cases:
-        return False
+        return "no case has an eager result"
     height = 1.2 + len(cases) * (0.35 + 0.16 * len(names))
     figure, axes = pyplot.subplots(1, 2, figsize=(11, height), sharey=True, layout="constrained")
     colour_map = pyplot.get_cmap("tab20")
@@ -59,7 +61,7 @@ def draw(results: dict[str, Any], path: Path) -> bool:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-    return True
+    return None
 
 
 def _ratios(case: dict[str, Any], what: str) -> dict[str, float]:

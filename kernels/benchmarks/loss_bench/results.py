@@ -12,6 +12,7 @@ What is not covered: the picture (`picture`).
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -23,7 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+from loss_bench.card import NOT_KNOWN, read_card
+
+SCHEMA_VERSION = 2
 GIB = 2**30
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "numpy")
 CEILING, BASELINE = "three products", "hf eager"
@@ -84,6 +87,8 @@ def _one(entry: dict[str, Any], useful_flops: float, clock: str) -> dict[str, An
     if entry["status"] != "ok" or not entry.get("s"):
         return out
     out["wall_s"], out["cpu_s"] = spread(entry["s"]), spread(entry["cpu_s"])
+    if "host_s" in entry:
+        out["host_s"] = spread(entry["host_s"])
     out["num_runs"] = len(entry["s"])
     out["useful_tflops"] = useful_flops / out[clock]["median"] / 1e12
     out["dx_gib"], out["dw_gib"] = entry["dx_bytes"] / GIB, entry["dw_bytes"] / GIB
@@ -109,7 +114,8 @@ def _ratio(part: float | None, whole: float | None) -> float | None:
 def too_slow(
     cases: Sequence[dict[str, Any]], case: dict[str, Any], limit_s: float
 ) -> dict[tuple[str, str], str]:
-    """Variants that took longer than `limit_s` a run in an earlier case of this dtype that was no larger.
+    """Variants that took longer than `limit_s` a run in an earlier case of this dtype that was no larger, or
+    that the time limit ended there.
 
     Args:
         cases: summaries so far.
@@ -127,9 +133,11 @@ def too_slow(
             continue
         for variant in earlier["variants"]:
             seconds = variant["wall_s"]["median"] if "wall_s" in variant else 0.0
+            where = f"N {about['num_tokens']}, {about['supervised']:.0%}"
             if seconds > limit_s:
-                where = f"N {about['num_tokens']}, {about['supervised']:.0%}"
                 found[variant["candidate"], variant["variant"]] = f"{seconds:.0f} s a run at {where}"
+            elif variant.get("status") == "cut":
+                found[variant["candidate"], variant["variant"]] = f"cut by the time limit at {where}"
     return found
 
 
@@ -151,6 +159,7 @@ def describe_environment(device_type: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},
         "commit": git_commit(Path(__file__).parent),
+        "sources": digest_of_sources(),
     }
     if device_type == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -158,7 +167,31 @@ def describe_environment(device_type: str) -> dict[str, Any]:
         info["gpu_memory_gib"] = properties.total_memory / GIB
         info["gpu_multiprocessors"] = properties.multi_processor_count
         info["cuda"] = torch.version.cuda
+        info["card"] = read_first_card()
     return info
+
+
+def read_first_card() -> dict[str, str]:
+    """The state of torch's first CUDA device, which is the one that is measured."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    card = read_card(str(properties.uuid))
+    for key, attribute in (("sm_clock_max_mhz", "clock_rate"), ("memory_clock_max_mhz", "memory_clock_rate")):
+        if card[key] == NOT_KNOWN and hasattr(properties, attribute):
+            card[key] = f"{getattr(properties, attribute) / 1000:.0f}"  # of kHz
+    return card
+
+
+def digest_of_sources() -> str:
+    """Of the kernels' and this benchmark's Python files: tells what ran where there is no git."""
+    digest = hashlib.sha256()
+    kernels = Path(__file__).resolve().parents[2]
+    for path in sorted(
+        [*(kernels / "versatune_kernels").rglob("*.py"), *(kernels / "benchmarks").rglob("*.py")]
+    ):
+        digest.update(f"{path.relative_to(kernels)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def cpu_name() -> str:
@@ -206,9 +239,9 @@ def slug(text: str) -> str:
 # ---- the table ---------------------------------------------------------------------------------
 
 COLUMNS = (
-    "candidate", "variant", "chunk", "runs", "time ms (p20-p80)", "TFLOP/s", "x ceiling", "x eager",
-    "x eager (wall)", "transient GiB", "x eager (memory)", "dW + dX GiB", "loss err", "dX err", "dW err",
-    "gate",
+    "candidate", "variant", "chunk", "runs", "time ms (p20-p80)", "host ms", "TFLOP/s", "x ceiling",
+    "x eager", "x eager (wall)", "transient GiB", "x eager (memory)", "dW + dX GiB", "loss err", "dX err",
+    "dW err", "sums err", "gate",
 )  # fmt: skip
 
 
@@ -224,6 +257,16 @@ def table(results: dict[str, Any]) -> str:
         f"Times are {'GPU' if environment['device_type'] == 'cuda' else 'CPU'} time, forward and backward, "
         f"median of the runs.",
     ]
+    if "card" in environment:
+        card = environment["card"]
+        lines += [
+            "",
+            f"Driver {card['driver']}, CUDA {environment['cuda']}; power limit {card['power_limit_w']} W "
+            f"(up to {card['power_limit_max_w']}); highest clocks {card['sm_clock_max_mhz']} MHz (SM), "
+            f"{card['memory_clock_max_mhz']} MHz (memory).",
+        ]
+    if results["ended"] != "all measured":
+        lines += ["", f"Not complete: {results['ended'] or 'still running, or killed'}."]
     if results["missing"]:
         missing = "; ".join(f"{name}: {why}" for name, why in results["missing"].items())
         lines += ["", f"Not measured: {missing}."]
@@ -234,7 +277,8 @@ def table(results: dict[str, Any]) -> str:
             f"## {about['head']}: H {about['hidden_size']}, V {about['vocab_size']}, "
             f"N {about['num_tokens']}, {about['supervised']:.0%} with a label, {about['dtype']}",
             "",
-            f"Commit {case['commit']}, {case['measured_at']}, load average {_load_text(case)}.",
+            f"Commit {case['commit']}, {case['measured_at']}, load average {_load_text(case)}."
+            f"{_card_text(case)}",
             "",
             f"| {' | '.join(COLUMNS)} |",
             f"|{'---|' * len(COLUMNS)}",
@@ -249,6 +293,17 @@ def _load_text(case: dict[str, Any]) -> str:
     return "not recorded" if load is None else f"{load[0]:.1f} (1 min), {load[2]:.1f} (15 min)"
 
 
+def _card_text(case: dict[str, Any]) -> str:
+    """Clocks in force, power and what slowed the card while the ceiling's products ran."""
+    card = case.get("card_under_load")
+    if not card:
+        return ""
+    return (
+        f" Under load: {card['sm_clock_mhz']} MHz (SM), {card['memory_clock_mhz']} (memory), "
+        f"{card['power_draw_w']} W, {card['temperature_c']} C, slowed by {card['slowed_by']}."
+    )
+
+
 def _row(variant: dict[str, Any], clock: str) -> str:
     """A line of the table; the reason instead of numbers where there are none."""
     gate = variant.get("gate") or {}
@@ -260,6 +315,7 @@ def _row(variant: dict[str, Any], clock: str) -> str:
         cells += [
             str(variant["num_runs"]),
             f"{times['median']:.4g} ({times['p20']:.4g}-{times['p80']:.4g})",
+            _text(1e3 * variant["host_s"]["median"] if "host_s" in variant else None, "{:.2g}"),
             _text(variant["useful_tflops"], "{:.4g}"),
             _text(variant.get("ratio_to_ceiling"), "{:.2f}"),
             _text(eager.get("time"), "{:.2f}"),
@@ -271,8 +327,8 @@ def _row(variant: dict[str, Any], clock: str) -> str:
     else:
         why = gate.get("verdict") if variant["status"] == "ok" else variant["status"]
         reason = (variant.get("reason") or "").replace("|", "/").replace("\n", " ")
-        cells += ["", f"{why} {reason}".strip(), *[""] * 7]
-    cells += [_text(errors.get(name), "{:.2g}") for name in ("loss", "dx", "dw")]
+        cells += ["", f"{why} {reason}".strip(), *[""] * 8]
+    cells += [_text(errors.get(name), "{:.2g}") for name in ("loss", "dx", "dw", "sums")]
     cells.append(gate.get("verdict", "") if gate.get("verdict") != "none" else "")
     return f"| {' | '.join(cells)} |"
 

@@ -1,13 +1,17 @@
 """One candidate in a process of its own, told what to do by lines of JSON on its standard input.
 
-    {"do": "prepare", "case": {...}}                     make the inputs
-    {"do": "gate", "variant": NAME}                      compare with fp64, choose the best chunk
-    {"do": "turn", "variant": NAME, "warmups": w, "runs": r}   time r runs after w unmeasured ones
-    {"do": "release"}                                    drop the inputs
+    {"do": "gate", "case": {...}, "variant": NAME, "answers": FILE}
+        choose the best chunk, compare with fp64
+    {"do": "turn", "case": {...}, "variant": NAME, "chunk": c, "warmups": w, "runs": r}
+        time r runs after w unmeasured ones
 
-Each line is answered by one line with "status": "ok", "no such knob", "out of memory" or "error". A
-run is forward, backward and nothing else; gradients are dropped before it. Time is the device's
-(CUDA events) or wall and CPU seconds of this process.
+Each line is answered by one line with "status": "ok", "no such knob", "out of memory" or "error". The
+inputs are made for a request and dropped before its answer: of all candidates one holds memory of the
+device at a time. A run is forward, backward and nothing else; gradients are dropped before it. Time
+is wall and CPU seconds of this process or, on a GPU, the device's: events, behind a kernel that spins
+for some milliseconds, so that the host, which takes up to half a millisecond to reach the first
+product, is ahead of the device as it is in training. What the host itself needs stands beside it; of
+a candidate that waits for the device in between, that wait is in both.
 
 What is not covered: the order of turns (`driver`).
 """
@@ -41,6 +45,8 @@ from loss_bench.memory import PeakMemory
 
 SAMPLE_TOKENS = 512
 NUM_DOMAINS = 6
+HEAD_START_CYCLES = 20_000_000
+"""Of the GPU's clock, 10 ms at 2 GHz: many times what a candidate's host needs up to its first product."""
 
 
 def serve(name: str, device_type: str) -> None:
@@ -64,57 +70,44 @@ def serve(name: str, device_type: str) -> None:
 
 
 class Worker:
-    """Inputs of one case and what was found out about each variant."""
+    """One candidate on one device."""
 
     def __init__(self, candidate: Candidate, device: torch.device) -> None:
         self.candidate = candidate
         self.device = device
         self.inputs: Inputs | None = None
-        self.judge: Gate | None = None
-        self.chunks: dict[str, int | None] = {}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Do what a request says."""
         what = request["do"]
-        if what == "prepare":
-            self.release()
-            self.inputs = make_inputs(Case(**request["case"]), self.device)
-            self.chunks = {}
-            return {}
-        if what == "release":
-            self.release()
-            return {}
         variant = next(v for v in self.candidate.variants if v.name == request["variant"])
+        self.inputs = make_inputs(Case(**request["case"]), self.device)
         if what == "gate":
-            return self.gate(variant)
+            return self.gate(variant, Path(request["answers"]))
         if what == "turn":
-            return self.turn(variant, request["warmups"], request["runs"])
+            return self.turn(variant, request["chunk"], request["warmups"], request["runs"])
         raise ValueError(f"unknown request {what!r}")
 
-    def gate(self, variant: Variant) -> dict[str, Any]:
-        """Verdict of the gate, and the chunk that "best chunk" will use."""
+    def gate(self, variant: Variant, answers: Path) -> dict[str, Any]:
+        """The chunk that the variant will use, and the gate's verdict on it."""
         inputs = self._inputs()
-        chunks: list[int | None] = [None]
-        if variant.sweeps_chunk:
-            chunks = list(chunk_choices(self.candidate.name, len(inputs.labels), self.device.type))
+        chunk, tried = self._choose_chunk(variant) if variant.sweeps_chunk else (None, {})
         verdict: dict[str, Any] = {"verdict": "none"}
         if not self.candidate.is_ceiling:
-            first = chunks[0]
-            if self.judge is None:
-                self.judge = Gate(inputs)
-            verdict = self.judge.judge(lambda given: self._loss(given, variant, first))
-        tried = {}
-        if len(chunks) > 1:
-            for chunk in chunks:
-                self._run(variant, chunk)
-                runs = [self._run(variant, chunk) for _ in range(3 if self._cuda else 1)]
-                tried[chunk] = statistics.median(run["cpu_s" if not self._cuda else "s"] for run in runs)
-        self.chunks[variant.name] = min(tried, key=lambda chunk: tried[chunk]) if tried else chunks[0]
-        return {"gate": verdict, "chunk": self.chunks[variant.name], "chunks_tried_s": tried}
+            verdict = Gate(inputs, answers).judge(lambda given: self._loss(given, variant, chunk))
+        return {"gate": verdict, "chunk": chunk, "chunks_tried_s": tried}
 
-    def turn(self, variant: Variant, warmups: int, runs: int) -> dict[str, Any]:
+    def _choose_chunk(self, variant: Variant) -> tuple[int | None, dict[int, float]]:
+        """The fastest of a few chunk sizes, and the seconds of all."""
+        tried = {}
+        for chunk in chunk_choices(self.candidate.name, len(self._inputs().labels), self.device.type):
+            self._run(variant, chunk)
+            runs = [self._run(variant, chunk) for _ in range(3 if self._cuda else 1)]
+            tried[chunk] = statistics.median(run["s" if self._cuda else "cpu_s"] for run in runs)
+        return min(tried, key=lambda chunk: tried[chunk]), tried
+
+    def turn(self, variant: Variant, chunk: int | None, warmups: int, runs: int) -> dict[str, Any]:
         """Seconds of `runs` runs, and the peak memory of one."""
-        chunk = self.chunks[variant.name]
         for _ in range(warmups):
             self._run(variant, chunk)
         inputs = self._inputs()
@@ -123,21 +116,15 @@ class Worker:
         measured = [self._run(variant, chunk) for _ in range(runs)]
         assert inputs.hidden.grad is not None and inputs.weight.grad is not None
         return {
-            "s": [run["s"] for run in measured],
-            "cpu_s": [run["cpu_s"] for run in measured],
+            **{clock: [run[clock] for run in measured] for clock in measured[0]},
             "peak_bytes": memory.bytes(),
             "dx_bytes": inputs.hidden.grad.nbytes,
             "dw_bytes": inputs.weight.grad.nbytes,
         }
 
-    def release(self) -> None:
-        """Forget the inputs and what was computed from them."""
-        self.inputs = self.judge = None
-
     def tidy(self) -> None:
-        """Between two turns hold nothing but the inputs: the other candidates need the memory."""
-        if self.inputs is not None:
-            self.inputs.hidden.grad = self.inputs.weight.grad = None
+        """Between two requests hold nothing: the other candidates need the memory."""
+        self.inputs = None
         gc.collect()
         if self._cuda:
             torch.cuda.empty_cache()
@@ -151,28 +138,29 @@ class Worker:
             raise ValueError("no case was prepared")
         return self.inputs
 
-    def _loss(self, inputs: Inputs, variant: Variant, chunk: int | None) -> Tensor | None:
+    def _loss(self, inputs: Inputs, variant: Variant, chunk: int | None) -> Any:
         return self.candidate.loss(inputs, chunk, **variant.options)
 
     def _run(self, variant: Variant, chunk: int | None) -> dict[str, float]:
-        """One forward and backward, timed."""
+        """One forward and backward, timed: "s", "cpu_s" and, on a GPU, "host_s"."""
         inputs = self._inputs()
         inputs.hidden.grad = inputs.weight.grad = None
-        start_cpu, start = time.process_time(), time.perf_counter()
         begin = end = None
         if self._cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(HEAD_START_CYCLES)
             begin.record()
-        loss = self._loss(inputs, variant, chunk)
-        if loss is not None:
-            loss.backward()
+        start_cpu, start = time.process_time(), time.perf_counter()
+        out = self._loss(inputs, variant, chunk)
+        if out is not None:
+            (out if isinstance(out, Tensor) else out.loss).backward()
+        seconds = time.perf_counter() - start
+        clocks = {"s": seconds, "cpu_s": time.process_time() - start_cpu}
         if begin is not None and end is not None:
             end.record()
             end.synchronize()
-            seconds = begin.elapsed_time(end) / 1e3
-        else:
-            seconds = time.perf_counter() - start
-        return {"s": seconds, "cpu_s": time.process_time() - start_cpu}
+            clocks.update(s=begin.elapsed_time(end) / 1e3, host_s=seconds)
+        return clocks
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
@@ -192,6 +180,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     # where the labels are missing changes nothing: random rows lose theirs
     order = torch.rand(n, generator=generator, device=device).argsort()
     labels[order[case.num_valid :]] = IGNORE_INDEX
+    if case.states is None:
+        labels[order[: min(2, case.num_valid)]] = torch.tensor([0, v - 1], device=device)[: case.num_valid]
     sample_ids = (torch.arange(n, device=device) // SAMPLE_TOKENS).to(torch.int32)
     return Inputs(
         hidden=hidden.requires_grad_(),
