@@ -79,7 +79,7 @@ class Model(Section):
 
     source: str
     """Folder or hub name of a causal LM of the Qwen2, Qwen2.5, Qwen3 or Llama families. Others work when
-    their logits are plain products of hidden states and output weights; models that alter them: refused."""
+    their logits are plain products, or scaled or capped as in Cohere, Gemma and Granite; else: refused."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random`: build from `source`'s config.json only and initialise with `run.seed`."""
     tokenizer: str | None = None
@@ -93,6 +93,9 @@ class Model(Section):
     """Recompute activations in backward: for no layer, every layer, or every n-th layer."""
     loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
     """Implementation of the fused linear + cross-entropy. `auto`: triton on CUDA, else chunked."""
+    logits_dtype: Literal["fp32", "compute"] = "fp32"
+    """`compute`: logits in `dtype` instead of fp32 - half the memory, a larger error (docs/train.md); needs
+    the triton loss."""
     liger: Literal["auto", "off"] = "auto"
     """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
     compile: Literal["off", "body"] = "off"
