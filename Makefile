@@ -10,14 +10,15 @@ OLDEST := .venv-oldest
 # what depends on the versions of torch, triton, transformers and deepspeed, and one file each of those that read others
 OLDEST_TESTS := tests/fused_loss $(addprefix tests/engine/test_, isolation.py model.py body.py build.py step.py \
     checkpoint.py safe_loading.py optimizer.py) tests/config/test_load.py tests/data/test_readers.py \
-    tests/observability/test_report.py
+    tests/report/test_report.py
 
-.PHONY: help quickstart test test-oldest lint audit clean
+.PHONY: help quickstart test test-oldest mutants lint audit clean
 
 help:
 	@echo "make quickstart   install, then train a tiny model on six domains and write its report"
 	@echo "make test         install with the test extra, then run the whole suite (CPU only)"
 	@echo "make test-oldest  the tests that touch torch, triton, transformers and deepspeed, with the oldest declared versions"
+	@echo "make mutants      planted faults that tests must see; ONLY=\"WORD ...\" for those with a word in their name"
 	@echo "make lint         ruff and mypy"
 	@echo "make audit        known vulnerabilities of the installed packages"
 
@@ -52,6 +53,9 @@ $(OLDEST)/.installed: setup.py constraints-oldest.txt versatune_ds/__init__.py
 test-oldest: $(OLDEST)/.installed
 	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(OLDEST)/torch_extensions" OMP_NUM_THREADS=1 \
 	    $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(OLDEST_TESTS)
+
+mutants: $(VENV)/.installed-test
+	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests/mutants OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run_mutants.py $(ONLY)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

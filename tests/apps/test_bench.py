@@ -196,6 +196,18 @@ def test_the_shipped_deepspeed_settings_are_measured(result):
     assert shipped["zero_optimization"].items() <= result["settings"]["zero_optimization"].items()
 
 
+@pytest.mark.slow
+def test_a_rank_without_memory_costs_its_slice_only(tmp_path):
+    """Rank 1 runs out of memory in the first slice: rank 0 knows why, and both go on with the second."""
+    script = REPOSITORY / "tests" / "support" / "sabotaged_bench.py"
+    arguments = [*OPTIONS, "--layers", "1,2", "--metrics", "off", "--out", str(tmp_path), "--name", "two"]
+    ranks = launch(script, 2, arguments)
+    lost, measured = json.loads((tmp_path / "two.json").read_text())["slices"]
+    assert lost["status"] == "out of memory" and "Tried to allocate 2 GiB" in lost["reason"], lost
+    assert "rank 1" in lost["reason"] and measured["status"] == "measured"
+    assert [rank.returncode for rank in ranks] == [1, 0]
+
+
 def test_tokens_and_rates_belong_together(result):
     for measured in result["slices"]:
         tokens = measured["tokens_per_step"]

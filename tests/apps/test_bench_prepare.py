@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,3 +74,24 @@ def test_sides_that_differ_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> 
     assert bench_prepare.compare([made], "wall_s") == 2
     with pytest.raises(SystemExit, match="nothing is compared"):
         bench_prepare.require_same_tokens([made])
+
+
+def test_a_round_that_fails_leaves_those_before_it(monkeypatch, tmp_path):
+    sides = iter(["prepare", "datasets"])
+
+    def measure(side, *arguments):
+        if next(sides, None) is None:
+            raise SystemExit("the machine is gone")
+        return {"tokens": 7, "wall_s": 1.0, "cpu_s": 2.0, "load_average": 0.0}
+
+    monkeypatch.setattr(bench_prepare, "measure", measure)
+    monkeypatch.setattr(
+        bench_prepare, "training_data", lambda *a: SimpleNamespace(data=SimpleNamespace(num_workers=1))
+    )
+    monkeypatch.setattr(bench_prepare, "source_files", lambda config: [])
+    target = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["bench_prepare.py", "--config", "x.yaml", "--json", str(target)])
+    with pytest.raises(SystemExit, match="the machine is gone"):
+        bench_prepare.main()
+    result = json.loads(target.read_text())
+    assert len(result["rounds"]) == 1 and result["wall_ratio"] == 1.0

@@ -257,3 +257,14 @@ def test_ranks_of_a_slice_meet_on_a_port_of_their_own(monkeypatch):
     found = [slices._environment(index) for index in range(2)]
     assert [environment["MASTER_PORT"] for environment in found] == ["29501", "29502"]
     assert not [environment for environment in found if "TORCHELASTIC_USE_AGENT_STORE" in environment]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_out_of_memory_on_a_gpu_is_recorded_as_such(tmp_path, monkeypatch):
+    """24 layers of 32B hold about 200 GiB: more than any one GPU, had the memory model let them through."""
+    monkeypatch.setattr(fit, "device_memory", lambda: DeviceMemory(10**13, is_cuda=True))
+    options = ["--shape", "qwen2.5-32b", "--layers", "24", "--out", str(tmp_path), "--name", "oom"]
+    assert main(["bench", *options]) == 1
+    (lost,) = json.loads((tmp_path / "oom.json").read_text())["slices"]
+    assert lost["status"] == "out of memory", lost["reason"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -92,7 +94,11 @@ def test_a_local_task_gives_the_accuracy_of_the_likeliest_choice(tasks, model, m
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     settings = Model(source=str(model), dtype="fp32")
-    found = benchmarks.run_benchmarks(str(model), tasks, settings, torch.device("cpu"))
+    kept: list[benchmarks.Scores] = []
+    found = benchmarks.run_benchmarks(str(model), tasks, settings, torch.device("cpu"), kept.append)
+    waiting = [[why == benchmarks.NOT_REACHED for why in so_far.not_run.values()] for so_far in kept]
+    assert [sum(flags) for flags in waiting] == list(range(len(tasks.tasks), 0, -1))
+    assert len(kept[0].scores) == 0 and len(kept[-1].scores) == 1
     (score,) = found.scores
     assert (score.task, score.name, score.domain, score.metric) == ("tiny_law", "Tiny law", "law", "acc")
     assert score.samples == 4
@@ -125,3 +131,35 @@ def test_metrics_are_read_from_whatever_filter_reports_them():
     assert read_metric(result, "pass@1") == (0.25, None)
     with pytest.raises(ConfigError, match=r"no metric 'f1'; it has: acc, pass@1"):
         read_metric(result, "f1")
+
+
+def test_an_evaluation_that_is_ended_keeps_what_it_has(monkeypatch, tmp_path):
+    """Held-out losses before the first benchmark, and every score as soon as there is one."""
+    from versatune_ds.apps.evaluate import held_out as measure
+    from versatune_ds.domain.evaluation import BenchmarkScore, Fingerprints, ModelEvaluation
+
+    evaluation = ModelEvaluation(
+        model="m",
+        losses={"law": np.array([1.0])},
+        tokens={"law": np.array([2.0])},
+        fingerprints=Fingerprints(model="a", tokenizer="b", data="c"),
+        provenance={},
+    )
+    seen = []
+
+    def ended(source, tasks, model, device, keep):
+        seen.append(ModelEvaluation.read(tmp_path / "evaluation.json").benchmarks)
+        score = BenchmarkScore("t", "One", "law", "acc", 0.5, None, 4)
+        keep(benchmarks.Scores((score,), {"Two": benchmarks.NOT_REACHED}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "resolve_target", lambda model, config: SimpleNamespace(source="m"))
+    monkeypatch.setattr(measure, "measure", lambda *arguments: evaluation)
+    monkeypatch.setattr(measure, "run_benchmarks", ended)
+    config = SimpleNamespace(model=None)
+    with pytest.raises(KeyboardInterrupt):
+        measure.evaluate_in_group(config, "m", torch.device("cpu"), tasks=object(), out=tmp_path)
+    left = ModelEvaluation.read(tmp_path / "evaluation.json")
+    assert seen == [()] and [score.name for score in left.benchmarks] == ["One"]
+    assert left.provenance["benchmarks_not_run"] == {"Two": benchmarks.NOT_REACHED}
+    assert left.losses["law"].tolist() == [1.0]

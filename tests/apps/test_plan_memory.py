@@ -28,15 +28,13 @@ TIED = {**_llama(128, 352, 5, 4, 4, 2048), "tie_word_embeddings": True}
 
 def zero(stage: int, **more) -> dict:
     """ZeRO settings with buffers that are small beside the model."""
-    return {
-        "stage": stage,
-        "reduce_bucket_size": 20_000,
+    of_stage_3 = {
         "stage3_prefetch_bucket_size": 20_000,
         "stage3_param_persistence_threshold": 1000,
         "stage3_max_live_parameters": 200_000,
         "stage3_max_reuse_distance": 200_000,
-        **more,
     }
+    return {"stage": stage, "reduce_bucket_size": 20_000, **(of_stage_3 if stage == 3 else {}), **more}
 
 
 OPTIMIZER_ON_HOST = {"offload_optimizer": {"device": "cpu"}}

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from prepared import data_config, pairs, qwen_like_tokenizer, write_jsonl
+from prepared import data_config, pairs, write_jsonl
 
 from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.prepare import PreparedData, prepare
@@ -128,13 +128,6 @@ MADE_FILES: dict[str, tuple[str | bytes | Callable[[], bytes], Outcome]] = {
     "empty.parquet": ("", Outcome(None, "the file is empty")),
     "data.csv": ("prompt,completion\na,b\n", Outcome(None, "cannot be read; allowed: .jsonl")),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    qwen_like_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def check(config: Callable[..., Config], path: Path, expected: Outcome) -> None:

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from versatune_ds.data.cache import cache as cache_module
-from versatune_ds.data.cache.cache import CacheWriter, Samples, TokenCache, count_repeats, token_dtype
+from versatune_ds.data.cache.cache import CacheWriter, SampleArrays, TokenCache, count_repeats, token_dtype
 from versatune_ds.foundations.errors import StateError
 
 SAMPLES = [([1, 2, 3], [0, 1, 1]), ([70_000], [1]), ([4, 5], [1, 1]), ([6] * 9, [0] * 8 + [1])]
 SOURCES = [{"path": "a.jsonl", "sha256": "x"}, {"path": "b.jsonl", "sha256": "y"}]
 
 
-def samples(chosen: list[tuple[list[int], list[int]]], first_line: int, dtype: str = "<u4") -> Samples:
+def samples(chosen: list[tuple[list[int], list[int]]], first_line: int, dtype: str = "<u4") -> SampleArrays:
     n = len(chosen)
-    return Samples(
+    return SampleArrays(
         tokens=np.concatenate([tokens for tokens, _ in chosen]).astype(dtype),
         mask=np.concatenate([mask for _, mask in chosen]).astype("u1"),
         lengths=np.array([len(tokens) for tokens, _ in chosen], dtype="<i4"),

@@ -33,7 +33,7 @@ def pack(*samples: tuple[int, int, int]) -> Pack:
 
 
 def test_a_pack_of_two_samples_and_padding() -> None:
-    sources = [Source(([5, 6, 7], [0, 1, 1])), None, Source(([0, 0], [0, 0]), ([8, 4_000_000_000], [1, 1]))]
+    sources = [Source(([5, 6, 7], [1, 1, 1])), None, Source(([0, 0], [0, 0]), ([8, 4_000_000_000], [1, 1]))]
     batch = collate(pack((2, 1, 2), (0, 0, 3)), sources, pack_len=8, pad_id=PAD)
     expected = {
         "input_ids": [8, 4_000_000_000, 5, 6, 7, PAD, PAD, PAD],

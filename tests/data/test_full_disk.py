@@ -6,7 +6,7 @@ import pytest
 from prepared import data_config, pairs, qwen_like_tokenizer, write_jsonl
 from small_disk import fill, make_read_only, small_disk
 
-from versatune_ds.data.cache import prepare as prepare_module
+from versatune_ds.data.cache import unit_writer
 from versatune_ds.data.cache.prepare import open_caches, prepare
 from versatune_ds.foundations.errors import StateError
 
@@ -27,7 +27,7 @@ def case(tmp_path):
 @pytest.mark.parametrize("leave_bytes", [0, 16 << 10, 64 << 10, 256 << 10])
 def test_a_full_disk_is_named_and_the_preparation_goes_on_when_there_is_room(case, leave_bytes, monkeypatch):
     disk, config = case
-    monkeypatch.setattr(prepare_module, "JOURNAL_EVERY_S", 0.0)
+    monkeypatch.setattr(unit_writer, "JOURNAL_EVERY_S", 0.0)
     filler = fill(disk, leave_bytes)
     with pytest.raises(StateError, match=r"no space left|No space left") as failure:
         prepare(config, progress=False)

@@ -12,7 +12,9 @@ import torch
 from versatune_ds.data import loader as loader_module
 from versatune_ds.data.collate import Batch
 from versatune_ds.data.loader import StepLoader
-from versatune_ds.data.plan.planner import Corpus, PlannerSettings, PlannerState, plan_step
+from versatune_ds.data.plan.corpus import Corpus, PlannerSettings
+from versatune_ds.data.plan.planner import plan_step
+from versatune_ds.data.plan.state import PlannerState
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
 
 SETTINGS = PlannerSettings(pack_len=64, packs_per_step=4)

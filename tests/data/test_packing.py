@@ -10,14 +10,16 @@ from versatune_ds.data.plan.packing import fill_packs, pack_all
 fast = settings(max_examples=150, deadline=None, derandomize=True)
 PACK_LEN = 100
 lengths_lists = st.lists(st.integers(1, PACK_LEN), max_size=60)
+shares = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
+"""Of the samples, how many are carried over."""
 
 
 @fast
-@given(lengths_lists, st.integers(0, 60), st.integers(1, 8))
+@given(lengths_lists, shares, st.integers(1, 8))
 def test_fill_packs_places_each_sample_once_within_capacity(
-    lengths: list[int], num_carried: int, num_packs: int
+    lengths: list[int], carried: float, num_packs: int
 ) -> None:
-    packs, rest = fill_packs(lengths, min(num_carried, len(lengths)), num_packs, PACK_LEN)
+    packs, rest = fill_packs(lengths, round(carried * len(lengths)), num_packs, PACK_LEN)
     assert len(packs) == num_packs
     assert all(sum(lengths[i] for i in pack) <= PACK_LEN for pack in packs)
     assert sorted([i for pack in packs for i in pack] + rest) == list(range(len(lengths)))
@@ -36,15 +38,16 @@ def test_a_sample_is_left_over_only_for_lack_of_room(lengths: list[int], num_pac
 
 
 @fast
-@given(lengths_lists, st.integers(1, 60), st.integers(1, 8))
+@given(lengths_lists, shares, st.integers(1, 8))
 def test_the_oldest_carried_sample_is_always_placed(
-    lengths: list[int], num_carried: int, num_packs: int
+    lengths: list[int], carried: float, num_packs: int
 ) -> None:
-    num_carried = min(num_carried, len(lengths))
-    _, rest = fill_packs(lengths, num_carried, num_packs, PACK_LEN)
-    assert 0 not in rest or not num_carried
+    num_carried = round(carried * len(lengths))
+    packs, _ = fill_packs(lengths, num_carried, num_packs, PACK_LEN)
+    placed = {i for pack in packs for i in pack}
+    assert 0 in placed or not num_carried
     if sum(lengths[:num_carried]) <= PACK_LEN:
-        assert not set(rest) & set(range(num_carried))
+        assert set(range(num_carried)) <= placed
 
 
 def test_few_long_samples_are_left_over_rather_than_many_short_ones() -> None:
@@ -82,6 +85,9 @@ def test_pack_all_is_best_fit_decreasing() -> None:
     # By hand: 7 | 6 | 5 opens a third? No: 3 goes to the 7 (gap 3), 4 to the 6 (gap 4), 5 + 5 share.
     packs = pack_all(np.array([5, 3, 7, 4, 6, 5], np.int32), 10)
     assert [sorted(pack.tolist()) for pack in packs] == [[1, 2], [3, 4], [0, 5]]
+    # 4 fits both the 6 and the 5: it goes where it leaves the smaller gap.
+    packs = pack_all(np.array([6, 5, 4, 1], np.int32), 10)
+    assert [sorted(pack.tolist()) for pack in packs] == [[0, 2], [1, 3]]
 
 
 def test_pack_all_names_a_sample_that_is_too_long() -> None:

@@ -12,69 +12,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planned import content, random_corpus, random_weights, run
 
 from versatune_ds.apps.bench.planner import raw_lengths
 from versatune_ds.data.plan import order
 from versatune_ds.data.plan import planner as planner_module
 from versatune_ds.data.plan.balance import modelled_idle, quadratic_tokens, rank_packs
-from versatune_ds.data.plan.planner import (
-    WEIGHT_UNITS,
-    Carried,
-    Corpus,
-    PlannerSettings,
-    PlannerState,
-    StepPlan,
-    Totals,
-    _ChairmanRule,
-    plan_step,
-    steps_per_epoch,
-    supply,
-)
-from versatune_ds.foundations.errors import ConfigError, DataError, StateError
+from versatune_ds.data.plan.corpus import WEIGHT_UNITS, Corpus, PlannerSettings, steps_per_epoch, supply
+from versatune_ds.data.plan.planner import plan_step
+from versatune_ds.data.plan.share_rules import ChairmanRule
+from versatune_ds.data.plan.state import Carried, PlannerState, Totals
+from versatune_ds.foundations.errors import StateError
 
 CORPUS_FILES = ["law.jsonl", "medicine.jsonl", "finance.parquet", "science.jsonl", "code.json", "other.jsonl"]
 UNEVEN = [0.05, 0.1, 0.15, 0.2, 0.2, 0.3]
 
 fast = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)
-
-
-def random_corpus(seed: int, sizes: list[int], longest: int) -> Corpus:
-    """A corpus of uniform lengths 1..longest; about half of each sample is supervised."""
-    rng = np.random.default_rng(seed)
-    lengths = [rng.integers(1, longest + 1, size).astype(np.int32) for size in sizes]
-    return Corpus(lengths, [(n + 1) // 2 for n in lengths], tuple(f"d{i}" for i in range(len(sizes))))
-
-
-def random_weights(seed: int, num_domains: int, num_steps: int) -> list[np.ndarray]:
-    """A weight vector per step; changes at some steps, some weights are 0."""
-    rng = np.random.default_rng(seed)
-    weights = []
-    current = np.full(num_domains, 1 / num_domains)
-    for _ in range(num_steps):
-        if rng.random() < 0.5:
-            current = rng.dirichlet(np.ones(num_domains))
-            current[rng.random(num_domains) < 0.2] = 0
-            current = current / current.sum() if current.any() else np.full(num_domains, 1 / num_domains)
-        weights.append(current)
-    return weights
-
-
-def run(
-    corpus: Corpus, settings: PlannerSettings, weights: list[np.ndarray], state: PlannerState | None = None
-) -> list[StepPlan]:
-    """Plan a step for each entry of `weights`."""
-    state = state or PlannerState.initial(len(corpus.lengths))
-    plans = []
-    for step_weights in weights:
-        plans.append(plan_step(corpus, settings, state, step_weights))
-        state = plans[-1].state_after
-    return plans
-
-
-def content(plan: StepPlan) -> list[list[tuple[int, int]]]:
-    """(domain, sample) of every pack."""
-    return [list(zip(p.domains.tolist(), p.samples.tolist(), strict=True)) for p in plan.packs]
 
 
 # --- what a run of steps guarantees -----------------------------------------------------------------
@@ -92,7 +46,9 @@ def test_every_run_of_steps(seed: int, num_domains: int, packs: int, unit: str) 
     weights = random_weights(seed, num_domains, 12)
     trained: Counter[tuple[int, int]] = Counter()
     drawn_before = np.zeros(num_domains)
-    for plan, asked in zip(run(corpus, settings, weights), weights, strict=True):
+    plans = run(corpus, settings, weights)
+    assert [(plan.step, plan.state_after.step) for plan in plans] == [(s, s + 1) for s in range(12)]
+    for plan, asked in zip(plans, weights, strict=True):
         state = plan.state_after
         # Drawn from exactly these weights, and never from a weight of 0.
         assert np.array_equal(plan.weights, asked)
@@ -164,7 +120,7 @@ def test_every_draw_is_within_one_sample_of_its_target(seed: int, num_domains: i
     rng = np.random.default_rng(seed)
     weights = np.maximum(rng.dirichlet(np.full(num_domains, 0.4)), 1e-4)
     weights = (weights / weights.sum()).tolist()
-    rule = _ChairmanRule(weights, [0.0] * num_domains)
+    rule = ChairmanRule(weights, [0.0] * num_domains)
     drawn = [0] * num_domains
     bound = 1 - 1 / (2 * num_domains - 2)
     for n in range(1, 400):
@@ -255,15 +211,36 @@ def test_planning_changes_none_of_its_arguments() -> None:
     assert first.weights.tolist() == [0.25, 0.75]
 
 
+def equal_lengths(*sizes: int) -> Corpus:
+    """Every sample has 10 tokens: what is drawn in a step fills its packs, and nothing is carried over."""
+    lengths = [np.full(size, 10, np.int32) for size in sizes]
+    return Corpus(lengths, lengths)
+
+
 def test_seeds_and_passes_have_their_own_order() -> None:
-    corpus = random_corpus(0, [100], 30)
     orders = []
     for seed in (0, 1):
-        settings = PlannerSettings(pack_len=1000, packs_per_step=1, seed=seed)
-        plans = run(corpus, settings, [np.array([1.0])] * 6)
-        samples = [sample for plan in plans for _, sample in content(plan)[0]]
-        orders += [samples[:40], samples[100:140]]
-    assert all(one != other for one, other in itertools.combinations(map(sorted, orders), 2))
+        settings = PlannerSettings(pack_len=200, packs_per_step=1, seed=seed)
+        plans = run(equal_lengths(100), settings, [np.array([1.0])] * 10)
+        drawn = [{sample for _, sample in content(plan)[0]} for plan in plans]
+        assert set.union(*drawn[:5]) == set.union(*drawn[5:]) == set(range(100))  # two passes of five steps
+        orders += [drawn[:5], drawn[5:]]
+    assert all(one[0] != other[0] for one, other in itertools.combinations(orders, 2))
+
+
+def test_the_order_of_a_domain_is_its_own() -> None:
+    """Domains of one size are not gone through in the same order."""
+    settings = PlannerSettings(pack_len=400, packs_per_step=1)
+    (plan,) = run(equal_lengths(50, 50), settings, [np.array([0.5, 0.5])])
+    drawn = [{sample for domain, sample in content(plan)[0] if domain == d} for d in (0, 1)]
+    assert len(drawn[0]) == len(drawn[1]) == 20 and drawn[0] != drawn[1]
+
+
+def test_a_fraction_of_an_epoch_is_a_whole_number_of_samples() -> None:
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    corpus = random_corpus(0, [100, 7], 30)
+    settings = PlannerSettings(pack_len=64, packs_per_step=1, max_epochs=(0.29, None))
+    assert settings.draw_limits(corpus) == (29, math.inf)
 
 
 def test_the_plan_does_not_depend_on_block_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,115 +334,6 @@ def test_a_corpus_over_caches_has_nothing_where_there_is_no_cache() -> None:
     corpus = Corpus.from_caches([None, Cache()], ["law", "code"])
     assert (corpus.names, corpus.fingerprints) == (("law", "code"), ("", "abc"))
     assert (corpus.num_samples, corpus.num_tokens, corpus.num_supervised) == ((0, 2), (0, 7), (0, 5))
-
-
-# --- refusals ---------------------------------------------------------------------------------------
-
-
-def tiny() -> tuple[Corpus, PlannerSettings, PlannerState]:
-    """A corpus of two domains, one of them without data, and a state after one step."""
-    corpus = Corpus(
-        [np.array([5, 9], np.int32), np.zeros(0, np.int32)],
-        [np.array([4, 8], np.int32), np.zeros(0, np.int32)],
-        ("law", "code"),
-    )
-    settings = PlannerSettings(pack_len=10, packs_per_step=1)
-    return corpus, settings, plan_step(corpus, settings, PlannerState.initial(2), [1.0, 0.0]).state_after
-
-
-@pytest.mark.parametrize(
-    ("weights", "error", "text"),
-    [
-        ([0.5, 0.5], DataError, "domain code has weight 0.5 and no samples"),
-        ([1.0], ConfigError, "one is needed for each of 2 domains"),
-        ([1.5, -0.5], ConfigError, "must be finite and >= 0"),
-        ([math.nan, 1.0], ConfigError, "must be finite and >= 0"),
-        ([0.5, 0.0], ConfigError, "weights sum to 0.5; they must sum to 1"),
-    ],
-)
-def test_weights_that_cannot_be_followed_are_refused(
-    weights: list[float], error: type[Exception], text: str
-) -> None:
-    corpus, settings, state = tiny()
-    with pytest.raises(error, match=text):
-        plan_step(corpus, settings, state, weights)
-
-
-def test_a_sample_longer_than_a_pack_is_refused() -> None:
-    corpus, settings, _ = tiny()
-    short = dataclasses.replace(settings, pack_len=8)
-    with pytest.raises(DataError, match=r"law: sample 1 has 9 tokens.*pack_len = 8; set data.overlong"):
-        plan_step(corpus, short, PlannerState.initial(2), [1.0, 0.0])
-
-
-def test_samples_that_cannot_count_are_refused() -> None:
-    empty = Corpus([np.array([3, 0], np.int32)], [np.array([2, 0], np.int32)], ("law",))
-    settings = PlannerSettings(pack_len=10, packs_per_step=1)
-    with pytest.raises(DataError, match="law: sample 1 has no tokens"):
-        plan_step(empty, settings, PlannerState.initial(1), [1.0])
-    silent = Corpus([np.array([3], np.int32)], [np.array([0], np.int32)], ("law",))
-    with pytest.raises(DataError, match="law has no supervised token"):
-        supervised = dataclasses.replace(settings, weight_unit="supervised_tokens")
-        plan_step(silent, supervised, PlannerState.initial(1), [1.0])
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"seed": 5}, "run.seed was 0 and is 5"),
-        ({"pack_len": 20}, "batch.pack_len was 10 and is 20"),
-        ({"packs_per_step": 2}, "batch.packs_per_step was 1 and is 2"),
-        ({"weight_unit": "tokens"}, "domains.weight_unit was 'samples' and is 'tokens'"),
-    ],
-)
-def test_a_state_of_other_settings_is_refused(changes: dict[str, object], text: str) -> None:
-    corpus, settings, state = tiny()
-    with pytest.raises(StateError, match=text):
-        plan_step(corpus, dataclasses.replace(settings, **changes), state, [1.0, 0.0])
-
-
-def test_a_state_of_another_corpus_is_refused() -> None:
-    corpus, settings, state = tiny()
-    other = Corpus([np.array([5, 8], np.int32), corpus.lengths[1]], corpus.supervised, corpus.names)
-    with pytest.raises(StateError, match=r"corpus fingerprints was .* and is"):
-        plan_step(other, settings, state, [1.0, 0.0])
-    with pytest.raises(StateError, match="planner state has 2 domains, the corpus 1"):
-        plan_step(random_corpus(0, [4], 9), settings, state, [1.0])
-
-
-def test_a_damaged_or_foreign_state_is_refused() -> None:
-    corpus, settings, state = tiny()
-    good = state.to_json()
-    for bad, text in [
-        ({**good, "version": 99}, "has version 99, this program reads version 1"),
-        ({"step": 1}, "has version None"),
-        ({k: v for k, v in good.items() if k != "credit"}, "is damaged"),
-        ({**good, "credit": [0.0]}, "lists of unequal length"),
-    ]:
-        with pytest.raises(StateError, match=text):
-            PlannerState.from_json(bad)
-    moved = PlannerState.from_json({**good, "positions": [0, 0], "passes": [7, 0]})
-    with pytest.raises(StateError, match="law has 2 draws at pass 7, position 0"):
-        plan_step(corpus, settings, moved, [1.0, 0.0])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({"pack_len": 0}, "must be >= 1"),
-        ({"weight_unit": "sample"}, "did you mean 'samples'"),
-        ({"max_epochs": (0.0,)}, "must be a number > 0"),
-    ],
-)
-def test_settings_are_checked(arguments: dict[str, object], text: str) -> None:
-    with pytest.raises(ConfigError, match=text):
-        PlannerSettings(**{"pack_len": 8, "packs_per_step": 1, **arguments})
-
-
-def test_a_limit_below_one_sample_is_refused() -> None:
-    settings = PlannerSettings(pack_len=50, packs_per_step=1, max_epochs=(0.1,))
-    with pytest.raises(ConfigError, match=r"0\.1 of d0 is less than one of its 5 samples"):
-        plan_step(random_corpus(0, [5], 50), settings, PlannerState.initial(1), [1.0])
 
 
 # --- the real corpus --------------------------------------------------------------------------------

@@ -13,8 +13,11 @@ import pytest
 import zstandard
 from prepared import pairs, write_jsonl
 
-from versatune_ds.data.rows import readers
-from versatune_ds.data.rows.readers import BadRow, InputFile, Reason, decode_block, find_files, read_blocks
+from versatune_ds.data.rows import blocks as block_limits
+from versatune_ds.data.rows.files import InputFile, find_files
+from versatune_ds.data.rows.json_rows import parse_json
+from versatune_ds.data.rows.readers import decode_block, read_blocks
+from versatune_ds.data.rows.reasons import BadRow, Reason
 from versatune_ds.foundations.errors import ConfigError, DataError
 
 ROWS = pairs(700)
@@ -73,12 +76,12 @@ def test_a_json_list_does_not_depend_on_where_the_stream_is_cut(
     rows = [{"a": 'x\\"]}[{,' * i, "b": [{"c": []}] * (i % 3)} for i in range(20)]
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
     for size in (1, 2, 3, 7, 64):
-        monkeypatch.setattr(readers, "READ_BYTES", size)
+        monkeypatch.setattr(block_limits, "READ_BYTES", size)
         assert rows_of(tmp_path / "a.json") == rows
 
 
 def test_blocks_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(block_limits, "BLOCK_BYTES", 2000)
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     blocks = list(read_blocks(InputFile(str(path), "jsonl")))
     assert len(blocks) > 10
@@ -89,7 +92,7 @@ def test_blocks_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_row_over_the_limit_is_refused_and_the_next_one_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 500)
+    monkeypatch.setattr(block_limits, "MAX_ROW_BYTES", 500)
     path = write_jsonl(tmp_path / "a.jsonl", [{"a": 1}, {"a": "x" * 5000}, {"a": 3}])
     rows = rows_of(path)
     assert rows[0] == {"a": 1}
@@ -126,7 +129,7 @@ def test_a_stream_cut_off_gives_the_rows_before_the_cut(tmp_path: Path, suffix: 
 )
 def test_rows_that_are_no_json_objects(text: str, reason: Reason) -> None:
     with pytest.raises(BadRow) as caught:
-        readers.parse_json(text.encode())
+        parse_json(text.encode())
     assert caught.value.reason == reason
 
 

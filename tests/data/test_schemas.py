@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from versatune_ds.data.rows.readers import BadRow, Reason
+from versatune_ds.data.rows.reasons import BadRow, Reason
 from versatune_ds.data.rows.schemas import Conversation, RowSchema, TokenRow
 
 TURNS = (("system", "S"), ("user", "Q"), ("assistant", "A"))

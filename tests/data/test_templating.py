@@ -7,17 +7,15 @@ import pickle
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 from prepared import byte_level_tokenizer, qwen_like_tokenizer
 
-from versatune_ds.data.encode.templating import (
-    ChatEncoder,
-    set_chat_template,
-    stop_token,
-    template_text,
-)
-from versatune_ds.data.rows.readers import BadRow, Reason
-from versatune_ds.data.rows.schemas import Conversation
+from versatune_ds.data.encode import chat_encoder
+from versatune_ds.data.encode.chat_encoder import ChatEncoder, stop_token
+from versatune_ds.data.encode.tokenizer import set_chat_template, template_text
+from versatune_ds.data.rows.reasons import BadRow, Reason
+from versatune_ds.data.rows.schemas import Conversation, TokenRow
 from versatune_ds.foundations.errors import ConfigError
 
 # In the manner of the official templates, none of which marks the assistant's turns.
@@ -168,14 +166,30 @@ def test_masks_by_heads_of_turns_equal_masks_by_offsets(
         texts = ["".join(random.choices(WORDS, k=random.randint(1, 30))) + "z" for _ in range(2 * rounds)]
         turns = tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
         conversations.append(Conversation(turns))
-    rendered = [encoder._render_spans(conversation) for conversation in conversations]
-    by_heads = encoder._encode_by_heads(rendered)
+    rendered = [encoder.template.render_spans(conversation) for conversation in conversations]
+    by_heads = encoder._encode_by_heads(dict(enumerate(rendered)))
     monkeypatch.setattr(encoder, "_tokens_are_fixed_texts", False)
     by_offsets = encode(encoder, *conversations)
     assert len(by_heads) > 0
     for i, sample in by_heads.items():
         assert sample.tokens.tolist() == by_offsets[i].tokens.tolist()
         assert sample.mask.tolist() == by_offsets[i].mask.tolist()
+
+
+def test_a_head_that_ends_within_a_word_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt and response meet in one word; a head that is cut right behind the start has other tokens there."""
+    template = (
+        "{% for m in messages %}{{ m.content if m.role == 'user' else m.content + eos_token }}{% endfor %}"
+    )
+    encoder = ChatEncoder.build(qwen(template), "tokenizer")
+    monkeypatch.setattr(chat_encoder, "HEAD_LOOKAHEAD_CHARS", 1)
+    words = ["capital", "France", "prime", "number", "Seven", "question", "assistant", "system", "eleven"]
+    parts = [(word[:i], word[i:]) for word in words for i in range(1, len(word))]
+    conversations = [Conversation((("user", a), ("assistant", f"{b} is a {b}"))) for a, b in parts]
+    quick = encode(encoder, *conversations)
+    monkeypatch.setattr(encoder, "_tokens_are_fixed_texts", False)
+    for found, expected in zip(quick, encode(encoder, *conversations), strict=True):
+        assert found.mask.tolist() == expected.mask.tolist()
 
 
 def test_a_system_turn_is_never_supervised() -> None:
@@ -214,6 +228,24 @@ def test_parts_of_a_turn_marked_one_by_one_count_as_one_turn() -> None:
     )
     encoder = ChatEncoder.build(qwen(template), "tokenizer")
     assert supervised_runs(encoder, encode(encoder, TWO_ROUNDS)[0])[1] == "Answer: Four.<|im_end|>"
+
+
+def test_pre_tokenised_rows_are_checked() -> None:
+    encoder = ChatEncoder.build(qwen(QWEN25), "tokenizer")
+    last = encoder.vocab_size - 1
+
+    def check(tokens: list[int], mask: list[int]) -> Any:
+        return encoder.check_tokens(TokenRow(np.array(tokens, np.int64), np.array(mask, np.bool_)))
+
+    assert check([0, last], [0, 1]).tokens.tolist() == [0, last]
+    for tokens, mask, reason in (
+        ([0, last + 1], [0, 1], Reason.INVALID_TOKEN),
+        ([-1, 0], [0, 1], Reason.INVALID_TOKEN),
+        ([0, 1], [1, 0], Reason.NOTHING_SUPERVISED),
+    ):
+        with pytest.raises(BadRow) as error:
+            check(tokens, mask)
+        assert error.value.reason == reason
 
 
 def test_the_stop_token_of_an_export() -> None:

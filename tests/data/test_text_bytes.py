@@ -5,7 +5,7 @@ from prepared import data_config, qwen_like_tokenizer, write_jsonl
 
 from versatune_ds.data.cache.prepare import open_caches, prepare
 from versatune_ds.data.cache.text_bytes import bytes_per_token
-from versatune_ds.data.encode.templating import load_tokenizer
+from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.foundations.errors import DataError
 
 ANSWERS = ["  two spaces", "an answer of words", "größe 北京 🙂", "a\nb\n\nc ", "x"]

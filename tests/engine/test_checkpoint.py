@@ -83,10 +83,10 @@ def test_only_damaged_ones_are_an_error_and_not_a_fresh_start(tmp_path):
 
 
 def test_pruning_keeps_the_newest_and_milestones(tmp_path):
-    for step in (2, 4, 6, 8, 10):
+    for step in (2, 4, 6, 8, 10, 12):
         make(tmp_path, step)
     ck._prune(tmp_path, Checkpoint(keep_last=2, milestone_every_n_steps=4))
-    assert sorted(p.name[-2:] for p in tmp_path.iterdir()) == ["04", "08", "10"]
+    assert sorted(p.name[-2:] for p in tmp_path.iterdir()) == ["04", "08", "10", "12"]
 
 
 def publish(folder, step: int, keep_last: int):
@@ -109,6 +109,7 @@ def test_newer_ones_that_were_damaged_go_and_the_new_one_stays(tmp_path, keep_la
     names = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
     assert names == ["step-00000002", "step-00000004"][-keep_last:]
     assert ck.newest_sound_checkpoint(tmp_path) == final and (final / "a.bin").read_bytes() == b"new"
+    assert sorted(path.name for path in final.iterdir()) == ["a.bin", "manifest.json"]
     assert json.loads((tmp_path / "latest.json").read_text()) == {"checkpoint": final.name, "step": 4}
 
 

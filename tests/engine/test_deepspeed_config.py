@@ -157,9 +157,12 @@ ON_DISK = {"device": "nvme", "nvme_path": "/local"}
         (3, {"zero_quantized_nontrainable_weights": True}, {}, "a call that the trainer does not make"),
         (3, {"offload_param": {"device": "nvme"}}, {}, "offload_param needs both device: nvme and nvme_path"),
         (3, {"offload_optimizer": {"device": "cpu", "nvme_path": "/x"}}, {}, "both device: nvme and"),
+        (3, {"offload_param": {"device": "cpu", "max_in_cpu": 9}}, {}, "max_in_cpu is of no use .* nvme"),
         (2, {"offload_optimizer": ON_DISK}, {}, "nvme works at ZeRO stage 3; this is 2"),
         (3, {}, {"aio": {"queue_depth": 8}}, "aio is of no use here"),
         (3, {"offload_optimizer": ON_DISK}, {"aio": {"queue_dept": 8}}, "key of aio 'queue_dept'; did"),
+        (3, {"reduce_scatter": False}, {"gradient_predivide_factor": 2.0}, "predivide_factor .* is 3"),
+        (2, {}, {"prescale_gradients": True}, "prescale_gradients .* stage 0 or 1; this is 2"),
         (3, {}, {"data_types": {"param_dtype": "bf16"}}, "data_types.param_dtype .* model.dtype"),
     ],
 )  # fmt: skip
@@ -173,9 +176,10 @@ def test_what_would_change_nothing_within_a_section_is_refused(stage, zero, othe
     [
         (3, {"offload_param": {"device": "cpu"}, "stage3_max_live_parameters": 10}, {}),
         (2, {"round_robin_gradients": True, "offload_optimizer": {"device": "cpu"}}, {}),
-        (3, {"offload_optimizer": ON_DISK}, {"aio": {"queue_depth": 8}}),
+        (3, {"offload_optimizer": {**ON_DISK, "buffer_count": 5}}, {"aio": {"queue_depth": 8}}),
         (3, {"zero_hpz_partition_size": 8, "zero_quantized_weights": True}, {}),
         (1, {}, {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}),
+        (1, {}, {"prescale_gradients": True}),
     ],
 )
 def test_what_has_an_effect_passes(stage, zero, others):

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from export_memory import NoCompanions
 from launching import REPOSITORY, rank_environment, run_cases
+from prepared import byte_level_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from saved_checkpoints import write_checkpoint
@@ -19,7 +21,7 @@ from small_runs import small_run
 from transformers import LlamaConfig
 
 from versatune_ds.cli.main import main
-from versatune_ds.engine.checkpointing.hf_export import ShardWriter, export_checkpoint
+from versatune_ds.engine.checkpointing.hf_export import Companions, ShardWriter, export_checkpoint
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import SaveError, StateError
 from versatune_ds.foundations.files import sha256_file
@@ -179,6 +181,26 @@ def test_sizes_that_do_not_divide(tmp_path, weights, stage, ranks):
             f"lm.{name}" for name in found if not torch.equal(found[name], weights[f"lm.{name}"].to(wanted))
         ] == []
         assert {f"lm.{name}" for name in found} == set(weights)
+
+
+def test_the_export_generates_with_a_cache(tmp_path, weights):
+    """Which training has switched off."""
+    write_checkpoint(tmp_path / "step", weights, stage=0, ranks=1)
+    config = LlamaConfig(use_cache=False)
+    export_checkpoint(tmp_path / "step", config, NoCompanions(), tmp_path / "model", "fp32", 400)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["use_cache"] is True
+
+
+def test_generation_stops_where_turns_were_trained_to_end(tmp_path):
+    """Not at the end-of-text token of a base model."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = byte_level_tokenizer(specials, eos_token="<|endoftext|>")
+    config = SimpleNamespace(
+        model=SimpleNamespace(source=str(tmp_path)), data=SimpleNamespace(chat_template="chatml")
+    )
+    found = Companions.of(config, tokenizer, LlamaConfig(eos_token_id=0, use_cache=False)).generation
+    assert found.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>") != 0
+    assert found.use_cache
 
 
 def change(path: Path, edit) -> None:

@@ -40,6 +40,19 @@ def test_a_killed_rank_is_named_by_the_others(victim, tmp_path):
         assert "Start the same command to go on" in outputs[rank]
 
 
+@pytest.mark.parametrize(
+    ("fault", "victim"), [("nccl killed", 0), ("nccl killed", 2), ("nccl apart killed", 2)]
+)
+def test_a_killed_rank_is_named_though_the_collective_blocks(fault, victim, tmp_path):
+    """As under NCCL. The others are ended without a launcher; rank 0 speaks, or all where it is lost."""
+    ranks = start(fault, victim, tmp_path, world_size=3)
+    codes, outputs = finish(ranks)
+    assert codes == [-signal.SIGKILL if rank == victim else 6 for rank in range(3)]
+    for rank in [1, 2] if victim == 0 else [0]:
+        assert f"rank {victim} (process {ranks.pids[victim]} on " in outputs[rank]
+        assert "its process was killed" in outputs[rank]
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_an_error_of_one_rank_is_the_error_of_all(victim, tmp_path):
     ranks = start("fails alone", victim, tmp_path)

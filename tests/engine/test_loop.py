@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +20,10 @@ import torch
 from plain_backend import PlainRun, Steps, plain_run
 from small_runs import cut_back, small_run
 
+from versatune_ds.data.plan.planner import PlannerSettings
 from versatune_ds.engine.backend.backend import Backend
+from versatune_ds.engine.evaluate import HeldOut, evaluate_samples
+from versatune_ds.engine.prepared import count_steps
 from versatune_ds.foundations.errors import DivergenceError
 
 STEPS, PEAK = 6, 0.2
@@ -145,6 +153,56 @@ def test_held_out_losses_are_means_over_tokens_before_and_after_training(whole, 
         assert line["loss"] == pytest.approx(everything.mean(), rel=1e-5)
 
 
+def test_losses_of_single_held_out_samples_stand_in_cache_order(whole, expected):
+    held_out = HeldOut(whole.held_out, 192, 5, 0)
+    losses, sizes = evaluate_samples(whole.backend, held_out)
+    for found, tokens, samples in zip(losses, sizes, expected[3], strict=True):
+        assert found == pytest.approx([sample.sum() for sample in samples], rel=1e-5)
+        assert tokens.tolist() == [len(sample) for sample in samples]
+
+
+def test_the_model_trains_again_after_an_evaluation(whole):
+    assert whole.backend.model.training
+
+
+def test_shares_are_those_of_the_samples_trained_on(whole):
+    """In all three units, of every step and of all so far; and passes over each domain's samples."""
+    total = np.zeros((3, len(NAMES)))
+    for line, samples in zip(whole.lines("metrics"), whole.samples, strict=True):
+        counts = np.zeros((3, len(NAMES)))
+        for domain, index in samples:
+            tokens, mask = whole.train[domain].sample(index)
+            counts[:, domain] += 1, len(tokens), mask[1:].sum()
+        total += counts
+        for key, found in (("achieved_shares", counts), ("cumulative_shares", total)):
+            for unit, row in zip(("samples", "tokens", "supervised_tokens"), found, strict=True):
+                assert list(line[key][unit].values()) == pytest.approx(list(row / row.sum()), rel=1e-12)
+        epochs = [n / len(cache) for n, cache in zip(total[0], whole.train, strict=True)]
+        assert list(line["epochs"].values()) == pytest.approx(epochs, rel=1e-12)
+        assert (line["samples"], line["real_tokens"]) == (counts[0].sum(), counts[1].sum())
+
+
+def test_epochs_are_counted_in_tokens():
+    """Half of 1,000 tokens in steps of 2 packs of 64: 3.9."""
+    settings = PlannerSettings(pack_len=64, packs_per_step=2)
+    corpus = SimpleNamespace(num_tokens=(400, 600), num_samples=(4, 6))
+    train = SimpleNamespace(max_steps=None, epochs=0.5)
+    assert count_steps(SimpleNamespace(train=train), corpus, settings) == 4
+
+
+def test_the_probe_takes_its_own_number_of_samples(config):
+    probe = ("weights.loss_source=probe", "weights.probe_samples=3", "train.max_steps=3", "evaluation={}")
+    update = run(config, "probe", *probe).lines("weights")[1]
+    assert set(update["samples"].values()) == {3.0}
+
+
+def test_the_last_step_is_evaluated_and_saved_whatever_the_interval(config):
+    every_4 = ("evaluation.every_n_steps=4", "checkpoint.every_n_steps=4")
+    ours = run(config, "intervals", *every_4)
+    assert [line["step"] for line in ours.lines("eval")] == [0, 4, 6]
+    assert checkpoints(ours.folder) == [4, 6]
+
+
 def test_a_random_model_knows_nothing_and_learns(config):
     """At a rate that trains: all losses fall, from that of guessing."""
     learning = run(config, "learning", "optimizer.lr=3e-3", "optimizer.eps=1e-8", "train.max_steps=12")
@@ -203,6 +261,15 @@ SKIPPED = {
 }
 
 
+def checkpoints(folder: Path) -> list[int]:
+    """Steps of the finished ones."""
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
+
+
+def saved_state(folder: Path, step: int) -> dict:
+    return json.loads((folder / "checkpoints" / f"step-{step:08d}" / "versatune_state.json").read_text())
+
+
 @pytest.fixture(scope="module", params=SKIPPED)
 def skipping(request: pytest.FixtureRequest, config: Path) -> tuple[str, int, PlainRun]:
     """A run of 14 steps, the twelfth skipped. Updates come after steps 10 and, had it been applied, 20."""
@@ -232,7 +299,7 @@ def test_a_skipped_step_changes_no_parameter(skipping):
 def test_a_skipped_step_leaves_no_trace_in_the_window_and_the_spike_guard(skipping):
     """Nor in what a resumed run starts from."""
     _, _, ours = skipping
-    state = json.loads((ours.folder / "checkpoints" / "step-00000014" / "versatune_state.json").read_text())
+    state = saved_state(ours.folder, 14)
     applied = [line for line in ours.lines("metrics") if not line["skipped"]]
     assert len(applied) == 13
     assert state["losses"] == [line["loss"] for line in applied]
@@ -248,8 +315,36 @@ def test_skipped_steps_in_a_row_end_the_run_and_others_do_not(config):
     assert [line["skipped"] for line in apart.lines("metrics")] == [False, True, False, True, False, False]
     with pytest.raises(DivergenceError, match="2 steps in a row"):
         run(config, "in_a_row", *once, disturb=spoil_losses(1, 3, 4))
-    checkpoints = [path.name for path in (config.parent / "in_a_row" / "checkpoints").glob("step-*")]
-    assert sorted(checkpoints)[-1] == "step-00000005"
+    assert checkpoints(config.parent / "in_a_row")[-1] == 5
+
+
+def test_the_samples_to_blame_are_named(skipping):
+    """The spoiled one of a loss that is not finite; the worst ones of a spike, by loss per token."""
+    reason, skipped, ours = skipping
+    (line,) = ours.lines("skipped_steps")
+    assert (line["step"], line["reason"]) == (skipped + 1, reason)
+    found = [(NAMES.index(sample["domain"]), sample["sample"]) for sample in line["samples"]]
+    of_step = ours.samples[skipped]
+    if reason == "non-finite gradient":
+        assert found == []
+    elif reason == "non-finite loss":
+        assert found == of_step[:1]
+    else:
+        assert sorted(found) == sorted(of_step)
+        sizes = [int(ours.train[domain].sample(index)[1][1:].sum()) for domain, index in found]
+        losses = [sample["loss"] for sample in line["samples"]]
+        assert losses == sorted(losses, reverse=True)
+        assert np.dot(losses, sizes) / sum(sizes) == pytest.approx(line["loss"], rel=1e-6)
+        assert line["loss"] == ours.lines("metrics")[skipped]["loss"]
+
+
+def test_no_weights_move_on_a_skipped_step(config):
+    """The update due after it waits for the next one, and looks at all losses since the one before."""
+    ours = run(config, "due_and_skipped", "evaluation={}", disturb=spoil_losses(2))
+    updates, lines = ours.lines("weights"), ours.lines("metrics")
+    assert [update["step"] for update in updates] == [0, 6]
+    applied = sum(line["supervised_tokens"] for line in lines if not line["skipped"])
+    assert sum(updates[1]["tokens"].values()) == applied
 
 
 # --- going on -----------------------------------------------------------------------------------------------
@@ -264,3 +359,65 @@ def test_a_resumed_run_ends_with_the_parameters_of_the_whole_one(config, whole, 
     assert all(torch.equal(p, whole.parameters[name]) for name, p in resumed.parameters.items())
     for log, key in (("metrics", "loss"), ("weights", "after"), ("eval", "domain_loss")):
         assert [line[key] for line in resumed.lines(log)] == [line[key] for line in whole.lines(log)]
+
+
+def stop_in(step: int, *spoiled: int):
+    """Asked to stop in the middle of this step; losses of others are spoiled."""
+    spoil = spoil_losses(*spoiled)
+
+    def disturb(current: int, out):
+        if current == step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return spoil(current, out)
+
+    return disturb
+
+
+def test_asked_to_stop_it_saves_and_goes_on_when_started_again(config, whole):
+    overrides = ("checkpoint.every_n_steps=100",)
+    stopped = run(config, "stopped", *overrides, disturb=stop_in(2))
+    assert not stopped.finished and len(stopped.samples) == 3
+    assert checkpoints(stopped.folder) == [3]
+    resumed = run(config, "stopped", *overrides)
+    assert resumed.finished and resumed.samples == whole.samples[3:]
+    assert all(torch.equal(p, whole.parameters[name]) for name, p in resumed.parameters.items())
+
+
+def test_a_resumed_run_knows_its_earlier_losses_and_skips(config):
+    """A step skipped before and one after make two in a row."""
+    overrides = ("train.max_skipped_steps=2", "evaluation={}")
+    stopped = run(config, "skips", *overrides, disturb=stop_in(3, 3))
+    losses = [line["loss"] for line in stopped.lines("metrics")][:3]
+    with pytest.raises(DivergenceError, match="2 steps in a row"):
+        run(config, "skips", *overrides, disturb=spoil_losses(0))
+    assert saved_state(stopped.folder, 5)["losses"] == losses
+
+
+def test_a_resumed_run_knows_its_best_evaluation(config):
+    """At a rate at which it only gets worse."""
+    overrides = ("optimizer.lr=1e3", "train.max_steps=4", "evaluation={every_n_steps: 2, patience: 5}")
+    ours = run(config, "worse", *overrides)
+    expected = saved_state(ours.folder, 4)["early_stopping"]
+    assert expected["best_step"] == 0 and expected["waited"] == 1
+    cut_back(ours.folder, config.parent / "worse_resumed", 2)
+    resumed = run(config, "worse_resumed", *overrides)
+    assert saved_state(resumed.folder, 4)["early_stopping"] == expected
+
+
+def test_checkpoints_in_the_background_are_published_while_training_goes_on(config):
+    """That of step 2 is written during step 3, and visible in step 4, before the next one is due."""
+    folder = config.parent / "background"
+    seen = []
+
+    def disturb(step: int, out):
+        deadline = time.monotonic() + 60
+        while step == 2 and any(t.name == "versatune-checkpoint" for t in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        if step == 3:
+            seen.append(checkpoints(folder))
+        return out
+
+    run(config, "background", "checkpoint.asynchronous=true", "evaluation={}", disturb=disturb)
+    assert seen == [[2]] * 3
+    assert checkpoints(folder) == [2, 4, 6]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from versatune_ds.config.load import validate_config
-from versatune_ds.data.plan.planner import Corpus, PlannerSettings
+from versatune_ds.data.plan.corpus import Corpus, PlannerSettings
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.reference import load_reference
 from versatune_ds.domain.table import DomainTable

@@ -15,7 +15,8 @@ from versatune_ds.apps.reference import best_evaluation, reference_by_training
 from versatune_ds.cli.main import main
 from versatune_ds.config.load import load_config
 from versatune_ds.data.cache.prepare import open_caches
-from versatune_ds.data.encode.templating import ChatEncoder, load_tokenizer
+from versatune_ds.data.encode.chat_encoder import ChatEncoder
+from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
 from versatune_ds.engine.references import open_reference

@@ -15,9 +15,17 @@ import torch
 import yaml
 from launching import read_jsonl, run_cases
 from safetensors.torch import load_file
+from saved_checkpoints import write_checkpoint
 from small_runs import cut_back, small_run
 
-from versatune_ds.engine.backend.saved_shards import MOMENTS, cut, spans_of_stage3, spans_of_stages_1_and_2
+from versatune_ds.engine.backend.saved_shards import (
+    MASTER,
+    MOMENTS,
+    SavedShards,
+    cut,
+    spans_of_stage3,
+    spans_of_stages_1_and_2,
+)
 
 STEPS, CUT, STOP = 6, 2, 4
 ZERO = {stage: f"deepspeed={{zero_optimization: {{stage: {stage}}}}}" for stage in (0, 1, 2)}
@@ -88,6 +96,26 @@ def check_all_ranges(whole, spans, shards):
                     for s in cut(spans[name], start, stop)
                 ]
                 assert torch.equal(torch.cat([torch.empty(0), *found]), expected[start:stop])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_moments_are_not_the_weights(tmp_path, stage):
+    """Read element by element from shards in which they are the weights plus 1 and plus 2."""
+    weights = {"lm.a.weight": torch.randn(5, 3), "lm.b.bias": torch.randn(3)}
+    write_checkpoint(tmp_path / "step", weights, stage, ranks=2)
+    for path in (tmp_path / "step").glob("*optim_states.pt"):
+        content = torch.load(path, weights_only=False)
+        shard = content["optimizer_state_dict"]
+        master = shard["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
+        inner = shard["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
+        for group, flat in enumerate(master):
+            inner["state"][group] = {kind: flat + i for i, kind in enumerate(MOMENTS, start=1)}
+        torch.save(content, path)
+    saved = SavedShards(tmp_path / "step", 2)
+    for name, weight in weights.items():
+        for i, kind in enumerate((MASTER, *MOMENTS)):
+            found = saved.read(name, kind, 1, weight.numel())
+            assert torch.equal(found, weight.flatten()[1:] + i)
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------

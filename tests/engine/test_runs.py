@@ -172,7 +172,7 @@ def test_a_run_on_two_ranks_with_zero_3_is_the_one_of_plain_pytorch(finished):
     """With a plain engine in DeepSpeed's place, which test_loop.py holds against training by hand."""
     plain = plain_run(finished / "config.yaml", f"run.dir={finished / 'plain'}")
     rates = [line["lr"] for line in read_jsonl(finished / "whole" / "metrics.jsonl")]
-    assert rates == plain.backend.rates and len(set(rates)) == STEPS
+    assert rates == plain.backend.rates and len(set(rates)) == STEPS - 1  # the peak twice
     for log, keys in (
         ("metrics", ("step", "loss", "grad_norm", "domain_loss", "domain_supervised_tokens", "weights")),
         ("eval", ("step", "domain_loss", "domain_stderr", "domain_samples")),

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+import time
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +20,17 @@ from safetensors.torch import load_file
 from small_runs import cut_back, small_run
 
 from versatune_ds.config.schema import Checkpoint
+from versatune_ds.engine.checkpointing import saver as saving
 from versatune_ds.engine.checkpointing.due import LossBound, checkpoint_due
 from versatune_ds.engine.checkpointing.folder import damage, saved_state
-from versatune_ds.engine.checkpointing.saver import Saver, Share, host_copy
+from versatune_ds.engine.checkpointing.saver import (
+    Need,
+    Saver,
+    Share,
+    host_bytes,
+    host_copy,
+    hosts_without_room,
+)
 from versatune_ds.engine.statistics import Flags
 from versatune_ds.foundations.errors import SaveError
 
@@ -115,15 +125,51 @@ def test_a_host_copy_is_apart_and_keeps_what_is_shared():
     assert len(memory) == 1
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_share_is_listed_only_when_all_of_it_is_written(tmp_path, keep):
+def test_the_size_of_a_copy_is_known_before_it_is_made():
+    flat = torch.zeros(10)
+    state = {"a": flat[:4], "b": (flat[4:], [torch.zeros(3, dtype=torch.bfloat16)]), "lr": 0.1, "text": b"x"}
+    assert host_bytes(state) == 10 * 4 + 3 * 2
+
+
+def test_ranks_of_one_host_share_its_memory():
+    def need(host: str, copy_gb: float, free_gb: float) -> Need:
+        return Need(host, int(copy_gb * 1e9), int(free_gb * 1e9))
+
+    assert hosts_without_room([need("a", 48, 120), need("a", 48, 118)]) == []
+    (text,) = hosts_without_room([need("a", 48, 120), need("a", 48, 100), need("b", 48, 60)])
+    assert text == "a (the copies of 2 rank(s) take 96.0 GB, 100.0 GB are free)"
+    assert len(hosts_without_room([need("a", 1, 0), need("b", 1, 0)])) == 2
+    assert hosts_without_room([need("a", 9, 10)]) == [] != hosts_without_room([need("a", 9.1, 10)])
+
+
+def test_a_copy_that_does_not_fit_is_not_made_and_that_is_said(tmp_path, monkeypatch):
+    free = {"bytes": 40}
+    monkeypatch.setattr(saving, "available_bytes", lambda: free["bytes"])
+    said = []
+    monkeypatch.setattr(saving.log, "warning", lambda text, *values: said.append(text % values))
+    saver = Saver(tmp_path, Checkpoint(asynchronous=True), SimpleNamespace(deepspeed=SimpleNamespace()))
+    saver._share.begin(tmp_path, keep=True)
+    saver._share.save({"x": torch.zeros(10)}, tmp_path / "a.pt")
+    assert not saver._have_room()
+    assert "not enough host memory on" in said[0] and "written while training stands still" in said[0]
+    free["bytes"] = 1000
+    assert saver._have_room() and len(said) == 1
+
+
+@pytest.mark.parametrize(("keep", "in_background"), [(False, False), (True, False), (True, True)])
+def test_a_share_is_listed_only_when_all_of_it_is_written(tmp_path, keep, in_background):
     share = Share()
     share.begin(tmp_path, keep)
     state = {"x": torch.zeros(3)}
     share.save(state, tmp_path / "a.pt")
-    state["x"].fill_(9)  # training goes on
     share.save(b"text", tmp_path / "b.json")
-    share.finish()
+    assert (tmp_path / "a.pt").exists() != keep
+    assert share.kept_bytes == (12 if keep else 0)
+    held, wait = threading.Event(), Share._write_all
+    share._write_all = lambda: (held.wait() if in_background else None, wait(share))
+    share.finish(in_background)
+    state["x"].fill_(9)  # training goes on
+    held.set()
     share.wait()
     assert share.problem is None and not share.writing
     assert torch.load(tmp_path / "a.pt")["x"].tolist() == [0, 0, 0]
@@ -134,13 +180,13 @@ def test_a_share_is_listed_only_when_all_of_it_is_written(tmp_path, keep):
     }
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_failed_share_keeps_its_first_problem_and_lists_nothing(tmp_path, keep):
+@pytest.mark.parametrize(("keep", "in_background"), [(False, False), (True, False), (True, True)])
+def test_a_failed_share_keeps_its_first_problem_and_lists_nothing(tmp_path, keep, in_background):
     share = Share()
     share.begin(tmp_path, keep)
     share.save({"x": torch.zeros(3)}, tmp_path / "no such folder" / "a.pt")
     share.save(b"text", tmp_path / "b.json")
-    share.finish()
+    share.finish(in_background)
     share.wait()
     assert "no such folder" in str(share.problem)
     assert list(tmp_path.iterdir()) == []
@@ -151,10 +197,10 @@ def test_a_failed_share_keeps_its_first_problem_and_lists_nothing(tmp_path, keep
 # --- a saver at step boundaries -----------------------------------------------------------------------------
 
 
-def saver_of(folder: Path, **settings) -> Saver:
+def saver_of(folder: Path, clock=time.monotonic, **settings) -> Saver:
     """A saver on one rank, whose backend has one file to save."""
     backend = SimpleNamespace(save=lambda to, write: write({"x": torch.ones(3)}, to / "model.pt"))
-    return Saver(folder, Checkpoint(**settings), backend)
+    return Saver(folder, Checkpoint(**settings), backend, clock)
 
 
 def test_a_checkpoint_in_the_background_is_published_at_the_first_boundary_after_all_have_written(tmp_path):
@@ -201,6 +247,21 @@ def test_when_a_run_saves(tmp_path, settings, done, agreed, last, due):
     assert saver_of(tmp_path, **settings).due(done, agreed, last) == due
 
 
+def test_work_since_a_checkpoint_in_the_background_is_counted_from_its_beginning(tmp_path):
+    """Of 600 s that may be lost, 350 s lie behind the checkpoint of 100 s when it is complete, and saving
+    takes 300 s: the next one is due."""
+    now = [0.0]
+    saver = saver_of(tmp_path, clock=lambda: now[0], asynchronous=True, max_lost_minutes=10)
+    for now[0] in (50.0, 100.0):
+        assert not saver.flags(stop=False).save
+    saver.save(2, dict)
+    saver._share.wait()
+    now[0] = 400.0
+    saver.settle(Flags())
+    now[0] = 450.0
+    assert saver.flags(stop=False).save
+
+
 def checkpoints_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("step-*"))
 
@@ -232,6 +293,7 @@ def runs(tmp_path_factory) -> Path:
             case("whole"),
             case("background", background, sabotage="write slowly"),
             case("background_stage_2", background, "deepspeed={zero_optimization: {stage: 2}}"),
+            case("no_room", background, sabotage="no room for a copy"),
             case("stage_2", "deepspeed={zero_optimization: {stage: 2}}"),
             case("cannot_write", sabotage="cannot write checkpoint 4"),
             case("cannot_write_background", background, sabotage="cannot write checkpoint 4"),
@@ -294,6 +356,13 @@ class TestBackground:
         models = (runs / name / "model" / "model.safetensors" for name in ("background", "whole"))
         ours, expected = map(load_file, models)
         assert all(torch.equal(ours[key], expected[key]) for key in expected)
+
+    def test_without_room_for_the_copy_on_one_rank_all_write_at_once(self, runs):
+        """A thread that wrote would fail there."""
+        for rank in (0, 1):
+            assert json.loads((runs / "no_room" / f"outcome_rank_{rank}.json").read_text()) is None
+        assert checkpoints(runs / "no_room") == checkpoints(runs / "whole")
+        assert same_parameters(runs / "no_room", runs / "whole")
 
 
 class TestFailure:

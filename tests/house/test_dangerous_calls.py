@@ -29,7 +29,7 @@ FORBIDDEN = {
 }
 ALLOWED = {
     # A worker of `prepare` reads the settings that its own parent wrote a moment ago, mode 0600.
-    ("versatune_ds/data/encode/encoder.py", "pickle.load"),
+    ("versatune_ds/data/encode/workers.py", "pickle.load"),
 }
 
 

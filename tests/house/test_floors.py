@@ -22,22 +22,18 @@ BACKEND = PACKAGE / "engine" / "backend"
 
 MAX_FILES = 12
 """Python files in a folder, besides `__init__.py`."""
-FULLER_FOLDERS = {"cli": 15, "domain": 13}
+FULLER_FOLDERS = {"cli": 16, "domain": 13}
 MAX_LINES = 450
 LONGER_FILES = {
     "apps/detect/run.py": 480,
     "config/schema.py": 548,
-    "data/cache/prepare.py": 658,
-    "data/encode/templating.py": 631,
-    "data/plan/planner.py": 827,
-    "data/rows/readers.py": 876,
     "domain/controller.py": 520,
     "report/report.py": 754,
 }
-STORY_LINES = 256
+STORY_LINES = 253
 """Of `engine/train.py`."""
 NAMED_TWICE = {
-    *("Bar", "Batch", "Candidate", "Evaluation", "Judge", "Picture", "Place", "Samples", "Section"),
+    *("Bar", "Batch", "Candidate", "Judge", "Picture", "Section"),
     *("Stopped", "Table", "Text", "Variant", "Workers"),
 }
 

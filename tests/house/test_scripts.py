@@ -177,7 +177,7 @@ def test_every_dependency_is_carried_or_left_to_the_host_on_purpose():
 def test_training_needs_nothing_that_is_left_out():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['pyarrow', 'matplotlib', 'sklearn']))\n"
-        "import versatune_ds.cli.main, versatune_ds.data.prepare, versatune_ds.engine.run"
+        "import versatune_ds.cli.main, versatune_ds.data.cache.prepare, versatune_ds.engine.run"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -191,6 +191,44 @@ def test_help_and_unknown_options(script):
     assert shown.returncode == 0 and script in shown.stdout
     wrong = subprocess.run(["bash", path, *arguments, "--flder", "x"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "--flder" in wrong.stderr
+
+
+FAKE_TORCH = """
+import os, types
+
+cuda = types.SimpleNamespace(
+    device_count=lambda: int(os.environ["GPUS"]),
+    is_bf16_supported=lambda including_emulation: including_emulation or os.environ["BF16"] == "1",
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "has_bf16", "ranks", "dtype"),
+    [(0, False, 2, "fp32"), (1, True, 1, "bf16"), (3, True, 2, "bf16"), (1, False, 1, "fp32")],
+)
+def test_the_quick_start_takes_bf16_where_gpus_have_it(tmp_path, gpus, has_bf16, ranks, dtype):
+    (tmp_path / "torch.py").write_text(FAKE_TORCH)
+    for program in ("deepspeed", "versatune-ds"):
+        (tmp_path / program).write_text(f'#!/bin/sh\necho "{program} $*" >> "$CALLS"\n')
+        (tmp_path / program).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(tmp_path),
+        "GPUS": str(gpus),
+        "BF16": str(int(has_bf16)),
+        "CALLS": str(tmp_path / "calls"),
+    }
+    script = REPOSITORY / "launch" / "quickstart.sh"
+    done = subprocess.run(
+        [script], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    (training,) = [call for call in calls if call.startswith("deepspeed ")]
+    assert f" --num_gpus {ranks} " in training
+    assert training.endswith(f"launch/train.py --config configs/quickstart.yaml model.dtype={dtype}")
 
 
 @pytest.mark.slow

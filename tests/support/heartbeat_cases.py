@@ -1,19 +1,22 @@
 """Ranks that train nothing and meet a fault under the heartbeat; a script started by `start_ranks`.
 
 Usage: heartbeat_cases.py FAULT RANK FOLDER: what happens to which rank. Every rank leaves FOLDER/ready_RANK
-once it is about to enter the first collective after the fault's.
+once it is about to enter the first collective after the fault's. In faults that begin with "nccl" that
+collective never returns, as NCCL's when a rank is gone; with "apart" rank 0 has a machine to itself.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from versatune_ds.engine.faults import heartbeat
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.watchdog import mark
 from versatune_ds.foundations import distributed
@@ -21,6 +24,7 @@ from versatune_ds.foundations.errors import DataError, VersaTuneError
 from versatune_ds.foundations.log import setup_logging
 
 TIMEOUT_S = 12.0
+NEVER_S = 3600.0
 
 
 def sleep_in_the_loader() -> None:
@@ -30,9 +34,12 @@ def sleep_in_the_loader() -> None:
 def main() -> None:
     fault, victim, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     setup_logging()
+    is_nccl = fault.startswith("nccl")
+    if "apart" in fault:
+        heartbeat._machine = lambda: "first" if distributed.rank() == 0 else "second"
     dist.init_process_group("gloo")
     try:
-        with Heartbeat(TIMEOUT_S):
+        with Heartbeat(NEVER_S if is_nccl else TIMEOUT_S):
             for step in range(1, 4):
                 mark("waiting for data", step)
                 if step == 3:
@@ -41,6 +48,8 @@ def main() -> None:
                     if distributed.rank() == victim:
                         meet(fault)
                 mark("reduction", step)
+                if is_nccl and step == 3:
+                    threading.Event().wait()
                 dist.all_reduce(torch.ones(1))
     except VersaTuneError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -57,7 +66,7 @@ def meet(fault: str) -> None:
         raise DataError("this row is bad", path="rows.jsonl", line=7)
     elif fault == "fails alone, unexpectedly":
         raise ZeroDivisionError("division by zero")
-    elif fault == "killed":
+    elif fault.endswith("killed"):
         os.kill(os.getpid(), 9)
 
 

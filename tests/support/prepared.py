@@ -9,6 +9,7 @@ from typing import Any
 
 from versatune_ds.config.load import validate_config
 from versatune_ds.config.schema import Config
+from versatune_ds.data.cache import units
 
 TEXTS = [
     "What is the capital of France? The capital of France is Paris.",
@@ -79,3 +80,12 @@ def data_config(
         },
         "test",
     )
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, but locks and the memo of hashes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".lock" and path.name != units.HASHES_FILE
+    }

@@ -48,7 +48,7 @@ ORIGINAL_HASH, ORIGINAL_CHECK = consistency.folder_hash, preflight.check_file
 ORIGINAL_RUN_STEPS, ORIGINAL_ACCUMULATE = train.run_steps, train.accumulate
 ORIGINAL_PART, ORIGINAL_BEGIN, ORIGINAL_WRITE = saving.write_part, saving.Share.begin, saving.Share._write
 ORIGINAL_PUBLISH, ORIGINAL_FLUSH = checkpoint.publish, export.ShardWriter._flush
-ORIGINAL_BUILD = deepspeed_backend.build_model
+ORIGINAL_BUILD, ORIGINAL_AVAILABLE = deepspeed_backend.build_model, saving.available_bytes
 ORIGINAL_UPDATE = WeightController.update
 UNLIMITED = resource.RLIM_INFINITY
 LAST_STEP = 5
@@ -147,6 +147,34 @@ def no_memory() -> None:
         return ORIGINAL_FORWARD(self, hidden, *args)
 
     LossHead.forward = forward
+
+
+def no_memory_left(step_to_fail: int) -> None:
+    """In this step (from 0) more memory is asked for than any device has."""
+
+    def change(step, head, hidden, sample_ids):
+        if step == step_to_fail and head.training:
+            torch.empty(1 << 58, device=hidden.device)
+        return hidden
+
+    disturb_hidden(change)
+
+
+def bad_label(step_to_fail: int) -> None:
+    """In this step (from 0) a label is not in the vocabulary."""
+    current = {"step": -1}
+
+    def run_step(run, step, stop):
+        current["step"] = step
+        return ORIGINAL_RUN_STEP(run, step, stop)
+
+    def forward(self, hidden, labels, *args):
+        if current["step"] == step_to_fail and self.training:
+            labels = labels.clone()
+            labels[(labels >= 0).nonzero()[0]] = 10**6
+        return ORIGINAL_FORWARD(self, hidden, labels, *args)
+
+    train.run_step, LossHead.forward = run_step, forward
 
 
 def ask_to_stop_in_step(step_to_stop: int) -> None:
@@ -274,6 +302,19 @@ def write_slowly() -> None:
     train.run_step, saving.Share._write = run_step, write
 
 
+def no_room_for_a_copy() -> None:
+    """The last rank sees no free host memory; what a thread would write fails, on all ranks."""
+
+    def write(self, path, content):
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError("written in the background")
+        ORIGINAL_WRITE(self, path, content)
+
+    saving.Share._write = write
+    if distributed.rank() == distributed.world_size() - 1:
+        saving.available_bytes = lambda: 0
+
+
 def record_samples() -> None:
     """Every rank notes each pack it trains on: step, process, its samples and a hash of its tokens.
 
@@ -298,6 +339,7 @@ def record_samples() -> None:
 SABOTAGE = {
     "record samples": record_samples,
     "write slowly": write_slowly,
+    "no room for a copy": no_room_for_a_copy,
     "freeze two": freeze_two,
     "cannot export": fail_to_export,
     "cannot write checkpoint 4": lambda: fail_to_write(4),
@@ -313,6 +355,8 @@ SABOTAGE = {
     "spike in step 12": lambda: spike_in_steps(12),
     "spike from step 12 on": lambda: spike_in_steps(*range(12, 100)),
     "no memory": no_memory,
+    "no memory left in step 2": lambda: no_memory_left(2),
+    "bad label in step 2": lambda: bad_label(2),
     "other code on the last rank": lambda: on_the_last_rank("other code"),
     "damaged cache on the last rank": lambda: on_the_last_rank("damaged cache"),
     "full disk in step 1": lambda: full_disk_after_step(0),
@@ -328,6 +372,7 @@ def repair() -> None:
     consistency.folder_hash, preflight.check_file = ORIGINAL_HASH, ORIGINAL_CHECK
     train.run_steps, train.accumulate = ORIGINAL_RUN_STEPS, ORIGINAL_ACCUMULATE
     saving.write_part, saving.Share.begin, saving.Share._write = ORIGINAL_PART, ORIGINAL_BEGIN, ORIGINAL_WRITE
+    saving.available_bytes = ORIGINAL_AVAILABLE
     checkpoint.publish, export.ShardWriter._flush = ORIGINAL_PUBLISH, ORIGINAL_FLUSH
     deepspeed_backend.build_model = ORIGINAL_BUILD
     WeightController.update = ORIGINAL_UPDATE

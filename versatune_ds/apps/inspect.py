@@ -10,6 +10,7 @@ packs shown here mix the domains as they lie in the cache.
 
 from __future__ import annotations
 
+import functools
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -21,9 +22,8 @@ import numpy.typing as npt
 from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.cache.prepare import open_caches
-from versatune_ds.data.encode.templating import load_tokenizer
+from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.data.plan.packing import pack_all
-from versatune_ds.data.rows.readers import display_path
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 
 MAX_PACKED_SAMPLES = 20_000
@@ -104,15 +104,15 @@ def sample_lines(cache: TokenCache, i: int, tokenizer: Any, paint: Paint) -> Ite
     """A sample: where it comes from, its sizes, and its text with the supervised part marked."""
     tokens, mask = cache.sample(i)
     path, number = cache.source_of(i)
+    shown = path.encode("utf-8", "backslashreplace").decode("utf-8")  # safe to print
     yield paint.heading(
-        f"--- {cache.domain} sample {i}: {display_path(path)}:{number}, {len(tokens):,} tokens, "
+        f"--- {cache.domain} sample {i}: {shown}:{number}, {len(tokens):,} tokens, "
         f"{int(cache.supervised[i]):,} supervised"
     )
-    text = "".join(
+    yield "".join(
         paint.supervised(escape(piece)) if is_supervised else escape(piece)
         for piece, is_supervised in pieces(tokens, mask, tokenizer)
     )
-    yield text
     yield ""
 
 
@@ -123,21 +123,16 @@ def pieces(
 
     Whole beginnings are decoded and compared, because decoders drop a space in front of what they are given.
     """
+    decode = functools.partial(
+        tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
     ends = [*(np.flatnonzero(mask[1:] != mask[:-1]) + 1), len(tokens)]
     before, start = "", 0
     for end in ends:
-        text = decode(tokenizer, tokens[:end])
-        run = text[len(before) :] if text.startswith(before) else decode(tokenizer, tokens[start:end])
+        text = decode(tokens[:end].tolist())
+        run = text[len(before) :] if text.startswith(before) else decode(tokens[start:end].tolist())
         yield run, bool(mask[start])
         before, start = text, int(end)
-
-
-def decode(tokenizer: Any, tokens: npt.NDArray[np.uint32]) -> str:
-    """Text of token ids, special tokens included, nothing tidied up."""
-    text: str = tokenizer.decode(
-        tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    return text
 
 
 def escape(text: str) -> str:

@@ -29,7 +29,8 @@ from versatune_ds.config.derive import proxy_config, single_domain_config
 from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.cache.text_bytes import bytes_per_token
-from versatune_ds.data.encode.templating import ChatEncoder, load_tokenizer
+from versatune_ds.data.encode.chat_encoder import ChatEncoder
+from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.domain.alarms import reference_alarms
 from versatune_ds.domain.evaluation import ModelEvaluation
 from versatune_ds.domain.reference import Fingerprints, ReferenceLosses, checked_losses

@@ -36,7 +36,12 @@ from filelock import FileLock
 
 from versatune_ds.engine.model.families import planned_shape
 from versatune_ds.foundations.errors import DataError
-from versatune_ds.foundations.files import canonical_hash, write_bytes_atomic, write_json_atomic
+from versatune_ds.foundations.files import (
+    canonical_hash,
+    remove_temporaries,
+    write_bytes_atomic,
+    write_json_atomic,
+)
 
 # Domain order of the project, and the shipped training file of each domain: four row formats among them.
 SAMPLE_TRAIN_FILES: dict[str, str] = {
@@ -111,7 +116,7 @@ def unpack_sample(folder: str | Path, *, vocab_size: int = DEFAULT_VOCAB_SIZE) -
             | {"format": MARKER_FORMAT, "vocab_size": vocab_size}
         )
         marker = _read_marker(folder)
-        if marker and marker["source"] == source and _intact(folder, marker["files"]):
+        if marker and marker.get("source") == source and _intact(folder, marker["files"]):
             return _report(folder, written=(), replaced=())
         files = shipped | {f"model/{name}": data for name, data in _model_files(shipped, vocab_size).items()}
         if marker is None:
@@ -221,18 +226,14 @@ def strings_in(value: Any) -> Iterator[str]:
 
 def _read_marker(folder: Path) -> dict[str, Any] | None:
     """The marker, {} for one that cannot be used, None when the folder was never unpacked into."""
-    path = folder / MARKER_NAME
-    if not path.exists():
-        return None
     try:
-        marker: Any = json.loads(path.read_bytes())
+        marker: Any = json.loads((folder / MARKER_NAME).read_bytes())
+    except FileNotFoundError:
+        return None
     except ValueError:
         return {}
-    expected = {"format": int, "source": str, "files": dict}
-    usable = isinstance(marker, dict) and all(
-        isinstance(marker.get(key), kind) for key, kind in expected.items()
-    )
-    return marker if usable and marker["format"] == MARKER_FORMAT else {}
+    is_ours = isinstance(marker, dict) and marker.get("format") == MARKER_FORMAT
+    return marker if is_ours and isinstance(marker.get("files"), dict) else {}
 
 
 def _intact(folder: Path, digests: Mapping[str, str]) -> bool:
@@ -261,20 +262,16 @@ def _write(folder: Path, files: Mapping[str, bytes], source: str) -> SampleRepor
         "files": {name: _sha256(data) for name, data in files.items()},
     }
     write_json_atomic(folder / MARKER_NAME, marker)
-    written, replaced = [], []
+    written: list[str] = []
+    replaced: list[str] = []
     for name, data in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Temporary files of a killed run lie beside their targets, where a reader could take them for data.
-        for leftover in path.parent.glob(f".{path.name}.*"):
-            leftover.unlink()
-        if not path.exists():
-            written.append(name)
-        elif path.read_bytes() != data:
-            replaced.append(name)
-        else:
-            continue
-        write_bytes_atomic(path, data)
+        remove_temporaries(path)  # they lie beside their targets, where a reader could take them for data
+        is_new = not path.exists()
+        if is_new or path.read_bytes() != data:
+            (written if is_new else replaced).append(name)
+            write_bytes_atomic(path, data)
     return _report(folder, written=tuple(written), replaced=tuple(replaced))
 
 
@@ -295,24 +292,23 @@ def _report(folder: Path, *, written: tuple[str, ...], replaced: tuple[str, ...]
 
 def _tokenizer_files(texts: Iterable[str | Path], vocab_size: int) -> dict[str, bytes]:
     model = _train_sentencepiece(texts, vocab_size)
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "unk_token": UNK_TOKEN,
+        "bos_token": BOS_TOKEN,
+        "eos_token": EOS_TOKEN,
+        "pad_token": PAD_TOKEN,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": False,
+        "model_max_length": MAX_POSITION_EMBEDDINGS,
+    }
     return {
         "tokenizer.model": model,
         "tokenizer.json": _fast_tokenizer_json(model),
-        "tokenizer_config.json": _json_bytes(
-            {
-                "tokenizer_class": "LlamaTokenizer",
-                "unk_token": UNK_TOKEN,
-                "bos_token": BOS_TOKEN,
-                "eos_token": EOS_TOKEN,
-                "pad_token": PAD_TOKEN,
-                "add_bos_token": False,
-                "add_eos_token": False,
-                "add_prefix_space": False,
-                "clean_up_tokenization_spaces": False,
-                "legacy": False,
-                "model_max_length": MAX_POSITION_EMBEDDINGS,
-            }
-        ),
+        "tokenizer_config.json": _json_bytes(config),
     }
 
 

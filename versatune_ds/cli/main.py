@@ -20,6 +20,7 @@ from versatune_ds.cli import (
     detect,
     doctor,
     evaluate,
+    evidence,
     export,
     inspect,
     plan,
@@ -51,6 +52,7 @@ VERBS = (
     study,
     doctor,
     bench,
+    evidence,
 )
 
 

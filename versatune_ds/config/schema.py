@@ -87,15 +87,13 @@ class Model(Section):
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Compute precision; the optimizer always keeps fp32 master weights."""
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
-    """Attention for packs. `auto`: flash-attn if installed, else torch's varlen kernel, on CUDA; sdpa with
-    a block-diagonal mask on CPU (memory grows with `batch.pack_len` squared)."""
+    """Attention for packs. `auto`: on CUDA flash-attn or torch's varlen kernel, else sdpa (docs/train.md)."""
     activation_checkpointing: Literal["off", "all"] | Annotated[int, Field(ge=1, strict=True)] = "off"
     """Recompute activations in backward: for no layer, every layer, or every n-th layer."""
     loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
     """Implementation of the fused linear + cross-entropy. `auto`: triton on CUDA, else chunked."""
     logits_dtype: Literal["fp32", "compute"] = "fp32"
-    """`compute`: logits in `dtype` instead of fp32 - half the memory, a larger error (docs/train.md); needs
-    the triton loss."""
+    """`compute`: logits in `dtype`, half the memory a larger error (docs/train.md); triton only."""
     liger: Literal["auto", "off"] = "auto"
     """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
     compile: Literal["off", "body"] = "off"
@@ -156,8 +154,7 @@ class Domains(Section):
     names: list[str] = Field(min_length=1)
     """Domain names; their order is the order of all tables."""
     initial: Literal["uniform"] | dict[str, float] | Path = "uniform"
-    """Weights to start from: the detected knowledge distribution (shares that sum to 1, or the
-    knowledge.json of `versatune-ds detect`)."""
+    """Weights to start from: detected shares (sum 1), or the knowledge.json of `versatune-ds detect`."""
     weight_unit: WeightUnit = "samples"
     """What a weight is a share of: samples (as in the paper), tokens, or supervised tokens."""
     min_weight: float = Field(0.0, ge=0, le=1)
@@ -356,8 +353,8 @@ class Checkpoint(Section):
     """Save so often that a crash costs at most this much training time, by measured step and save times;
     works beside `every_n_steps`. None: by steps only."""
     asynchronous: bool = False
-    """Copy the state to host memory and write it while training goes on. Needs room for a rank's share of
-    model and optimizer in host memory on every rank."""
+    """Copy the state to host memory and write it while training goes on. Needs room for the
+    shares of a host's ranks in its memory; without it a checkpoint is written while training waits."""
     export_at_end: bool = True
     """Write the finished model as a Hugging Face folder `model/` into the run folder."""
     export_shard_gb: float = Field(5.0, gt=0)

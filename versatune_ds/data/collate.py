@@ -11,9 +11,9 @@ What is not covered: which samples share a pack (planner, packing), and attentio
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,19 +60,18 @@ class Batch:
     num_tokens: int
     supervised_tokens: int
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        return {name: value for name, value in values if isinstance(value, torch.Tensor)}
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        changed: dict[str, Any] = {name: change(value) for name, value in tensors.items()}
+        return dataclasses.replace(self, **changed)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The batch with all tensors on `device`; the copies overlap with the host from pinned memory."""
-        moved = {name: t.to(device, non_blocking=non_blocking) for name, t in self._tensors().items()}
-        return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked host memory; needs an accelerator (torch raises without one)."""
-        pinned = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
-        return dataclasses.replace(self, **pinned)  # type: ignore[arg-type]
+        return self._map(torch.Tensor.pin_memory)
 
 
 def collate(pack: Pack, sources: Sequence[TokenSource | None], pack_len: int, pad_id: int) -> Batch:

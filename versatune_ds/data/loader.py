@@ -17,14 +17,15 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
 
 from versatune_ds.data.collate import Batch, TokenSource, collate
 from versatune_ds.data.plan.balance import check_world_size, rank_packs
-from versatune_ds.data.plan.planner import Corpus, Float64, PlannerSettings, PlannerState, StepPlan, plan_step
+from versatune_ds.data.plan.corpus import Corpus, Float64, PlannerSettings
+from versatune_ds.data.plan.planner import StepPlan, plan_step
+from versatune_ds.data.plan.state import PlannerState
 from versatune_ds.foundations.errors import DataError, StateError
 
 
@@ -164,10 +165,5 @@ class StepLoader:
     def __enter__(self) -> StepLoader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

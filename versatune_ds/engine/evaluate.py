@@ -20,8 +20,7 @@ import numpy as np
 from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.collate import Batch, collate
 from versatune_ds.data.plan.balance import by_cost, rank_packs
-from versatune_ds.data.plan.packing import pack_all
-from versatune_ds.data.plan.planner import Pack
+from versatune_ds.data.plan.packing import Pack, pack_all
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.ranks import Ranks
@@ -33,7 +32,7 @@ from versatune_ds.foundations.errors import DataError
 from versatune_kernels import LossOutput
 
 
-class Evaluation(NamedTuple):
+class HeldOutLosses(NamedTuple):
     """Result of an evaluation."""
 
     sums: DomainSums
@@ -93,7 +92,7 @@ class HeldOut:
         return rank_packs(by_cost(packs, self.pack_len), *ranks.dp)
 
 
-def evaluate(backend: Backend, held_out: HeldOut, num_domains: int) -> Evaluation:
+def evaluate(backend: Backend, held_out: HeldOut, num_domains: int) -> HeldOutLosses:
     """Loss sums of the held-out data, reduced over ranks; a collective."""
     start = time.perf_counter()
     statistics = StepStatistics(num_domains, backend.device)
@@ -101,7 +100,7 @@ def evaluate(backend: Backend, held_out: HeldOut, num_domains: int) -> Evaluatio
         statistics.add(out, batch.sample_domains)
     totals = statistics.reduce()
     sums = totals.sums if totals.sums is not None else DomainSums.zeros(num_domains)
-    return Evaluation(sums, held_out.samples, time.perf_counter() - start)
+    return HeldOutLosses(sums, held_out.samples, time.perf_counter() - start)
 
 
 def evaluate_samples(backend: Backend, held_out: HeldOut) -> tuple[list[np.ndarray], list[np.ndarray]]:

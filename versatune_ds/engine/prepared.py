@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from versatune_ds.config.schema import Config
-from versatune_ds.data.encode.templating import ChatEncoder, load_tokenizer, set_chat_template
-from versatune_ds.data.plan.planner import Corpus, PlannerSettings
+from versatune_ds.data.encode.chat_encoder import ChatEncoder
+from versatune_ds.data.encode.tokenizer import load_tokenizer, set_chat_template
+from versatune_ds.data.plan.corpus import Corpus, PlannerSettings
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.reference import ReferenceLosses, load_reference
 from versatune_ds.domain.table import DomainTable

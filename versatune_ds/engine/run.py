@@ -18,7 +18,7 @@ import torch
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
 from versatune_ds.data.loader import StepLoader
-from versatune_ds.data.plan.planner import steps_per_epoch
+from versatune_ds.data.plan.corpus import steps_per_epoch
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.backend import Backend

@@ -81,10 +81,6 @@ class StepStatistics:
         # where, not a product with 0/1: a NaN of one domain must not reach the others
         self._sums += torch.where(of_domain, per_sample, 0.0).sum(-1)
 
-    def local_sums(self) -> np.ndarray:
-        """This rank's sums so far, float64[NUM_ROWS, k]; may hold NaN."""
-        return self._sums.cpu().numpy().copy()
-
     def reduce(self, flags: Flags = NO_FLAGS) -> StepTotals:
         """Sum over ranks and start anew. The one collective, and the one wait of the host, of a step."""
         # filled on the device: a copy from the host would wait for it

@@ -1,4 +1,4 @@
-"""What a reader sees of a text: is anything there?
+"""What a reader sees of a text: is anything there? And tables for a terminal.
 
 Unicode gives every character a category; spaces, controls and format characters leave no mark. Some letters
 and marks leave none either: the Default_Ignorable_Code_Point property (Unicode Standard, section 5.21), which
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator, Sequence
 
 _LEAVE_NO_MARK = frozenset(("Cc", "Cf", "Cs", "Zs", "Zl", "Zp"))
 _IGNORABLE = re.compile(
@@ -28,3 +29,13 @@ def is_blank(text: str) -> bool:
 
 def _is_visible(character: str) -> bool:
     return unicodedata.category(character) not in _LEAVE_NO_MARK and not _IGNORABLE.match(character)
+
+
+def in_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table: cells two spaces apart, columns that hold a number to the right."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    signs = [">" if any(cell[:1].isdigit() for cell in column) else "<" for column in columns]
+    for row in rows:
+        cells = (f"{cell:{sign}{width}}" for cell, sign, width in zip(row, signs, widths, strict=True))
+        yield "  ".join(cells).rstrip()

@@ -29,14 +29,9 @@ import pyarrow.parquet
 
 from versatune_ds.data.plan import packing
 from versatune_ds.data.plan.balance import modelled_idle, rank_packs
-from versatune_ds.data.plan.planner import (
-    WEIGHT_UNITS,
-    Corpus,
-    PlannerSettings,
-    PlannerState,
-    StepPlan,
-    plan_step,
-)
+from versatune_ds.data.plan.corpus import WEIGHT_UNITS, Corpus, PlannerSettings
+from versatune_ds.data.plan.planner import StepPlan, plan_step
+from versatune_ds.data.plan.state import PlannerState
 from versatune_ds.domain.statistics import DomainSums
 
 CHARACTERS_PER_TOKEN = 4

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def run_datasets(config: Config, files: Sequence[tuple[str, str, Mapping[str, st
     """The other side; returns the number of tokens."""
     import datasets
 
-    from versatune_ds.data.encode.templating import load_tokenizer, set_chat_template
+    from versatune_ds.data.encode.tokenizer import load_tokenizer, set_chat_template
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(config)
@@ -124,7 +124,7 @@ MESSAGES: dict[str, Callable[[Mapping[str, Any], Names], Chat]] = {
 def source_files(config: Config) -> list[tuple[str, str, dict[str, str]]]:
     """(path, format, columns) of every training file; prepares the data, which also warms the page cache."""
     from versatune_ds.data.cache.prepare import prepare
-    from versatune_ds.data.rows.readers import find_files
+    from versatune_ds.data.rows.files import find_files
 
     reports = prepare(config, progress=False).reports
     formats = {file["path"]: file["format"] for r in reports for file in r.manifest["sources"]}
@@ -182,29 +182,32 @@ def compare(rounds: Sequence[Mapping[str, Mapping[str, float]]], what: str) -> f
     return statistics.median(one["datasets"][what] / one["prepare"][what] for one in rounds)
 
 
-def run_rounds(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure both sides in turns; the side that begins changes with every round."""
+def run_rounds(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure both sides in turns, and give the result so far after each round.
+
+    The side that begins changes with every round.
+    """
     workers = training_data(args).data.num_workers or len(os.sched_getaffinity(0))
     overrides = [*args.overrides, f"data.num_workers={workers}"]
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as folder:
         files = source_files(training_data(args, f"data.cache_dir={folder}/cache"))
         listed = Path(folder) / "files.json"
         listed.write_text(json.dumps(files))
-        rounds = []
+        environment, rounds = describe_environment(), []
         for number in range(1, args.rounds + 1):
             sides = SIDES if number % 2 else SIDES[::-1]
             rounds.append({side: measure(side, args, str(listed), overrides) for side in sides})
             print_round(number, rounds[-1])
-    return {
-        "environment": describe_environment(),
-        "processes": workers,
-        "files": len(files),
-        "bytes": sum(os.path.getsize(path) for path, _, _ in files),
-        "tokens": require_same_tokens(rounds),
-        "rounds": rounds,
-        "wall_ratio": compare(rounds, "wall_s"),
-        "cpu_ratio": compare(rounds, "cpu_s"),
-    }
+            yield {
+                "environment": environment,
+                "processes": workers,
+                "files": len(files),
+                "bytes": sum(os.path.getsize(path) for path, _, _ in files),
+                "tokens": require_same_tokens(rounds),
+                "rounds": rounds,
+                "wall_ratio": compare(rounds, "wall_s"),
+                "cpu_ratio": compare(rounds, "cpu_s"),
+            }
 
 
 def print_round(number: int, sides: Mapping[str, Mapping[str, float]]) -> None:
@@ -236,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, every round")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--files", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -246,9 +249,9 @@ def main() -> None:
     elif args.side == "datasets":
         print(run_datasets(training_data(args), json.loads(args.files.read_text())))
     else:
-        result = run_rounds(args)
-        if args.json is not None:
-            write_json_atomic(args.json, result)
+        for result in run_rounds(args):
+            if args.json is not None:
+                write_json_atomic(args.json, result)
         print(
             f"datasets / prepare, median of {args.rounds} rounds with {result['processes']} processes: "
             f"wall {result['wall_ratio']:.2f}, CPU {result['cpu_ratio']:.2f} (above 1: prepare is faster)"

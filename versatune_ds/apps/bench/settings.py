@@ -21,7 +21,7 @@ from versatune_ds.foundations.log import get_logger
 log = get_logger(__name__)
 
 DOMAINS = ("law", "medicine", "finance", "science", "code", "other")
-ZERO_FILE = Path(__file__).resolve().parents[2] / "configs" / "deepspeed" / "zero3.json"
+ZERO_FILE = Path(__file__).resolve().parents[3] / "configs" / "deepspeed" / "zero3.json"
 """The DeepSpeed settings that the project's own runs use; a checkout has it, an installed copy has not."""
 
 
@@ -35,7 +35,7 @@ class BenchSettings:
     """Slices of the first n layers; empty: the whole model, or slices of it where it does not fit."""
     pack_len: int = 8192
     packs_per_rank: int = 8
-    """Packs of a rank in a step: its accumulation steps. Few packs cannot be filled: 2 leave 4.3 % of
+    """Packs of a rank in a step: its accumulation steps. Few packs cannot be filled: 2 leave 5 % of
     the slots to padding, 8 leave 0.1 %."""
     warmup_steps: int = 5
     steps: int = 20

@@ -68,6 +68,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         rms_norm_eps=1e-5,
         rope_parameters={"rope_theta": 5e5, "rope_type": "default"},
     ),
+    "13m": _llama(256, 688, 6, 4, 2, 16384),  # no model: large enough for comparisons on a CPU
     "tiny": _llama(64, 160, 4, 4, 2, 4096),  # no model: for CPUs; the vocabulary holds the shipped sample's
 }
 

@@ -49,7 +49,7 @@ from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.plan.planner import StepPlan
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
 from versatune_ds.engine.backend.parameters import parameter_counts
-from versatune_ds.engine.backend.process_group import start_process_group
+from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.signals import StopRequest
 from versatune_ds.engine.model.dtypes import DTYPES
@@ -100,9 +100,11 @@ def bench_slice(settings: BenchSettings, layers: int) -> dict[str, Any]:
                 measured = measure(run, settings, ceiling["tflops"])
             finally:
                 run.close()
+    in_force = describe_settings(settings, run)
+    close_process_group()
     return {
         "environment": environment,
-        "settings": describe_settings(settings, run),
+        "settings": in_force,
         "peak_tflops": run.peak_tflops,
         "slice": {**measured, "matmul_ceiling": ceiling},
     }
@@ -322,6 +324,11 @@ def open_bench_run(config: Config, settings: BenchSettings, device: torch.device
     if settings.data is not None:
         samples = open_caches(load_config(settings.data), config_path=settings.data)["train"]
         check_tokens(samples, vocab_size, settings)
+    return open_run_on(config, samples, device)
+
+
+def open_run_on(config: Config, samples: list[Any], device: torch.device) -> Components:
+    """A run on these samples, one source a domain in table order; as `open_bench_run` opens it."""
     prepared = prepare_on_samples(config, samples)
     backend = build_backend(config, prepared.deepspeed, prepared.ranks, device)
     dry_run_when_asked(backend, config)

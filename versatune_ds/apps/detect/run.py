@@ -42,7 +42,7 @@ from versatune_ds.apps.detect.judge import Judge
 from versatune_ds.apps.detect.local_model import ModelJudge, judge_settings
 from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.prepare import open_caches
-from versatune_ds.data.encode.templating import load_tokenizer
+from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.domain.knowledge import aggregate
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group

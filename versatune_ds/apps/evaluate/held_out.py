@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from versatune_ds.apps.evaluate.lm_eval import check_benchmarks_can_run, run_benchmarks
+from versatune_ds.apps.evaluate.lm_eval import Scores, check_benchmarks_can_run, run_benchmarks
 from versatune_ds.apps.evaluate.targets import resolve_target
 from versatune_ds.config.benchmarks import Benchmarks
 from versatune_ds.config.derive import with_model
 from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.prepare import open_caches
-from versatune_ds.data.encode.templating import ChatEncoder, load_tokenizer
-from versatune_ds.data.plan.planner import Corpus
+from versatune_ds.data.encode.chat_encoder import ChatEncoder
+from versatune_ds.data.encode.tokenizer import load_tokenizer
+from versatune_ds.data.plan.corpus import Corpus
 from versatune_ds.domain.evaluation import Change, ModelEvaluation, compare
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.domain.table import DomainTable
@@ -33,6 +34,7 @@ from versatune_ds.engine.backend.deepspeed_backend import build_for_evaluation
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.evaluate import HeldOut, evaluate_samples
+from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
 from versatune_ds.engine.model.packed_lm import load_architecture
 from versatune_ds.engine.preflight import checks as preflight
@@ -101,19 +103,39 @@ def evaluate_in_group(
     out: Path | None = None,
     config_path: Path | None = None,
 ) -> tuple[ModelEvaluation, Path]:
-    """Evaluate one model within a process group and write evaluation.json; returns also its folder."""
+    """Evaluate one model within a process group and write evaluation.json; returns also its folder.
+
+    Benchmarks take hours: the file is written before the first of them and after each.
+    """
     target = resolve_target(model, config)
-    evaluation = measure(config, target.source, device, config_path)
-    if tasks is not None:
-        found = run_benchmarks(target.source, tasks, config.model, device)
-        evaluation = dataclasses.replace(
-            evaluation,
-            benchmarks=found.scores,
-            provenance={**evaluation.provenance, "benchmarks_not_run": found.not_run},
-        )
     folder = out or target.out
+    evaluation = measure(config, target.source, device, config_path)
+    write_evaluation(evaluation, folder)
+    if tasks is None:
+        return evaluation, folder
+
+    def with_scores(found: Scores) -> ModelEvaluation:
+        provenance = {**evaluation.provenance, "benchmarks_not_run": found.not_run}
+        return dataclasses.replace(evaluation, benchmarks=found.scores, provenance=provenance)
+
+    found = run_benchmarks(
+        target.source,
+        tasks,
+        config.model,
+        device,
+        keep=lambda so_far: write_evaluation(with_scores(so_far), folder),
+    )
+    write_evaluation(with_scores(found), folder)
+    return with_scores(found), folder
+
+
+def write_evaluation(evaluation: ModelEvaluation, folder: Path) -> None:
+    """Write evaluation.json on rank 0; a collective.
+
+    Raises:
+        StateError: on every rank, where it cannot be written.
+    """
     distributed.on_main(_write, evaluation, folder)
-    return evaluation, folder
 
 
 def _write(evaluation: ModelEvaluation, folder: Path) -> None:
@@ -153,8 +175,9 @@ def measure(
     lacking = [name for name, cache in zip(table.names, caches, strict=True) if cache is None]
     if lacking:
         log.warning("not evaluated, for lack of held-out data or by choice: %s", ", ".join(lacking))
-    backend = build_for_evaluation(derived, device)
-    losses, tokens = evaluate_samples(backend, held_out)
+    with explained(derived):
+        backend = build_for_evaluation(derived, device)
+        losses, tokens = evaluate_samples(backend, held_out)
     del backend
     free_memory()
     _check_finite(source, table, caches, losses)

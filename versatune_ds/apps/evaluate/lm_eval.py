@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ log = get_logger(__name__)
 
 ALLOW_CODE_VARIABLE = "HF_ALLOW_CODE_EVAL"
 """What lm-evaluation-harness and Hugging Face's code_eval ask for before they run a model's programs."""
+NOT_REACHED = "not reached: the evaluation was ended before"
 NO_TASK = "lm-evaluation-harness has no task for it"
 
 
@@ -62,7 +63,9 @@ def check_benchmarks_can_run(benchmarks: Benchmarks) -> None:
         )
 
 
-def run_benchmarks(source: str, benchmarks: Benchmarks, model: Model, device: torch.device) -> Scores:
+def run_benchmarks(
+    source: str, benchmarks: Benchmarks, model: Model, device: torch.device, keep: Callable[[Scores], None]
+) -> Scores:
     """Run all tasks on a model.
 
     Args:
@@ -70,6 +73,7 @@ def run_benchmarks(source: str, benchmarks: Benchmarks, model: Model, device: to
         benchmarks: the tasks.
         model: for dtype and trust.
         device: where the model computes.
+        keep: called after each task with what is known so far; tasks still to come stand in `not_run`.
     """
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -84,14 +88,17 @@ def run_benchmarks(source: str, benchmarks: Benchmarks, model: Model, device: to
     )
     include = None if benchmarks.include is None else str(benchmarks.include)
     manager = TaskManager(include_path=include)
-    scores, not_run = [], {}
+    scores: list[BenchmarkScore] = []
+    not_run = {task.name: NOT_REACHED for task in benchmarks.tasks}
     for task in benchmarks.tasks:
+        keep(Scores(tuple(scores), dict(not_run)))
         if task.task is None:
             not_run[task.name] = NO_TASK
             continue
         log.info("benchmark %s (%s)", task.name, task.task)
         try:
             scores.append(_run_task(lm, manager, task, benchmarks))
+            del not_run[task.name]
         except Exception as error:  # the harness raises anything, from KeyError to errors of the data set
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             if isinstance(error, VersaTuneError):

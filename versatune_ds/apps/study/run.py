@@ -40,7 +40,8 @@ from versatune_ds.apps.study.results import (
     summarise,
 )
 from versatune_ds.data.cache.prepare import PreparedData, prepare
-from versatune_ds.data.rows.readers import decode_block, find_files, read_blocks
+from versatune_ds.data.rows.files import find_files
+from versatune_ds.data.rows.readers import decode_block, read_blocks
 from versatune_ds.engine.faults.signals import StopRequest
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import DataError, VersaTuneError

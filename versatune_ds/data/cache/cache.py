@@ -90,9 +90,6 @@ class TokenCache:
     def __len__(self) -> int:
         return int(self.manifest["samples"])
 
-    def __repr__(self) -> str:
-        return f"TokenCache({self.folder}, {len(self)} samples)"
-
     @property
     def fingerprint(self) -> str:
         """Hash of all content: equal caches, wherever and however they were made, have equal ones."""
@@ -209,7 +206,7 @@ def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleArrays:
     """Encoded samples of one domain, in order, ready to be appended."""
 
     tokens: npt.NDArray[Any]
@@ -244,12 +241,11 @@ class CacheWriter:
             if path.stat().st_size < size:
                 raise StateError(f"{path}: shorter than its journal says")
             os.truncate(path, size)
-        known = set(sizes)
         for path in folder.rglob("*"):
-            if path.is_file() and str(path.relative_to(folder)) not in known:
+            if path.is_file() and str(path.relative_to(folder)) not in sizes:
                 path.unlink()
 
-    def append(self, domain_folder: str, source_index: int, samples: Samples) -> None:
+    def append(self, domain_folder: str, source_index: int, samples: SampleArrays) -> None:
         """Write samples behind those that are there."""
         n = len(samples.lengths)
         for name, values in (
@@ -349,19 +345,11 @@ def count_repeats(path: Path) -> tuple[int, int]:
     num_parts = 1 + rows // (4 * CHUNK)
     distinct_rows = distinct_prompts = 0
     for part in range(num_parts):
-        chosen = [pairs[pairs[:, 0] % num_parts == part] for pairs in _digest_parts(path)]
-        pairs = np.concatenate(chosen) if chosen else np.empty((0, 2), dtype=np.uint64)
-        order = np.lexsort((pairs[:, 1], pairs[:, 0]))
-        pairs = pairs[order]
-        is_new_prompt = np.ones(len(pairs), dtype=bool)
-        is_new_prompt[1:] = pairs[1:, 0] != pairs[:-1, 0]
-        is_new_row = is_new_prompt.copy()
-        is_new_row[1:] |= pairs[1:, 1] != pairs[:-1, 1]
-        distinct_prompts += int(is_new_prompt.sum())
-        distinct_rows += int(is_new_row.sum())
+        parts = (flat.reshape(-1, 2) for flat in _parts(path, "<u8"))
+        chosen = [pairs[pairs[:, 0] % num_parts == part] for pairs in parts]
+        pairs = np.concatenate([np.empty((0, 2), dtype="<u8"), *chosen])
+        pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+        differs = pairs[1:] != pairs[:-1]
+        distinct_prompts += min(1, len(pairs)) + int(differs[:, 0].sum())
+        distinct_rows += min(1, len(pairs)) + int(differs.any(axis=1).sum())
     return rows - distinct_rows, distinct_rows - distinct_prompts
-
-
-def _digest_parts(path: Path) -> Iterator[npt.NDArray[np.uint64]]:
-    for part in _parts(path, "<u8"):
-        yield part.reshape(-1, 2)

@@ -9,9 +9,7 @@ of everything the result depends on. In the cache folder lie
     source_hashes.json     SHA-256 of source files by size and times: unchanged files are not read again
 
 One process reads blocks of rows and appends results in order; the workers decode, check, render and tokenise.
-Memory is bounded by the blocks in flight. Every few seconds the files are synced and the journal replaced;
-after a kill, files are cut back to the journal and the work goes on from there. The last step is a rename, so
-a unit is whole or absent.
+Memory is bounded by the blocks in flight. After a kill the work goes on from the journal (`unit_writer.py`).
 
 Training never prepares: `open_caches` compares keys and refuses with the command to run. It checks sizes,
 not content, and takes a source's hash from source_hashes.json while its size and times are unchanged.
@@ -23,31 +21,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from tqdm import tqdm
 
 from versatune_ds.config.schema import Config
-from versatune_ds.data.cache.cache import (
-    CACHE_SCHEMA_VERSION,
-    CacheWriter,
-    TokenCache,
-    check_file,
-    file_entry,
-    manifest_fingerprint,
-    token_dtype,
-)
+from versatune_ds.data.cache.cache import TokenCache, check_file, token_dtype
+from versatune_ds.data.cache.summary import UnitReport, summary_lines
+from versatune_ds.data.cache.unit_writer import UnitWriter
 from versatune_ds.data.cache.units import (
+    REJECTED_FILE,
     SPLITS,
     UNIT_FILE,
-    SourceFiles,
     SourceHashes,
     Unit,
     find_units,
@@ -55,55 +45,21 @@ from versatune_ds.data.cache.units import (
     unit_lock,
     why_missing,
 )
-from versatune_ds.data.encode.encoder import (
-    NEVER_FATAL,
-    BlockResult,
-    EncodeSettings,
-    EncodeTask,
-    Problem,
-    Workers,
-    refuse_unguarded_import,
-)
-from versatune_ds.data.encode.templating import ChatEncoder, load_tokenizer
-from versatune_ds.data.rows import readers
-from versatune_ds.data.rows.readers import (
-    WHOLE_FILE,
-    BadRow,
-    Block,
-    InputFile,
-    Place,
-    decode_block,
-    read_blocks,
-)
-from versatune_ds.data.rows.schemas import RowSchema
+from versatune_ds.data.encode.chat_encoder import ChatEncoder
+from versatune_ds.data.encode.encoder import EncodeSettings, EncodeTask
+from versatune_ds.data.encode.tokenizer import load_tokenizer
+from versatune_ds.data.encode.workers import EncodeWorkers, refuse_unguarded_import
+from versatune_ds.domain.reference import initial_weights
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.constants import RESOLVED_CONFIG_FILE
 from versatune_ds.foundations.errors import DataError, StateError
-from versatune_ds.foundations.files import folder_name, fsync_dir, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 
 logger = get_logger(__name__)
 
-REJECTED_FILE = "rejected.jsonl"
-JOURNAL_FILE = "journal.json"
-JOURNAL_EVERY_S = 5.0
 INLINE_BYTES = 4 << 20
 """Less source than this is tokenised in this process: starting workers takes about a second each."""
-
-
-# What callers see
-
-
-@dataclass(frozen=True)
-class UnitReport:
-    """A prepared unit: its manifest (unit.json) and whether it had to be made."""
-
-    split: str
-    folder: Path
-    manifest: dict[str, Any]
-    reused: bool
-    ignored: tuple[str, ...]
-    """What lies beside the sources' files and is not read (`FoundFiles.ignored`)."""
+BAR_FORMAT = "preparing {percentage:3.0f}%|{bar}| {postfix} [{elapsed}, {remaining} left]"
 
 
 @dataclass(frozen=True)
@@ -121,7 +77,7 @@ class PreparedData:
 
     def table(self) -> str:
         """Samples, tokens and rejections per split and domain, as text."""
-        return "\n".join(_report_lines(self.reports))
+        return "\n".join(summary_lines(self.reports))
 
 
 def prepare(config: Config, *, progress: bool = True) -> PreparedData:
@@ -171,7 +127,7 @@ def _prepare(config: Config, progress: bool) -> PreparedData:
         missing = [unit for unit in by_key.values() if not _is_sound(unit)]
         if missing:
             made = {unit.key for unit in missing}
-            _Preparation(config, encoder, missing, hashes, progress).run()
+            _make(config, encoder, missing, hashes, progress)
     reports = tuple(
         UnitReport(u.split, u.folder, read_unit(u.folder), u.key not in made, u.ignored) for u in units
     )
@@ -218,8 +174,6 @@ def _prepare_command(config: Config, config_path: str | Path | None) -> str:
 
 
 def _require_train_data(config: Config, caches: Sequence[TokenCache | None]) -> None:
-    from versatune_ds.domain.reference import initial_weights
-
     table = DomainTable(config.domains.names)
     weights = initial_weights(config.domains, config.weights, table)
     lacking = [
@@ -281,378 +235,57 @@ def _warn_about_shared_files(units: Sequence[Unit]) -> None:
                 )
 
 
-# Preparation
-
-
-class _UnitWork:
-    """A unit in preparation: its partial folder, journal, writer and counts."""
-
-    def __init__(self, unit: Unit, dtype: str, hashes: SourceHashes) -> None:
-        self.unit = unit
-        self.partial = unit.cache_dir / f"{unit.key}.partial"
-        self.hashes = hashes
-        self.next_file = self.next_block = 0
-        self.formats: list[str | None] = [None] * len(unit.files)
-        self.rows = [0] * len(unit.files)
-        self.samples = [0] * len(unit.files)
-        self.notes: dict[str, Counter[str]] = {}
-        self.rejected: dict[str, Counter[str]] = {}
-        self.examples: list[str] = []
-        self.is_resumed = False
-        self.last_sync = time.monotonic()
-        sizes = self._read_journal()
-        self.writer = CacheWriter(self.partial / "unit", dtype, sizes)
-        self._folders = {domain: folder_name(domain) for domain in unit.domains}
-
-    def _read_journal(self) -> dict[str, int]:
-        """Go on from the journal, if there is a sound one; returns file sizes."""
-        try:
-            journal = json.loads((self.partial / JOURNAL_FILE).read_bytes())
-            if journal["block_limits"] != self._block_limits():
-                return {}
-            for name, size in journal["sizes"].items():
-                if (self.partial / "unit" / name).stat().st_size < size:
-                    return {}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
-        self.next_file, self.next_block = journal["next"]
-        self.formats, self.rows, self.samples = journal["formats"], journal["rows"], journal["samples"]
-        self.notes = {domain: Counter(counts) for domain, counts in journal["notes"].items()}
-        self.rejected = {domain: Counter(counts) for domain, counts in journal["rejected"].items()}
-        self.examples = journal["examples"]
-        self.is_resumed = True
-        sizes: dict[str, int] = journal["sizes"]
-        return sizes
-
-    @staticmethod
-    def _block_limits() -> list[int]:
-        """The journal counts blocks, so it holds only while they are cut in the same way."""
-        return [readers.BLOCK_BYTES, readers.BLOCK_ROWS, readers.MAX_ROW_BYTES]
-
-    def tasks(self) -> Iterator[tuple[tuple[int, int, int], EncodeTask]]:
-        """((file, block, bytes of the file read), task) for every block that is not done yet."""
-        for i, (file, digest, source) in enumerate(self.unit.files):
-            if i < self.next_file:
-                continue
-            if file.kind == "hub":
-                file = InputFile(file.path, "hub", split=file.split, revision=digest)
-            schema = self.unit.schema(source.source)
-            format = self.formats[i]
-            for j, block in enumerate(read_blocks(file, schema.needed_columns)):
-                if format is None:
-                    format = self.formats[i] = _detect(file, block, schema)
-                if (i, j) >= (self.next_file, self.next_block):
-                    yield (i, j, block.consumed), EncodeTask(file, schema, format, block)
-
-    def add(self, file_index: int, block_index: int, result: BlockResult) -> None:
-        """Append a block's result.
-
-        Raises:
-            DataError: the block has a problem that stops the preparation.
-        """
-        file, _, source = self.unit.files[file_index]
-        if result.fatal is not None:
-            raise self._error(file, source, result.fatal)
-        for domain, samples in result.samples.items():
-            self.writer.append(self._folders[domain], file_index, samples)
-            self.samples[file_index] += len(samples.lengths)
-        for domain, counts in result.notes.items():
-            self.notes.setdefault(domain, Counter()).update(counts)
-        for problem in result.problems:
-            self.rejected.setdefault(problem.domain, Counter())[problem.reason] += 1
-            self.writer.write_text(REJECTED_FILE, _rejected_line(file, problem))
-            if len(self.examples) < 3:
-                self.examples.append(f"{_place_text(file, problem.place)}: {problem.message}")
-        self.rows[file_index] += result.rows
-        self.next_file, self.next_block = file_index, block_index + 1
-        if time.monotonic() - self.last_sync >= JOURNAL_EVERY_S:
-            self._journal()
-
-    def _error(self, file: InputFile, source: SourceFiles, problem: Problem) -> DataError:
-        hint = ""
-        if problem.reason in WHOLE_FILE:
-            hint = "\nOr set data.on_bad_row: skip to go on with what can be read (the loss is recorded)"
-        elif problem.reason not in NEVER_FATAL:
-            hint = "\nFix the row, or set data.on_bad_row: skip to leave such rows out (each is recorded)"
-        found = f"\nThe row begins: {problem.excerpt}" if problem.excerpt else ""
-        return DataError(
-            f"{problem.message} ({problem.reason}, {source.name}){found}{hint}",
-            path=file.path,
-            line=problem.place.line,
-            row=problem.place.row,
-        )
-
-    def _journal(self) -> None:
-        sizes = self.writer.sync()
-        write_json_atomic(
-            self.partial / JOURNAL_FILE,
-            {
-                "sizes": sizes,
-                "block_limits": self._block_limits(),
-                "next": [self.next_file, self.next_block],
-                "formats": self.formats,
-                "rows": self.rows,
-                "samples": self.samples,
-                "notes": self.notes,
-                "rejected": self.rejected,
-                "examples": self.examples,
-            },
-        )
-        self.last_sync = time.monotonic()
-
-    def finish(self) -> None:
-        """Check, write the manifests, and give the unit its name.
-
-        Raises:
-            DataError: a source gave no sample, or a source file changed meanwhile.
-        """
-        self._check_sources()
-        self.writer.write_text(REJECTED_FILE, "")
-        self.writer.sync()
-        domains: dict[str, dict[str, Any]] = {}
-        for domain in self.unit.domains:
-            folder = self._folders[domain]
-            if not (self.writer.folder / folder).is_dir():
-                continue
-            manifest = self.writer.finish_domain(folder, self._about(domain))
-            domains[domain] = {"folder": folder, **self._summary(domain, manifest)}
-        unit = {
-            "schema_version": CACHE_SCHEMA_VERSION,
-            "key": self.unit.key,
-            "inputs": self.unit.inputs,
-            "sources": self._source_list(),
-            "domains": domains,
-            "rejected": {name: dict(sorted(self.rejected[name].items())) for name in sorted(self.rejected)},
-            "rejected_file": file_entry(self.writer.folder / REJECTED_FILE),
-        }
-        unit["fingerprint"] = manifest_fingerprint(unit)
-        write_json_atomic(self.writer.folder / UNIT_FILE, unit)
-        for entry in domains.values():
-            self.writer.drop_temporary(entry["folder"])
-        fsync_dir(self.writer.folder)
-        os.replace(self.writer.folder, self.unit.folder)
-        fsync_dir(self.unit.cache_dir)
-        shutil.rmtree(self.partial)
-
-    def _about(self, domain: str) -> dict[str, Any]:
-        return {"domain": domain, "key": self.unit.key, "sources": self._source_list()}
-
-    def _source_list(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "path": file.path,
-                "unit": file.unit,
-                "sha256": digest,
-                "format": self.formats[i],
-                "rows": self.rows[i],
-                "samples": self.samples[i],
-            }
-            for i, (file, digest, _) in enumerate(self.unit.files)
-        ]
-
-    def _summary(self, domain: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        names = ("samples", "tokens", "supervised_tokens", "duplicates", "conflicting", "fingerprint")
-        notes = dict(sorted(self.notes.get(domain, Counter()).items()))
-        return {**{name: manifest[name] for name in names}, "notes": notes}
-
-    def _check_sources(self) -> None:
-        for file, digest, source in self.unit.files:
-            if self.hashes.look_up(file) != digest:
-                raise DataError("the file changed while it was read; run the command again", path=file.path)
-            if file is source.files[-1]:
-                own = [j for j, (_, _, other) in enumerate(self.unit.files) if other is source]
-                if not any(self.samples[j] for j in own):
-                    raise DataError(self._no_sample(source), path=file.path)
-
-    def _no_sample(self, source: SourceFiles) -> str:
-        reasons = sum(self.rejected.values(), Counter())
-        counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-        examples = "".join(f"\n  {example}" for example in self.examples)
-        return f"{source.name} gives no usable sample ({counts or 'no rows'}). For example:{examples}"
-
-    def discard(self) -> None:
-        """Remove what was prepared, after an error in the data: it is of no use for the corrected files."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def _detect(file: InputFile, block: Block, schema: RowSchema) -> str | None:
-    for _, row in decode_block(file, block):
-        if not isinstance(row, BadRow) and (format := schema.detect(row)) is not None:
-            return format
-    return None
-
-
-def _place_text(file: InputFile, place: Place) -> str:
-    line = f":{place.line}" if place.line is not None else ""
-    row = f" row {place.row}" if place.row is not None else ""
-    return f"{file.path}{line}{row}"
-
-
-def _rejected_line(file: InputFile, problem: Problem) -> str:
-    entry = {
-        "path": file.path,
-        "line": problem.place.line,
-        "row": problem.place.row,
-        "domain": problem.domain,
-        "reason": problem.reason,
-        "message": problem.message,
-        "excerpt": problem.excerpt,
-    }
-    return json.dumps(entry) + "\n"
-
-
-class _Preparation:
-    """Makes several units with one set of workers, so that no core waits where one unit ends."""
-
-    def __init__(
-        self, config: Config, encoder: ChatEncoder, units: list[Unit], hashes: SourceHashes, progress: bool
-    ) -> None:
-        self.config = config
-        self.settings = EncodeSettings(
-            encoder=encoder,
-            pack_len=config.batch.pack_len,
-            overlong=config.data.overlong,
-            stop_at_bad_row=config.data.on_bad_row == "error",
-            dtype=token_dtype(encoder.vocab_size),
-        )
-        self.works = [_UnitWork(unit, self.settings.dtype, hashes) for unit in units]
-        self.progress = progress
-
-    def run(self) -> None:
-        sizes = [[_size(file) for file, _, _ in work.unit.files] for work in self.works]
-        total = sum(map(sum, sizes))
-        count = self.config.data.num_workers or len(os.sched_getaffinity(0))
-        if count == 1 or (total < INLINE_BYTES and not any(_is_hub(work.unit) for work in self.works)):
-            count = 0
-        for work in self.works:
-            if work.is_resumed:
-                done = sum(work.samples)
-                logger.info("going on with %s after %d samples", ", ".join(work.unit.domains), done)
-        bar = _ProgressBar(total, self.progress)
-        workers = Workers(count, self.settings)
-        try:
-            for (i, place), result in workers.run(self._tasks()):
-                work = self.works[i]
+def _make(
+    config: Config, encoder: ChatEncoder, units: Sequence[Unit], hashes: SourceHashes, progress: bool
+) -> None:
+    """Make several units with one set of workers, so that no core waits where one unit ends."""
+    settings = EncodeSettings(
+        encoder=encoder,
+        pack_len=config.batch.pack_len,
+        overlong=config.data.overlong,
+        stop_at_bad_row=config.data.on_bad_row == "error",
+        dtype=token_dtype(encoder.vocab_size),
+    )
+    writers = [UnitWriter(unit, settings.dtype, hashes) for unit in units]
+    for writer in writers:
+        if writer.is_resumed:
+            done = sum(writer.progress.samples)
+            logger.info("going on with %s after %d samples", ", ".join(writer.unit.domains), done)
+    files = [file for unit in units for file, _, _ in unit.files]
+    total = sum(os.path.getsize(file.path) for file in files if file.kind != "hub")
+    count = config.data.num_workers or len(os.sched_getaffinity(0))
+    if count == 1 or (total < INLINE_BYTES and not any(file.kind == "hub" for file in files)):
+        count = 0
+    read: dict[tuple[int, int], int] = {}  # bytes of each file
+    samples = 0
+    # None: off unless standard error is a terminal
+    bar = tqdm(total=total or None, disable=None if progress else True, bar_format=BAR_FORMAT, leave=False)
+    workers = EncodeWorkers(count, settings)
+    try:
+        for (i, file, block, consumed), result in workers.run(_tasks(writers)):
+            try:
                 if result is None:
-                    self._finish(work)
+                    writers[i].finish()
                     continue
-                try:
-                    work.add(place[0], place[1], result)
-                except DataError:
-                    work.discard()
-                    raise
-                bar.advance((i, place[0]), place[2], sum(len(s.lengths) for s in result.samples.values()))
-        finally:
-            bar.close()
-            workers.close()
-
-    def _tasks(self) -> Iterator[tuple[Any, EncodeTask | None]]:
-        for i, work in enumerate(self.works):
-            for place, task in work.tasks():
-                yield (i, place), task
-            yield (i, None), None
-
-    def _finish(self, work: _UnitWork) -> None:
-        try:
-            work.finish()
-        except DataError:
-            work.discard()
-            raise
+                writers[i].add(file, block, result)
+            except DataError:
+                writers[i].discard()
+                raise
+            samples += sum(len(part.lengths) for part in result.samples.values())
+            rate = samples / max(1e-9, bar.format_dict["elapsed"])
+            bar.set_postfix_str(f"{samples:,} samples, {rate:,.0f}/s", refresh=False)
+            bar.update(consumed - read.get((i, file), 0))
+            read[i, file] = consumed
+    finally:
+        bar.close()
+        workers.close()
 
 
-def _is_hub(unit: Unit) -> bool:
-    return any(file.kind == "hub" for file, _, _ in unit.files)
-
-
-def _size(file: InputFile) -> int:
-    return 0 if file.kind == "hub" else os.path.getsize(file.path)
-
-
-class _ProgressBar:
-    """Share of the source bytes read, samples per second, time left; on a terminal only."""
-
-    FORMAT = "preparing {percentage:3.0f}%|{bar}| {postfix} [{elapsed}, {remaining} left]"
-
-    def __init__(self, total: int, is_wanted: bool) -> None:
-        from tqdm import tqdm
-
-        disable = None if is_wanted else True  # None: off unless standard error is a terminal
-        self.bar = tqdm(total=total or None, disable=disable, bar_format=self.FORMAT, leave=False)
-        self.read: dict[Any, int] = {}
-        self.samples = 0
-        self.start = time.monotonic()
-
-    def advance(self, file: Any, consumed: int, samples: int) -> None:
-        """`consumed`: bytes of the file read so far; a new largest value moves the bar."""
-        before = self.read.get(file, 0)
-        self.read[file] = max(before, consumed)
-        self.samples += samples
-        rate = self.samples / max(1e-9, time.monotonic() - self.start)
-        self.bar.set_postfix_str(f"{self.samples:,} samples, {rate:,.0f}/s", refresh=False)
-        self.bar.update(self.read[file] - before)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-# Reports
-
-_NOTES = {
-    "truncated": "truncated to batch.pack_len",
-    "split": "split into pieces of batch.pack_len",
-    "pieces_dropped": "pieces without supervised tokens dropped",
-    "special_text": "with the text of a special token in a message",
-    "rewritten": "with a message that the chat template changed",
-}
-
-
-def _report_lines(reports: Sequence[UnitReport]) -> Iterator[str]:
-    rows = [["split", "domain", "samples", "tokens", "supervised", "rejected", "repeated", "conflicting", ""]]
-    rejected: list[list[str]] = []
-    notes: list[str] = []
-    for report in reports:
-        unit = report.manifest
-        for domain in [*unit["domains"], *(d for d in unit["rejected"] if d not in unit["domains"])]:
-            counts = unit["domains"].get(domain)
-            reasons = unit["rejected"].get(domain, {})
-            bad = sum(reasons.values())
-            rejected += [[report.split, domain, reason, f"{n:,}"] for reason, n in reasons.items()]
-            if counts is None:
-                rows.append([report.split, domain, "0", "0", "", f"{bad:,}", "", "", ""])
-                continue
-            share = counts["supervised_tokens"] / max(1, counts["tokens"])
-            rows.append(
-                [report.split, domain, f"{counts['samples']:,}", f"{counts['tokens']:,}", f"{share:.1%}",
-                 f"{bad:,}", f"{counts['duplicates']:,}", f"{counts['conflicting']:,}",
-                 "reused" if report.reused else ""]
-            )  # fmt: skip
-            for name, text in _NOTES.items():
-                if count := counts["notes"].get(name):
-                    notes.append(f"note: {report.split} {domain}: {count:,} {text}")
-        if report.ignored:
-            shown = ", ".join(report.ignored[:3]) + (", ..." if len(report.ignored) > 3 else "")
-            notes.append(
-                f"note: {report.split}: {len(report.ignored)} beside the data not read (other kinds of file, "
-                f"names that begin with . or _): {shown}"
-            )
-        if unit["rejected"]:
-            notes.append(f"rejected rows of {report.split}: {report.folder / REJECTED_FILE}")
-    yield from _columns(rows)
-    if rejected:
-        yield ""
-        yield from _columns([["split", "domain", "reason", "rows"], *rejected])
-    if notes:
-        yield ""
-        yield from notes
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows in aligned columns; numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    is_number = [any(cell[:1].isdigit() for cell in column) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, is_number, strict=True)
-        ]
-        yield "  ".join(cells).rstrip()
+def _tasks(
+    writers: Sequence[UnitWriter],
+) -> Iterator[tuple[tuple[int, int, int, int], EncodeTask | None]]:
+    """((unit, file, block, bytes of the file read), task); None once all tasks of a unit are given."""
+    for i, writer in enumerate(writers):
+        for file, block, task in writer.tasks():
+            yield (i, file, block, task.block.consumed), task
+        yield (i, 0, 0, 0), None

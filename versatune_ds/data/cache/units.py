@@ -11,18 +11,20 @@ What is not covered: making units (`prepare.py`) and what a cache holds (`cache.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from versatune_ds.config.schema import Config, Source
 from versatune_ds.data.cache.cache import CACHE_SCHEMA_VERSION, read_manifest
-from versatune_ds.data.encode.templating import ChatEncoder
-from versatune_ds.data.rows.readers import HUB_PREFIX, FoundFiles, InputFile, find_files, hub_revision
+from versatune_ds.data.encode.chat_encoder import ChatEncoder
+from versatune_ds.data.rows.files import InputFile, find_files
+from versatune_ds.data.rows.hub import hub_revision
 from versatune_ds.data.rows.schemas import RowSchema
 from versatune_ds.foundations.errors import DataError, StateError
 from versatune_ds.foundations.files import canonical_hash, sha256_file, write_json_atomic
@@ -34,6 +36,7 @@ PREPARE_VERSION = 2
 """Part of every key: raise it when the same input gives other tokens, masks or rejections."""
 SPLITS = ("train", "eval")
 UNIT_FILE = "unit.json"
+REJECTED_FILE = "rejected.jsonl"
 HASHES_FILE = "source_hashes.json"
 
 
@@ -44,8 +47,10 @@ class SourceFiles:
     name: str
     """`data.train[0]`, for error texts."""
     source: Source
-    files: tuple[InputFile, ...]
-    hashes: tuple[str, ...]
+    files: tuple[tuple[InputFile, str], ...]
+    """Each with the hash of its content."""
+    ignored: tuple[str, ...]
+    """See `FoundFiles.ignored`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,6 @@ class Unit:
     inputs: dict[str, Any]
     """Everything the result depends on; its hash is the key."""
     cache_dir: Path
-    ignored: tuple[str, ...]
 
     @property
     def key(self) -> str:
@@ -73,33 +77,28 @@ class Unit:
     @property
     def files(self) -> list[tuple[InputFile, str, SourceFiles]]:
         """(file, its hash, its source), in reading order; the position is the source index of samples."""
-        return [
-            (file, digest, source)
-            for source in self.sources
-            for file, digest in zip(source.files, source.hashes, strict=True)
-        ]
+        return [(file, digest, source) for source in self.sources for file, digest in source.files]
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """What lies beside the files of the sources and is not read."""
+        return tuple(name for source in self.sources for name in source.ignored)
 
     def schema(self, source: Source) -> RowSchema:
         """How rows of `source` are read."""
         return RowSchema(source.format, source.columns, source.domain, source.domain_column, self.domains)
 
 
-def find_units(config: Config, encoder: ChatEncoder, hash_file: Any) -> list[Unit]:
-    """All units of a configuration, with their keys; `hash_file(InputFile) -> str` gives content hashes.
+def find_units(config: Config, encoder: ChatEncoder, hash_file: Callable[[InputFile], str]) -> list[Unit]:
+    """All units of a configuration, with their keys; `hash_file` gives content hashes.
 
     Raises:
         DataError: a source has no files.
     """
     units = []
     for split in SPLITS:
-        sources: list[SourceFiles] = []
-        ignored: dict[str, tuple[str, ...]] = {}
-        for i, source in enumerate(getattr(config.data, split)):
-            name = f"data.{split}[{i}]"
-            found = _find(source, name)
-            hashed = tuple(hash_file(file) for file in found.files)
-            sources.append(SourceFiles(name, source, found.files, hashed))
-            ignored[name] = found.ignored
+        given = enumerate(getattr(config.data, split))
+        sources = [_source_files(f"data.{split}[{i}]", source, hash_file) for i, source in given]
         names = tuple(config.domains.names)
         if any(source.source.domain_column for source in sources):
             groups = [(names, sources)]
@@ -107,17 +106,17 @@ def find_units(config: Config, encoder: ChatEncoder, hash_file: Any) -> list[Uni
             groups = [((d,), [s for s in sources if s.source.domain == d]) for d in names]
         for domains, members in groups:
             if members:
-                beside = tuple(itertools.chain.from_iterable(ignored[s.name] for s in members))
                 inputs = _unit_inputs(config, encoder, domains, members)
-                units.append(Unit(split, tuple(members), domains, inputs, config.data.cache_dir, beside))
+                units.append(Unit(split, tuple(members), domains, inputs, config.data.cache_dir))
     return units
 
 
-def _find(source: Source, name: str) -> FoundFiles:
+def _source_files(name: str, source: Source, hash_file: Callable[[InputFile], str]) -> SourceFiles:
     try:
-        return find_files(source.path, source.split)
+        found = find_files(source.path, source.split)
     except DataError as error:
         raise DataError(f"{error.reason} ({name})", path=error.path) from None
+    return SourceFiles(name, source, tuple((file, hash_file(file)) for file in found.files), found.ignored)
 
 
 def _unit_inputs(
@@ -136,10 +135,7 @@ def _unit_inputs(
                 "domain_column": member.source.domain_column,
                 "format": member.source.format,
                 "columns": dict(member.source.columns),
-                "files": [
-                    [file.kind, file.compression, digest]
-                    for file, digest in zip(member.files, member.hashes, strict=True)
-                ],
+                "files": [[file.kind, file.compression, digest] for file, digest in member.files],
             }
             for member in sources
         ],
@@ -174,10 +170,7 @@ class SourceHashes:
 
     def update(self, file: InputFile) -> str:
         """The hash, computed where it is not known, and remembered."""
-        from filelock import FileLock
-
-        known = self._known(file)
-        if known is not None and file.kind != "hub":
+        if file.kind != "hub" and (known := self._known(file)) is not None:
             return known
         # One process reads a file; the others that started with it find its hash here.
         with FileLock(f"{self.path}.lock"):
@@ -185,29 +178,17 @@ class SourceHashes:
             if known is not None and file.kind != "hub":
                 return known
             stamp = file_stamp(file)
-            digest = self._hub_commit(file, known) if file.kind == "hub" else _hash(file)
-            entries = self._read()
-            entries[self._name(file)] = [stamp, digest]
-            write_json_atomic(self.path, entries)
+            digest = _hub_commit(file, known) if file.kind == "hub" else _hash(file)
+            write_json_atomic(self.path, self._read() | {self._name(file): [stamp, digest]})
         return digest
 
     def look_up(self, file: InputFile) -> str:
         """The hash; a file that changed or is not known is read, a hub data set must be known."""
-        known = self._known(file)
-        if known is not None:
+        if (known := self._known(file)) is not None:
             return known
         if file.kind == "hub":
             raise StateError(f"{file.path} is not prepared; run `versatune-ds prepare` with the hub in reach")
         return _hash(file)
-
-    def _hub_commit(self, file: InputFile, known: str | None) -> str:
-        try:
-            return hub_revision(file.path)
-        except DataError as error:
-            if known is None:
-                raise
-            logger.warning("%s; going on with commit %s, which was used before", error, known)
-            return known
 
     def _known(self, file: InputFile) -> str | None:
         entry = self._read().get(self._name(file))
@@ -224,9 +205,19 @@ class SourceHashes:
         return entries if isinstance(entries, dict) else {}
 
 
+def _hub_commit(file: InputFile, known: str | None) -> str:
+    try:
+        return hub_revision(file.path)
+    except DataError as error:
+        if known is None:
+            raise
+        logger.warning("%s; going on with commit %s, which was used before", error, known)
+        return known
+
+
 def file_stamp(file: InputFile) -> list[int]:
     """Size and times (ns) of a file; any write changes it. Empty for hub data sets, which have commits."""
-    if file.path.startswith(HUB_PREFIX):
+    if file.kind == "hub":
         return []
     try:
         stat = os.stat(file.path)
@@ -248,18 +239,15 @@ def read_unit(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def unit_lock(cache_dir: Path, key: str) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
+    """Hold a unit; says that it waits, at once and then every minute."""
     lock = FileLock(cache_dir / f"{key}.lock")
-    waited = 0
-    while True:
+    still = ""
+    while not lock.is_locked:
         try:
-            lock.acquire(timeout=60 if waited else 0)
-            break
+            lock.acquire(timeout=60 if still else 0)
         except Timeout:
-            still = "still " if waited else ""
             logger.info("another process prepares this data; %swaiting for it (%s)", still, lock.lock_file)
-            waited += 1
+            still = "still "
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from versatune_ds.data.rows.readers import BadRow, Reason, kind_of, short
+from versatune_ds.data.rows.reasons import BadRow, Reason, kind_of, short
 from versatune_ds.foundations.constants import IGNORE_INDEX
 from versatune_ds.foundations.errors import unknown_name
 from versatune_ds.foundations.text import is_blank
@@ -158,11 +158,10 @@ class RowSchema:
         return Conversation(tuple(turns))
 
     def _unknown_columns(self, row: Mapping[str, Any]) -> BadRow:
-        found = ", ".join(short(name, 40)[1:-1] for name in list(row)[:12]) or "none"
         known = "; ".join(f"{name}: {' + '.join(required)}" for name, (required, _) in FORMATS.items())
         return BadRow(
             Reason.UNKNOWN_COLUMNS,
-            f"found the columns {found}, which fit no format ({known}). Map them in the source, e.g. "
+            f"found the columns {_names(row)}, which fit no format ({known}). Map them in the source, e.g. "
             "`columns: {prompt: question, completion: answer}`",
         )
 
@@ -222,9 +221,8 @@ class RowSchema:
         column = self.column(name)
         place = f"{where}.{column}" if where else column
         if column not in row:
-            found = ", ".join(short(key, 40)[1:-1] for key in list(row)[:12]) or "none"
-            message = f"{place} is missing (found: {found}); give it, or map `columns`"
-            raise BadRow(Reason.MISSING_FIELD, message)
+            found = f"{place} is missing (found: {_names(row)})"
+            raise BadRow(Reason.MISSING_FIELD, f"{found}; give it, or map `columns`")
         if row[column] is None:
             raise BadRow(Reason.NULL_FIELD, f"{place} is null; a value is needed")
         return row[column]
@@ -307,6 +305,10 @@ class RowSchema:
             return np.array(values, dtype=np.int64)
         except OverflowError:
             raise BadRow(Reason.INVALID_TOKEN, f"{column} holds a number beyond 64 bits") from None
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    return ", ".join(short(name, 40)[1:-1] for name in list(row)[:12]) or "none"
 
 
 def _wrong_type(place: str, value: Any, wanted: str) -> BadRow:

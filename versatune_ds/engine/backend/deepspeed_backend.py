@@ -2,6 +2,12 @@
 
 Also the bare model for evaluation, without gradients: partitioned under ZeRO-3, whole otherwise.
 
+Where the host waits for the device in what DeepSpeed 0.19.8 does under ZeRO-3 and offers no setting for:
+after each backward for the stream that reduces gradients (their buffers are used again), before a parameter
+is fetched for an older fetch (which bounds memory; on one rank for the fetch itself), and at the optimizer
+step for the norm, to see whether it is finite. With flash-attn transformers looks in every forward whether
+position ids hold several sequences; torch's varlen kernel is spared that (`attention.register_varlen`).
+
 What is not covered: which settings DeepSpeed gets (`deepspeed_config.py`), and dividing a saved state anew
 (`reshard.py`).
 """

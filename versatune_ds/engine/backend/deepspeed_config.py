@@ -139,6 +139,9 @@ STAGES = {
 """ZeRO stages at which a key of zero_optimization does something, where not at all; keys that begin with
 `stage3_` need stage 3."""
 
+NVME_KEYS = {"buffer_count", "buffer_size", "fast_init", "max_in_cpu", "pipeline_read", "pipeline_write"}
+"""Keys of offload_optimizer and offload_param that only swapping reads."""
+
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run.
@@ -236,6 +239,11 @@ def _require_effect(settings: dict[str, Any]) -> None:
             needed = " or ".join(map(str, stages))
             why = f"works at ZeRO stage {needed}; this is {stage}"
             raise _without_effect(f"zero_optimization.{key}", why)
+    for key in ("gradient_predivide_factor", "prescale_gradients"):
+        # above, DeepSpeed 0.19.8 refuses it once the model is built or, at stage 3 with reduce_scatter false
+        # and a factor of the number of ranks, divides twice
+        if key in settings and stage > 1:
+            raise _without_effect(key, f"works at ZeRO stage 0 or 1; this is {stage}")
     sections = {key: zero.get(key) or {} for key in ("offload_optimizer", "offload_param")}
     for key, section in sections.items():
         if (section.get("device") == "nvme") != (section.get("nvme_path") is not None):
@@ -243,6 +251,9 @@ def _require_effect(settings: dict[str, Any]) -> None:
                 f"deepspeed: zero_optimization.{key} needs both device: nvme and nvme_path, a folder on a "
                 f"local disk, or neither; found {section}"
             )
+        for inner in sorted(section.keys() & NVME_KEYS):
+            if section.get("device") != "nvme":
+                raise _without_effect(f"zero_optimization.{key}.{inner}", "is for device: nvme")
     on_nvme = [key for key, section in sections.items() if section.get("device") == "nvme"]
     if on_nvme and stage != 3:
         raise ConfigError(

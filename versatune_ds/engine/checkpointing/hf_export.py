@@ -23,7 +23,8 @@ from transformers import GenerationConfig
 
 from versatune_ds.config.load import load_config
 from versatune_ds.config.schema import Config
-from versatune_ds.data.encode.templating import load_tokenizer, set_chat_template, stop_token
+from versatune_ds.data.encode.chat_encoder import stop_token
+from versatune_ds.data.encode.tokenizer import load_tokenizer, set_chat_template
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.saved_shards import SavedWeights
 from versatune_ds.engine.checkpointing.folder import saved_state

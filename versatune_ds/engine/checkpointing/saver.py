@@ -8,9 +8,12 @@ A checkpoint is made in four parts (`engine/checkpointing/folder.py` describes t
     publish   rank 0 merges the lists into the manifest and renames the folder
 
 With `checkpoint.asynchronous` the share is copied to host memory and written by a thread while the run trains
-on. The ranks then settle at the step boundaries: the all-reduce of a step carries whether any rank is still
-writing and whether any has failed, so no thread ever enters a collective. One checkpoint is in flight at
-most. A crash meanwhile leaves a hidden folder, which the next checkpoint removes.
+on, if the copies of all ranks of a host fit into what its memory (or control group) has left; else every rank
+writes at once, and rank 0 says so. What they take is known before anything is copied: DeepSpeed hands over
+its state, which stays as it is until the next step. The ranks then settle at the step boundaries: the
+all-reduce of a step carries whether any rank is still writing and whether any has failed, so no thread ever
+enters a collective. One checkpoint is in flight at most. A crash meanwhile leaves a hidden folder, which the
+next checkpoint removes.
 
 DeepSpeed's own background writer was not taken. `DecoupledCheckpointEngine` (0.19.8) returns from `save`
 without a word when its process has died, waits for 300 s at most, and blocks the next optimizer step until
@@ -25,10 +28,11 @@ import copy
 import json
 import os
 import shutil
+import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,9 +49,53 @@ from versatune_ds.foundations import distributed
 from versatune_ds.foundations.constants import CHECKPOINT_STATE_FILE
 from versatune_ds.foundations.errors import SaveError
 from versatune_ds.foundations.files import sha256_file, write_json_atomic
+from versatune_ds.foundations.host_memory import available_bytes
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
+
+USABLE = 0.9
+"""Of a host's available memory; the rest is for what it does meanwhile (data, buffers of the files)."""
+
+
+class Need(NamedTuple):
+    """What one rank would copy, and the memory it sees."""
+
+    host: str
+    copy_bytes: int
+    available_bytes: int
+
+
+def hosts_without_room(needs: Sequence[Need]) -> list[str]:
+    """Hosts whose memory cannot take the copies of all their ranks, each with what it lacks, in words."""
+    found = []
+    for host in sorted({need.host for need in needs}):
+        ranks = [need for need in needs if need.host == host]
+        wanted, free = sum(n.copy_bytes for n in ranks), min(n.available_bytes for n in ranks)
+        if wanted > USABLE * free:
+            found.append(
+                f"{host} (the copies of {len(ranks)} rank(s) take {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB "
+                "are free)"
+            )
+    return found
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors that `host_copy` copies."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif type(value) in (dict, OrderedDict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif type(value) in (list, tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def host_bytes(value: Any) -> int:
+    """What `host_copy` of a state takes; memory that tensors share counts once."""
+    storages = (tensor.untyped_storage() for tensor in _tensors(value))
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def host_copy(value: Any, storages: dict[int, tuple[Any, Any]] | None = None) -> Any:
@@ -96,20 +144,26 @@ class Share:
         self._thread: threading.Thread | None = None
 
     def begin(self, folder: Path, keep: bool) -> None:
-        """Start a new share in `folder`; `keep`: copy what is to be saved, and write it later."""
+        """Start a new share in `folder`; `keep`: write nothing before `finish`."""
         self._folder, self._keep = folder, keep
         self.problem, self._kept, self._written, self._thread = None, [], {}, None
 
     def save(self, content: Any, path: Path) -> None:
-        """Write a file of this share (bytes, or anything for torch.save), or keep a copy of what it holds."""
+        """Write a file of this share (bytes, or anything for torch.save), or keep what it will hold."""
         if self._keep:
-            self._guarded(lambda: self._kept.append((path, host_copy(content))))
+            self._kept.append((path, content))
         else:
             self._guarded(lambda: self._write(path, content))
 
-    def finish(self) -> None:
-        """Write what was kept, in a thread, and the list of files."""
-        if self._keep:
+    @property
+    def kept_bytes(self) -> int:
+        """Host memory that a copy of what is kept would take."""
+        return sum(host_bytes(content) for _, content in self._kept)
+
+    def finish(self, in_background: bool) -> None:
+        """Write what was kept and the list of files; in the background: copy it, and write in a thread."""
+        if in_background:
+            self._guarded(self._copy_kept)
             self._thread = threading.Thread(target=self._write_all, name="versatune-checkpoint")
             self._thread.start()
         else:
@@ -124,6 +178,10 @@ class Share:
         """Until everything is written, or a problem is known."""
         if self._thread is not None:
             self._thread.join()
+
+    def _copy_kept(self) -> None:
+        for i, (path, content) in enumerate(self._kept):
+            self._kept[i] = (path, host_copy(content))
 
     def _write_all(self) -> None:
         while self._kept:
@@ -162,6 +220,7 @@ class InFlight(NamedTuple):
     began: float
     stall_s: float
     """How long training stood still for it."""
+    in_background: bool = False
 
 
 class Saver:
@@ -240,9 +299,7 @@ class Saver:
             SaveError: on all ranks, when one could not write.
         """
         with phase("checkpoint", step, is_limited=False):
-            self._begin(step, state)
-            if not self._settings.asynchronous:
-                self._complete()
+            self._save(step, state)
 
     def finish(self) -> None:
         """Wait until everything is complete.
@@ -260,8 +317,8 @@ class Saver:
 
     # --- parts ----------------------------------------------------------------------------------------------
 
-    def _begin(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
-        """Complete the last checkpoint, then hand over what makes this one."""
+    def _save(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        """Complete the last checkpoint, then write this one or hand it over."""
         self._complete()
         began = self._clock()
         folder = self._folder / folders.unfinished_name(step)
@@ -276,9 +333,24 @@ class Saver:
         )
         if distributed.is_main():
             self._share._guarded(lambda: self._save_own(folder, step, state()))
-        self._share.finish()
+        in_background = self._settings.asynchronous and self._have_room()
+        self._share.finish(in_background)
         self._count_stall(began)
-        self._in_flight = self._in_flight._replace(stall_s=self._clock() - began)
+        self._in_flight = self._in_flight._replace(stall_s=self._clock() - began, in_background=in_background)
+        if not in_background:
+            self._complete()
+
+    def _have_room(self) -> bool:
+        """Whether every host has memory for the copies of its ranks; a collective, the same on all ranks."""
+        mine = Need(socket.gethostname(), self._share.kept_bytes, available_bytes())
+        lacking = hosts_without_room(distributed.gather_objects(mine))
+        if lacking and distributed.is_main():
+            log.warning(
+                "checkpoint.asynchronous: not enough host memory on %s; this checkpoint is written while "
+                "training stands still. More memory, or fewer ranks per node, would let it go on",
+                ", ".join(lacking),
+            )
+        return not lacking
 
     def _save_own(self, folder: Path, step: int, state: dict[str, Any]) -> None:
         own = {"version": folders.VERSION, "step": step, **state}
@@ -298,7 +370,7 @@ class Saver:
     def _publish(self) -> None:
         """Give the folder its name; a problem is kept for the next agreement."""
         assert self._in_flight is not None
-        step, folder, began, stall_s = self._in_flight
+        step, folder, began, stall_s, in_background = self._in_flight
         if distributed.is_main():
             reached = self._clock()
             try:
@@ -309,12 +381,12 @@ class Saver:
                 self._in_flight = None
                 return
             whole_s = self._clock() - began
-            stood_s = stall_s + self._clock() - reached if self._settings.asynchronous else whole_s
+            stood_s = stall_s + self._clock() - reached if in_background else whole_s
             log.info("checkpoint %d: training stood still %.2f s, complete in %.2f s", step, stood_s, whole_s)
         self._in_flight = None
         if self._bound is not None:
             now = self._clock()
-            self._bound.saved(began, began + stall_s if self._settings.asynchronous else now, now)
+            self._bound.saved(began, began + stall_s if in_background else now, now)
             self._tell(self._bound)
 
     def _tell(self, bound: LossBound) -> None:

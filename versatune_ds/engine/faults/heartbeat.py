@@ -8,9 +8,15 @@ own beat carries the verdict back. The other ranks watch rank 0. So a run ends, 
   stacks, and the processes end with code 7, because the main threads may wait in a collective for ever;
 - when a rank fails alone: it posts its error before it leaves, and the others end with that error instead of
   a broken connection or a silent wait;
-- when a rank is killed: the broken connection is translated into the rank, its process and its host.
+- when a rank is killed: the broken connection is translated into the rank, its process and its host. Where a
+  collective blocks instead of failing (NCCL), the ranks of its machine see in the process table that it is
+  gone, and say so after `DEAD_S`.
 
 The thread sleeps, reads a variable and sends some hundred bytes; nothing waits for the device.
+
+Only a process table can tell a dead rank from one that is stopped, swapped out or cut off for a while, and
+only its own machine has it. So a machine that is lost as a whole, or whose only rank was killed, is silent,
+and ends the run after `run.hang_timeout_s`, unless NCCL's own network fails first.
 
 What is not covered: the time before training starts (models load as long as they load; a silent rank is
 noticed all the same), and a rank 0 that is cut off from some ranks only.
@@ -43,6 +49,10 @@ log = get_logger(__name__)
 BEAT_S = 2.0
 FOLLOW_S = 10.0
 """Time that the main thread gets to fail by itself once the run's end is known."""
+DEAD_S = 10.0
+"""Time from when a rank's process is seen to be gone to the verdict: its last beat may still be under way,
+and a collective that fails leads to the cause by itself. The machine's other ranks alone can see it, and
+launchers kill them 30 s after they have asked them to end."""
 SEARCH_S = 8.0
 """Time to find out which rank is lost; a living one beats several times meanwhile."""
 RECEIPTS_S = 3 * BEAT_S
@@ -58,10 +68,14 @@ class Board:
 
     Args:
         watched: the ranks whose beats are read.
+
+    Attributes:
+        mates: the first beats of the other ranks on this machine.
     """
 
     def __init__(self, watched: range) -> None:
-        self.watched = watched
+        self.watched = set(watched)
+        self.mates: dict[int, Beat] = {}
         self.beats: dict[int, Beat] = {}
         """The newest known beats."""
         self.reads = 0
@@ -81,7 +95,9 @@ class Board:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self._store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
             self._exchange_mine()
-            distributed.barrier()  # from here on every rank's beat can be read
+            first = distributed.gather_objects(self.mine)  # from here on every rank's beat can be read
+            machine, own = self.mine.machine, distributed.rank()
+            self.mates = {r: beat for r, beat in enumerate(first) if r != own and beat.machine == machine}
         self._read()
         self._thread.start()
 
@@ -124,8 +140,9 @@ class Board:
         if self._store is None:
             self.beats = {0: self.mine}
         else:
-            texts = self._store.multi_get([f"{self._prefix}{rank}" for rank in self.watched])
-            self.beats = {rank: Beat.loads(text) for rank, text in zip(self.watched, texts, strict=True)}
+            ranks = sorted(self.watched)
+            texts = self._store.multi_get([f"{self._prefix}{rank}" for rank in ranks])
+            self.beats = {rank: Beat.loads(text) for rank, text in zip(ranks, texts, strict=True)}
         self.reads += 1
 
 
@@ -145,6 +162,8 @@ class Heartbeat:
         self._board = Board(watched)
         self._watchdog = Watchdog(watched, math.inf if timeout_s is None else timeout_s)
         self._looked = time.monotonic()
+        self._found_dead: dict[int, tuple[float, int]] = {}
+        """Ranks of this machine without a process: when that was seen, and the board's reads until then."""
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
@@ -187,6 +206,8 @@ class Heartbeat:
             failure = self._known_failure() or self._watchdog.silence()
             if failure is None and self._rank == 0:
                 failure = self._watchdog.standstill()
+            if failure is None and (failure := self._dead_mate()) is not None:
+                self._board.report(failure=failure)  # rank 0 may be elsewhere and not see it
             if failure is not None:
                 self._end(failure)
 
@@ -260,6 +281,21 @@ class Heartbeat:
         for rank, beat in self._watchdog.last.items():
             silent = not beat.done and beat.failure is None
             if silent and beat.machine == self._board.mine.machine and not _is_alive(beat.pid):
+                return self._lost(rank, "its process was killed")
+        return None
+
+    def _dead_mate(self) -> Failure | None:
+        """A rank of this machine whose process has been gone for `DEAD_S` and that has not said why."""
+        now = time.monotonic()
+        for rank, first_beat in self._board.mates.items():
+            if _is_alive(first_beat.pid):
+                continue
+            seen, reads = self._found_dead.setdefault(rank, (now, self._board.reads))
+            self._board.watched.add(rank)
+            if now - seen < DEAD_S or self._board.reads < reads + 2:  # one read may have been under way
+                continue
+            beat = self._watchdog.last[rank] = self._board.beats[rank]
+            if not beat.done and beat.failure is None:
                 return self._lost(rank, "its process was killed")
         return None
 

@@ -20,7 +20,7 @@ import numpy as np
 from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.cache import check_file
 from versatune_ds.data.cache.prepare import open_caches
-from versatune_ds.data.plan.planner import Corpus, PlannerSettings, supply
+from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, supply
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.replay import resolve_schedule
 from versatune_ds.domain.table import DomainTable

@@ -18,6 +18,7 @@ from versatune_ds.config.schema import Config
 from versatune_ds.data.collate import Batch, collate
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.engine.backend.backend import Backend
+from versatune_ds.engine.faults.device_errors import out_of_memory
 from versatune_ds.engine.model.packed_lm import model_inputs
 from versatune_ds.engine.phases import phase
 from versatune_ds.foundations.errors import ConfigError
@@ -50,7 +51,7 @@ def dry_run(backend: Backend, config: Config) -> None:
             out = backend.forward(**model_inputs(batch, float(passes * batch.supervised_tokens)))
             backend.backward(out.loss, is_last=i == passes - 1)
     except torch.OutOfMemoryError as error:
-        raise ConfigError(out_of_memory(config, str(error))) from error
+        raise ConfigError(out_of_memory(config, "the rehearsal of one full pack", str(error))) from error
     backend.discard()
     torch.set_rng_state(cpu_state)
     if cuda_state is not None:
@@ -62,23 +63,6 @@ def worst_batch(pack_len: int) -> Batch:
     """One sample that fills the pack, all of it supervised."""
     pack = Pack(np.zeros(1, np.int32), np.zeros(1, np.int64), np.full(1, pack_len, np.int32))
     return collate(pack, [_FullSample(pack_len)], pack_len, 0)
-
-
-def out_of_memory(config: Config, reason: str) -> str:
-    """What to lower, with the settings in force."""
-    cures = [f"batch.pack_len (now {config.batch.pack_len})"]
-    if config.model.activation_checkpointing != "all":
-        cures.append(
-            f"model.activation_checkpointing: all (now {config.model.activation_checkpointing}; less memory, "
-            "more compute)"
-        )
-    if config.model.dtype == "fp32":
-        cures.append("model.dtype: bf16")
-    cures.append("ZeRO-3 with offload (configs/deepspeed/zero3_offload.json), or more ranks")
-    return (
-        f"out of memory in the rehearsal of one full pack (peak {peak_memory_gib():.2f} GiB so far: "
-        f"{reason.splitlines()[0]}). Lower or change: {'; '.join(cures)}"
-    )
 
 
 class _FullSample:

@@ -1,0 +1,1697 @@
+"""Faults that tests must see: a line of the source becomes another one, and every named test must fail.
+
+They stand where a fault is silent: training goes on, and a number is wrong. `run_mutants.py` tries them; a
+quick test (`tests/house/test_mutants.py`) keeps the table true to the source.
+
+A text is found by its characters, once in its file. A file that moves is changed in `FILES`, a test in
+`TESTS`. A fault that no test can see because it changes nothing that counts says why in `harmless`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+FILES = {
+    "loop": "versatune_ds/engine/train.py",
+    "run": "versatune_ds/engine/run.py",
+    "record": "versatune_ds/engine/step_record.py",
+    "prepared": "versatune_ds/engine/prepared.py",
+    "state": "versatune_ds/engine/state.py",
+    "phases": "versatune_ds/engine/phases.py",
+    "backend": "versatune_ds/engine/backend/deepspeed_backend.py",
+    "model": "versatune_ds/engine/model/packed_lm.py",
+    "optimizer": "versatune_ds/engine/backend/optimizer.py",
+    "statistics": "versatune_ds/engine/statistics.py",
+    "evaluate": "versatune_ds/engine/evaluate.py",
+    "skipping": "versatune_ds/engine/skipping.py",
+    "checkpoint": "versatune_ds/engine/checkpointing/folder.py",
+    "saving": "versatune_ds/engine/checkpointing/saver.py",
+    "intervals": "versatune_ds/engine/checkpointing/due.py",
+    "saved shards": "versatune_ds/engine/backend/saved_shards.py",
+    "export": "versatune_ds/engine/checkpointing/hf_export.py",
+    "sinks": "versatune_ds/observability/sinks.py",
+    "records": "versatune_ds/observability/records.py",
+    "throughput": "versatune_ds/observability/throughput.py",
+    "templating": "versatune_ds/data/encode/templating.py",
+    "collate": "versatune_ds/data/collate.py",
+    "loader": "versatune_ds/data/loader.py",
+    "planner": "versatune_ds/data/plan/planner.py",
+    "packing": "versatune_ds/data/plan/packing.py",
+    "order": "versatune_ds/data/plan/order.py",
+    "balance": "versatune_ds/data/plan/balance.py",
+    "controller": "versatune_ds/domain/controller.py",
+    "updaters": "versatune_ds/domain/updaters.py",
+    "simplex": "versatune_ds/domain/simplex.py",
+    "sums": "versatune_ds/domain/statistics.py",
+    "stopping": "versatune_ds/domain/early_stopping.py",
+    "distributed": "versatune_ds/foundations/distributed.py",
+    "row kernels": "kernels/versatune_kernels/triton_kernels.py",
+    "triton": "kernels/versatune_kernels/triton_backend.py",
+    "chunked": "kernels/versatune_kernels/chunked.py",
+    "segments": "kernels/versatune_kernels/sums.py",
+    "operator": "kernels/versatune_kernels/fused_op.py",
+}
+TESTS = {
+    "loop": "tests/engine/test_loop.py",
+    "backend": "tests/engine/test_deepspeed_backend.py",
+    "phases": "tests/engine/test_phases.py",
+    "isolation": "tests/engine/test_isolation.py",
+    "optimizer": "tests/engine/test_optimizer.py",
+    "statistics": "tests/engine/test_statistics.py",
+    "skipping": "tests/engine/test_skipping.py",
+    "checkpoint": "tests/engine/test_checkpoint.py",
+    "saving": "tests/engine/test_saving.py",
+    "export": "tests/engine/test_export.py",
+    "reshard": "tests/engine/test_reshard.py",
+    "model": "tests/engine/test_model.py",
+    "sinks": "tests/observability/test_sinks.py",
+    "records": "tests/observability/test_records.py",
+    "throughput": "tests/observability/test_throughput.py",
+    "templating": "tests/data/test_templating.py",
+    "collate": "tests/data/test_collate.py",
+    "loader": "tests/data/test_loader.py",
+    "planner": "tests/data/test_planner.py",
+    "packing": "tests/data/test_packing.py",
+    "order": "tests/data/test_order.py",
+    "balance": "tests/data/test_balance.py",
+    "controller": "tests/domain/test_controller.py",
+    "updaters": "tests/domain/test_updaters.py",
+    "simplex": "tests/domain/test_simplex.py",
+    "sums": "tests/domain/test_statistics.py",
+    "stopping": "tests/domain/test_early_stopping.py",
+    "foundations": "tests/foundations/test_foundations.py",
+    "triton": "tests/fused_loss/test_triton.py",
+    "kernel sums": "tests/fused_loss/test_sums.py",
+    "float64": "tests/fused_loss/test_against_float64.py",
+    "chunks": "tests/fused_loss/test_chunks.py",
+    "autograd": "tests/fused_loss/test_autograd.py",
+    "edges": "tests/fused_loss/test_token_edges.py",
+}
+
+
+class Mutant(NamedTuple):
+    """One fault."""
+
+    name: str
+    file: str
+    """Key of `FILES`."""
+    find: str
+    put: str
+    tests: tuple[str, ...]
+    """Node ids, as pytest takes them; all must fail."""
+    harmless: str = ""
+    """Why no test can see it."""
+
+    def digest(self, tree: str) -> str:
+        """Of the fault and the tree that it is put into."""
+        return hashlib.sha256(repr((tuple(self), tree)).encode()).hexdigest()
+
+
+MUTANTS: list[Mutant] = []
+
+
+def fault(name: str, file: str, find: str, put: str, *tests: str, harmless: str = "") -> None:
+    """Add a line to the table.
+
+    Args:
+        tests: `KEY::test`, KEY of `TESTS`.
+    """
+    split = [test.partition("::") for test in tests]
+    nodes = tuple(f"{TESTS[key]}::{test}" for key, _, test in split)
+    MUTANTS.append(Mutant(name, file, find, put, nodes, harmless))
+
+
+# --- the loop -----------------------------------------------------------------------------------------------
+
+PLAIN = "loop::test_every_step_is_that_of_plain_pytorch"
+RATE = "loop::test_the_rate_of_the_schedule_is_applied_and_written_down"
+WRITTEN = "loop::test_what_is_written_down_is_what_plain_pytorch_finds"
+WINDOW = "loop::test_the_losses_that_move_the_weights_are_those_of_their_window"
+HELD_OUT = "loop::test_held_out_losses_are_means_over_tokens_before_and_after_training"
+NO_TRACE = "loop::test_a_skipped_step_leaves_no_trace_in_the_window_and_the_spike_guard"
+NO_CHANGE = "loop::test_a_skipped_step_changes_no_parameter"
+IN_A_ROW = "loop::test_skipped_steps_in_a_row_end_the_run_and_others_do_not"
+RESUMED = "loop::test_a_resumed_run_ends_with_the_parameters_of_the_whole_one"
+
+STEPPED = "backend::test_a_step_is_taken_with_its_learning_rate"
+SET_RATE = "        set_learning_rate(self.live.optimizer, learning_rate)\n"
+TAKE_STEP = "        self.live.step()\n"
+fault(
+    "the learning rate is set after the step", "backend", SET_RATE + TAKE_STEP, TAKE_STEP + SET_RATE, STEPPED
+)
+fault("the learning rate is never set", "backend", SET_RATE, "", STEPPED)
+fault(
+    "the learning rate of the step after is applied",
+    "loop",
+    "learning_rate(run.config.optimizer, step, run",
+    "learning_rate(run.config.optimizer, step + 1, run",
+    PLAIN,
+    RATE,
+)
+fault("another learning rate is written down", "record", "lr=rate,", "lr=run.config.optimizer.lr,", RATE)
+fault(
+    "only the first parameter group gets the learning rate",
+    "optimizer",
+    "for group in optimizer.param_groups:",
+    "for group in optimizer.param_groups[:1]:",
+    "loop::test_every_step_is_that_of_plain_pytorch",
+)
+fault(
+    "skipped steps enter the window and the spike guard",
+    "loop",
+    "if applied and totals.sums is not None:",
+    "if totals.sums is not None:",
+    NO_TRACE,
+)
+fault(
+    "applied steps do not enter the window",
+    "loop",
+    "            state.controller.observe(totals.sums)\n",
+    "",
+    WINDOW,
+)
+fault(
+    "applied steps do not enter the spike guard",
+    "loop",
+    "            state.spikes.observe(totals.sums.total_loss())\n",
+    "",
+    NO_TRACE,
+)
+fault(
+    "a skipped step's gradients stay",
+    "loop",
+    "        run.backend.discard()\n",
+    "",
+    NO_CHANGE + "[loss spike]",
+    NO_CHANGE + "[non-finite gradient]",
+)
+fault(
+    "every pack ends a step",
+    "loop",
+    "is_last=i == len(batches) - 1)",
+    "is_last=True)",
+    "loop::test_a_step_ends_with_its_last_pack",
+)
+fault("no pack ends a step", "loop", "is_last=i == len(batches) - 1)", "is_last=i == len(batches))", PLAIN)
+fault("the first pack ends a step", "loop", "is_last=i == len(batches) - 1)", "is_last=i == 0)", PLAIN)
+fault(
+    "losses are divided by all tokens, not the supervised ones",
+    "loop",
+    "normalizer = plan.supervised_tokens /",
+    "normalizer = plan.tokens /",
+    PLAIN,
+)
+fault(
+    "losses are divided by the tokens of a pack, not of the step",
+    "loop",
+    "model_inputs(on_device, normalizer)",
+    "model_inputs(on_device, on_device.supervised_tokens * len(batches))",
+    PLAIN,
+)
+fault(
+    "the first pack is not counted",
+    "loop",
+    "            run.statistics.add(out",
+    "            if i: run.statistics.add(out",
+    WRITTEN,
+)
+fault(
+    "skips are counted though applied steps lie between",
+    "loop",
+    "state.skipped_in_a_row + 1 if reason else 0",
+    "state.skipped_in_a_row + 1 if reason else state.skipped_in_a_row",
+    IN_A_ROW,
+)
+fault("weights move a step late", "loop", "due(done, skipped", "due(step, skipped", WINDOW)
+fault(
+    "weights move on skipped steps",
+    "loop",
+    "skipped=not applied)",
+    "skipped=False)",
+    "loop::test_no_weights_move_on_a_skipped_step",
+)
+fault(
+    "the last held-out losses are not measured",
+    "loop",
+    " or done == run.prepared.total_steps):",
+    "):",
+    "loop::test_the_last_step_is_evaluated_and_saved_whatever_the_interval",
+)
+fault(
+    "held-out losses are measured before a step",
+    "loop",
+    "        evaluate_when_due(run, done)\n",
+    "        evaluate_when_due(run, step)\n",
+    HELD_OUT,
+)
+fault(
+    "a run that was asked to stop goes on",
+    "loop",
+    "if agreed.stop and not last:",
+    "if False:",
+    "loop::test_asked_to_stop_it_saves_and_goes_on_when_started_again",
+)
+fault(
+    "checkpoints in the background are never published at a boundary",
+    "loop",
+    "        run.saver.settle(agreed)\n",
+    "",
+    "loop::test_checkpoints_in_the_background_are_published_while_training_goes_on",
+)
+fault(
+    "the state of a checkpoint is that of the step before",
+    "loop",
+    "run.save(done)\n        if agreed",
+    "run.save(step)\n        if agreed",
+    "loop::test_the_last_step_is_evaluated_and_saved_whatever_the_interval",
+)
+fault(
+    "achieved shares are counted in another unit",
+    "record",
+    "getattr(plan.shares, u)",
+    "plan.shares.samples",
+    "loop::test_shares_are_those_of_the_samples_trained_on",
+)
+fault(
+    "epochs count tokens",
+    "record",
+    "plan.state_after.trained.samples, run.prepared.corpus",
+    "plan.state_after.trained.tokens, run.prepared.corpus",
+    "loop::test_shares_are_those_of_the_samples_trained_on",
+)
+
+# --- opening and going on -----------------------------------------------------------------------------------
+
+fault(
+    "a resumed run forgets its spike guard",
+    "state",
+    '() if saved is None else saved["losses"]',
+    "()",
+    "loop::test_a_resumed_run_knows_its_earlier_losses_and_skips",
+)
+fault(
+    "a resumed run forgets its skips in a row",
+    "state",
+    'int(saved["skipped_in_a_row"])',
+    "0",
+    "loop::test_a_resumed_run_knows_its_earlier_losses_and_skips",
+)
+fault(
+    "a resumed run forgets its domain weights",
+    "state",
+    '            state.controller.load_state(saved["controller"])\n',
+    "",
+    RESUMED,
+)
+fault(
+    "a resumed run begins the data anew",
+    "state",
+    'PlannerState.from_json(saved["planner"])',
+    "state.planner",
+    RESUMED,
+)
+fault(
+    "a resumed run forgets the best evaluation",
+    "state",
+    '            state.early_stopping.load_state(saved["early_stopping"])\n',
+    "",
+    "loop::test_a_resumed_run_knows_its_best_evaluation",
+)
+fault(
+    "a resumed run begins with new weights and moments",
+    "run",
+    "        load_model_state(checkpoint, backend, saved)\n",
+    "",
+    RESUMED,
+)
+fault(
+    "epochs are counted in samples",
+    "prepared",
+    "config.train.epochs * sum(corpus.num_tokens)",
+    "config.train.epochs * sum(corpus.num_samples)",
+    "loop::test_epochs_are_counted_in_tokens",
+)
+fault(
+    "the probe takes samples of the run's evaluation",
+    "run",
+    "max_samples=config.weights.probe_samples",
+    "max_samples=config.evaluation.max_samples_per_domain",
+    "loop::test_the_probe_takes_its_own_number_of_samples",
+)
+
+# --- statistics and agreement -------------------------------------------------------------------------------
+
+FLAGS = "statistics::test_what_one_rank_says_is_true_for_all_and_nothing_else"
+SUMS = "statistics::test_sums_equal_the_reference_over_micro_batches"
+fault("a flag needs all ranks", "statistics", "bool(n > 0)", "bool(n == 3)", FLAGS)
+fault("flags are shifted by one", "statistics", "buffer[count + 1 :]", "buffer[count : -1]", FLAGS)
+fault("sums are not cleared", "statistics", "        self._sums.zero_()\n", "", SUMS)
+fault(
+    "a NaN is found again in the step after",
+    "statistics",
+    "        self._nonfinite.zero_()\n",
+    "",
+    "statistics::test_a_nan_marks_the_step_and_no_other_domain",
+)
+fault(
+    "samples without a label are counted",
+    "statistics",
+    "(tokens > 0).double()",
+    "torch.ones_like(tokens)",
+    SUMS,
+)
+fault(
+    "squares of losses are not squared",
+    "statistics",
+    "rows[SumRow.LOSS_SQ] = loss * loss",
+    "rows[SumRow.LOSS_SQ] = loss",
+    SUMS,
+)
+fault(
+    "a NaN of one domain reaches the others",
+    "statistics",
+    "torch.where(of_domain, per_sample, 0.0)",
+    "(of_domain * per_sample)",
+    "statistics::test_a_nan_marks_the_step_and_no_other_domain",
+)
+fault(
+    "only a loss that is NaN everywhere is found",
+    "statistics",
+    "(~torch.isfinite(loss).all())",
+    "(~torch.isfinite(loss).any())",
+    "statistics::test_infinite_losses_whose_sums_are_finite_are_found",
+)
+fault("the last micro-batch counts alone", "statistics", "self._sums += torch", "self._sums = torch", SUMS)
+fault(
+    "ranks agree when one does",
+    "distributed",
+    "all_reduce_sum(votes).item() == world_size()",
+    "all_reduce_sum(votes).item() > 0",
+    "foundations::test_ranks_see_every_difference",
+)
+fault(
+    "mean losses are sums",
+    "sums",
+    "return _divide(self.values[SumRow.LOSS_SUM], self.tokens, where=self.tokens > 0)",
+    "return self.values[SumRow.LOSS_SUM] / np.maximum(self.samples, 1)",
+    "sums::test_mean_is_a_ratio_of_sums_and_not_a_mean_of_means",
+)
+fault(
+    "the standard error's n - 1 is n",
+    "sums",
+    "(self.samples - 1.0) * self.tokens**2",
+    "self.samples * self.tokens**2",
+    "sums::test_stderr_by_hand",
+    HELD_OUT,
+)
+fault(
+    "the standard error forgets the cross term",
+    "sums",
+    "- 2.0 * loss * self",
+    "- loss * self",
+    "sums::test_stderr_by_hand",
+    HELD_OUT,
+)
+fault(
+    "the total loss is a mean over domains",
+    "sums",
+    "return math.fsum(self.values[SumRow.LOSS_SUM]) / tokens if tokens > 0 else None",
+    "return float(np.nanmean(self.mean_loss())) if tokens > 0 else None",
+    WRITTEN,
+)
+
+# --- evaluation ---------------------------------------------------------------------------------------------
+
+fault(
+    "held-out losses are those of the training mode",
+    "backend",
+    "        self.live.eval()\n",
+    "",
+    "backend::test_an_evaluation_leaves_the_model_training_and_keeps_nothing",
+)
+fault(
+    "after an evaluation the model does not train",
+    "backend",
+    "        self.live.train()\n",
+    "",
+    "backend::test_an_evaluation_leaves_the_model_training_and_keeps_nothing",
+)
+fault(
+    "evaluation leaves out the last pack",
+    "evaluate",
+    "for i, pack in enumerate(held_out.packs):",
+    "for i, pack in enumerate(held_out.packs[:-1]):",
+    HELD_OUT,
+)
+fault(
+    "evaluation takes all samples",
+    "evaluate",
+    "n if max_samples is None else min(n, max_samples)",
+    "n",
+    HELD_OUT,
+)
+fault(
+    "evaluation takes one sample less",
+    "evaluate",
+    "min(n, max_samples) for",
+    "min(n, max_samples - 1) for",
+    HELD_OUT,
+)
+fault(
+    "held-out samples of one domain count for the other",
+    "evaluate",
+    "np.full(n, d, dtype=np.int32) for d, n in enumerate(self.samples)",
+    "np.full(n, len(self.samples) - 1 - d, dtype=np.int32) for d, n in enumerate(self.samples)",
+    HELD_OUT,
+)
+fault(
+    "held-out samples keep the losses of a neighbour",
+    "evaluate",
+    "losses[domain][samples[of_domain]] = loss[of_domain]",
+    "losses[domain][samples[of_domain]] = loss[of_domain][::-1]",
+    "loop::test_losses_of_single_held_out_samples_stand_in_cache_order",
+)
+fault(
+    "held-out sizes of another domain",
+    "evaluate",
+    "tokens[domain][samples[of_domain]] = count[of_domain]",
+    "tokens[domain][samples[of_domain]] = count[:of_domain.sum()]",
+    "loop::test_losses_of_single_held_out_samples_stand_in_cache_order",
+)
+fault(
+    "the overall loss is a mean over domains",
+    "records",
+    "total, tokens = total + loss * count, tokens + count",
+    "total, tokens = total + loss, tokens + 1",
+    "records::test_eval_loss_divides_sums_once",
+    HELD_OUT,
+)
+fault(
+    "packing efficiency is upside down",
+    "records",
+    "ratio(self.real_tokens, self.slot_tokens)",
+    "ratio(self.slot_tokens, self.real_tokens)",
+    "records::test_step_line_reads_back_and_holds_derived_rates",
+)
+fault(
+    "attention FLOPs are not halved by the causal mask",
+    "throughput",
+    "attention = 6.0 *",
+    "attention = 12.0 *",
+    "throughput::test_flops_by_hand",
+)
+fault(
+    "early stopping waits for equal losses",
+    "stopping",
+    "loss < self.best_loss",
+    "loss <= self.best_loss",
+    "stopping::test_patience",
+)
+fault(
+    "early stopping waits one evaluation longer",
+    "stopping",
+    "self.waited >= self.patience",
+    "self.waited > self.patience",
+    "stopping::test_patience",
+)
+fault(
+    "early stopping forgets how long it waited",
+    "stopping",
+    'int(state["best_step"]), int(state["waited"])',
+    'int(state["best_step"]), 0',
+    "stopping::test_state_goes_through_json",
+)
+
+# --- skipped steps ------------------------------------------------------------------------------------------
+
+SPIKE = "skipping::test_a_spike_is_more_than_the_factor_times_the_median"
+fault(
+    "a spike is measured by the mean",
+    "state",
+    "loss > factor * median(earlier)",
+    "loss > factor * (sum(earlier) / len(earlier))",
+    SPIKE,
+)
+fault("a spike needs one loss less", "state", ">= MIN_LOSSES and", ">= MIN_LOSSES - 1 and", SPIKE)
+fault(
+    "the spike guard forgets nothing",
+    "state",
+    "deque(losses, maxlen=window)",
+    "deque(losses)",
+    "skipping::test_the_guard_knows_the_last_losses_only",
+)
+fault(
+    "gradients that are not finite are applied",
+    "skipping",
+    "return None if backend.gradients_are_finite() else NONFINITE_GRADIENT",
+    "return None",
+    NO_CHANGE + "[non-finite gradient]",
+)
+fault(
+    "a spike is applied",
+    "skipping",
+    "    if spikes.is_spike(totals.sums.total_loss()):\n        return LOSS_SPIKE\n",
+    "",
+    NO_CHANGE + "[loss spike]",
+)
+fault(
+    "one skip more is allowed",
+    "skipping",
+    "run.state.skipped_in_a_row < run.config",
+    "run.state.skipped_in_a_row <= run.config",
+    IN_A_ROW,
+)
+fault(
+    "samples of sound losses are blamed",
+    "skipping",
+    "if reason == NONFINITE_LOSS and is_finite:",
+    "if reason == NONFINITE_LOSS and not is_finite:",
+    "loop::test_the_samples_to_blame_are_named",
+)
+fault(
+    "a sample is blamed for its length",
+    "skipping",
+    'entry["loss"] = loss / max(1, int(run.prepared.train[domain].supervised[sample]))',
+    'entry["loss"] = loss',
+    "loop::test_the_samples_to_blame_are_named",
+)
+
+fault(
+    "gradients of ZeRO stage 0 are not looked at",
+    "backend",
+    "        if zero_stage(self.settings) > 0:\n            return True\n        gradients",
+    "        return True\n        gradients",
+    "backend::test_gradients_of_stage_0_are_looked_at",
+)
+fault(
+    "discarded gradients stay",
+    "backend",
+    "        optimizer.zero_grad()\n",
+    "",
+    "backend::test_a_discarded_step_leaves_no_gradient",
+)
+fault(
+    "DeepSpeed divides the loss by the accumulation steps",
+    "backend",
+    "scale_wrt_gas=False",
+    "scale_wrt_gas=True",
+    "backend::test_a_micro_batch_is_added_as_it_is_and_the_last_one_is_named",
+)
+fault(
+    "a phase counts what the phases inside it took",
+    "phases",
+    "took - inside.pop(span.depth + 1, 0.0)",
+    "took",
+    "phases::test_the_time_of_a_phase_is_with_those_inside_or_without",
+)
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+fault(
+    "the model attends by a mask",
+    "model",
+    "attention_mask=None,",
+    "attention_mask=torch.ones_like(input_ids).unsqueeze(0),",
+    "isolation::test_hidden_states_of_a_sample_are_bit_equal_whatever_its_neighbour",
+)
+fault(
+    "positions do not restart",
+    "model",
+    "position_ids=position_ids.unsqueeze(0)",
+    "position_ids=torch.arange(len(input_ids)).unsqueeze(0)",
+    PLAIN,
+)
+fault(
+    "random weights ignore the seed",
+    "model",
+    "    torch.manual_seed(seed)\n",
+    "",
+    "model::test_random_weights_follow_the_seed",
+)
+fault(
+    "every second layer is recomputed for all",
+    "model",
+    'every = 1 if policy == "all"',
+    'every = 2 if policy == "all"',
+    "isolation::test_checkpointed_layers_run_again_in_backward",
+)
+fault(
+    "rotary frequencies stay rounded",
+    "model",
+    "        setattr(module, attribute, value.to(getattr(module, attribute).device))\n",
+    "        pass\n",
+    "model::test_rotary_frequencies_survive_a_cast",
+)
+fault(
+    "decay on vectors",
+    "optimizer",
+    '"weight_decay": 0.0}',
+    '"weight_decay": weight_decay}',
+    "optimizer::test_decay_is_for_matrices_only",
+    PLAIN,
+)
+fault(
+    "no decay on matrices",
+    "optimizer",
+    '"params": matrices, "weight_decay": weight_decay',
+    '"params": matrices, "weight_decay": 0.0',
+    "optimizer::test_decay_is_for_matrices_only",
+    PLAIN,
+)
+fault(
+    "warm-up begins at zero",
+    "optimizer",
+    "(step + 1) / warmup",
+    "step / warmup",
+    "optimizer::test_warm_up_rises_linearly_to_the_peak",
+    RATE,
+)
+fault(
+    "decay ends at zero, not at the floor",
+    "optimizer",
+    "(settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * decay)",
+    "decay",
+    RATE,
+)
+fault(
+    "decay is measured from the first step",
+    "optimizer",
+    "(step - warmup) / (total_steps - warmup)",
+    "step / total_steps",
+    RATE,
+)
+fault("the settings' betas are not taken", "optimizer", '"betas": settings.betas, ', "", PLAIN)
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+NEWER = "checkpoint::test_newer_ones_that_were_damaged_go_and_the_new_one_stays"
+fault(
+    "damaged newer checkpoints stay",
+    "checkpoint",
+    "if step_of(path) >= step)",
+    "if step_of(path) == step)",
+    NEWER,
+)
+fault(
+    "an older checkpoint of the same step stays in the way",
+    "checkpoint",
+    "if step_of(path) >= step)",
+    "if step_of(path) > step)",
+    NEWER,
+)
+fault(
+    "the CPU's random state is not restored",
+    "checkpoint",
+    '        torch.set_rng_state(states["cpu"])\n',
+    "",
+    "checkpoint::test_random_generators_go_on_where_they_were_with_as_many_ranks",
+)
+fault(
+    "ranks draw the same after a change of their number",
+    "checkpoint",
+    "        torch.manual_seed(int(seed[:15], 16))\n",
+    "        pass\n",
+    "checkpoint::test_random_generators_go_on_where_they_were_with_as_many_ranks",
+)
+fault(
+    "one checkpoint too few is kept",
+    "checkpoint",
+    "[settings.keep_last :]",
+    "[settings.keep_last - 1 :]",
+    "checkpoint::test_pruning_keeps_the_newest_and_milestones",
+    NEWER,
+)
+fault(
+    "milestones are pruned",
+    "checkpoint",
+    "if not (milestone and step_of(path) % milestone == 0)",
+    "if True",
+    "checkpoint::test_pruning_keeps_the_newest_and_milestones",
+)
+fault(
+    "the oldest sound checkpoint is taken",
+    "checkpoint",
+    "key=lambda path: path.name, reverse=True",
+    "key=lambda path: path.name",
+    "checkpoint::test_newest_sound_checkpoint_is_found",
+)
+fault(
+    "changed bytes are not noticed",
+    "checkpoint",
+    "if sha256_file(path) != sha256:",
+    "if False:",
+    "checkpoint::test_a_damaged_one_is_named_and_the_one_before_is_used[bit flipped]",
+)
+fault(
+    "a rank looks at its first file only",
+    "checkpoint",
+    "sorted(files)[rank::world_size]",
+    "sorted(files)[rank : rank + 1]",
+    "checkpoint::test_a_damaged_one_is_named_and_the_one_before_is_used[file missing]",
+)
+fault(
+    "what a crash left stays",
+    "checkpoint",
+    "        shutil.rmtree(unfinished)\n",
+    "        pass\n",
+    "checkpoint::test_a_new_checkpoint_removes_what_a_crash_left",
+)
+fault("ranks' lists stay in the checkpoint", "checkpoint", "        path.unlink()\n", "        pass\n", NEWER)
+fault(
+    "another precision is gone on with",
+    "checkpoint",
+    '("model.dtype", "another precision"), ',
+    "",
+    "checkpoint::test_what_a_run_can_go_on_from",
+)
+fault(
+    "a copy in the background shares the model's memory",
+    "saving",
+    "storage.clone() if storage",
+    "storage if storage",
+    "saving::test_a_host_copy_is_apart_and_keeps_what_is_shared",
+)
+fault(
+    "a share is listed though a file is missing",
+    "saving",
+    "        self._guarded(lambda: write_part(self._folder, self._written))\n",
+    "        write_part(self._folder, self._written)\n",
+    "saving::test_a_failed_share_keeps_its_first_problem_and_lists_nothing",
+)
+fault(
+    "published while another rank writes",
+    "saving",
+    "if self._in_flight is not None and not agreed.writing:",
+    "if self._in_flight is not None:",
+    "saving::test_a_checkpoint_in_the_background_is_published_at_the_first_boundary_after_all_have_written",
+)
+fault(
+    "a failed rank is not heard",
+    "saving",
+    "        if agreed.failed:\n",
+    "        if False:\n",
+    "saving::test_a_rank_that_could_not_write_says_so_at_the_boundary_and_nothing_is_published",
+)
+fault(
+    "a failed rank says nothing",
+    "saving",
+    "or self._share.problem is not None\n",
+    "or False\n",
+    "saving::test_a_rank_that_could_not_write_says_so_at_the_boundary_and_nothing_is_published",
+)
+fault(
+    "asked to stop, nothing is saved",
+    "saving",
+    "return agreed.stop or agreed.save or",
+    "return agreed.save or",
+    "saving::test_when_a_run_saves",
+    "loop::test_asked_to_stop_it_saves_and_goes_on_when_started_again",
+)
+fault(
+    "the clock's checkpoint is not written",
+    "saving",
+    "return agreed.stop or agreed.save or",
+    "return agreed.stop or",
+    "saving::test_when_a_run_saves",
+)
+fault(
+    "the last step is not saved",
+    "saving",
+    " or (last and periodic)",
+    "",
+    "saving::test_when_a_run_saves",
+    "loop::test_the_last_step_is_evaluated_and_saved_whatever_the_interval",
+)
+fault(
+    "lost work is counted from the end of saving in the background",
+    "saving",
+    "began + stall_s if in_background else now, now)",
+    "now, now)",
+    "saving::test_work_since_a_checkpoint_in_the_background_is_counted_from_its_beginning",
+)
+fault(
+    "milestones are not due",
+    "intervals",
+    " or (milestone and step % milestone == 0)",
+    "",
+    "saving::test_when_a_checkpoint_is_due_by_steps",
+)
+fault(
+    "the bound on lost work forgets how long saving takes",
+    "intervals",
+    "self._safe_at + self.step_s + self.save_s >",
+    "self._safe_at + self.step_s >",
+    "saving::test_no_crash_loses_more_than_the_bound",
+)
+fault(
+    "the bound on lost work forgets the next step",
+    "intervals",
+    "self._safe_at + self.step_s + self.save_s >",
+    "self._safe_at + self.save_s >",
+    "saving::test_no_crash_loses_more_than_the_bound",
+)
+fault(
+    "stage 3: the last rank's part is padded",
+    "saved shards",
+    "min(part, numel - rank * part)",
+    "part",
+    "export::test_sizes_that_do_not_divide",
+    "reshard::test_stage3_spans_find_every_element",
+    harmless="whoever cuts spans asks for elements of the parameter only, and the padding lies behind them",
+)
+fault(
+    "stage 3: parts are not padded in the flat group",
+    "saved shards",
+    "            offset += part\n",
+    "            offset += numel // world_size\n",
+    "export::test_sizes_that_do_not_divide",
+    "reshard::test_stage3_spans_find_every_element",
+)
+fault(
+    "stages 1 and 2: padding is data",
+    "saved shards",
+    "at = end + padding",
+    "at = end",
+    "reshard::test_stage2_spans_find_every_element",
+)
+fault(
+    "a cut begins at the span's beginning",
+    "saved shards",
+    "offset=span.offset + low - span.start",
+    "offset=span.offset",
+    "reshard::test_stage2_spans_find_every_element",
+    "reshard::test_stage3_spans_find_every_element",
+)
+fault(
+    "moments are read from the weights",
+    "saved shards",
+    "            if kind == MASTER:\n",
+    "            if True:\n",
+    "reshard::test_moments_are_not_the_weights",
+)
+fault(
+    "missing elements are not noticed",
+    "saved shards",
+    "if found != stop - start:",
+    "if False:",
+    "export::test_a_parameter_without_all_its_elements_is_refused",
+)
+
+# --- export -------------------------------------------------------------------------------------------------
+
+fault(
+    "shards grow beyond their bound",
+    "export",
+    "self._shard_bytes + tensor.nbytes > self.max_bytes",
+    "self._shard_bytes > self.max_bytes",
+    "checkpoint::test_shards_are_bounded_and_indexed",
+)
+fault(
+    "the last shard is not written",
+    "export",
+    "        self._flush()\n        count",
+    "        count",
+    "checkpoint::test_shards_are_bounded_and_indexed",
+    "checkpoint::test_one_shard_needs_no_index",
+)
+fault(
+    "the index names other shards",
+    "export",
+    "weight_map.update(dict.fromkeys(names, final))",
+    "weight_map.update(dict.fromkeys(self._names[0], final))",
+    "checkpoint::test_shards_are_bounded_and_indexed",
+)
+fault(
+    "the export is not rounded to its dtype",
+    "export",
+    "return tensor.to(dtype) if tensor.is_floating_point() else tensor",
+    "return tensor",
+    "export::test_sizes_that_do_not_divide",
+)
+fault(
+    "generation stops at the tokenizer's own token",
+    "export",
+    "        generation.eos_token_id = tokenizer.convert_tokens_to_ids(stop)\n",
+    "",
+    "export::test_generation_stops_where_turns_were_trained_to_end",
+)
+fault(
+    "the export generates without a cache",
+    "export",
+    'settings["use_cache"] = True',
+    'settings["use_cache"] = False',
+    "export::test_the_export_generates_with_a_cache",
+)
+
+# --- logs ---------------------------------------------------------------------------------------------------
+
+fault(
+    "lines after the checkpoint stay",
+    "sinks",
+    "        self._file.truncate(offset)\n",
+    "",
+    "sinks::test_resume_replaces_the_lines_after_the_checkpoint",
+)
+fault(
+    "a torn line stays",
+    "sinks",
+    "            self._file.truncate(end)\n        return end",
+    "        return end",
+    "sinks::test_torn_last_line_is_cut_off_with_a_warning",
+)
+
+# --- templates ----------------------------------------------------------------------------------------------
+
+ACROSS = "templating::test_a_token_across_the_start_of_a_turn_is_not_supervised"
+MASKS = "templating::test_ids_and_mask"
+SAME_MASKS = "templating::test_masks_by_heads_of_turns_equal_masks_by_offsets"
+fault(
+    "a token across the start of a turn is supervised (by offsets)",
+    "templating",
+    "lambda span, at=start: span[0] >= at)",
+    "lambda span, at=start: span[1] > at)",
+    ACROSS + "[False]",
+)
+fault(
+    "a token across the start of a turn is supervised (by heads)",
+    "templating",
+    "lambda span, at=skip: span[0] >= at)",
+    "lambda span, at=skip: span[1] > at)",
+    ACROSS + "[True]",
+)
+fault(
+    "the stop token is not supervised (by heads)",
+    "templating",
+    "mask[anchor + count : stop + 1] = True",
+    "mask[anchor + count : stop] = True",
+    MASKS,
+)
+fault(
+    "the stop token is not supervised (by offsets)",
+    "templating",
+    "mask[first:stop] = True",
+    "mask[first : stop - 1] = True",
+    ACROSS + "[False]",
+    SAME_MASKS,
+)
+fault(
+    "one token too many is supervised (by offsets)",
+    "templating",
+    "mask[first:stop] = True",
+    "mask[first : stop + 1] = True",
+    SAME_MASKS,
+)
+fault(
+    "the first token of a turn is not supervised (by heads)",
+    "templating",
+    "mask[anchor + count : stop + 1] = True",
+    "mask[anchor + count + 1 : stop + 1] = True",
+    MASKS,
+)
+fault(
+    "only the last turn is supervised",
+    "templating",
+    "            starts.append(len(prompt))\n        return starts",
+    "            starts.append(len(prompt))\n        return starts[-1:]",
+    MASKS,
+)
+fault(
+    "heads that tokenise otherwise are trusted",
+    "templating",
+    "is_same = head.ids[:count] == tokens[anchor : anchor + count].tolist()",
+    "is_same = True",
+    "templating::test_a_head_that_ends_within_a_word_is_not_trusted",
+)
+fault(
+    "pre-tokenised rows may name ids beyond the vocabulary",
+    "templating",
+    "(row.tokens >= self.vocab_size)",
+    "(row.tokens > self.vocab_size)",
+    "templating::test_pre_tokenised_rows_are_checked",
+)
+fault(
+    "pre-tokenised rows need no label beyond the first token",
+    "templating",
+    "if not row.mask[1:].any():",
+    "if not row.mask.any():",
+    "templating::test_pre_tokenised_rows_are_checked",
+)
+
+# --- packs and batches --------------------------------------------------------------------------------------
+
+PACK = "collate::test_a_pack_of_two_samples_and_padding"
+fault(
+    "labels are not shifted",
+    "collate",
+    "labels[:-1][supervised[1:]] = tokens[1:][supervised[1:]]",
+    "labels[:-1][supervised[1:]] = tokens[:-1][supervised[1:]]",
+    PACK,
+    PLAIN,
+)
+fault(
+    "the last token of a sample predicts its neighbour's first",
+    "collate",
+    "    labels[ends - 1] = IGNORE_INDEX\n",
+    "",
+    PACK,
+)
+fault(
+    "positions run on",
+    "collate",
+    "np.arange(pack_len) - np.repeat(starts, segments)",
+    "np.arange(pack_len)",
+    PACK,
+    PLAIN,
+)
+fault(
+    "padding belongs to the last sample",
+    "collate",
+    "segment_samples = np.append(segment_samples, PADDING_ID)",
+    "segment_samples = np.append(segment_samples, num_samples - 1)",
+    PACK,
+)
+fault(
+    "the mask of the first sample counts for all",
+    "collate",
+    "supervised[end - length : end] = mask",
+    "supervised[: len(mask)] = mask",
+    PACK,
+)
+fault(
+    "weights are compared with a tolerance",
+    "loader",
+    "np.array_equal(prefetch.weights, weights)",
+    "np.allclose(prefetch.weights, weights)",
+    "loader::test_weights_that_moved_by_one_bit_are_other_weights",
+)
+fault(
+    "weights are not compared",
+    "loader",
+    "if np.array_equal(prefetch.weights, weights):",
+    "if True:",
+    "loader::test_no_batch_is_drawn_from_old_weights",
+)
+fault(
+    "the loader's state is that of the prefetched step",
+    "loader",
+    "            self._prefetch = _Prefetch(wanted, unwanted, result)\n",
+    "            self._prefetch = _Prefetch(wanted, unwanted, result)\n"
+    "            self.state = result.result().plan.state_after\n",
+    "loader::test_state_is_that_of_the_last_taken_step",
+)
+fault(
+    "the caller's array is kept",
+    "loader",
+    "wanted = np.array(weights, dtype=np.float64)",
+    "wanted = np.asarray(weights, dtype=np.float64)",
+    "loader::test_a_change_of_the_callers_array_is_a_change_of_weights",
+)
+fault(
+    "counts that differ from the plan are accepted",
+    "loader",
+    "if batch.supervised_tokens != planned:",
+    "if False:",
+    "loader::test_supervised_tokens_that_differ_from_the_plan_are_refused",
+)
+fault(
+    "every rank takes the same packs",
+    "balance",
+    "(mirrored if start // world_size % 2 else rank)",
+    "(mirrored if start // world_size % 2 else 0)",
+    "balance::test_every_pack_goes_to_exactly_one_rank",
+    "loader::test_ranks_share_what_one_rank_gets",
+)
+fault(
+    "the costliest packs always go to one rank",
+    "balance",
+    "(mirrored if start // world_size % 2 else rank)",
+    "rank",
+    "balance::test_packs_of_one_micro_step_are_neighbours_in_cost",
+)
+
+# --- the planner --------------------------------------------------------------------------------------------
+
+STEPS = "planner::test_every_run_of_steps"
+RESUME = "planner::test_a_run_resumed_from_json_equals_one_that_never_stopped"
+fault("samples that did not fit are forgotten", "planner", "for i in rest),", "for i in rest[1:]),", STEPS)
+fault(
+    "carried samples are drawn anew at every resume",
+    "planner",
+    'carry=tuple(Carried(*map(int, entry)) for entry in value["carry"]),',
+    "carry=(),",
+    RESUME,
+)
+fault(
+    "credits are forgotten between steps",
+    "planner",
+    "credit=tuple(credit),",
+    "credit=state.credit,",
+    "planner::test_shares_stay_exact_when_weights_change_every_step",
+)
+fault(
+    "the end of a pass goes unnoticed in the order",
+    "planner",
+    "                pass_index=self.pass_index,\n",
+    "                pass_index=0,\n",
+    "planner::test_seeds_and_passes_have_their_own_order",
+)
+fault(
+    "domains share one order",
+    "planner",
+    "                domain=self.domain,\n",
+    "                domain=0,\n",
+    "planner::test_the_order_of_a_domain_is_its_own",
+)
+fault(
+    "supervised tokens are counted as tokens",
+    "planner",
+    "size = 1 if of_samples else supervised if by_supervised else length",
+    "size = 1 if of_samples else length",
+    "planner::test_shares_of_tokens_are_within_a_few_samples[supervised_tokens]",
+)
+fault(
+    "max_epochs allows one draw more",
+    "planner",
+    "self.remaining = limit - state",
+    "self.remaining = limit + 1 - state",
+    "planner::test_limited_data_is_used_up_completely_and_no_further",
+)
+fault(
+    "max_epochs rounds down 0.29 * 100 to 28",
+    "planner",
+    "math.floor(epochs * size + 1e-6)",
+    "math.floor(epochs * size)",
+    "planner::test_a_fraction_of_an_epoch_is_a_whole_number_of_samples",
+)
+fault(
+    "weight of an exhausted domain is lost",
+    "planner",
+    "return [w / total for w in left] if total > 0 else left",
+    "return left",
+    "planner::test_an_exhausted_domain_gives_its_share_to_the_others",
+)
+fault(
+    "the youngest carried sample comes first",
+    "planner",
+    "    rows.sort()\n",
+    "    rows.sort(reverse=True)\n",
+    "planner::test_the_oldest_carried_sample_is_placed_first",
+)
+fault(
+    "the domain with the smallest credit is drawn",
+    "planner",
+    "if deadline[domain] < best_deadline and",
+    "if -deadline[domain] < best_deadline and",
+    "planner::test_every_draw_is_within_one_sample_of_its_target",
+)
+fault(
+    "steps are a state short",
+    "planner",
+    "        step=state.step + 1,\n",
+    "        step=state.step,\n",
+    STEPS,
+)
+fault(
+    "trained totals are those drawn",
+    "planner",
+    "trained=state.trained.plus(trained)",
+    "trained=state.trained.plus(drawn)",
+    STEPS,
+)
+fault(
+    "the normaliser counts carried samples twice",
+    "planner",
+    "trained = pool.subset(packed).totals(k)",
+    "trained = pool.totals(k)",
+    STEPS,
+)
+fault(
+    "carried samples are lost",
+    "packing",
+    "    _place_best_fit(range(num_carried), lengths, fit, packs, rest)\n",
+    "",
+    "packing::test_fill_packs_places_each_sample_once_within_capacity",
+    "packing::test_the_oldest_carried_sample_is_always_placed",
+)
+fault(
+    "the emptiest pack is filled",
+    "packing",
+    "        slot = self._slots.pop(at)\n",
+    "        slot = self._slots.pop()\n",
+    "packing::test_pack_all_is_best_fit_decreasing",
+)
+fault(
+    "a pack may overflow",
+    "packing",
+    "at = bisect_left(self._slots, length << _BIN_BITS)",
+    "at = bisect_left(self._slots, (length - 1) << _BIN_BITS)",
+    "packing::test_fill_packs_places_each_sample_once_within_capacity",
+)
+fault(
+    "an order visits samples twice",
+    "order",
+    "outside = outside[values[outside] >= limit]",
+    "outside = outside[values[outside] > limit]",
+    "order::test_visits_every_sample_once",
+)
+fault(
+    "passes have one order",
+    "order",
+    '{seed} {domain} {pass_index}"',
+    '{seed} {domain}"',
+    "order::test_depends_on_seed_domain_and_pass",
+)
+
+# --- domain weights -----------------------------------------------------------------------------------------
+
+GOES_ON = "controller::test_resumed_run_equals_the_uninterrupted_one"
+fault(
+    "the reference's standard error is ignored",
+    "controller",
+    "                reference_stderr=self._reference.stderr,\n",
+    "",
+    "controller::test_noise_of_the_reference_counts_too",
+)
+fault(
+    "an absent domain's standard error is overwritten",
+    "controller",
+    "stderr = np.where(present, new_stderr, self._stderr)",
+    "stderr = new_stderr",
+    "controller::test_an_absent_domain_keeps_the_standard_error_of_its_loss",
+)
+fault(
+    "an absent domain's loss is overwritten",
+    "controller",
+    "losses = np.where(present, new_losses, self._losses)",
+    "losses = np.nan_to_num(new_losses)",
+    "controller::test_absent_domain_keeps_loss_and_gamma_and_has_no_phi",
+)
+fault(
+    "the initial weights are not restored",
+    "controller",
+    "self._weights, self._initial, self._window = weights, initial, window",
+    "self._weights, self._window = weights, window",
+    GOES_ON,
+)
+fault(
+    "the window is not restored",
+    "controller",
+    "self._weights, self._initial, self._window = weights, initial, window",
+    "self._weights, self._initial = weights, initial",
+    GOES_ON,
+)
+fault(
+    "the last losses are not restored",
+    "controller",
+    "self._losses, self._stderr = np.nan_to_num(losses), stderr\n",
+    "self._stderr = stderr\n",
+    GOES_ON,
+)
+fault(
+    "the last standard errors are not restored",
+    "controller",
+    "self._losses, self._stderr = np.nan_to_num(losses), stderr\n",
+    "self._losses = np.nan_to_num(losses)\n",
+    GOES_ON,
+)
+fault(
+    "what was measured is not restored",
+    "controller",
+    "        self._measured = ~np.isnan(losses)\n",
+    "",
+    GOES_ON,
+)
+fault(
+    "the window is not reset by an update",
+    "controller",
+    "        self._window = DomainSums.zeros(len(self._table))\n        self._update_count",
+    "        self._update_count",
+    "controller::test_window_pools_steps_and_is_reset_by_the_update",
+    WINDOW,
+)
+fault(
+    "a probe is ignored",
+    "controller",
+    "sums = self._window if probe_sums is None else self._checked_sums(probe_sums)",
+    "sums = self._window",
+    "controller::test_probe_losses_replace_the_window",
+)
+fault(
+    "a first loss counts as forgetting",
+    "controller",
+    "np.where(present & ~first, phi, 0.0)",
+    "np.where(present, phi, 0.0)",
+    "controller::test_fostering_update_by_hand",
+)
+fault(
+    "shadow weights are applied",
+    "controller",
+    "        if not self._settings.shadow:\n",
+    "        if True:\n",
+    "controller::test_shadow_computes_and_does_not_apply",
+)
+fault(
+    "min_tokens is passed by one less",
+    "controller",
+    "present = sums.tokens >= settings.min_tokens",
+    "present = sums.tokens >= settings.min_tokens - 2",
+    "controller::test_absent_domain_keeps_loss_and_gamma_and_has_no_phi",
+)
+fault(
+    "domains without a standard error count",
+    "controller",
+    "            present &= ~np.isnan(new_stderr)  # noise",
+    "            pass  # noise",
+    "controller::test_noise_needs_a_standard_error",
+)
+fault(
+    "the step limit is forgotten",
+    "controller",
+    "            max_relative_change=self._domains.max_relative_change,\n",
+    "            max_relative_change=None,\n",
+    "controller::test_limits_hold_and_are_explained",
+)
+fault(
+    "skipped steps move weights",
+    "controller",
+    "return not skipped and step > 0",
+    "return step > 0",
+    "controller::test_a_skipped_step_moves_no_weights_unless_they_are_scheduled",
+)
+fault(
+    "gamma is relative to the reference",
+    "updaters",
+    "(losses - reference - margin) / np.maximum(losses, MIN_LOSS)",
+    "(losses - reference - margin) / np.maximum(reference, MIN_LOSS)",
+    "updaters::test_gamma_by_hand",
+)
+fault(
+    "phi is relative to the present loss",
+    "updaters",
+    "(losses - previous - margin) / np.maximum(previous, MIN_LOSS)",
+    "(losses - previous - margin) / np.maximum(losses, MIN_LOSS)",
+    "updaters::test_phi_by_hand",
+)
+fault(
+    "standard errors add up without squares",
+    "updaters",
+    "square = square + stderr * stderr",
+    "square = square + stderr",
+    "updaters::test_gamma_by_hand",
+    "updaters::test_phi_by_hand",
+)
+fault(
+    "the mean gate takes the target in",
+    "updaters",
+    "math.fsum(others) / len(others)",
+    "math.fsum(inputs.phi) / len(inputs.phi)",
+    "updaters::test_rule_by_hand",
+)
+fault(
+    "an open gate needs less, not equal",
+    "updaters",
+    "is_open=forgetting <= limit",
+    "is_open=forgetting < limit",
+    "updaters::test_gates",
+)
+fault(
+    "unmeasured domains are re-weighted",
+    "updaters",
+    "    return _foster(inputs, inputs.measured)\n\n\ndef expansion",
+    "    return _foster(inputs, np.ones_like(inputs.measured))\n\n\ndef expansion",
+    "updaters::test_an_unmeasured_domain_keeps_its_weight",
+)
+fault(
+    "the floor is checked on the proposal only",
+    "simplex",
+    "    return project(proposed, lower, upper)\n\n\ndef entropy",
+    "    return normalise(np.clip(proposed, lower, upper))\n\n\ndef entropy",
+    "simplex::test_limits_hold_together",
+)
+fault(
+    "the step limit is measured from the proposal",
+    "simplex",
+    "anchor = project(previous, lower, upper)",
+    "anchor = project(proposed, lower, upper)",
+    "simplex::test_step_limit_by_hand",
+)
+fault(
+    "digests of unequal weights are equal",
+    "simplex",
+    '(np.asarray(weights, dtype="<f8") + 0.0).tobytes()',
+    '(np.asarray(weights, dtype="<f4") + 0.0).tobytes()',
+    "simplex::test_entropy_and_digest",
+)
+
+# --- kernels ------------------------------------------------------------------------------------------------
+
+GOOD = "triton::test_the_kernels_are_as_good_as_torch"
+FP32, FP16 = f"{GOOD}[fp32-torch.float32]", f"{GOOD}[fp32-torch.float16]"
+BF16 = (f"{GOOD}[fp32-torch.bfloat16]", f"{GOOD}[compute-torch.bfloat16]")
+ALL = (FP32, *BF16)
+LOSS_LOOP = "range(0, VOCAB_SIZE, TILE):\n        cols = start + tl.arange(0, TILE)\n        inside"
+GRADIENT_LOOP = LOSS_LOOP.replace("\n        ", "\n            ")
+fault(
+    "negated gradient",
+    "row kernels",
+    "grad.to(grad_ptr.dtype.element_ty), mask=inside",
+    "(-grad).to(grad_ptr.dtype.element_ty), mask=inside",
+    *ALL,
+)
+fault(
+    "gradient 5 % too large",
+    "row kernels",
+    "factor = token_weight * logit_scale *",
+    "factor = 1.05 * token_weight * logit_scale *",
+    *ALL,
+)
+fault("sums off by one sample", "row kernels", "ids == segment", "ids == segment + 1", *ALL)
+fault(
+    "last tile of tokens dropped",
+    "row kernels",
+    "while start < num_tokens:",
+    "while start + TILE < num_tokens:",
+    *ALL,
+    "kernel sums::test_sums_over_ragged_tiles",
+)
+fault(
+    "tokens beyond the end are summed",
+    "row kernels",
+    "inside = tokens < num_tokens",
+    "inside = tokens < num_tokens + 1",
+    "triton::test_sums_read_no_token_beyond_the_end",
+)
+fault("squares are not squared", "row kernels", "value * value", "value", *ALL)
+fault(
+    "last tile of the vocabulary dropped from the loss",
+    "row kernels",
+    LOSS_LOOP,
+    LOSS_LOOP.replace("VOCAB_SIZE", "VOCAB_SIZE - TILE"),
+    *ALL,
+)
+fault(
+    "last tile of the vocabulary dropped from the gradient",
+    "row kernels",
+    GRADIENT_LOOP,
+    GRADIENT_LOOP.replace("VOCAB_SIZE", "VOCAB_SIZE - TILE"),
+    *ALL,
+)
+fault(
+    "columns beyond the vocabulary count",
+    "row kernels",
+    'z = tl.where(inside, z, -float("inf"))',
+    "z = tl.where(inside, z, 0.0)",
+    *ALL,
+)
+fault("label V - 1 is no class", "row kernels", "(label < VOCAB_SIZE)", "(label < VOCAB_SIZE - 1)", *ALL)
+fault(
+    "label V - 1 gets no gradient",
+    "row kernels",
+    "cols == label",
+    "(cols == label) & (cols < VOCAB_SIZE - 1)",
+    *ALL,
+)
+fault(
+    "target of the neighbour",
+    "row kernels",
+    "tl.load(logits_ptr + label,",
+    "tl.load(logits_ptr + (label + 1) % VOCAB_SIZE,",
+    *ALL,
+)
+fault("sum of exponentials not rescaled", "row kernels", "exp_sum * tl.exp(top - shift)", "exp_sum", *ALL)
+fault(
+    "token weight only in the loss",
+    "row kernels",
+    "factor = token_weight * logit_scale",
+    "factor = logit_scale",
+    *ALL,
+)
+fault("normalizer forgotten", "row kernels", "* tl.load(factor_ptr)", "", *ALL)
+fault("z-loss only in the loss", "row kernels", "(1.0 + 2.0 * z_loss * lse)", "1.0", FP32)
+fault(
+    "smoothing over the tile, not the vocabulary",
+    "row kernels",
+    "logit_sum / VOCAB_SIZE",
+    "logit_sum / TILE",
+    *ALL,
+)
+fault(
+    "slope of the softcap forgotten", "row kernels", "grad *= _capped_slope(z, softcap)", "grad *= 1.0", *ALL
+)
+fault("backward forgets the last factor", "row kernels", "gradient * factor", "gradient", FP16)
+fault(
+    "rows without a target keep their logits in the last tile",
+    "row kernels",
+    "tl.store(grad_ptr + cols, zero, mask=cols < VOCAB_SIZE)",
+    "tl.store(grad_ptr + cols, zero, mask=cols < VOCAB_SIZE - TILE)",
+    "triton::test_rows_beyond_the_valid_ones_are_zero",
+)
+fault(
+    "the gradient is stored beyond the row",
+    "row kernels",
+    "grad.to(grad_ptr.dtype.element_ty), mask=inside",
+    "grad.to(grad_ptr.dtype.element_ty), mask=cols < VOCAB_SIZE + 1",
+    "triton::test_nothing_is_written_beyond_a_row",
+)
+fault(
+    "the last tile is not scaled",
+    "row kernels",
+    "while start < num_elements:",
+    "while start + TILE < num_elements:",
+    "triton::test_every_element_is_scaled",
+)
+fault(
+    "tiles beyond the first round are not scaled",
+    "row kernels",
+    "        start += tl.num_programs(0).to(tl.int64) * TILE\n",
+    "        start += num_elements\n",
+    "triton::test_every_element_is_scaled",
+)
+fault(
+    "elements beyond the gradient are written",
+    "row kernels",
+    "scaled.to(out_ptr.dtype.element_ty), mask=inside",
+    "scaled.to(out_ptr.dtype.element_ty), mask=at < num_elements + 1",
+    "triton::test_every_element_is_scaled",
+)
+fault(
+    "a zero that is pending beside NaN stays NaN",
+    "row kernels",
+    "tl.where(pending == 0.0, 0.0, gradient * factor)",
+    "gradient * factor",
+    "edges::test_normalizer_zero_gives_zero_even_beside_nan[triton-0.0]",
+)
+fault(
+    "row offsets of 32 bits",
+    "row kernels",
+    "row = tl.program_id(0).to(tl.int64)",
+    "row = tl.program_id(0)",
+    "triton::test_offsets_beyond_2_to_the_31_elements",
+)
+fault(
+    "the last chunk overwrites the sum",
+    "triton",
+    "product_(d_weight, d_z.T, x, accumulate=start > 0)",
+    "product_(d_weight, d_z.T, x, accumulate=False)",
+    "chunks::test_chunk_size_changes_nothing",
+)
+fault(
+    "the last rows of a batch are left out",
+    "triton",
+    "for start in range(0, num_rows, chunk):",
+    "for start in range(0, num_rows - num_rows % chunk, chunk):",
+    "chunks::test_chunk_size_changes_nothing",
+)
+fault(
+    "chunked: the last rows of a batch are left out",
+    "chunked",
+    "for start in range(0, num_rows, chunk):",
+    "for start in range(0, num_rows - num_rows % chunk, chunk):",
+    "chunks::test_chunk_size_changes_nothing",
+)
+fault(
+    "chunked: the last block of the vocabulary is left out",
+    "chunked",
+    "for start in range(0, vocab_size, step):",
+    "for start in range(0, max(1, vocab_size - step), step):",
+    "float64::test_as_good_as_torch_over_a_real_vocabulary",
+)
+fault(
+    "chunked: the last rows of a block are left out",
+    "chunked",
+    "for start in range(0, len(logits), step):",
+    "for start in range(0, max(1, len(logits) - step), step):",
+    "chunks::test_blocks_of_rows_within_a_chunk_change_nothing",
+)
+fault(
+    "chunked: the last block overwrites d_hidden",
+    "chunked",
+    "accumulate=block.start > 0,",
+    "accumulate=False,",
+    "float64::test_as_good_as_torch_over_a_real_vocabulary",
+)
+fault(
+    "chunked: the last chunk overwrites d_weight",
+    "chunked",
+    "accumulate=part.start > 0,",
+    "accumulate=False,",
+    "chunks::test_chunk_size_changes_nothing",
+)
+fault(
+    "chunked: p - 1 is rounded before it is formed",
+    "chunked",
+    "grad.gather(1, target) - factor * (1 - smoothing)",
+    "grad.gather(1, target).bfloat16().float() - factor * (1 - smoothing)",
+    "float64::test_confident_targets_keep_their_gradient",
+)
+fault(
+    "chunked: normalizer 0 beside NaN is NaN",
+    "chunked",
+    "gradient.masked_fill_(is_zero, 0)",
+    "gradient.mul_(1)",
+    "edges::test_normalizer_zero_gives_zero_even_beside_nan[chunked-0.0]",
+)
+fault(
+    "ignored tokens are summed",
+    "segments",
+    "mine = (labels != ignore_index) & (ids >= 0)",
+    "mine = ids >= 0",
+    "kernel sums::test_sums_over_ragged_tiles",
+)
+fault(
+    "negative ids are summed",
+    "segments",
+    "mine = (labels != ignore_index) & (ids >= 0)",
+    "mine = labels != ignore_index",
+    "kernel sums::test_sums_over_ragged_tiles",
+    harmless="sorted by id they lie before the first segment, as the others lie behind the last",
+)
+fault(
+    "the loss is summed in single precision",
+    "segments",
+    "values.to(torch.float64).index_select",
+    "values.index_select",
+    "kernel sums::test_sums_are_kept_in_float64",
+)
+fault(
+    "sample and domain sums change places",
+    "operator",
+    "        domain.sums,\n        domain.counts,\n",
+    "        sample.sums,\n        domain.counts,\n",
+    "kernel sums::test_sums_equal_a_loop_over_tokens",
+)
+fault(
+    "a second backward scales again",
+    "operator",
+    "    ctx.spent = True\n",
+    "",
+    "autograd::test_second_backward_is_a_clear_error",
+)
+fault(
+    "the upstream gradient is forgotten",
+    "operator",
+    "    scale = upstream * pending\n",
+    "    scale = pending\n",
+    "autograd::test_the_upstream_gradient_scales_both_gradients",
+)

@@ -1,0 +1,111 @@
+"""The tokenizer of a run, and the chat template that it trains with.
+
+What is not covered: several templates in one tokenizer (the default one is used), and slow tokenizers.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+from versatune_ds.config.schema import ChatTemplate, Config
+from versatune_ds.foundations.errors import ConfigError, unknown_name
+from versatune_ds.foundations.log import get_logger
+
+logger = get_logger(__name__)
+
+BUILT_IN_TEMPLATES = tuple(name for name in get_args(ChatTemplate) if name != "tokenizer")
+_END_OF_TURN = re.compile(r"\{%- set end_of_turn = (.+?) -%\}")
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The fast tokenizer that `model.tokenizer` (or `model.source`) names.
+
+    Raises:
+        ConfigError: it cannot be found or loaded, or it is not a fast one (no character offsets).
+    """
+    from transformers import AutoTokenizer
+
+    name = config.model.tokenizer or config.model.source
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
+    if looks_local and not os.path.isdir(name):
+        raise ConfigError(f"model.tokenizer: {name} is not a folder; give a folder or a hub name")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=config.model.trust_remote_code, use_fast=True
+        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ConfigError(f"the tokenizer {name} cannot be loaded: {error}") from error
+    if not getattr(tokenizer, "is_fast", False) or not hasattr(tokenizer, "backend_tokenizer"):
+        raise ConfigError(
+            f"the tokenizer {name} ({type(tokenizer).__name__}) is not a fast one; a tokenizer.json "
+            "is needed, because masks come from character offsets"
+        )
+    return tokenizer
+
+
+def template_text(tokenizer: Any, name: str) -> str:
+    """The Jinja text of a built-in template, or of the tokenizer's own one for the name `tokenizer`.
+
+    A built-in template whose stop token is not in the vocabulary uses the tokenizer's eos token instead, and
+    says so.
+
+    Raises:
+        ConfigError: the name is unknown, the tokenizer has no template, or it has no eos token.
+    """
+    if name == "tokenizer":
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                "the tokenizer has no chat template; name one in data.chat_template: "
+                + ", ".join(BUILT_IN_TEMPLATES)
+            )
+        try:
+            return str(tokenizer.get_chat_template())
+        except ValueError as error:  # several named templates, none of them the default
+            raise ConfigError(f"the tokenizer's chat template cannot be used: {error}") from None
+    if name not in BUILT_IN_TEMPLATES:
+        raise ConfigError(unknown_name("chat template", name, ("tokenizer", *BUILT_IN_TEMPLATES)))
+    text = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text("utf-8").rstrip("\n")
+    match = _END_OF_TURN.search(text)
+    assert match is not None, name
+    stop = match.group(1).strip("'")
+    if stop in special_texts(tokenizer):
+        return text
+    if tokenizer.eos_token is None:
+        raise ConfigError(
+            f"the {name} template ends turns with the eos token, and the tokenizer has none; "
+            "set eos_token in tokenizer_config.json"
+        )
+    if stop == "eos_token":
+        return text
+    say_once(
+        f"the {name} template ends turns with {stop}, which is not a special token of this tokenizer; its "
+        f"eos token {tokenizer.eos_token} is used instead"
+    )
+    return text.replace(match.group(0), "{%- set end_of_turn = eos_token -%}")
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Warn of something that concerns every sample."""
+    logger.warning(text)
+
+
+def set_chat_template(tokenizer: Any, name: str) -> None:
+    """Give `tokenizer` the template that `data.chat_template: name` trains with, so that it is exported.
+
+    Raises:
+        ConfigError: as `template_text`.
+    """
+    tokenizer.chat_template = template_text(tokenizer, name)
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """Texts of all tokens that are cut out of text before it is tokenised as words, eos included."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if tokenizer.eos_token is not None:
+        added.add(str(tokenizer.eos_token))
+    return sorted(added, key=lambda text: (-len(text), text))
