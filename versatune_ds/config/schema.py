@@ -79,7 +79,7 @@ class Model(Section):
 
     source: str
     """Folder or hub name of a causal LM of the Qwen2, Qwen2.5, Qwen3 or Llama families. Others work when
-    their logits are plain products of hidden states and output weights; models that alter them: refused."""
+    their logits are plain products, or scaled or capped as in Cohere, Gemma and Granite; else: refused."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random`: build from `source`'s config.json only and initialise with `run.seed`."""
     tokenizer: str | None = None
@@ -87,12 +87,13 @@ class Model(Section):
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Compute precision; the optimizer always keeps fp32 master weights."""
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
-    """Attention for packs. `auto`: flash-attn if installed, else torch's varlen kernel, on CUDA; sdpa with
-    a block-diagonal mask on CPU (memory grows with `batch.pack_len` squared)."""
+    """Attention for packs. `auto`: on CUDA flash-attn or torch's varlen kernel, else sdpa (docs/train.md)."""
     activation_checkpointing: Literal["off", "all"] | Annotated[int, Field(ge=1, strict=True)] = "off"
     """Recompute activations in backward: for no layer, every layer, or every n-th layer."""
     loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
     """Implementation of the fused linear + cross-entropy. `auto`: triton on CUDA, else chunked."""
+    logits_dtype: Literal["fp32", "compute"] = "fp32"
+    """`compute`: logits in `dtype`, half the memory a larger error (docs/train.md); triton only."""
     liger: Literal["auto", "off"] = "auto"
     """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
     compile: Literal["off", "body"] = "off"
@@ -153,8 +154,7 @@ class Domains(Section):
     names: list[str] = Field(min_length=1)
     """Domain names; their order is the order of all tables."""
     initial: Literal["uniform"] | dict[str, float] | Path = "uniform"
-    """Weights to start from: the detected knowledge distribution (shares that sum to 1, or the
-    knowledge.json of `versatune-ds detect`)."""
+    """Weights to start from: detected shares (sum 1), or the knowledge.json of `versatune-ds detect`."""
     weight_unit: WeightUnit = "samples"
     """What a weight is a share of: samples (as in the paper), tokens, or supervised tokens."""
     min_weight: float = Field(0.0, ge=0, le=1)

@@ -246,9 +246,14 @@ def _build_model(
     if config.model.dtype == "fp16" and device.type == "cpu":
         raise ConfigError("model.dtype fp16 needs CUDA; use bf16 or fp32 on CPUs")
     try:
-        resolve_backend(config.model.loss_backend, device.type)
+        loss = resolve_backend(config.model.loss_backend, device.type)
     except KernelError as error:
         raise ConfigError(f"model.loss_backend: {error}") from None
+    if config.model.logits_dtype == "compute" and loss.name != "triton":
+        raise ConfigError(
+            f"model.logits_dtype compute: only the triton loss holds 16-bit logits, and this run takes "
+            f"{loss.name} ({loss.reason}); use fp32"
+        )
     attention = choose_attention(config.model, device.type)
     is_zero3 = zero_stage(settings) == 3
     zero3 = HfDeepSpeedConfig(settings) if is_zero3 else None  # kept alive: transformers looks it up

@@ -25,6 +25,7 @@ from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.replay import resolve_schedule
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.checkpointing.folder import list_checkpoints
+from versatune_ds.engine.model.families import logit_rule
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
 from versatune_ds.foundations.log import get_logger
@@ -151,14 +152,7 @@ def check_architecture(architecture: Any, tokenizer: Any, corpus: Corpus) -> Non
     Raises:
         ConfigError: naming the numbers.
     """
-    neutral = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
-    for key, value in neutral.items():
-        if getattr(architecture, key, None) not in (None, value):
-            raise ConfigError(
-                f"{architecture.model_type} models change their logits ({key}: "
-                f"{getattr(architecture, key)}), "
-                "which the fused loss would leave out; use a Qwen or Llama model"
-            )
+    logit_rule(architecture)
     if getattr(architecture, "router_aux_loss_coef", None) is not None:
         raise ConfigError(
             f"{architecture.model_type} is a mixture of experts; its router loss is not supported"
