@@ -1,1 +1,1 @@
-"""Floor 4: from raw files to packed batches: readers, schemas, templates, cache, planner, loader."""
+"""Floor 5: from raw files to packed batches: readers, schemas, templates, cache, planner, loader."""
