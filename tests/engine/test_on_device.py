@@ -306,7 +306,7 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped(runs):
 def test_out_of_memory_in_a_step_says_where_and_what_to_lower(runs):
     outcome = json.loads((runs / "no_memory" / "outcome_rank_0.json").read_text())
     assert outcome["type"] == "ConfigError"
-    assert "out of memory in step 3, forward and backward of pack 1 of 2 (peak" in outcome["text"]
+    assert "out of memory in step 3, forward of pack 1 of 2 (peak" in outcome["text"]
     assert "batch.pack_len (now 192)" in outcome["text"]
     assert "activation_checkpointing: all" in outcome["text"]
 

@@ -56,8 +56,8 @@ def test_a_phase_that_fails_is_over_all_the_same():
 
 def test_the_watchdog_sees_phases_and_not_what_is_only_timed():
     before = watchdog.here().progress
-    with phase("forward", 3, "pack 2 of 4"), timed("loss"):
+    with phase("forward", 3, "of pack 2 of 4"), timed("loss"):
         here = watchdog.here()
-    assert (here.progress - before, str(here), here.is_limited) == (1, "step 3, forward, pack 2 of 4", True)
+    assert (here.progress - before, str(here), here.is_limited) == (1, "step 3, forward of pack 2 of 4", True)
     with phase("checkpoint", 3, is_limited=False):
         assert str(watchdog.here()) == "step 3, checkpoint" and not watchdog.here().is_limited

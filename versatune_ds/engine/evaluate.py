@@ -129,7 +129,7 @@ def _forward(backend: Backend, held_out: HeldOut) -> Iterator[tuple[Pack, Batch,
     """Every pack of this rank with its batch on the device and the model's output."""
     with backend.evaluating():
         for i, pack in enumerate(held_out.packs):
-            with phase("evaluation", detail=f"pack {i + 1} of {len(held_out.packs)}"):
+            with phase("evaluation", detail=f"of pack {i + 1} of {len(held_out.packs)}"):
                 batch = collate(pack, held_out.caches, held_out.pack_len, held_out.pad_id).to(backend.device)
                 out = backend.forward(**model_inputs(batch, 1.0))
             yield pack, batch, out

@@ -1,6 +1,6 @@
 """Where a run is: one context manager that tells the watchdog, and keeps the time for who wants it.
 
-    with phase("forward", step, f"pack {i} of {n}"):
+    with phase("forward", step, f"of pack {i} of {n}"):
         ...
 
 The watchdog gets a mark. Every open `Recorder` gets the span: the loop opens one for each step and takes from
@@ -143,9 +143,9 @@ def phase(name: str, step: int | None = None, detail: str = "", is_limited: bool
     Args:
         name: one of the names above, or any other.
         step: optimizer step from 1; None outside the steps.
-        detail: further words for the watchdog's message, such as "pack 2 of 4".
+        detail: further words for the watchdog's message, such as "of pack 2 of 4".
         is_limited: whether staying here too long is a hang (`faults/watchdog.py`).
     """
-    watchdog.mark(f"{name}, {detail}" if detail else name, step, is_limited)
+    watchdog.mark(f"{name} {detail}" if detail else name, step, is_limited)
     with timed(name):
         yield

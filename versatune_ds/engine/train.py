@@ -161,7 +161,7 @@ def accumulate(run: Components, plan: StepPlan, batches: list[Batch]) -> list[to
     normalizer = plan.supervised_tokens / backend.ranks.dp.size
     sample_losses = []
     for i, batch in enumerate(batches):
-        place = plan.step + 1, f"pack {i + 1} of {len(batches)}"
+        place = plan.step + 1, f"of pack {i + 1} of {len(batches)}"
         with phase(FORWARD, *place):
             on_device = batch.to(backend.device, non_blocking=True)
             out = backend.forward(**model_inputs(on_device, normalizer))
