@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from versatune_ds.config.secrets import find_secret
+from versatune_ds.strategies.rules import NEEDED, STRATEGIES
 
 DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized"]
 ChatTemplate = Literal["tokenizer", "chatml", "alpaca", "llama2", "llama3"]
 WeightUnit = Literal["samples", "tokens", "supervised_tokens"]
-Strategy = Literal["uniform", "inverse", "constant", "manual", "fostering", "expansion", "doremi", "raw_loss"]
-STRATEGIES_WITH_REFERENCE = ("fostering", "expansion", "doremi")
+if TYPE_CHECKING:
+    StrategyName = str
+else:
+    StrategyName = Literal[tuple(STRATEGIES)]
 WEIGHT_SUM_TOLERANCE = 1e-3
 """How far given shares may be from summing to 1 (rounded decimals); they are then scaled to sum to 1."""
 DEFAULT_COLLECTIVE_TIMEOUT_S = 1800.0
@@ -196,7 +199,7 @@ class ScheduledWeights(Section):
 class Weights(Section):
     """How domain weights move. Symbols as in docs/weights.md: l loss, lref reference loss, gamma, phi."""
 
-    strategy: Strategy = "constant"
+    strategy: StrategyName = "constant"
     """`constant` keeps `domains.initial`; `uniform` and `inverse` ((1 - p) / Z) are static too; `manual`
     follows `schedule`; `fostering`, `expansion`, `doremi` and `raw_loss` move with the losses."""
     every_n_steps: int = Field(100, ge=1)
@@ -238,15 +241,9 @@ class Weights(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Weights:
-        if self.strategy in STRATEGIES_WITH_REFERENCE and self.reference is None:
-            raise ValueError(
-                f"strategy {self.strategy} compares with reference losses: give `reference` "
-                "(held-out nats per supervised token for every domain)"
-            )
-        if self.strategy == "expansion" and self.target is None:
-            raise ValueError("strategy expansion grows one domain: name it in `target`")
-        if self.strategy == "manual" and not self.schedule:
-            raise ValueError("strategy manual follows `schedule`: give a list or a weights.jsonl")
+        lacking = [name for name in STRATEGIES[self.strategy].requires if not getattr(self, name)]
+        if lacking:
+            raise ValueError("; ".join(f"strategy {self.strategy} {NEEDED[name]}" for name in lacking))
         if isinstance(self.schedule, list):
             steps = [entry.step for entry in self.schedule]
             if steps != sorted(set(steps)):
