@@ -1,8 +1,8 @@
-"""Fused linear + cross-entropy with per-token, per-sample and per-domain losses.
+"""Fused linear + cross-entropy with per-token and per-sample losses.
 
 What: `linear_cross_entropy(hidden, weight, labels, ...)` is the language-model head and its loss in
-one differentiable call. It never holds the full logits matrix and returns the loss of every token,
-sample and domain next to the scalar that is trained on.
+one differentiable call. It never holds the full logits matrix and returns the loss of every token and
+sample next to the scalar that is trained on.
 
 How: one signature, several backends (`reference`: readable and slow; `chunked`: portable; `triton`:
 for GPUs), picked by `backend=`. Read `contract.py` for what comes out, `fused_op.py` for the order

@@ -102,15 +102,17 @@ def flat_tokens(name: str, tensor: Tensor, hidden: Tensor, dtypes: tuple[torch.d
     return tensor.reshape(-1)
 
 
-def check_segments(name: str, ids: Tensor | None, size_name: str, size: int | None) -> None:
-    """Ids come with their number of segments."""
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-        raise KernelError(f"{size_name}={size!r}; expected an integer >= 0.")
-    if ids is None and size is not None:
-        raise KernelError(f"{size_name}={size} without {name}: pass both or neither.")
-    if ids is not None and size is None:
+def check_samples(ids: Tensor | None, num_samples: int | None) -> None:
+    """Ids come with their number of samples."""
+    if num_samples is not None and (
+        isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 0
+    ):
+        raise KernelError(f"num_samples={num_samples!r}; expected an integer >= 0.")
+    if ids is None and num_samples is not None:
+        raise KernelError(f"num_samples={num_samples} without sample_ids: pass both or neither.")
+    if ids is not None and num_samples is None:
         raise KernelError(
-            f"{name} without {size_name}: pass {size_name}, the length of the sums to return "
+            "sample_ids without num_samples: pass num_samples, the length of the sums to return "
             "(reading it from the ids would make the host wait for the device)."
         )
 
@@ -157,7 +159,8 @@ def check_values(
     ignore_index: int,
     vocab_size: int,
     num_valid: int | None,
-    segments: tuple[tuple[str, Tensor | None, int], ...],
+    sample_ids: Tensor | None,
+    num_samples: int,
     normalizer: Tensor,
 ) -> None:
     """Labels, ids, the count of valid labels and the normalizer hold what they may hold.
@@ -168,7 +171,8 @@ def check_values(
         ignore_index: the label of tokens without a target.
         vocab_size: V.
         num_valid: the caller's count of other labels, or None.
-        segments: (name, ids [N] or None, number of segments) each.
+        sample_ids: integer [N], or None.
+        num_samples: S.
         normalizer: float64 [].
     """
     if checks.mode == "off":
@@ -183,9 +187,8 @@ def check_values(
                 f"ignore_index={ignore_index}. Count the shifted labels, or leave num_valid out."
             ),
         )
-    for name, ids, size in segments:
-        if ids is not None:
-            _check_ids(name, ids, size, checks)
+    if sample_ids is not None:
+        _check_ids(sample_ids, num_samples, checks)
     checks.require(torch.isfinite(normalizer) & (normalizer >= 0), lambda: _bad_normalizer(float(normalizer)))
 
 
@@ -204,16 +207,15 @@ def _check_labels(labels: Tensor, valid: Tensor, vocab_size: int, checks: ValueC
     checks.require(in_range, message)
 
 
-def _check_ids(name: str, ids: Tensor, size: int, checks: ValueChecks) -> None:
-    """Every id stays below the number of segments."""
-    in_range = ids < size
+def _check_ids(ids: Tensor, num_samples: int, checks: ValueChecks) -> None:
+    """Every id stays below the number of samples."""
+    in_range = ids < num_samples
 
     def message() -> str:
         where = int((~in_range).nonzero()[0])
-        size_name = "num_" + name.removesuffix("_ids") + "s"
         return (
-            f"{name} holds {int(ids[where])} at token {where}, but {size_name}={size} allows "
-            f"0..{size - 1}; negative ids mean 'none'. Raise {size_name} or correct the ids."
+            f"sample_ids holds {int(ids[where])} at token {where}, but num_samples={num_samples} allows "
+            f"0..{num_samples - 1}; negative ids mean 'none'. Raise num_samples or correct the ids."
         )
 
     checks.require(in_range, message)
@@ -222,35 +224,24 @@ def _check_ids(name: str, ids: Tensor, size: int, checks: ValueChecks) -> None:
 # ---- options ------------------------------------------------------------------------------------
 
 
-def check_effort(chunk_tokens: int | str, memory_budget: int | None, logits_dtype: str) -> None:
-    """chunk_tokens is "auto" or a number, memory_budget a number of bytes, logits_dtype known."""
-    if chunk_tokens != "auto" and not _is_count(chunk_tokens):
-        raise KernelError(
-            f"chunk_tokens={chunk_tokens!r}: expected 'auto' or a number of tokens >= 1. "
-            "Smaller chunks need less memory; 'auto' is a good start."
-        )
-    if memory_budget is not None and not _is_count(memory_budget):
-        raise KernelError(f"memory_budget={memory_budget!r}: expected a number of bytes >= 1, or None.")
-    if logits_dtype not in LOGITS_DTYPES:
-        raise KernelError(
-            f"logits_dtype={logits_dtype!r}. Known: 'fp32', and 'compute' for the dtype of hidden."
-        )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def check_options(
-    ignore_index: int, z_loss: float, label_smoothing: float, logit_scale: float, softcap: float
+    ignore_index: int, logit_scale: float, softcap: float, chunk_tokens: int | str, logits_dtype: str
 ) -> None:
     """Each option lies in its range."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise KernelError(f"ignore_index={ignore_index!r}; expected an integer such as -100.")
-    _check_option("z_loss", z_loss, lambda value: value >= 0, ">= 0 (0 is off)")
-    _check_option("label_smoothing", label_smoothing, lambda value: 0 <= value < 1, "in [0, 1) (0 is off)")
     _check_option("logit_scale", logit_scale, lambda value: value > 0, "> 0 (1 is off)")
     _check_option("softcap", softcap, lambda value: value >= 0, ">= 0 (0 is off)")
+    is_count = isinstance(chunk_tokens, int) and not isinstance(chunk_tokens, bool) and chunk_tokens >= 1
+    if chunk_tokens != "auto" and not is_count:
+        raise KernelError(
+            f"chunk_tokens={chunk_tokens!r}: expected 'auto' or a number of tokens >= 1. "
+            "Smaller chunks need less memory; 'auto' is a good start."
+        )
+    if logits_dtype not in LOGITS_DTYPES:
+        raise KernelError(
+            f"logits_dtype={logits_dtype!r}. Known: 'fp32', and 'compute' for the dtype of hidden."
+        )
 
 
 def _check_option(name: str, value: float, holds: Callable[[float], bool], allowed: str) -> None:

@@ -13,9 +13,9 @@ three matrix products per chunk instead of the four of "recompute the logits in 
 backward (`fused_op.py`) multiplies both results by upstream / normalizer and rounds each once to
 its own dtype. Rows whose label is ignored are dropped before step 1.
 
-Precision: with p = softmax(z), label y, token weight w, smoothing s, z-loss factor c,
+Precision: with p = softmax(z), label y and token weight w,
 
-    d loss / d z_v = w * (p_v * (1 + 2 * c * lse) - (1 - s) * [v = y] - s / V)
+    d loss / d z_v = w * (p_v - [v = y])
 
 is formed in fp32 and rounded afterwards: p - 1 of a confident target rounded too early is 0.
 On CPUs that multiply bf16, each product of steps 3 and 4 (a chunk and a block of the vocabulary) is
@@ -33,9 +33,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from versatune_kernels.contract import Effort, ForwardPass, LossOptions, ValidTokens
+from versatune_kernels.contract import ForwardPass, Spec, ValidTokens
 from versatune_kernels.products import product_
-from versatune_kernels.sizing import chunked_rows
+from versatune_kernels.sizing import auto_chunk_tokens
 
 VOCAB_BLOCK = 8192
 """16-bit weights are multiplied this many rows at a time: the fp32 copy of a block that the
@@ -48,29 +48,26 @@ GPU_ROW_BLOCK_BYTES = 128 * 2**20
 """The same on a GPU: few enough launches, and a 16-bit copy that is small beside a chunk."""
 
 
-def chunked_pass(
-    hidden: Tensor, weight: Tensor, tokens: ValidTokens, options: LossOptions, effort: Effort
-) -> ForwardPass:
+def chunked_pass(hidden: Tensor, weight: Tensor, tokens: ValidTokens, spec: Spec) -> ForwardPass:
     """Loss of every row and the gradients, without the full logits.
 
     Args:
         hidden: [N, H] bf16, fp16 or fp32.
         weight: [V, H] of the same dtype.
         tokens: the rows that count.
-        options: how logits become a loss.
-        effort: which gradients, and the size of the chunks.
+        spec: how logits become a loss, which gradients, and the size of the chunks.
 
     Returns:
         ForwardPass; both gradients are float32.
     """
     num_rows, (vocab_size, hidden_size) = tokens.labels.numel(), weight.shape
-    chunk = chunked_rows(effort, num_rows, hidden_size, vocab_size, weight.element_size())
+    chunk = spec.chunk_tokens or auto_chunk_tokens(num_rows, hidden_size, vocab_size)
     nll = hidden.new_empty(num_rows, dtype=torch.float32)
     objective = torch.empty_like(nll)
     d_hidden = d_weight = None
-    if effort.grad_hidden:
+    if spec.grad_hidden:
         d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
-    if effort.grad_weight:
+    if spec.grad_weight:
         d_weight = weight.new_empty(weight.shape, dtype=torch.float32)
         if num_rows == 0:
             d_weight.zero_()
@@ -78,11 +75,11 @@ def chunked_pass(
     rows = min(chunk, num_rows)
     buffers = _Buffers(
         logits=hidden.new_empty((rows, vocab_size), dtype=torch.float32),
-        d_x=hidden.new_empty((rows, hidden_size), dtype=torch.float32) if effort.grad_hidden else None,
+        d_x=hidden.new_empty((rows, hidden_size), dtype=torch.float32) if spec.grad_hidden else None,
     )
     for start in range(0, num_rows, chunk):
         part = slice(start, min(start + chunk, num_rows))
-        _run_chunk(hidden, weight, tokens, options, part, buffers, nll, objective, d_hidden, d_weight)
+        _run_chunk(hidden, weight, tokens, spec, part, buffers, nll, objective, d_hidden, d_weight)
 
     is_zero = tokens.normalizer == 0
     for gradient in (d_hidden, d_weight):
@@ -106,7 +103,7 @@ def _run_chunk(
     hidden: Tensor,
     weight: Tensor,
     tokens: ValidTokens,
-    options: LossOptions,
+    spec: Spec,
     part: slice,
     buffers: _Buffers,
     nll: Tensor,
@@ -128,7 +125,7 @@ def _run_chunk(
         place = slice(part.start + rows.start, part.start + rows.stop)
         block_weight = None if row_weight is None else row_weight[rows]
         nll[place], objective[place] = _row_pass_(
-            logits[rows], tokens.labels[place], block_weight, options, training
+            logits[rows], tokens.labels[place], block_weight, spec, training
         )
         if training and weight.dtype != logits.dtype:
             d_logits[rows] = logits[rows].to(weight.dtype)  # by way of a copy: both overlap
@@ -158,7 +155,7 @@ def _row_pass_(
     logits: Tensor,
     labels: Tensor,
     row_weight: Tensor | None,
-    options: LossOptions,
+    spec: Spec,
     training: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss of each row of a block; `logits` is overwritten, when training with its gradient.
@@ -168,46 +165,37 @@ def _row_pass_(
             raw logits when training, else scratch.
         labels: int64 [R].
         row_weight: float32 [R] or None.
-        options: how logits become a loss.
+        spec: how logits become a loss.
         training: whether the gradient is needed.
 
     Returns:
         (nll, objective), float32 [R] each.
     """
-    smoothing, target = options.label_smoothing, labels[:, None]
-    if options.logit_scale != 1:
-        logits.mul_(options.logit_scale)
+    target = labels[:, None]
+    if spec.logit_scale != 1:
+        logits.mul_(spec.logit_scale)
     slope = None
-    if options.softcap > 0:
-        logits.div_(options.softcap).tanh_()
+    if spec.softcap > 0:
+        logits.div_(spec.softcap).tanh_()
         if training:
             slope = logits.square().neg_().add_(1)  # d softcap / d logit = 1 - tanh^2
-        logits.mul_(options.softcap)
+        logits.mul_(spec.softcap)
 
     top = logits.amax(dim=1, keepdim=True)
     below_top = top - logits.gather(1, target)
-    mean = logits.mean(dim=1, keepdim=True) if smoothing > 0 else None
     exp = logits.sub_(top).exp_()
     exp_sum = exp.sum(dim=1, keepdim=True)
     # Not lse - z_label: at logits of 1e4 that difference has lost all but three digits.
     nll = exp_sum.log() + below_top
-    lse = exp_sum.log() + top
 
-    objective = nll
-    if mean is not None:
-        objective = (1 - smoothing) * nll + smoothing * (lse - mean)
-    if options.z_loss > 0:
-        objective = objective + options.z_loss * lse.square()
     factor = torch.ones_like(nll) if row_weight is None else row_weight[:, None]
-    objective = factor * objective
+    objective = factor * nll
 
     if training:
-        factor = factor * options.logit_scale
-        grad = exp.mul_(factor * (1 + 2 * options.z_loss * lse) / exp_sum)
-        if smoothing > 0:
-            grad.sub_(factor * (smoothing / logits.shape[1]))
+        factor = factor * spec.logit_scale
+        grad = exp.mul_(factor / exp_sum)
         # gather + scatter writes each row's one element, without the atomics of scatter_add.
-        grad.scatter_(1, target, grad.gather(1, target) - factor * (1 - smoothing))
+        grad.scatter_(1, target, grad.gather(1, target) - factor)
         if slope is not None:
             grad.mul_(slope)
     return nll.squeeze(1), objective.squeeze(1)

@@ -1,7 +1,7 @@
 """What every backend receives and what the caller gets back.
 
-Shape legend of the package: N tokens, H hidden size, V vocabulary size, S samples, k domains,
-n <= N tokens whose label is not `ignore_index` ("valid" tokens), C rows of one chunk.
+Shape legend of the package: N tokens, H hidden size, V vocabulary size, S samples, n <= N
+tokens whose label is not `ignore_index` ("valid" tokens), C rows of one chunk.
 
 What is not covered: how anything is computed (see `reference.py`, `chunked.py`,
 `triton_backend.py`, `sums.py`).
@@ -16,53 +16,35 @@ from torch import Tensor
 class LossOutput(NamedTuple):
     """The result of `linear_cross_entropy`. Only `loss` is differentiable.
 
-    The per-token loss and all sums hold the plain negative log-likelihood (nats): no token weight,
-    no label smoothing, no z-loss, no normalizer. They are what a model reports, whatever it is
-    trained on. With token weights, smoothing and z-loss off, `loss * normalizer` is their sum.
+    The per-token loss and all sums hold the plain negative log-likelihood (nats): no token weight, no
+    normalizer. They are what a model reports, whatever it is trained on. Without token weights,
+    `loss * normalizer` is their sum.
     """
 
     loss: Tensor
-    """float32 []. sum over valid tokens of token_weight * (smoothed nll + z-loss) / normalizer."""
+    """float32 []. sum over valid tokens of token_weight * nll / normalizer."""
     token_loss: Tensor
     """float32 [N]. Negative log-likelihood of each token; 0 where the label is ignored."""
     sample_loss: Tensor
     """float64 [S]. Sum of token_loss over the valid tokens of each sample; [0] without ids."""
     sample_tokens: Tensor
     """int64 [S]. Number of valid tokens of each sample."""
-    domain_loss: Tensor
-    """float64 [k]. Sum of token_loss over the valid tokens of each domain; [0] without ids."""
-    domain_tokens: Tensor
-    """int64 [k]. Number of valid tokens of each domain."""
     sample_loss_sq: Tensor
     """float64 [S]. Sum of token_loss ** 2 over the valid tokens of each sample."""
-    domain_loss_sq: Tensor
-    """float64 [k]. Sum of token_loss ** 2 over the valid tokens of each domain."""
 
 
-@dataclass(frozen=True)
-class LossOptions:
-    """How raw logits become a loss; the fields are explained in `linear_cross_entropy`."""
+class Spec(NamedTuple):
+    """What is constant over the calls of a head; explained in `linear_cross_entropy`."""
 
-    z_loss: float
-    label_smoothing: float
     logit_scale: float
     softcap: float
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much of the work is wanted, and in how much memory."""
-
+    logits_dtype: str
+    chunk_tokens: int
+    """0: by the rule in `sizing.py`."""
     grad_hidden: bool
     """Whether the gradient of hidden will be asked for."""
     grad_weight: bool
     """Whether the gradient of weight will be asked for."""
-    chunk_tokens: int
-    """C as the caller asked for it; 0: by the rule in `sizing.py`."""
-    memory_budget: int
-    """Bytes for the logits and the fp32 sum of the weight's gradient; 0: no limit."""
-    logits_dtype: str
-    """"fp32" or "compute"; see `linear_cross_entropy`."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +72,7 @@ class ForwardPass(NamedTuple):
     nll: Tensor
     """float32 [n]."""
     objective: Tensor
-    """float32 [n]. token_weight * (smoothed nll + z-loss), not normalized."""
+    """float32 [n]. token_weight * nll, not normalized."""
     d_hidden: Tensor | None
     """[N, H], zero at ignored tokens; None when not wanted. Lacks the factor `pending`."""
     d_weight: Tensor | None

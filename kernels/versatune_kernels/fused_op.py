@@ -18,12 +18,12 @@ from torch import Tensor
 from versatune_kernels import checks
 from versatune_kernels.backends import resolve_backend
 from versatune_kernels.chunked import chunked_pass
-from versatune_kernels.contract import Effort, LossOptions
+from versatune_kernels.contract import Spec
 from versatune_kernels.errors import KernelError
 from versatune_kernels.sums import segment_sums
 from versatune_kernels.tokens import valid_tokens
 
-NUM_OUTPUTS = 8
+NUM_OUTPUTS = 5
 """Leading outputs of the operator: the fields of LossOutput, in order. Then d_hidden, d_weight and
 the factor that both lack."""
 
@@ -34,79 +34,63 @@ def linear_cross_entropy_op(
     weight: Tensor,
     labels: Tensor,
     sample_ids: Tensor | None,
-    num_samples: int,
-    domain_ids: Tensor | None,
-    num_domains: int,
     token_weight: Tensor | None,
     normalizer: Tensor,
+    num_samples: int,
+    num_valid: int | None,
     ignore_index: int,
-    z_loss: float,
-    label_smoothing: float,
+    validate: bool | None,
     logit_scale: float,
     softcap: float,
-    backend: str,
     logits_dtype: str,
     chunk_tokens: int,
-    memory_budget: int,
-    num_valid: int | None,
-    validate: bool | None,
     grad_hidden: bool,
     grad_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of LossOutput, d_hidden, d_weight (empty where not wanted) and their factor.
+
+    Operators take no records: what stands between `validate` and `backend` are the fields of `Spec`.
 
     Args:
         hidden: [N, H].
         weight: [V, H].
-        labels, sample_ids, domain_ids: integer [N].
+        labels, sample_ids: integer [N].
         token_weight: floating [N], or None.
         normalizer: float64 [].
-        chunk_tokens, memory_budget: 0 for none.
-        grad_hidden, grad_weight: which gradients to compute.
         The others as in `loss.linear_cross_entropy`.
     """
+    spec = Spec(logit_scale, softcap, logits_dtype, chunk_tokens, grad_hidden, grad_weight)
     value_checks = checks.ValueChecks(validate, hidden.device)
     checks.check_values(
-        value_checks,
-        labels,
-        ignore_index,
-        weight.shape[0],
-        num_valid,
-        (("sample_ids", sample_ids, num_samples), ("domain_ids", domain_ids, num_domains)),
-        normalizer,
+        value_checks, labels, ignore_index, weight.shape[0], num_valid, sample_ids, num_samples, normalizer
     )
-    is_triton = resolve_backend(backend, hidden.device.type).name == "triton"
     run, sum_up = chunked_pass, segment_sums
-    if is_triton:
+    if _is_triton(hidden, backend):
         from versatune_kernels import triton_backend
 
         run, sum_up = triton_backend.triton_pass, triton_backend.triton_segment_sums
 
     tokens = valid_tokens(labels, token_weight, normalizer, ignore_index, num_valid)
-    options = LossOptions(z_loss, label_smoothing, logit_scale, softcap)
-    effort = Effort(grad_hidden, grad_weight, chunk_tokens, memory_budget, logits_dtype)
     # Autocast would round the fp32 parts of the arithmetic.
     with torch.autocast(device_type=hidden.device.type, enabled=False), torch.no_grad():
-        done = run(hidden, weight, tokens, options, effort)
+        done = run(hidden, weight, tokens, spec)
 
     total = done.objective.sum(dtype=torch.float64)
     loss = torch.where(normalizer == 0, 0, total / normalizer).float()
     token_loss = done.nll.new_zeros(labels.numel()).index_copy_(0, tokens.index, done.nll)
-    sample = sum_up(token_loss, labels, ignore_index, sample_ids, num_samples)
-    domain = sum_up(token_loss, labels, ignore_index, domain_ids, num_domains)
     return (
         loss,
         token_loss,
-        sample.sums,
-        sample.counts,
-        domain.sums,
-        domain.counts,
-        sample.squares,
-        domain.squares,
+        *sum_up(token_loss, labels, ignore_index, sample_ids, num_samples),
         hidden.new_empty(0) if done.d_hidden is None else done.d_hidden,
         hidden.new_empty(0) if done.d_weight is None else done.d_weight,
         done.pending,
     )
+
+
+def _is_triton(hidden: Tensor, backend: str) -> bool:
+    return resolve_backend(backend, hidden.device.type).name == "triton"
 
 
 @linear_cross_entropy_op.register_fake
@@ -115,48 +99,31 @@ def _fake(
     weight: Tensor,
     labels: Tensor,
     sample_ids: Tensor | None,
-    num_samples: int,
-    domain_ids: Tensor | None,
-    num_domains: int,
     token_weight: Tensor | None,
     normalizer: Tensor,
-    ignore_index: int,
-    z_loss: float,
-    label_smoothing: float,
-    logit_scale: float,
-    softcap: float,
-    backend: str,
-    logits_dtype: str,
-    chunk_tokens: int,
-    memory_budget: int,
+    num_samples: int,
     num_valid: int | None,
+    ignore_index: int,
     validate: bool | None,
-    grad_hidden: bool,
-    grad_weight: bool,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    is_triton = resolve_backend(backend, hidden.device.type).name == "triton"
-    keeps_dtype = is_triton and hidden.dtype != torch.float16
+    spec, backend = Spec(*rest[:-1]), rest[-1]
+    keeps_dtype = _is_triton(hidden, backend) and hidden.dtype != torch.float16
     grad_dtype = hidden.dtype if keeps_dtype else torch.float32
-    sums = [
-        hidden.new_empty(size, dtype=dtype)
-        for size in (num_samples, num_domains)
-        for dtype in (torch.float64, torch.int64, torch.float64)
-    ]
+
+    def gradient(tensor: Tensor, is_wanted: bool) -> Tensor:
+        if not is_wanted:
+            return hidden.new_empty(0)
+        return torch.empty_like(tensor, dtype=grad_dtype, memory_format=torch.contiguous_format)
+
     return (
         hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty(labels.shape, dtype=torch.float32),
-        sums[0],
-        sums[1],
-        sums[3],
-        sums[4],
-        sums[2],
-        sums[5],
-        torch.empty_like(hidden, dtype=grad_dtype, memory_format=torch.contiguous_format)
-        if grad_hidden
-        else hidden.new_empty(0),
-        torch.empty_like(weight, dtype=grad_dtype, memory_format=torch.contiguous_format)
-        if grad_weight
-        else hidden.new_empty(0),
+        hidden.new_empty(num_samples, dtype=torch.float64),
+        hidden.new_empty(num_samples, dtype=torch.int64),
+        hidden.new_empty(num_samples, dtype=torch.float64),
+        gradient(hidden, spec.grad_hidden),
+        gradient(weight, spec.grad_weight),
         hidden.new_empty((), dtype=torch.float32),
     )
 
@@ -175,13 +142,13 @@ def _(gradient: Tensor, upstream: Tensor, pending: Tensor, dtype: torch.dtype) -
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, backend = inputs[0], inputs[1], inputs[14]
+    hidden, weight, *_, backend = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else backward gets zeros as large as both gradients
     ctx.save_for_backward(*output[NUM_OUTPUTS:])
     ctx.num_inputs = len(inputs)
     ctx.dtype = weight.dtype
-    ctx.is_triton = resolve_backend(backend, hidden.device.type).name == "triton"
+    ctx.is_triton = _is_triton(hidden, backend)
     ctx.spent = False
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from versatune_kernels import checks
 from versatune_kernels.backends import check_name
-from versatune_kernels.contract import LossOptions, LossOutput
+from versatune_kernels.contract import LossOutput
 from versatune_kernels.fused_op import NUM_OUTPUTS, linear_cross_entropy_op
 from versatune_kernels.reference import reference_loss
 from versatune_kernels.sums import segment_sums
@@ -26,17 +26,12 @@ def linear_cross_entropy(
     *,
     sample_ids: Tensor | None = None,
     num_samples: int | None = None,
-    domain_ids: Tensor | None = None,
-    num_domains: int | None = None,
     token_weight: Tensor | None = None,
     normalizer: float | Tensor = 1.0,
     ignore_index: int = -100,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float = 0.0,
     chunk_tokens: int | str = "auto",
-    memory_budget: int | None = None,
     logits_dtype: str = "fp32",
     backend: str = "auto",
     num_valid: int | None = None,
@@ -44,8 +39,7 @@ def linear_cross_entropy(
 ) -> LossOutput:
     """Cross-entropy of `hidden @ weight.T` against `labels`, without holding the logits.
 
-    loss = sum over valid tokens of token_weight * (smoothed nll + z_loss * lse^2) / normalizer;
-    the equations and their sources stand at the head of `reference.py`.
+    loss = sum over valid tokens of token_weight * nll / normalizer; the equations stand in `reference.py`.
 
     Args:
         hidden: [N, H] or [B, T, H] (N = B * T); bf16, fp16 or fp32; any strides.
@@ -54,20 +48,13 @@ def linear_cross_entropy(
             in 0..V-1 or ignore_index.
         sample_ids: int32 or int64 like labels; the sample of each token, negative for none.
         num_samples: S, length of the per-sample sums; required with sample_ids, may be 0.
-        domain_ids: int32 or int64 like labels; the domain of each token, negative for none.
-        num_domains: k, length of the per-domain sums; required with domain_ids.
         token_weight: floating, like labels; factor of each token in the loss (not in the sums).
         normalizer: divisor of the loss, >= 0: a number, or a tensor of one number on hidden's
             device, which is not read by the host. 0 gives loss 0 and zero gradients, never NaN.
         ignore_index: the label of tokens that have no target.
-        z_loss: factor of lse^2, >= 0.
-        label_smoothing: in [0, 1), as in torch.nn.functional.cross_entropy.
         logit_scale: factor of the raw logits, > 0; applied before the softcap.
         softcap: logits become softcap * tanh(logits / softcap); 0 is off.
         chunk_tokens: rows of logits held at a time (not by the reference); "auto": `sizing.py`.
-        memory_budget: most bytes for logits and, where the weight's gradient is summed in fp32 but
-            is 16-bit, that sum; the gradients themselves come on top. None: no limit. Not kept by
-            the reference.
         logits_dtype: "fp32", or "compute": the dtype of hidden, as a model in 16-bit computes them,
             at half the memory and less accuracy. The triton backend obeys; the others hold fp32.
         backend: "auto", "triton", "chunked" or "reference"; see `backends.py`.
@@ -84,52 +71,38 @@ def linear_cross_entropy(
         KernelError: wrong shape, dtype, device, option, label, id or backend.
     """
     checks.check_matrices(hidden, weight)
-    checks.check_options(ignore_index, z_loss, label_smoothing, logit_scale, softcap)
-    checks.check_effort(chunk_tokens, memory_budget, logits_dtype)
+    checks.check_options(ignore_index, logit_scale, softcap, chunk_tokens, logits_dtype)
     check_name(backend)
     labels = checks.flat_tokens("labels", labels, hidden, checks.INTEGER_DTYPES)
     checks.check_num_valid(num_valid, labels.numel())
-    checks.check_segments("sample_ids", sample_ids, "num_samples", num_samples)
-    checks.check_segments("domain_ids", domain_ids, "num_domains", num_domains)
+    checks.check_samples(sample_ids, num_samples)
     if sample_ids is not None:
         sample_ids = checks.flat_tokens("sample_ids", sample_ids, hidden, checks.INTEGER_DTYPES)
-    if domain_ids is not None:
-        domain_ids = checks.flat_tokens("domain_ids", domain_ids, hidden, checks.INTEGER_DTYPES)
     if token_weight is not None:
         token_weight = checks.flat_tokens("token_weight", token_weight, hidden, checks.FLOAT_DTYPES)
     divisor = checks.as_normalizer(normalizer, hidden.device)
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-    options = LossOptions(float(z_loss), float(label_smoothing), float(logit_scale), float(softcap))
+    num_samples = num_samples or 0
 
     if backend == "reference":
+        value_checks = checks.ValueChecks(validate, hidden.device)
         checks.check_values(
-            checks.ValueChecks(validate, hidden.device),
+            value_checks,
             labels,
             ignore_index,
             weight.shape[0],
             num_valid,
-            (
-                ("sample_ids", sample_ids, num_samples or 0),
-                ("domain_ids", domain_ids, num_domains or 0),
-            ),
+            sample_ids,
+            num_samples,
             divisor,
         )
         tokens = valid_tokens(labels, token_weight, divisor, ignore_index, num_valid)
         # Autocast would round the fp32 parts of the arithmetic.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            loss, nll = reference_loss(flat_hidden, weight, tokens, options)
+            loss, nll = reference_loss(flat_hidden, weight, tokens, float(logit_scale), float(softcap))
         token_loss = nll.new_zeros(labels.numel()).index_copy_(0, tokens.index, nll)
-        sample = segment_sums(token_loss, labels, ignore_index, sample_ids, num_samples or 0)
-        domain = segment_sums(token_loss, labels, ignore_index, domain_ids, num_domains or 0)
         return LossOutput(
-            loss,
-            token_loss,
-            sample.sums,
-            sample.counts,
-            domain.sums,
-            domain.counts,
-            sample.squares,
-            domain.squares,
+            loss, token_loss, *segment_sums(token_loss, labels, ignore_index, sample_ids, num_samples)
         )
 
     training = torch.is_grad_enabled()
@@ -138,23 +111,18 @@ def linear_cross_entropy(
         weight,
         labels,
         sample_ids,
-        num_samples or 0,
-        domain_ids,
-        num_domains or 0,
         token_weight,
         divisor,
+        num_samples,
+        num_valid,
         ignore_index,
-        options.z_loss,
-        options.label_smoothing,
-        options.logit_scale,
-        options.softcap,
-        backend,
+        validate,
+        float(logit_scale),
+        float(softcap),
         logits_dtype,
         0 if chunk_tokens == "auto" else chunk_tokens,
-        memory_budget or 0,
-        num_valid,
-        validate,
         training and flat_hidden.requires_grad,
         training and weight.requires_grad,
+        backend,
     )
     return LossOutput(*outputs[:NUM_OUTPUTS])

@@ -28,8 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from versatune_kernels.contract import Effort
-from versatune_kernels.errors import KernelError
+from versatune_kernels.contract import Spec
 
 ROW_MULTIPLE = 128
 """Chunks are multiples of this, the usual tile height of a matrix product."""
@@ -87,67 +86,31 @@ def auto_chunk_tokens(num_tokens: int, hidden_size: int, vocab_size: int) -> int
     return _round_up(-(-num_tokens // num_chunks))
 
 
-def chunked_rows(
-    effort: Effort, num_tokens: int, hidden_size: int, vocab_size: int, element_size: int
-) -> int:
-    """C of `chunked`: the caller's own, or the rule's, within the memory budget.
-
-    Args:
-        effort: what the caller asked for.
-        num_tokens: n.
-        hidden_size: H.
-        vocab_size: V.
-        element_size: bytes of an element of the weight.
-
-    Raises:
-        KernelError: the budget is too small.
-    """
-    row_bytes = vocab_size * 4
-    sum_bytes = vocab_size * hidden_size * 4 if effort.grad_weight and element_size < 4 else 0
-    rows = effort.chunk_tokens or auto_chunk_tokens(num_tokens, hidden_size, vocab_size)
-    limit = _rows_in_budget(effort, row_bytes, sum_bytes, num_tokens)
-    return rows if effort.chunk_tokens else min(rows, limit)
-
-
 def triton_chunks(
-    effort: Effort,
+    spec: Spec,
     num_tokens: int,
     hidden_size: int,
     vocab_size: int,
     dtype: torch.dtype,
     multiprocessors: int = DEFAULT_MULTIPROCESSORS,
 ) -> ChunkPlan:
-    """C of `triton` and how it sums the weight gradient, within the memory budget.
+    """C of `triton` and how it sums the weight gradient.
 
     Args:
-        effort: what the caller asked for.
+        spec: what the caller asked for.
         num_tokens: n.
         hidden_size: H.
         vocab_size: V.
         dtype: of the weight. The gradients of fp16 are not normalized before backward and could
             overflow: their sum is always fp32.
         multiprocessors: of the GPU.
-
-    Raises:
-        KernelError: the budget is too small.
     """
-    logit_size = 4 if effort.logits_dtype == "fp32" else dtype.itemsize
-    row_bytes = row_stride(vocab_size) * logit_size
-    sum_bytes = vocab_size * hidden_size * 4
-    can_sum_in_fp32 = effort.grad_weight and dtype != torch.float32
-    must_sum_in_fp32 = effort.grad_weight and dtype == torch.float16
-
-    def is_fine(rows: int, fp32_sum: bool) -> bool:
-        few = -(-num_tokens // rows) <= MAX_ROUNDED_SUMS
-        return fp32_sum or not can_sum_in_fp32 or (few and not must_sum_in_fp32)
-
+    logit_size = 4 if spec.logits_dtype == "fp32" else dtype.itemsize
     widest = max(2 * hidden_size, SINGLE_CHUNK_ROWS) * 2 // logit_size
     widest = max(min(widest, MAX_CHUNK_ELEMENTS // vocab_size), 1)
-    for fp32_sum in (False, True):
-        limit = _rows_in_budget(effort, row_bytes, sum_bytes if fp32_sum else 0, num_tokens)
-        rows = effort.chunk_tokens or _fullest(num_tokens, min(widest, limit), hidden_size, multiprocessors)
-        if is_fine(rows, fp32_sum):
-            break
+    rows = spec.chunk_tokens or _fullest(num_tokens, widest, hidden_size, multiprocessors)
+    few = -(-num_tokens // rows) <= MAX_ROUNDED_SUMS
+    fp32_sum = spec.grad_weight and (dtype == torch.float16 or (dtype == torch.bfloat16 and not few))
     return ChunkPlan(rows, fp32_sum)
 
 
@@ -168,22 +131,6 @@ def _fullest(num_tokens: int, limit: int, hidden_size: int, multiprocessors: int
         return num_tokens // rows * waves(rows) + waves(num_tokens % rows)
 
     return min(range(smallest, limit + 1, ROW_MULTIPLE), key=lambda rows: (total_waves(rows), rows))
-
-
-def _rows_in_budget(effort: Effort, row_bytes: int, sum_bytes: int, num_tokens: int) -> int:
-    """Rows of logits that the budget leaves room for; refuses one that is too small."""
-    if not effort.memory_budget:
-        return MAX_CHUNK_ELEMENTS
-    needed = effort.chunk_tokens or ROW_MULTIPLE
-    rows = (effort.memory_budget - sum_bytes) // row_bytes
-    if rows < min(needed, num_tokens):
-        raise KernelError(
-            f"memory_budget={effort.memory_budget} bytes holds {max(rows, 0)} rows of logits beside "
-            f"{sum_bytes} bytes for the fp32 sum of the weight's gradient; {needed} rows are needed: "
-            f"allow {min(needed, num_tokens) * row_bytes + sum_bytes} bytes or more"
-            + (", or ask for smaller chunk_tokens." if effort.chunk_tokens else ".")
-        )
-    return int(max(rows, 1))
 
 
 def _round_up(rows: int) -> int:

@@ -1,4 +1,4 @@
-"""Sums of token losses per sample or per domain, in a fixed order.
+"""Sums of token losses per sample, in a fixed order.
 
 How: tokens are brought into the order of their id by a stable sort, so each id is one contiguous
 segment with its tokens in the order of the batch; every segment is then summed on its own in
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class SegmentSums(NamedTuple):
-    """One value per sample or domain; a segment without tokens holds 0, 0 and 0."""
+    """One value per sample; a segment without tokens holds 0, 0 and 0."""
 
     sums: Tensor
     """float64 [num_segments]."""

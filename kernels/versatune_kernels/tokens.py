@@ -1,6 +1,6 @@
 """Which rows of the batch count: everything that has no label is dropped before the first product.
 
-What is not covered: the sums per sample and domain, which are over all N tokens (`sums.py`).
+What is not covered: the sums per sample, which are over all N tokens (`sums.py`).
 """
 
 import torch

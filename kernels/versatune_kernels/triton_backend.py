@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 
 from versatune_kernels import triton_kernels
-from versatune_kernels.contract import Effort, ForwardPass, LossOptions, ValidTokens
+from versatune_kernels.contract import ForwardPass, Spec, ValidTokens
 from versatune_kernels.products import product_
 from versatune_kernels.sizing import DEFAULT_MULTIPROCESSORS, row_stride, triton_chunks
 from versatune_kernels.sums import SegmentSums, segment_sums
@@ -46,9 +46,7 @@ MAX_SEGMENT_READS = 2**28
 """Every segment's program reads every id; above so many reads sorting the ids is cheaper."""
 
 
-def triton_pass(
-    hidden: Tensor, weight: Tensor, tokens: ValidTokens, options: LossOptions, effort: Effort
-) -> ForwardPass:
+def triton_pass(hidden: Tensor, weight: Tensor, tokens: ValidTokens, spec: Spec) -> ForwardPass:
     """Loss of every row and the gradients; arguments as `chunked.chunked_pass`.
 
     Returns:
@@ -56,7 +54,7 @@ def triton_pass(
     """
     num_rows, (vocab_size, hidden_size) = tokens.labels.numel(), weight.shape
     chunk, fp32_sum = triton_chunks(
-        effort, num_rows, hidden_size, vocab_size, weight.dtype, _multiprocessors(hidden.device)
+        spec, num_rows, hidden_size, vocab_size, weight.dtype, _multiprocessors(hidden.device)
     )
     is_zero = tokens.normalizer == 0
     inverse = torch.where(is_zero, 0, 1 / tokens.normalizer).float()
@@ -68,22 +66,22 @@ def triton_pass(
     nll = hidden.new_empty(num_rows, dtype=torch.float32)
     objective = torch.empty_like(nll)
     d_hidden = d_weight = None
-    if effort.grad_hidden:
+    if spec.grad_hidden:
         empty = torch.empty if tokens.covers_all else torch.zeros
         d_hidden = empty(hidden.shape, dtype=grad_dtype, device=hidden.device)
-    if effort.grad_weight:
+    if spec.grad_weight:
         # With no row there is no product that would write it.
         empty = torch.empty if num_rows else torch.zeros
         dtype = torch.float32 if fp32_sum else grad_dtype
         d_weight = empty(weight.shape, dtype=dtype, device=weight.device)
 
-    logits, d_logits = _slab(weight, min(chunk, num_rows), effort)
+    logits, d_logits = _slab(weight, min(chunk, num_rows), spec)
     for start in range(0, num_rows, chunk):
         part = slice(start, min(start + chunk, num_rows))
         x = hidden[part] if tokens.covers_all else hidden.index_select(0, tokens.index[part])
         z, d_z = logits[: len(x)], d_logits[: len(x)]
         product_(z, x, weight.T, accumulate=False)
-        _launch_rows(z, d_z, tokens, part, factor, nll, objective, options, effort)
+        _launch_rows(z, d_z, tokens, part, factor, nll, objective, spec)
         if d_hidden is not None and tokens.covers_all:
             product_(d_hidden[part], d_z, weight, accumulate=False)
         elif d_hidden is not None:
@@ -98,10 +96,10 @@ def triton_pass(
     return ForwardPass(nll, objective, d_hidden, d_weight, pending)
 
 
-def _slab(weight: Tensor, rows: int, effort: Effort) -> tuple[Tensor, Tensor]:
+def _slab(weight: Tensor, rows: int, spec: Spec) -> tuple[Tensor, Tensor]:
     """[C, V] views for logits and, over the same memory, their gradient in the weight's dtype."""
     vocab_size = weight.shape[0]
-    dtype = torch.float32 if effort.logits_dtype == "fp32" else weight.dtype
+    dtype = torch.float32 if spec.logits_dtype == "fp32" else weight.dtype
     slab = torch.empty((rows, row_stride(vocab_size)), dtype=dtype, device=weight.device)
     return slab[:, :vocab_size], slab.view(weight.dtype)[:, :vocab_size]
 
@@ -114,8 +112,7 @@ def _launch_rows(
     factor: Tensor,
     nll: Tensor,
     objective: Tensor,
-    options: LossOptions,
-    effort: Effort,
+    spec: Spec,
 ) -> None:
     """Run the row kernel on a chunk: the part's nll and objective, and `d_logits`."""
     has_weight = tokens.token_weight is not None
@@ -131,15 +128,12 @@ def _launch_rows(
             logits.stride(0),
             d_logits.stride(0),
             tokens.ignore_index,
-            options.z_loss,
-            options.label_smoothing,
-            options.logit_scale,
-            options.softcap,
+            spec.logit_scale,
+            spec.softcap,
             VOCAB_SIZE=logits.shape[1],
             HAS_TOKEN_WEIGHT=has_weight,
-            HAS_SMOOTHING=options.label_smoothing > 0,
-            HAS_SOFTCAP=options.softcap > 0,
-            TRAINING=effort.grad_hidden or effort.grad_weight,
+            HAS_SOFTCAP=spec.softcap > 0,
+            TRAINING=spec.grad_hidden or spec.grad_weight,
             TILE=min(VOCAB_TILE, triton.next_power_of_2(logits.shape[1])),
             num_warps=8,
         )

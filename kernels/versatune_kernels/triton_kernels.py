@@ -1,7 +1,7 @@
 """The three Triton kernels: rows of logits, segments of tokens, scaling of gradients.
 
     row_kernel       one program per row: loss, then the gradient of the logits in place
-    segment_kernel   one program per sample or domain: count, sum and sum of squares in float64
+    segment_kernel   one program per sample: count, sum and sum of squares in float64
     scale_kernel     the last step of backward: gradient * upstream, rounded once
 
 How: every program owns what it writes and visits its input in a fixed order, so there are no
@@ -33,13 +33,10 @@ def row_kernel(
     logits_stride,
     grad_stride,
     ignore_index,
-    z_loss,
-    label_smoothing,
     logit_scale,
     softcap,
     VOCAB_SIZE: tl.constexpr,
     HAS_TOKEN_WEIGHT: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TRAINING: tl.constexpr,
     TILE: tl.constexpr,
@@ -82,49 +79,37 @@ def row_kernel(
     # 2. Online softmax: the largest logit, and the sum of exp(z - largest) rescaled as it grows.
     top = -float("inf")
     exp_sum = 0.0
-    logit_sum = 0.0
     for start in range(0, VOCAB_SIZE, TILE):
         cols = start + tl.arange(0, TILE)
         inside = cols < VOCAB_SIZE
         z = tl.load(logits_ptr + cols, mask=inside, other=0.0).to(tl.float32) * logit_scale
         if HAS_SOFTCAP:
             z = _capped(z, softcap)
-        if HAS_SMOOTHING:
-            logit_sum += tl.sum(tl.where(inside, z, 0.0), 0)
         z = tl.where(inside, z, -float("inf"))
         new_top = tl.maximum(top, tl.max(z, 0))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf would be NaN
         exp_sum = exp_sum * tl.exp(top - shift) + tl.sum(tl.exp(z - shift), 0)
         top = new_top
 
-    # 3. The loss. Not lse - target: at logits of 1e4 that has lost all but three digits.
-    log_sum = tl.log(exp_sum)
-    lse = log_sum + top
-    nll = log_sum + (top - target)
-    objective = nll
-    if HAS_SMOOTHING:
-        mean = logit_sum / VOCAB_SIZE
-        objective = (1.0 - label_smoothing) * nll + label_smoothing * (lse - mean)
-    objective += z_loss * lse * lse
+    # 3. The loss. Not log(sum of all exp(z)) - target: at logits of 1e4 that has lost all but three digits.
+    nll = tl.log(exp_sum) + (top - target)
     token_weight = 1.0
     if HAS_TOKEN_WEIGHT:
         token_weight = tl.load(token_weight_ptr + row)
     tl.store(nll_ptr + row, nll)
-    tl.store(objective_ptr + row, token_weight * objective)
+    tl.store(objective_ptr + row, token_weight * nll)
 
     # 4. The gradient, in fp32 up to its rounding, so that p - 1 of a confident target survives.
     if TRAINING:
         factor = token_weight * logit_scale * tl.load(factor_ptr)
-        of_probability = factor * (1.0 + 2.0 * z_loss * lse) / exp_sum
-        of_target = factor * (1.0 - label_smoothing)
-        of_every_class = factor * label_smoothing / VOCAB_SIZE
+        of_probability = factor / exp_sum
         for start in range(0, VOCAB_SIZE, TILE):
             cols = start + tl.arange(0, TILE)
             inside = cols < VOCAB_SIZE
             z = tl.load(logits_ptr + cols, mask=inside, other=0.0).to(tl.float32) * logit_scale
             capped = _capped(z, softcap) if HAS_SOFTCAP else z
-            grad = tl.exp(capped - top) * of_probability - of_every_class
-            grad = tl.where(cols == label, grad - of_target, grad)
+            grad = tl.exp(capped - top) * of_probability
+            grad = tl.where(cols == label, grad - factor, grad)
             if HAS_SOFTCAP:
                 grad *= _capped_slope(z, softcap)
             tl.debug_barrier()  # all threads have read the tile, and all tiles below it

@@ -141,9 +141,9 @@ def test_token_weights_reach_the_loss_and_no_sum():
     plain = model(**pack)
     weight = torch.linspace(0, 2, 12)
     weighted = model(**pack, token_weight=weight)
-    assert float(weighted.loss) == pytest.approx(float((weight * plain.token_loss).sum()) / 10, rel=1e-5)
+    assert weighted.loss.item() == pytest.approx(float((weight * plain.token_loss).sum()) / 10, rel=1e-5)
     assert torch.equal(weighted.sample_loss, plain.sample_loss)
-    assert float(plain.loss) == pytest.approx(float(plain.sample_loss.sum()) / 10, rel=1e-5)
+    assert plain.loss.item() == pytest.approx(float(plain.sample_loss.sum()) / 10, rel=1e-5)
 
 
 def test_16_bit_logits_reach_the_triton_loss_and_are_refused_elsewhere(tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ from triton.compiler import ASTSource
 from versatune_kernels import triton_backend, triton_kernels
 
 VOCAB_SIZES = (32001, 50257, 128257, 151936, 152064)
-PLAIN = dict(HAS_TOKEN_WEIGHT=False, HAS_SMOOTHING=False, HAS_SOFTCAP=False, TRAINING=True)
-EVERYTHING = dict(HAS_TOKEN_WEIGHT=True, HAS_SMOOTHING=True, HAS_SOFTCAP=True, TRAINING=True)
+PLAIN = dict(HAS_TOKEN_WEIGHT=False, HAS_SOFTCAP=False, TRAINING=True)
+EVERYTHING = dict(HAS_TOKEN_WEIGHT=True, HAS_SOFTCAP=True, TRAINING=True)
 ROWS = (("fp32", "bf16", PLAIN), ("bf16", "bf16", EVERYTHING), ("fp32", "fp32", EVERYTHING))
 """Types of logits and gradient, and switches, for every vocabulary."""
 MORE_ROWS = (("fp32", "fp16", EVERYTHING), ("fp32", "bf16", {**EVERYTHING, "TRAINING": False}))
@@ -31,7 +31,7 @@ ROW_TYPES = {
     "ignore_index": "i32",
     "logits_stride": "i32",
     "grad_stride": "i32",
-    **dict.fromkeys(["z_loss", "label_smoothing", "logit_scale", "softcap"], "fp32"),
+    **dict.fromkeys(["logit_scale", "softcap"], "fp32"),
     **dict.fromkeys(["token_weight_ptr", "factor_ptr", "nll_ptr", "objective_ptr"], "*fp32"),
 }
 

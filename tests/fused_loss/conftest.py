@@ -96,16 +96,7 @@ class Tools:
         if o.get("softcap", 0.0):
             z = o["softcap"] * torch.tanh(z / o["softcap"])
         nll = F.cross_entropy(z, case.labels, ignore_index=IGNORE, reduction="none")
-        smooth = F.cross_entropy(
-            z,
-            case.labels,
-            ignore_index=IGNORE,
-            reduction="none",
-            label_smoothing=o.get("label_smoothing", 0.0),
-        )
-        per_token = smooth + o.get("z_loss", 0.0) * z.logsumexp(1).square() * case.valid
-        if "token_weight" in o:
-            per_token = per_token * o["token_weight"].to(z.dtype)
+        per_token = nll * o["token_weight"].to(z.dtype) if "token_weight" in o else nll
         loss = per_token.sum() / o["normalizer"]
         loss.backward()
         assert hidden.grad is not None and weight.grad is not None

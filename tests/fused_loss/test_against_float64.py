@@ -8,11 +8,9 @@ from versatune_kernels import linear_cross_entropy
 CHUNK = 16
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = {
-    "z_loss": {"z_loss": 1e-3},
-    "smoothing": {"label_smoothing": 0.1},
     "scale": {"logit_scale": 0.25},
     "softcap": {"softcap": 5.0},
-    "all": {"z_loss": 1e-3, "label_smoothing": 0.1, "logit_scale": 0.5, "softcap": 8.0},
+    "both": {"logit_scale": 0.5, "softcap": 8.0},
 }
 
 

@@ -1,4 +1,4 @@
-"""Sums per sample and per domain: exact counts, fixed order, NaN kept where it belongs."""
+"""Sums per sample: exact counts, fixed order, NaN kept where it belongs."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from versatune_kernels import linear_cross_entropy
 from versatune_kernels.sums import segment_sums
 
-SAMPLES, DOMAINS = 9, 4
+SAMPLES = 9
 
 
 def _ids(num_tokens, size, seed=3):
@@ -16,58 +16,38 @@ def _ids(num_tokens, size, seed=3):
 
 
 def test_sums_equal_a_loop_over_tokens(tools, backend):
-    case = tools.case(40, token_weight=torch.rand(40), z_loss=0.1, label_smoothing=0.1)
-    ids, domains = _ids(40, SAMPLES), _ids(40, DOMAINS)
+    case = tools.case(40, token_weight=torch.rand(40))
+    ids = _ids(40, SAMPLES)
     ids[10:14] = -1
-    out, _ = tools.run(
-        case,
-        sample_ids=ids,
-        num_samples=SAMPLES,
-        domain_ids=domains,
-        num_domains=DOMAINS,
-        backend=backend,
-    )
+    out, _ = tools.run(case, sample_ids=ids, num_samples=SAMPLES, backend=backend)
     exact = tools.torch_answer(case, torch.float64).token_loss  # plain nll, whatever is trained on
-    for found, counts, squares, of, size in (
-        (out.sample_loss, out.sample_tokens, out.sample_loss_sq, ids, SAMPLES),
-        (out.domain_loss, out.domain_tokens, out.domain_loss_sq, domains, DOMAINS),
-    ):
-        assert found.dtype == squares.dtype == torch.float64 and counts.dtype == torch.int64
-        for i in range(size):
-            members = [t for t in range(40) if of[t] == i and case.valid[t]]
-            assert counts[i] == len(members)
-            losses = [float(exact[t]) for t in members]
-            assert found[i] == pytest.approx(sum(losses), rel=1e-5)
-            assert squares[i] == pytest.approx(sum(loss**2 for loss in losses), rel=1e-5)
+    assert out.sample_loss.dtype == out.sample_loss_sq.dtype == torch.float64
+    assert out.sample_tokens.dtype == torch.int64
+    for i in range(SAMPLES):
+        members = [t for t in range(40) if ids[t] == i and case.valid[t]]
+        assert out.sample_tokens[i] == len(members)
+        losses = [float(exact[t]) for t in members]
+        assert out.sample_loss[i] == pytest.approx(sum(losses), rel=1e-5)
+        assert out.sample_loss_sq[i] == pytest.approx(sum(loss**2 for loss in losses), rel=1e-5)
 
 
-def test_samples_domains_and_tokens_add_up_to_the_same_sum(tools, backend):
+def test_samples_and_tokens_add_up_to_the_same_sum(tools, backend):
     case = tools.case(40)
-    out, _ = tools.run(
-        case,
-        sample_ids=_ids(40, SAMPLES),
-        num_samples=SAMPLES,
-        domain_ids=_ids(40, DOMAINS),
-        num_domains=DOMAINS,
-        backend=backend,
-    )
+    out, _ = tools.run(case, sample_ids=_ids(40, SAMPLES), num_samples=SAMPLES, backend=backend)
     total = math.fsum(out.token_loss.tolist())
     assert math.fsum(out.sample_loss.tolist()) == pytest.approx(total, rel=1e-14)
-    assert math.fsum(out.domain_loss.tolist()) == pytest.approx(total, rel=1e-14)
     assert out.loss.item() * case.options["normalizer"] == pytest.approx(total, rel=1e-6)
-    assert out.sample_tokens.sum() == out.domain_tokens.sum() == case.valid.sum()
+    assert out.sample_tokens.sum() == case.valid.sum()
 
 
-def test_an_absent_domain_and_an_ignored_sample_are_zero(tools, backend):
+def test_an_absent_and_an_ignored_sample_are_zero(tools, backend):
     case = tools.case(60)
-    ids, domains = _ids(60, 5), torch.where(_ids(60, 2) == 0, 0, 3)
+    ids = torch.tensor([0, 2, 3])[_ids(60, 3)]
     case.labels[ids == 2] = -100
-    sizes = {"num_samples": 5, "num_domains": 5}
-    out, _ = tools.run(case, sample_ids=ids, domain_ids=domains, backend=backend, **sizes)
-    assert out.sample_tokens[2] == 0 and out.sample_loss[2] == 0
-    assert out.domain_tokens[[1, 2, 4]].tolist() == [0, 0, 0]
-    assert out.domain_loss[[1, 2, 4]].tolist() == [0.0, 0.0, 0.0]
-    assert (out.domain_loss[[0, 3]] > 0).all()
+    out, _ = tools.run(case, sample_ids=ids, num_samples=5, backend=backend)
+    assert out.sample_tokens[[1, 2, 4]].tolist() == [0, 0, 0]
+    assert out.sample_loss[[1, 2, 4]].tolist() == [0.0, 0.0, 0.0]
+    assert (out.sample_loss[[0, 3]] > 0).all()
 
 
 def test_negative_ids_are_in_no_sum_but_in_the_loss(tools, backend):
@@ -79,21 +59,14 @@ def test_negative_ids_are_in_no_sum_but_in_the_loss(tools, backend):
 
 def test_sums_are_empty_without_ids(tools, backend):
     out, _ = tools.run(tools.case(4), backend=backend)
-    assert [part.shape for part in out[2:]] == [(0,)] * 6
+    assert [part.shape for part in out[2:]] == [(0,)] * 3
 
 
-def test_a_nan_row_touches_its_own_token_sample_and_domain_only(tools, backend):
+def test_a_nan_row_touches_its_own_token_and_sample_only(tools, backend):
     case = tools.case(40, ignored=0.2)
     case.labels[33] = 5
-    ids, domains = _ids(40, SAMPLES), _ids(40, DOMAINS)
-    options = dict(
-        sample_ids=ids,
-        num_samples=SAMPLES,
-        domain_ids=domains,
-        num_domains=DOMAINS,
-        backend=backend,
-        chunk_tokens=16,
-    )
+    ids = _ids(40, SAMPLES)
+    options = dict(sample_ids=ids, num_samples=SAMPLES, backend=backend, chunk_tokens=16)
     clean, clean_answer = tools.run(case, **options)
     case.hidden[33] = float("nan")
     out, answer = tools.run(case, **options)
@@ -102,14 +75,12 @@ def test_a_nan_row_touches_its_own_token_sample_and_domain_only(tools, backend):
     others = torch.arange(40) != 33
     assert out.token_loss[33].isnan() and out.token_loss[others].equal(clean.token_loss[others])
     assert answer.d_hidden[others].equal(clean_answer.d_hidden[others])
-    for found, before, of in (
-        (out.sample_loss, clean.sample_loss, ids),
-        (out.domain_loss, clean.domain_loss, domains),
-        (out.sample_loss_sq, clean.sample_loss_sq, ids),
-        (out.domain_loss_sq, clean.domain_loss_sq, domains),
+    others = torch.arange(SAMPLES) != ids[33]
+    for found, before in (
+        (out.sample_loss, clean.sample_loss),
+        (out.sample_loss_sq, clean.sample_loss_sq),
     ):
-        others = torch.arange(len(found)) != of[33]
-        assert found[of[33]].isnan() and found[others].equal(before[others])
+        assert found[ids[33]].isnan() and found[others].equal(before[others])
     assert out.sample_tokens.equal(clean.sample_tokens)
 
 

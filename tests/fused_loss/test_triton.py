@@ -16,7 +16,7 @@ import torch
 
 from versatune_kernels import linear_cross_entropy
 
-SWITCHES = {"HAS_TOKEN_WEIGHT": False, "HAS_SMOOTHING": False, "HAS_SOFTCAP": False, "TRAINING": True}
+SWITCHES = {"HAS_TOKEN_WEIGHT": False, "HAS_SOFTCAP": False, "TRAINING": True}
 COMPILER = Path(__file__).with_name("compile_kernels.py")
 NUM_SAMPLES = 4
 MAX_ROW_REGISTERS = 128
@@ -27,7 +27,7 @@ def _case(tools, dtype):
     """150 classes are two tiles of 64 and a ragged third; the last class is the label of two tokens."""
     weights = torch.rand(24, generator=torch.Generator().manual_seed(1)) + 0.5
     case = tools.case(24, vocab_size=150, dtype=dtype, ignored=0.2, token_weight=weights)
-    case.options.update(z_loss=1e-3, label_smoothing=0.1, logit_scale=0.5, softcap=8.0)
+    case.options.update(logit_scale=0.5, softcap=8.0)
     case.labels[:4] = torch.tensor([149, 0, 149, 63])
     case.weight[149] = 2 * case.weight[148]  # the last class matters
     return case
@@ -98,7 +98,7 @@ def test_offsets_beyond_2_to_the_31_elements(small_tiles):
     labels = torch.tensor([3, 4, 149])
     small_tiles.triton_kernels.row_kernel[(3,)](
         *(logits, logits, labels, None, torch.ones(()), nll, objective, stride, stride, -100),
-        *(0.0, 0.0, 1.0, 0.0),
+        *(1.0, 0.0),
         VOCAB_SIZE=vocab_size,
         TILE=64,
         **SWITCHES,
@@ -116,7 +116,7 @@ def test_nothing_is_written_beyond_a_row(small_tiles):
     nll, objective = torch.empty(3), torch.empty(3)
     small_tiles.triton_kernels.row_kernel[(3,)](
         *(logits, logits, labels, None, torch.ones(()), nll, objective, 150, 150, -100),
-        *(0.0, 0.0, 1.0, 0.0),
+        *(1.0, 0.0),
         VOCAB_SIZE=150,
         TILE=64,
         **SWITCHES,
@@ -164,11 +164,11 @@ def poisoned_memory():
 def test_every_output_is_written(tools, dtype, ignored, small_tiles, poisoned_memory):
     case = tools.case(20, vocab_size=150, dtype=dtype, ignored=ignored)
     ids = torch.arange(20) % 3
-    options = {"sample_ids": ids, "num_samples": 5, "domain_ids": ids, "num_domains": 4}
+    options = {"sample_ids": ids, "num_samples": 5}
     out, answer = tools.run(case, backend="triton", chunk_tokens=8, **options)
     for tensor in (*out, answer.d_hidden, answer.d_weight):
         assert tensor.isfinite().all()
-    assert out.sample_tokens.sum() == out.domain_tokens.sum() == case.valid.sum()
+    assert out.sample_tokens.sum() == case.valid.sum()
     assert not answer.d_hidden[~case.valid].any() and not out.token_loss[~case.valid].any()
 
 

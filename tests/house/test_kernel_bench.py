@@ -156,10 +156,10 @@ MUTANTS = {
     ),
     "token losses of a chunk missing": (with_fields(token_loss=zeros_at(0, 150)), "wrong"),
     "samples in another order": (with_fields(sample_loss=lambda x: x.flip(0)), "wrong"),
-    "domain sums 1 % off": (with_fields(domain_loss=lambda x: 1.01 * x), "outside"),
-    "domain squares are sums": (with_fields(domain_loss_sq=lambda x: x.sqrt()), "wrong"),
-    "a domain's squares are NaN": (
-        with_fields(domain_loss_sq=lambda x: x.index_fill(0, torch.tensor([0]), float("nan"))),
+    "sums 1 % off": (with_fields(sample_loss=lambda x: 1.01 * x), "outside"),
+    "squares are sums": (with_fields(sample_loss_sq=lambda x: x.sqrt()), "wrong"),
+    "a sample's squares are NaN": (
+        with_fields(sample_loss_sq=lambda x: x.index_fill(0, torch.tensor([0]), float("nan"))),
         "wrong",
     ),
     "one token too many": (with_fields(sample_tokens=lambda x: x + torch.tensor([1, 0])), "wrong"),

@@ -41,10 +41,7 @@ class Inputs:
     """int64 [N]; IGNORE_INDEX where there is no label."""
     sample_ids: Tensor
     """int32 [N], the sample of each row."""
-    domain_ids: Tensor
-    """int32 [N], the domain of each row."""
     num_samples: int
-    num_domains: int
     num_valid: int
     """Rows that have a label, known to the host as in training."""
 
@@ -100,18 +97,13 @@ class Candidate:
 
 
 def ours(inputs: Inputs, chunk: int | None = None, *, backend: str, sums: bool = True, **knobs: Any) -> Any:
-    """`versatune_kernels.linear_cross_entropy`, by default with its per-sample and per-domain sums."""
+    """`versatune_kernels.linear_cross_entropy`, by default with its per-sample sums."""
     from versatune_kernels import linear_cross_entropy
 
     unknown = set(knobs) - set(inspect.signature(linear_cross_entropy).parameters)
     if unknown:
         raise NoSuchKnob(f"this version of versatune_kernels has no {', '.join(sorted(unknown))}")
-    segments: dict[str, Any] = {
-        "sample_ids": inputs.sample_ids,
-        "num_samples": inputs.num_samples,
-        "domain_ids": inputs.domain_ids,
-        "num_domains": inputs.num_domains,
-    }
+    segments: dict[str, Any] = {"sample_ids": inputs.sample_ids, "num_samples": inputs.num_samples}
     return linear_cross_entropy(
         inputs.hidden,
         inputs.weight,

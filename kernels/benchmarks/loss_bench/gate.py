@@ -3,7 +3,7 @@
 The case's own rows go through the candidate as they will when it is timed, in as many chunks, and
 through fp64. Compared are the loss; dX of picked rows and dW of picked classes, the last of each
 among them (a fault in a chunk or a tile touches many); and, of a candidate that returns them, the
-loss of every token, and the sums and counts of every sample and domain. Errors are relative:
+loss of every token, and the sums and counts of every sample. Errors are relative:
 |loss - loss64| / |loss64|, and Frobenius norms |g - g64| / |g64|; a wrong count is an infinite one.
 
 The yardstick is the textbook's own error in the case's dtype, computed as `hf eager` does it, on the
@@ -38,8 +38,7 @@ VOCAB_BLOCK = 8192
 WRONG_FROM = 0.1
 EPS = 2e-6
 """A few roundings of fp32, in which the sums end: torch's own error may happen to be none."""
-SUMS = ("sample_loss", "domain_loss", "sample_loss_sq", "domain_loss_sq")
-COUNTS = ("sample_tokens", "domain_tokens")
+SUMS = ("sample_loss", "sample_loss_sq")
 
 
 class Answer(NamedTuple):
@@ -176,23 +175,20 @@ class Gate:
 
     def _error_of_sums(self, out: Any) -> float:
         right = self._sums(self._exact.token_loss)
-        if any(not torch.equal(getattr(out, name), right[name]) for name in COUNTS):
+        if not torch.equal(out.sample_tokens, right["sample_tokens"]):
             return math.inf
         return max(_relative(getattr(out, name), right[name]) for name in SUMS)
 
     def _sums(self, token_loss: Tensor) -> dict[str, Tensor]:
-        """Sums and counts per sample and domain, by adding in the order of the rows."""
-        inputs, sums = self._inputs, {}
-        for name, ids, size in (
-            ("sample", inputs.sample_ids, inputs.num_samples),
-            ("domain", inputs.domain_ids, inputs.num_domains),
-        ):
-            zeros = token_loss.new_zeros(size)
-            sums[f"{name}_loss"] = zeros.index_add(0, ids, token_loss)
-            sums[f"{name}_loss_sq"] = zeros.index_add(0, ids, token_loss.square())
-            valid = (inputs.labels != IGNORE_INDEX).long()
-            sums[f"{name}_tokens"] = zeros.long().index_add(0, ids, valid)
-        return sums
+        """Sums and counts per sample, by adding in the order of the rows."""
+        inputs = self._inputs
+        zeros, ids = token_loss.new_zeros(inputs.num_samples), inputs.sample_ids
+        valid = (inputs.labels != IGNORE_INDEX).long()
+        return {
+            "sample_loss": zeros.index_add(0, ids, token_loss),
+            "sample_loss_sq": zeros.index_add(0, ids, token_loss.square()),
+            "sample_tokens": zeros.long().index_add(0, ids, valid),
+        }
 
 
 def judge(errors: dict[str, float], torch_errors: dict[str, float]) -> str:

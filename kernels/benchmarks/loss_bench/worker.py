@@ -44,7 +44,6 @@ from loss_bench.gate import Gate
 from loss_bench.memory import PeakMemory
 
 SAMPLE_TOKENS = 512
-NUM_DOMAINS = 6
 HEAD_START_CYCLES = 20_000_000
 """Of the GPU's clock, 10 ms at 2 GHz: many times what a candidate's host needs up to its first product."""
 
@@ -188,9 +187,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         weight=weight.requires_grad_(),
         labels=labels,
         sample_ids=sample_ids,
-        domain_ids=sample_ids % NUM_DOMAINS,
         num_samples=-(-n // SAMPLE_TOKENS),
-        num_domains=NUM_DOMAINS,
         num_valid=case.num_valid,
     )
 

@@ -30,8 +30,8 @@ from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.foundations.errors import ConfigError
 from versatune_kernels.chunked import VOCAB_BLOCK
-from versatune_kernels.contract import Effort
-from versatune_kernels.sizing import chunked_rows, row_stride, triton_chunks
+from versatune_kernels.contract import Spec
+from versatune_kernels.sizing import auto_chunk_tokens, row_stride, triton_chunks
 
 Offload = Literal["none", "optimizer", "all"]
 Checkpointing = Literal["off", "all"] | int
@@ -268,9 +268,9 @@ def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     """Logits of a chunk and the gradients that the fused loss computes in its forward pass."""
     tokens, s, width, vocab = setup.pack_len, setup.element, shape.hidden, shape.vocab
     labels = max(1, round(setup.supervised * tokens))
-    effort = Effort(True, True, 0, 0, setup.logits_dtype)
     if setup.device == "cuda":
-        rows, fp32_sum = triton_chunks(effort, labels, width, vocab, DTYPES[setup.dtype])
+        spec = Spec(1.0, 0.0, setup.logits_dtype, chunk_tokens=0, grad_hidden=True, grad_weight=True)
+        rows, fp32_sum = triton_chunks(spec, labels, width, vocab, DTYPES[setup.dtype])
         gradient = FP32 if setup.dtype == "fp16" else s
         logits = min(rows, labels) * row_stride(vocab) * (FP32 if setup.logits_dtype == "fp32" else s)
         weight = vocab * width * (FP32 if fp32_sum else gradient)
@@ -280,7 +280,7 @@ def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
             Part("loss: logits of a chunk", max(logits, rounded), False),
             Part("loss: gradients of head and hidden states", weight + hidden, False),
         )
-    rows = min(chunked_rows(effort, labels, width, vocab, s), labels)
+    rows = min(auto_chunk_tokens(labels, width, vocab), labels)
     logits = rows * vocab * (FP32 + (s if s < FP32 else 0))
     block = min(vocab, VOCAB_BLOCK) * width * FP32 if s < FP32 else 0
     weight = vocab * width * (FP32 + (s if s < FP32 else 0))
