@@ -33,7 +33,6 @@ LONGER_FILES = {
     "data/encode/templating.py": 631,
     "data/plan/planner.py": 827,
     "data/rows/readers.py": 876,
-    "domain/controller.py": 520,
     "report/report.py": 754,
 }
 STORY_LINES = 315
