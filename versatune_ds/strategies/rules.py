@@ -261,8 +261,7 @@ class Strategy:
     @property
     def own_settings(self) -> set[str]:
         """Settings of `weights.*` that have an effect only with strategies that name them."""
-        gate = set() if self.gate is None else _keywords(self.gate)
-        return _keywords(self.rule) | gate | (set(self.requires) - {"reference"})
+        return _keywords(self.rule) | (set(self.requires) - {"reference"})
 
     def propose(self, inputs: UpdateInputs, settings: object) -> Vector:
         """float64[k] on the simplex: what the rule makes of the inputs; `settings` are `Weights`."""
