@@ -76,7 +76,8 @@ def test_absent_domain_keeps_loss_and_gamma_and_has_no_phi():
     record = controller.update(20)
     assert (record.losses["law"], record.gamma["law"], record.phi["law"]) == (2.0, 0.5, 0.0)
     assert record.tokens["law"] == 48
-    assert any("law: absent (48 supervised tokens, min_tokens 50)" in reason for reason in record.reasons)
+    stands = "its last loss and gamma stand, phi is 0"
+    assert f"law: absent (48 supervised tokens, min_tokens 50); {stands}" in record.reasons
     # back again: compared with 2.0, the last loss that counted: (3 - 2) / 2
     controller.observe(sums([3.0, 2.0, 2.0]))
     assert controller.update(30).phi["law"] == 0.5
@@ -87,6 +88,7 @@ def test_never_measured_domain_keeps_its_weight():
     controller.observe(sums([2.0, 0.0, 1.0], tokens=(100, 0, 100)))
     record = controller.update(10)
     assert record.losses["code"] is None and record.stderr["code"] is None
+    assert any("min_tokens 1); never measured" in reason for reason in record.reasons)
     assert record.after["code"] == 1 / 3 and record.after["law"] > record.after["other"]
 
 
@@ -226,6 +228,18 @@ def test_static_strategies_record_losses_and_never_move(strategy):
     controller.observe(sums([2.0, 3.0, 4.0]))
     record = controller.update(10)
     assert controller.digest() == before and record.gamma["law"] == 0.5 and record.alarms == []
+
+
+def test_weights_that_no_losses_move_raise_no_alarms():
+    alone = {"law": 1.0, "code": 0.0, "other": 0.0}
+    schedule = [{"step": 7, "weights": alone}]
+    for controller in (
+        controller_of("constant", limits={"initial": alone}),
+        controller_of("manual", schedule=schedule),
+    ):
+        controller.observe(sums([2.0, 3.0, 4.0]))
+        record = controller.update(7)
+        assert record.after == alone and record.alarms == []
 
 
 def test_due_is_every_n_steps_and_for_manual_the_schedule():

@@ -42,7 +42,7 @@ def write_config(path: Path, model: Path, url: str, **detect: Any) -> Path:
 
 
 def main() -> None:
-    from versatune_ds.apps.detect.run import Place, detect_in_group
+    from versatune_ds.apps.detect.run import DetectContext, detect_in_group
     from versatune_ds.config.load import load_config
     from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
     from versatune_ds.engine.faults.signals import StopRequest
@@ -52,7 +52,7 @@ def main() -> None:
     device = start_process_group()
     for case in json.loads(Path(sys.argv[1]).read_text()):
         config = load_config(case["config"], case["overrides"])
-        detect_in_group(config, Place(Path(case["out"]), device, StopRequest()))
+        detect_in_group(config, DetectContext(Path(case["out"]), device, StopRequest()))
     close_process_group()
 
 

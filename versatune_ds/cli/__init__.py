@@ -1,1 +1,1 @@
-"""Floor 9: one short file per verb of the `versatune-ds` command."""
+"""Floor 10: one short file per verb of the `versatune-ds` command."""

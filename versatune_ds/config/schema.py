@@ -399,7 +399,7 @@ class Endpoint(Section):
         return self
 
 
-class Judge(Section):
+class JudgeSettings(Section):
     """What tells the domain of a generated text."""
 
     kind: Literal["classifier", "endpoint", "model"] = "classifier"
@@ -415,7 +415,7 @@ class Judge(Section):
     """Characters of each text that the judge reads; longer ones are cut and counted."""
 
     @model_validator(mode="after")
-    def _check(self) -> Judge:
+    def _check(self) -> JudgeSettings:
         if self.kind == "endpoint" and self.endpoint is None:
             raise ValueError("kind endpoint needs a server: give `endpoint` with `url` and `model`")
         if self.kind == "model" and self.model is None:
@@ -448,7 +448,7 @@ class Detect(Section):
     """`auto`: vLLM if it is installed, on CUDA, in a single process; else transformers."""
     seed: int = Field(0, ge=0)
     """Seed of the texts, of the classifier's folds and of the bootstrap."""
-    judge: Judge = Judge()
+    judge: JudgeSettings = JudgeSettings()
     """What tells the domain of each text."""
 
 

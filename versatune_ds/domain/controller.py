@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,15 @@ from versatune_ds.domain.reference import ReferenceLosses, initial_weights
 from versatune_ds.domain.replay import resolve_schedule
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
+from versatune_ds.domain.weight_update import (
+    ByNameOrNone,
+    Measurement,
+    Proposal,
+    WeightUpdate,
+    limit_reasons,
+    measurement_reasons,
+    optional,
+)
 from versatune_ds.foundations.errors import ConfigError, StateError
 from versatune_ds.strategies.rules import (
     STRATEGIES,
@@ -47,75 +55,6 @@ from versatune_ds.strategies.simplex import (
 )
 
 STATE_VERSION = 1
-
-ByName = dict[str, float]
-ByNameOrNone = dict[str, float | None]
-
-
-@dataclass(frozen=True)
-class WeightUpdate:
-    """One line of weights.jsonl. Dicts are by domain name, in table order; None where not known."""
-
-    step: int
-    """Optimizer steps done; the weights hold for the batch planned next. 0: the initial weights."""
-    strategy: str
-    loss_source: str
-    """`train` or `probe`."""
-    losses: ByNameOrNone
-    """Nats per supervised token; of an absent domain the last one measured."""
-    stderr: ByNameOrNone
-    """Standard errors of `losses`."""
-    tokens: ByName
-    """Supervised tokens that the losses were measured on."""
-    samples: ByName
-    """Samples that the losses were measured on."""
-    gamma: ByNameOrNone
-    """Learnable potential; None without reference losses."""
-    phi: ByName
-    """Forgetting degree since the domain's loss before this one."""
-    gate_open: bool | None
-    """expansion: whether the target grew; None for other strategies."""
-    before: ByName
-    """Weights in force until now."""
-    proposed: ByName
-    """What the rule gave, before floor, cap and step limit."""
-    after: ByName
-    """Weights in force from now on, if `applied`."""
-    applied: bool
-    """False in shadow mode: `before` stays in force."""
-    entropy: float
-    """Entropy of `after` in nats."""
-    reasons: list[str]
-    """Why the numbers are what they are, in words."""
-    alarms: list[str]
-    """See `versatune_ds.domain.alarms`."""
-
-    def to_json(self) -> dict[str, Any]:
-        """A dict that `json.dumps` writes as one line of weights.jsonl; floats read back bit for bit."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Measurement:
-    """Losses of one window beside the ones that stood before."""
-
-    losses: Vector
-    stderr: Vector
-    measured: Mask
-    present: Mask
-    gamma: Vector
-    phi: Vector
-    reasons: list[str]
-
-
-@dataclass(frozen=True)
-class _Proposal:
-    """New weights before and after the limits, and why."""
-
-    rule: Vector
-    after: Vector
-    gate: GateDecision | None
-    reasons: list[str]
 
 
 class WeightController:
@@ -175,11 +114,6 @@ class WeightController:
         return self._window
 
     @property
-    def update_count(self) -> int:
-        """Updates computed so far, shadow ones included."""
-        return self._update_count
-
-    @property
     def needs_probe(self) -> bool:
         """Whether `update` expects the sums of a held-out probe."""
         return self._settings.loss_source == "probe"
@@ -227,7 +161,7 @@ class WeightController:
             after=self._table.by_name(self._initial),
             applied=True,
             entropy=entropy(self._initial),
-            reasons=["initial weights", *self._limit_reasons(self._start, self._initial)],
+            reasons=["initial weights", *limit_reasons(self._table.names, self._start, self._initial)],
             alarms=[],
         )
 
@@ -282,8 +216,8 @@ class WeightController:
             "weights": self._weights.tolist(),
             "initial": self._initial.tolist(),
             "window": self._window.to_json(),
-            "losses": _optional(self._losses, self._measured),
-            "stderr": _optional(self._stderr, ~np.isnan(self._stderr)),
+            "losses": optional(self._losses, self._measured),
+            "stderr": optional(self._stderr, ~np.isnan(self._stderr)),
             "update_count": self._update_count,
             "last_step": self._last_step,
         }
@@ -320,7 +254,7 @@ class WeightController:
         self._losses, self._stderr = np.nan_to_num(losses), stderr
         self._update_count, self._last_step = update_count, last_step
 
-    def _measure(self, sums: DomainSums) -> _Measurement:
+    def _measure(self, sums: DomainSums) -> Measurement:
         """Losses of this window; an absent domain keeps its last loss (and so its gamma) and has phi 0."""
         settings = self._settings
         new_losses, new_stderr = sums.mean_loss(), sums.stderr()
@@ -347,39 +281,17 @@ class WeightController:
                 reference_stderr=self._reference.stderr,
                 noise_z=settings.noise_z,
             )
-        return _Measurement(
+        return Measurement(
             losses=losses,
             stderr=stderr,
             measured=measured,
             present=present,
             gamma=np.where(measured, gamma, 0.0),
             phi=np.where(present & ~first, phi, 0.0),
-            reasons=self._measurement_reasons(sums, present, first),
+            reasons=measurement_reasons(self._table.names, sums, present, self._measured, settings),
         )
 
-    def _measurement_reasons(self, sums: DomainSums, present: Mask, first: Mask) -> list[str]:
-        names = self._table.names
-        reasons = [
-            f"{name}: absent ({self._why_absent(sums, j)}); {self._what_stands(j)}"
-            for j, name in enumerate(names)
-            if not present[j]
-        ]
-        if first.any():
-            new = ", ".join(name for j, name in enumerate(names) if first[j])
-            reasons.append(f"first loss of {new}: phi is 0")
-        return reasons
-
-    def _why_absent(self, sums: DomainSums, j: int) -> str:
-        if sums.tokens[j] < self._settings.min_tokens:
-            return f"{sums.tokens[j]:.0f} supervised tokens, min_tokens {self._settings.min_tokens}"
-        return f"{sums.samples[j]:.0f} sample(s) give no standard error, noise_z {self._settings.noise_z:g}"
-
-    def _what_stands(self, j: int) -> str:
-        if self._measured[j]:
-            return "its last loss and gamma stand, phi is 0"
-        return "never measured, so not re-weighted by its loss; phi is 0"
-
-    def _inputs(self, step: int, measurement: _Measurement) -> UpdateInputs:
+    def _inputs(self, step: int, measurement: Measurement) -> UpdateInputs:
         reference = np.zeros(len(self._table)) if self._reference is None else self._reference.losses
         return UpdateInputs(
             weights=self._weights,
@@ -392,7 +304,7 @@ class WeightController:
             scheduled=self._schedule.get(step, self._weights),
         )
 
-    def _propose(self, step: int, measurement: _Measurement) -> _Proposal:
+    def _propose(self, step: int, measurement: Measurement) -> Proposal:
         """The rule's weights, and what floor, cap and step limit leave of them."""
         strategy, settings, before = self._strategy, self._settings, self._weights
         gate: GateDecision | None = None
@@ -406,13 +318,13 @@ class WeightController:
             reasons.append("no domain was measured: the weights stand")
         # a schedule is taken as it is; its floor and cap were checked at the start
         after = rule if strategy.is_scheduled else self._limited(rule, before)
-        reasons += self._limit_reasons(rule, after)
+        reasons += limit_reasons(self._table.names, rule, after)
         if settings.shadow:
             reasons.append("shadow: computed, not applied")
-        return _Proposal(rule=rule, after=after, gate=gate, reasons=reasons)
+        return Proposal(rule=rule, after=after, gate=gate, reasons=reasons)
 
     def _record(
-        self, step: int, sums: DomainSums, measurement: _Measurement, proposal: _Proposal
+        self, step: int, sums: DomainSums, measurement: Measurement, proposal: Proposal
     ) -> WeightUpdate:
         by_name, known = self._table.by_name, measurement.measured
         return WeightUpdate(
@@ -444,17 +356,7 @@ class WeightController:
             max_relative_change=self._domains.max_relative_change,
         )
 
-    def _limit_reasons(self, proposed: Vector, after: Vector) -> list[str]:
-        if np.array_equal(proposed, after):
-            return []
-        moved = ", ".join(
-            f"{name} {old:.6g} -> {new:.6g}"
-            for name, old, new in zip(self._table.names, proposed, after, strict=True)
-            if old != new
-        )
-        return [f"limits (min_weight, max_weight, max_relative_change) changed the proposal: {moved}"]
-
-    def _alarms(self, measurement: _Measurement, after: Vector) -> list[str]:
+    def _alarms(self, measurement: Measurement, after: Vector) -> list[str]:
         if not self._strategy.moves_with_losses:
             return []
         alarms: list[str] = []
@@ -486,7 +388,7 @@ class WeightController:
         return checked
 
     def _where(self, values: Vector, known: Mask) -> ByNameOrNone:
-        return dict(zip(self._table.names, _optional(values, known), strict=True))
+        return dict(zip(self._table.names, optional(values, known), strict=True))
 
     def _fingerprint(self) -> dict[str, Any]:
         return {
@@ -509,8 +411,3 @@ class WeightController:
         if vector.shape != (len(self._table),):
             raise ValueError(f"{len(values)} values")
         return vector
-
-
-def _optional(values: Vector, known: Mask) -> list[float | None]:
-    """Plain floats, None where not known."""
-    return [float(v) if ok else None for v, ok in zip(values, known, strict=True)]

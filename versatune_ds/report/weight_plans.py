@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.config.variants import Variant
-from versatune_ds.domain.controller import WeightUpdate
 from versatune_ds.domain.history import window_weights
+from versatune_ds.domain.weight_update import WeightUpdate
 from versatune_ds.report.pictures import Panel, weight_panels
 
 NOTE = (

@@ -196,10 +196,10 @@ def expansion_gate(inputs: UpdateInputs, *, gate: str, epsilon: float) -> GateDe
     others = np.delete(inputs.phi, target)
     statistic = "largest" if gate == "worst" else "mean"
     if not len(others):
-        return GateDecision(True, 0.0, 0.0, statistic)
+        return GateDecision(is_open=True, forgetting=0.0, limit=0.0, statistic=statistic)
     forgetting = float(others.max()) if gate == "worst" else math.fsum(others) / len(others)
     limit = epsilon * (1.0 if gate == "absolute" else float(inputs.gamma[target]))
-    return GateDecision(forgetting <= limit, forgetting, limit, statistic)
+    return GateDecision(is_open=forgetting <= limit, forgetting=forgetting, limit=limit, statistic=statistic)
 
 
 def doremi(inputs: UpdateInputs, *, eta: float, smoothing: float) -> Vector:
@@ -261,8 +261,7 @@ class Strategy:
     @property
     def own_settings(self) -> set[str]:
         """Settings of `weights.*` that have an effect only with strategies that name them."""
-        gate = set() if self.gate is None else _keywords(self.gate)
-        return _keywords(self.rule) | gate | (set(self.requires) - {"reference"})
+        return _keywords(self.rule) | (set(self.requires) - {"reference"})
 
     def propose(self, inputs: UpdateInputs, settings: object) -> Vector:
         """float64[k] on the simplex: what the rule makes of the inputs; `settings` are `Weights`."""

@@ -19,7 +19,7 @@ from judge_server import JudgeServer, Reply, chat, judge_by_words
 from launching import REPOSITORY, case_file, launch_soundly, rank_environment, read_jsonl, run_command
 from speaking_models import unigram_model
 
-from versatune_ds.apps.detect import endpoint, run
+from versatune_ds.apps.detect import endpoint, result, run
 from versatune_ds.apps.detect.journal import Journal
 from versatune_ds.apps.detect.run import detect
 from versatune_ds.cli.main import main
@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
 
 def test_a_run_killed_before_its_result_only_aggregates(whole, model, server, tmp_path, monkeypatch):
     config = config_of(tmp_path, model, server)
-    monkeypatch.setattr(run, "aggregate", lambda *_: (_ for _ in ()).throw(Killed()))
+    monkeypatch.setattr(result, "aggregate", lambda *_: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
         detect(config, tmp_path / "out")
     monkeypatch.undo()

@@ -18,7 +18,7 @@ from versatune_ds.apps.detect.endpoint import (
     read_names,
     retry_after_s,
 )
-from versatune_ds.config.schema import Endpoint, Judge
+from versatune_ds.config.schema import Endpoint, JudgeSettings
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 
 NAMES = ["law", "medicine", "code"]
@@ -260,4 +260,4 @@ def test_addresses_that_cannot_be_or_hold_secrets_are_refused(url):
 def test_a_judge_names_what_it_needs():
     for kind, missing in (("endpoint", "server"), ("model", "local model")):
         with pytest.raises(ValueError, match=missing):
-            Judge(kind=kind)
+            JudgeSettings(kind=kind)

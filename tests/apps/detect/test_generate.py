@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from versatune_ds.apps.detect import generate
 from versatune_ds.apps.detect.generate import (
-    Text,
+    GeneratedText,
     batch_seed,
     build_generator,
     choose_generator,
@@ -102,7 +102,7 @@ def test_each_sampling_setting_does_what_it_says(folder):
 def test_texts_that_do_not_end_are_cut_and_say_so(folder, tmp_path):
     endless = unigram_model(tmp_path / "endless", {" law": 1.0}, end=0.0)
     texts = generator_of(config_of(endless, max_new_tokens=5)).generate(0, range(3))
-    assert texts == [Text(i, " law" * 5, 5, finished=False) for i in range(3)]
+    assert texts == [GeneratedText(i, " law" * 5, 5, finished=False) for i in range(3)]
     assert max_new_tokens(config_of(endless, max_new_tokens=5000).detect, config_of(endless).model) == 127
 
 
@@ -129,7 +129,7 @@ def test_texts_end_at_the_folders_and_the_tokenizers_end_tokens(folder, tmp_path
     ("text", "blank"), [("", True), (" \n\t\u3000", True), ("\x00\u200b", True), ("a", False), (" .", False)]
 )
 def test_blank_is_what_nobody_can_read(text, blank):
-    assert Text(0, text, 1, True).is_blank is blank
+    assert GeneratedText(0, text, 1, True).is_blank is blank
 
 
 def test_a_shape_without_weights_is_an_error_with_a_cure(tmp_path):
@@ -186,7 +186,7 @@ def test_what_vllm_is_asked_for(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", stub)
     config = config_of(folder, temperature=0.7, top_k=0, seed=4)
     generator = build_generator("vllm", config, load_text_tokenizer(config.model), CPU)
-    assert generator.generate(0, range(2)) == [Text(i, " law", 1, finished=True) for i in range(2)]
+    assert generator.generate(0, range(2)) == [GeneratedText(i, " law", 1, finished=True) for i in range(2)]
     assert asked["settings"]["generation_config"] == "vllm" and asked["settings"]["dtype"] == "float32"
     assert asked["prompts"] == [{"prompt_token_ids": [0]}] * 2
     first, second = asked["sampling"]

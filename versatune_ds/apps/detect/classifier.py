@@ -47,7 +47,7 @@ VERSION = 1
 """Raised when features or classifier change: judgements of different versions are not mixed."""
 
 
-class Samples(NamedTuple):
+class LabelledTexts(NamedTuple):
     """Texts with their domain ids."""
 
     texts: list[str]
@@ -113,12 +113,12 @@ class ClassifierJudge:
         return float((np.diag(self.confusion) / self.confusion.sum(axis=1)).mean())
 
     def identity(self) -> dict[str, Any]:
-        """See `Judge`."""
+        """See `DomainJudge`."""
         sources = [None if c is None else c.fingerprint for c in (*self.train, *self.held_out)]
         return {"kind": "classifier", "version": VERSION, "data": canonical_hash(sources), "seed": self.seed}
 
     def facts(self) -> dict[str, Any]:
-        """See `Judge`."""
+        """See `DomainJudge`."""
         return {
             "training_samples": self.num_training_samples,
             "held_out_from": self.held_out_from,
@@ -147,7 +147,7 @@ class ClassifierJudge:
             )
 
     def judge(self, texts: Sequence[tuple[int, str]]) -> Iterator[Judgement]:
-        """See `Judge`."""
+        """See `DomainJudge`."""
         given = self.model.predict_proba([text for _, text in texts])
         for (index, _), row in zip(texts, given, strict=True):
             yield Judgement(index, row / row.sum())
@@ -176,7 +176,7 @@ def decode_samples(
     most: int,
     max_chars: int,
     generator: np.random.Generator,
-) -> Samples:
+) -> LabelledTexts:
     """At most `most` samples of each domain, chosen at random, as text without special tokens."""
     texts: list[str] = []
     domains: list[int] = []
@@ -191,10 +191,10 @@ def decode_samples(
             )
         ]
         domains += [domain] * len(chosen)
-    return Samples(texts, np.array(domains))
+    return LabelledTexts(texts, np.array(domains))
 
 
-def split(samples: Samples, generator: np.random.Generator) -> tuple[Samples, Samples]:
+def split(samples: LabelledTexts, generator: np.random.Generator) -> tuple[LabelledTexts, LabelledTexts]:
     """(training, held out): `HELD_OUT_SHARE` of each domain is held out."""
     is_held_out = np.zeros(len(samples.texts), dtype=bool)
     for domain in np.unique(samples.domains):
@@ -202,11 +202,11 @@ def split(samples: Samples, generator: np.random.Generator) -> tuple[Samples, Sa
         is_held_out[generator.permutation(members)[: max(1, int(HELD_OUT_SHARE * len(members)))]] = True
     parts = []
     for chosen in (np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)):
-        parts.append(Samples([samples.texts[i] for i in chosen], samples.domains[chosen]))
+        parts.append(LabelledTexts([samples.texts[i] for i in chosen], samples.domains[chosen]))
     return parts[0], parts[1]
 
 
-def fit(samples: Samples, seed: int) -> Any:
+def fit(samples: LabelledTexts, seed: int) -> Any:
     """The calibrated classifier: texts -> probabilities float64[n, k]."""
     features = make_union(
         HashingVectorizer(n_features=NUM_FEATURES, ngram_range=(1, 2), alternate_sign=False),
@@ -224,7 +224,7 @@ def fit(samples: Samples, seed: int) -> Any:
     return make_pipeline(encoder, classifier)
 
 
-def confusion(model: Any, samples: Samples, num_domains: int) -> npt.NDArray[np.int64]:
+def confusion(model: Any, samples: LabelledTexts, num_domains: int) -> npt.NDArray[np.int64]:
     """int64[k, k]: held-out samples by (true domain, most probable domain)."""
     table = np.zeros((num_domains, num_domains), dtype=np.int64)
     np.add.at(table, (samples.domains, model.predict_proba(samples.texts).argmax(axis=1)), 1)

@@ -120,7 +120,7 @@ class EndpointJudge:
         self._url = settings.url.rstrip("/") + route
 
     def identity(self) -> dict[str, Any]:
-        """See `Judge`. The address is not in it: a server may move."""
+        """See `DomainJudge`. The address is not in it: a server may move."""
         return {
             "kind": "endpoint",
             "model": self.settings.model,
@@ -130,14 +130,14 @@ class EndpointJudge:
         }
 
     def facts(self) -> dict[str, Any]:
-        """See `Judge`."""
+        """See `DomainJudge`."""
         return {"url": self.settings.url, "repeated_requests": self.num_retries}
 
     def open(self) -> None:
         """Nothing to load."""
 
     def judge(self, texts: Sequence[tuple[int, str]]) -> Iterator[Judgement]:
-        """See `Judge`.
+        """See `DomainJudge`.
 
         Raises:
             VersaTuneError: the server did not answer in `retries` further attempts.

@@ -38,7 +38,7 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Text:
+class GeneratedText:
     """One generated text."""
 
     index: int
@@ -62,7 +62,7 @@ class Text:
 class Generator(Protocol):
     """Something that writes the texts of a batch."""
 
-    def generate(self, batch: int, indices: Sequence[int]) -> list[Text]:
+    def generate(self, batch: int, indices: Sequence[int]) -> list[GeneratedText]:
         """The texts with these indices, all of batch number `batch`."""
         ...
 
@@ -233,7 +233,7 @@ class TransformersGenerator:
         )
 
     @torch.inference_mode()
-    def generate(self, batch: int, indices: Sequence[int]) -> list[Text]:
+    def generate(self, batch: int, indices: Sequence[int]) -> list[GeneratedText]:
         """See `Generator`; the rows of a batch share its seed, so a batch is always generated whole."""
         torch.manual_seed(batch_seed(self.detect.seed, batch))
         start = prompt_token(self.tokenizer)
@@ -255,16 +255,16 @@ class TransformersGenerator:
             ) from error
         return [self._text(i, row) for i, row in zip(indices, rows[:, 1:].tolist(), strict=True)]
 
-    def _text(self, index: int, tokens: list[int]) -> Text:
+    def _text(self, index: int, tokens: list[int]) -> GeneratedText:
         return cut_text(self.tokenizer, index, tokens, self.ends)
 
 
-def cut_text(tokenizer: Any, index: int, tokens: list[int], ends: Sequence[int]) -> Text:
-    """A `Text` from generated ids: everything before the first end token, special tokens left out."""
+def cut_text(tokenizer: Any, index: int, tokens: list[int], ends: Sequence[int]) -> GeneratedText:
+    """From generated ids: everything before the first end token, special tokens left out."""
     length = next((i for i, token in enumerate(tokens) if token in ends), None)
     kept = tokens if length is None else tokens[:length]
     text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Text(index, text, len(kept), finished=length is not None)
+    return GeneratedText(index, text, len(kept), finished=length is not None)
 
 
 class VllmGenerator:
@@ -290,7 +290,7 @@ class VllmGenerator:
             seed=detect.seed,
         )
 
-    def generate(self, batch: int, indices: Sequence[int]) -> list[Text]:
+    def generate(self, batch: int, indices: Sequence[int]) -> list[GeneratedText]:
         """See `Generator`."""
         from vllm import SamplingParams
 

@@ -3,6 +3,7 @@
 Every line has an `index`. Blocks of lines are written, flushed and synced together; a last line that a kill
 left without its end is cut off with a warning. A line that cannot be written stops the run (compare
 `observability.sinks.MetricsLog`, which must not stop a training run): what is not on disk was not done.
+detection.json, beside the journals, says what their lines were made with; `open_journal` refuses to mix.
 
 What is not covered: which lines are needed (`run.py`).
 """
@@ -15,10 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError
+from versatune_ds.foundations.files import write_json_atomic
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
+
+DETECTION_FILE = "detection.json"
 
 
 class Journal:
@@ -88,3 +93,41 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def read_detection(folder: Path) -> dict[str, Any]:
+    """Content of detection.json; empty when there is none."""
+    path = folder / DETECTION_FILE
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StateError(f"{path}: not JSON ({error}); move the folder away to start again") from None
+    return dict(content)
+
+
+def open_journal(folder: Path, name: str, what: str, wanted: dict[str, Any]) -> Journal | None:
+    """The journal of a step on rank 0 (None elsewhere), for lines made with `wanted` and no others.
+
+    Raises:
+        StateError: the file holds lines that were made with other settings.
+    """
+    if not distributed.is_main():
+        return None
+    content = read_detection(folder)
+    journal = Journal(folder / name)
+    found = content.get(what)
+    if journal.lines and found != wanted:
+        journal.close()
+        differences = [
+            f"{key} was {(found or {}).get(key)!r} and is now {wanted.get(key)!r}"
+            for key in sorted({*(found or {}), *wanted})
+            if (found or {}).get(key) != wanted.get(key)
+        ]
+        raise StateError(
+            f"{journal.path} was made with other settings: {'; '.join(differences)}. Give another folder "
+            f"with --out, or move {name} away to do this step again"
+        )
+    write_json_atomic(folder / DETECTION_FILE, {**content, what: wanted})
+    return journal

@@ -55,7 +55,7 @@ class Judgement:
         }
 
 
-class Judge(Protocol):
+class DomainJudge(Protocol):
     """Something that tells domains."""
 
     texts_at_once: int

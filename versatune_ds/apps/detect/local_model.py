@@ -50,7 +50,7 @@ class ModelJudge:
         self.model: Any = None
 
     def identity(self) -> dict[str, Any]:
-        """See `Judge`."""
+        """See `DomainJudge`."""
         return {
             "kind": "model",
             "model": self.settings.source,
@@ -59,7 +59,7 @@ class ModelJudge:
         }
 
     def facts(self) -> dict[str, Any]:
-        """See `Judge`."""
+        """See `DomainJudge`."""
         return {"asked_as": "chat" if self._has_template else "plain text"}
 
     @property
@@ -71,7 +71,7 @@ class ModelJudge:
         self.model = load_model(self.settings, 0, self.device)
 
     def judge(self, texts: Sequence[tuple[int, str]]) -> Iterator[Judgement]:
-        """See `Judge`."""
+        """See `DomainJudge`."""
         prompts, answers = zip(*(self._encode(text) for _, text in texts), strict=True)
         needed = max(len(p) + max(map(len, a)) for p, a in zip(prompts, answers, strict=True))
         positions = getattr(self.model.config, "max_position_embeddings", needed)

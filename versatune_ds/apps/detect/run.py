@@ -11,25 +11,23 @@ another judge only needs judgements.jsonl moved away.
 Steps 1 and 2 go in rounds over the ranks: each rank generates a batch (judges a share), rank 0 gathers and
 writes. In the same exchange the ranks learn of errors and of requests to stop, so that they leave together.
 
-What is not covered: how texts are made (`generate.py`) and judged (`judge.py` and the judges).
+What is not covered: how texts are made (`generate.py`) and judged (`judge.py` and the judges), and step 3
+(`result.py`).
 """
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 
 from versatune_ds.apps.detect.classifier import ClassifierJudge
 from versatune_ds.apps.detect.endpoint import EndpointJudge
 from versatune_ds.apps.detect.generate import (
-    Text,
+    GeneratedText,
     build_generator,
     choose_generator,
     load_text_tokenizer,
@@ -37,56 +35,45 @@ from versatune_ds.apps.detect.generate import (
     subject,
     subject_fingerprint,
 )
-from versatune_ds.apps.detect.journal import Journal
-from versatune_ds.apps.detect.judge import Judge
+from versatune_ds.apps.detect.journal import DETECTION_FILE, Journal, open_journal, read_detection
+from versatune_ds.apps.detect.judge import DomainJudge
 from versatune_ds.apps.detect.local_model import ModelJudge, judge_settings
+from versatune_ds.apps.detect.result import (
+    JUDGEMENTS_FILE,
+    KNOWLEDGE_FILE,
+    Judged,
+    aggregate_texts,
+    warn_when_many,
+)
 from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.encode.tokenizer import load_tokenizer
-from versatune_ds.domain.knowledge import aggregate
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.faults.signals import StopRequest
-from versatune_ds.engine.provenance import describe_versions
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError, VersaTuneError
 from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.counting import WorkProgress
-from versatune_ds.report.knowledge_chart import draw_knowledge
 
 log = get_logger(__name__)
 
-DETECTION_FILE = "detection.json"
 SEQUENCES_FILE = "sequences.jsonl"
-JUDGEMENTS_FILE = "judgements.jsonl"
-KNOWLEDGE_FILE = "knowledge.json"
-CHART_FILE = "knowledge.png"
-MAX_QUIET_SHARE = 0.05
-"""Of blank or unparsable texts; more is a warning."""
 
 Job = TypeVar("Job")
 
 
-class Stopped(Exception):
+class DetectionStopped(Exception):
     """The ranks agreed to stop, as they were asked to."""
 
 
-class Place(NamedTuple):
+class DetectContext(NamedTuple):
     """Where a detection runs."""
 
     folder: Path
     device: torch.device
     stop: StopRequest
-
-
-class Judged(NamedTuple):
-    """What step 2 leaves for step 3; empty on ranks other than 0."""
-
-    lines: Mapping[int, dict[str, Any]]
-    """Index -> line of judgements.jsonl."""
-    about: Mapping[str, Any]
-    """The judge's identity and facts."""
 
 
 def detect(config: Config, folder: Path, config_path: Path | None = None) -> Path | None:
@@ -111,8 +98,8 @@ def detect(config: Config, folder: Path, config_path: Path | None = None) -> Pat
     path: Path | None = folder / KNOWLEDGE_FILE
     with StopRequest() as stop:
         try:
-            detect_in_group(config, Place(folder, device, stop), config_path)
-        except Stopped:
+            detect_in_group(config, DetectContext(folder, device, stop), config_path)
+        except DetectionStopped:
             log.info("stopped as asked (%s); start the same command to go on", stop.reason)
             path = None
     if launched:
@@ -120,19 +107,19 @@ def detect(config: Config, folder: Path, config_path: Path | None = None) -> Pat
     return path
 
 
-def detect_in_group(config: Config, place: Place, config_path: Path | None = None) -> None:
+def detect_in_group(config: Config, context: DetectContext, config_path: Path | None = None) -> None:
     """`detect` within a process group that is already there, or without one."""
     table = DomainTable(config.domains.names)
-    distributed.together(lambda: place.folder.mkdir(parents=True, exist_ok=True))
-    judge = distributed.together(build_judge, config, table, place.device, config_path)
+    distributed.together(lambda: context.folder.mkdir(parents=True, exist_ok=True))
+    judge = distributed.together(build_judge, config, table, context.device, config_path)
     try:
-        generation = describe_generation(config, place.device)
-        texts = generate_texts(config, place, generation)
-        judged = judge_texts(config, place, table, judge, generation, texts)
+        generation = describe_generation(config, context.device)
+        texts = generate_texts(config, context, generation)
+        judged = judge_texts(config, context, table, judge, generation, texts)
     finally:
         if judge is not None:
             judge.close()
-    distributed.together(aggregate_texts, config, place.folder, table, generation, texts, judged)
+    distributed.on_main(aggregate_texts, config, context.folder, table, generation, texts, judged)
 
 
 # --- step 1: generate ---------------------------------------------------------------------------------------
@@ -152,7 +139,9 @@ def describe_generation(config: Config, device: torch.device) -> dict[str, Any]:
     }
 
 
-def generate_texts(config: Config, place: Place, generation: dict[str, Any]) -> dict[int, Text]:
+def generate_texts(
+    config: Config, context: DetectContext, generation: dict[str, Any]
+) -> dict[int, GeneratedText]:
     """Step 1; returns all texts by index on rank 0, none elsewhere.
 
     Raises:
@@ -162,7 +151,7 @@ def generate_texts(config: Config, place: Place, generation: dict[str, Any]) -> 
     detect, total = config.detect, config.detect.sequences * config.detect.rounds
     tokenizer = distributed.together(load_text_tokenizer, subject(config))
     journal = distributed.together(
-        lambda: open_journal(place.folder, SEQUENCES_FILE, "generation", generation)
+        lambda: open_journal(context.folder, SEQUENCES_FILE, "generation", generation)
     )
     size = detect.batch_size
     done = journal.lines if journal is not None else {}
@@ -174,27 +163,27 @@ def generate_texts(config: Config, place: Place, generation: dict[str, Any]) -> 
     batches = distributed.broadcast_object(batches)
     if batches:
         generator = distributed.together(
-            lambda: build_generator(generation["generator"], config, tokenizer, place.device)
+            lambda: build_generator(generation["generator"], config, tokenizer, context.device)
         )
-        work_off(
+        run_jobs(
             batches,
             lambda batch: (text.to_json() for text in generator.generate(*batch)),
             journal,
-            place,
+            context,
             WorkProgress("generating", "texts", total, len(done), is_main=distributed.is_main()),
         )
         del generator
-        if place.device.type == "cuda":
+        if context.device.type == "cuda":
             torch.cuda.empty_cache()
     return distributed.together(finish_texts, journal)
 
 
-def finish_texts(journal: Journal | None) -> dict[int, Text]:
+def finish_texts(journal: Journal | None) -> dict[int, GeneratedText]:
     """Close the journal and see whether there is anything to judge; rank 0 only, elsewhere nothing."""
     if journal is None:
         return {}
     journal.close()
-    texts = {index: Text(**line) for index, line in journal.lines.items()}
+    texts = {index: GeneratedText(**line) for index, line in journal.lines.items()}
     num_blank = sum(text.is_blank for text in texts.values())
     if num_blank == len(texts):
         tokens = sum(text.num_tokens for text in texts.values())
@@ -212,7 +201,7 @@ def finish_texts(journal: Journal | None) -> dict[int, Text]:
 
 def build_judge(
     config: Config, table: DomainTable, device: torch.device, config_path: Path | None
-) -> Judge | None:
+) -> DomainJudge | None:
     """The judge that `detect.judge` names, not opened yet; None on ranks that do not judge.
 
     Raises:
@@ -242,11 +231,11 @@ def build_judge(
 
 def judge_texts(
     config: Config,
-    place: Place,
+    context: DetectContext,
     table: DomainTable,
-    judge: Judge | None,
+    judge: DomainJudge | None,
     generation: dict[str, Any],
-    texts: Mapping[int, Text],
+    texts: Mapping[int, GeneratedText],
 ) -> Judged:
     """Step 2; what it returns is complete on rank 0 and empty elsewhere.
 
@@ -261,7 +250,7 @@ def judge_texts(
         "max_chars": max_chars,
         "texts": canonical_hash(generation),
     }
-    journal = distributed.together(open_journal, place.folder, JUDGEMENTS_FILE, "judge", identity)
+    journal = distributed.together(open_journal, context.folder, JUDGEMENTS_FILE, "judge", identity)
     done = journal.lines if journal is not None else {}
     judgeable = [index for index, text in sorted(texts.items()) if not text.is_blank]
     missing = [(index, texts[index].text[:max_chars]) for index in judgeable if index not in done]
@@ -276,122 +265,37 @@ def judge_texts(
             count = distributed.broadcast_object(len(jobs))
             jobs = jobs or [[]] * count
         if journal is not None and judge is not None:
-            note_facts(place.folder, judge)
-        work_off(
+            note_facts(context.folder, judge)
+        run_jobs(
             jobs,
             lambda job: (j.to_json(table.names) for j in judge.judge(job)) if judge is not None else (),
             journal,
-            place,
+            context,
             WorkProgress("judging", "texts", len(judgeable), len(done), is_main=distributed.is_main()),
             on_every_rank=on_every_rank,
         )
         if journal is not None and judge is not None:
-            note_facts(place.folder, judge)
+            note_facts(context.folder, judge)
     if journal is None:
         return Judged({}, {})
     journal.close()
-    return Judged(journal.lines, {**identity, **read_detection(place.folder).get("judge_facts", {})})
+    return Judged(journal.lines, {**identity, **read_detection(context.folder).get("judge_facts", {})})
 
 
-def note_facts(folder: Path, judge: Judge) -> None:
+def note_facts(folder: Path, judge: DomainJudge) -> None:
     """Keep what the judge knows of itself, for a run that goes on and finds nothing left to judge."""
     content = read_detection(folder)
     write_json_atomic(folder / DETECTION_FILE, {**content, "judge_facts": judge.facts()})
 
 
-# --- step 3: aggregate --------------------------------------------------------------------------------------
-
-
-def aggregate_texts(
-    config: Config,
-    folder: Path,
-    table: DomainTable,
-    generation: Mapping[str, Any],
-    texts: Mapping[int, Text],
-    judged: Judged,
-) -> None:
-    """Step 3, on rank 0: knowledge.json, its picture, and a table in the log.
-
-    Raises:
-        VersaTuneError: the judge could place no text.
-    """
-    if not distributed.is_main():
-        return
-    detect = config.detect
-    placed = [line for _, line in sorted(judged.lines.items()) if line["probabilities"] is not None]
-    num_unparsable = len(judged.lines) - len(placed)
-    if not placed:
-        example = next(iter(judged.lines.values()))["problem"]
-        raise VersaTuneError(
-            f"the judge could place none of {len(judged.lines)} texts (the first: {example}); "
-            f"see {folder / JUDGEMENTS_FILE}. Use a judge that answers with a domain's name, then move that "
-            "file away and start the same command again"
-        )
-    warn_when_many("unparsable judgements", num_unparsable, len(judged.lines))
-    probabilities = np.array([table.vector(line["probabilities"], "judgement") for line in placed])
-    rounds = np.array([line["index"] for line in placed]) // detect.sequences
-    knowledge = aggregate(probabilities, rounds, detect.rounds, detect.seed)
-    num_blank = sum(text.is_blank for text in texts.values())
-    masses = [line["name_mass"] for line in judged.lines.values() if line["name_mass"] is not None]
-    content = {
-        **knowledge.to_json(table),
-        "texts": {
-            "generated": len(texts),
-            "blank": num_blank,
-            "unparsable": num_unparsable,
-            "judged": len(placed),
-            "cut_at_max_new_tokens": sum(not text.finished for text in texts.values()),
-            "cut_for_the_judge": sum(
-                len(text.text) > detect.judge.max_chars for text in texts.values() if not text.is_blank
-            ),
-            "mean_tokens": float(np.mean([text.num_tokens for text in texts.values()])),
-        },
-        "model": {
-            "source": generation["model"],
-            "weights": generation["weights"],
-            "fingerprint": generation["model_fingerprint"],
-        },
-        "generation": {
-            key: value
-            for key, value in generation.items()
-            if key not in ("model", "weights", "model_fingerprint")
-        },
-        "judge": {**judged.about, **({"mean_name_mass": float(np.mean(masses))} if masses else {})},
-        "created_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": describe_versions(),
-    }
-    path = folder / KNOWLEDGE_FILE
-    write_json_atomic(path, content)
-    draw_knowledge([path], folder / CHART_FILE)
-    log.info("%s", knowledge_table(content))
-
-
-def knowledge_table(content: Mapping[str, Any]) -> str:
-    """A knowledge.json as a table for people."""
-    width = max(map(len, (*content["domains"], "domain")))
-    lines = [f"{'domain':<{width}}    share   95 % interval   most probable in"]
-    for name, share in content["domains"].items():
-        low, high = content["interval_95"][name]
-        lines.append(
-            f"{name:<{width}}  {share:6.1%}   {low:5.1%} - {high:5.1%}   {content['most_probable'][name]}"
-        )
-    texts, agreement = content["texts"], content["agreement"]
-    lines.append(
-        f"{texts['generated']} texts: {texts['judged']} judged, {texts['blank']} blank, "
-        f"{texts['unparsable']} unparsable; {len(content['rounds'])} round(s) lie "
-        f"{agreement['mean_total_variation']:.1%} from their mean (total variation)"
-    )
-    return "\n".join(lines)
-
-
 # --- shared -------------------------------------------------------------------------------------------------
 
 
-def work_off(
+def run_jobs(
     jobs: Sequence[Job],
     work: Callable[[Job], Iterable[dict[str, Any]]],
     journal: Journal | None,
-    place: Place,
+    context: DetectContext,
     progress: WorkProgress,
     *,
     on_every_rank: bool = True,
@@ -404,7 +308,7 @@ def work_off(
         on_every_rank: a job to each rank at a time, else one to rank 0.
 
     Raises:
-        Stopped: a rank was asked to stop.
+        DetectionStopped: a rank was asked to stop.
         Exception: what `work` raised on any rank, on all of them.
     """
     width = distributed.world_size() if on_every_rank else 1
@@ -418,7 +322,7 @@ def work_off(
                     lines.extend(work(jobs[mine]))
             except Exception as error:  # raised again below, when the others know
                 problem = error
-            answers = distributed.gather_objects((lines, place.stop.requested is not None))
+            answers = distributed.gather_objects((lines, context.stop.requested is not None))
             if journal is not None:
                 found = [line for given, _ in answers for line in given]
                 new = [line for line in found if line["index"] not in journal.lines]
@@ -429,52 +333,6 @@ def work_off(
                 progress.advance(len(new))
             distributed.raise_together(problem)
             if any(asked for _, asked in answers) and start + width < len(jobs):
-                raise Stopped
+                raise DetectionStopped
     finally:
         progress.close()
-
-
-def read_detection(folder: Path) -> dict[str, Any]:
-    """Content of detection.json; empty when there is none."""
-    path = folder / DETECTION_FILE
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StateError(f"{path}: not JSON ({error}); move the folder away to start again") from None
-    return dict(content)
-
-
-def open_journal(folder: Path, name: str, what: str, wanted: dict[str, Any]) -> Journal | None:
-    """The journal of a step on rank 0 (None elsewhere), for lines made with `wanted` and no others.
-
-    Raises:
-        StateError: the file holds lines that were made with other settings.
-    """
-    if not distributed.is_main():
-        return None
-    content = read_detection(folder)
-    journal = Journal(folder / name)
-    found = content.get(what)
-    if journal.lines and found != wanted:
-        journal.close()
-        differences = [
-            f"{key} was {(found or {}).get(key)!r} and is now {wanted.get(key)!r}"
-            for key in sorted({*(found or {}), *wanted})
-            if (found or {}).get(key) != wanted.get(key)
-        ]
-        raise StateError(
-            f"{journal.path} was made with other settings: {'; '.join(differences)}. Give another folder "
-            f"with --out, or move {name} away to do this step again"
-        )
-    write_json_atomic(folder / DETECTION_FILE, {**content, what: wanted})
-    return journal
-
-
-def warn_when_many(what: str, count: int, total: int) -> None:
-    """Log a count that takes no part, as a warning when it is a notable share."""
-    if count > MAX_QUIET_SHARE * total:
-        log.warning("%s: %d of %d texts", what, count, total)
-    elif count:
-        log.info("%s: %d of %d texts", what, count, total)
