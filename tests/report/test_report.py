@@ -11,8 +11,8 @@ from versatune_ds.cli import report as report_verb
 from versatune_ds.domain.evaluation import BenchmarkScore, ModelEvaluation
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.foundations.errors import StateError
-from versatune_ds.report import plots
-from versatune_ds.report.measures import MINUS, cumulative_shares, train_loss
+from versatune_ds.report.figures import spread
+from versatune_ds.report.measures import MINUS, cumulative_shares, thin, thin_steps, train_loss
 from versatune_ds.report.report import render, write_report
 from versatune_ds.report.runs import read_run, read_runs
 
@@ -210,14 +210,14 @@ def test_unwritable_place_is_a_clear_error(make_run, tmp_path):
 
 
 def test_labels_are_spread_apart_in_order():
-    placed = plots.spread(np.array([0.0, 1.0, 50.0, 99.0, 100.0]), gap=12.0, length=100.0)
+    placed = spread(np.array([0.0, 1.0, 50.0, 99.0, 100.0]), gap=12.0, length=100.0)
     assert (np.diff(placed) >= 12 - 1e-9).all() and placed[0] >= 0 and placed[-1] <= 100
     assert placed[2] == 50.0  # the one with room stays
 
 
 def test_thinning_keeps_means_and_steps():
     x = np.arange(1000.0)
-    short_x, short_y = plots.thin(x, 2 * x, max_points=100)
+    short_x, short_y = thin(x, 2 * x, max_points=100)
     assert len(short_x) == 100 and np.allclose(short_y, 2 * short_x)
-    kept_x, kept_y = plots.thin_steps(np.arange(6.0), np.array([1.0, 1, 1, 2, 2, 2]))
+    kept_x, kept_y = thin_steps(np.arange(6.0), np.array([1.0, 1, 1, 2, 2, 2]))
     assert kept_x.tolist() == [0, 2, 3, 5] and kept_y.tolist() == [1, 1, 2, 2]

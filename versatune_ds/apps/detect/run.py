@@ -53,7 +53,7 @@ from versatune_ds.foundations.errors import StateError, VersaTuneError
 from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.counting import WorkProgress
-from versatune_ds.report.knowledge_chart import draw_knowledge
+from versatune_ds.report.knowledge import draw_knowledge
 
 log = get_logger(__name__)
 
