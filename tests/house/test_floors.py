@@ -38,7 +38,7 @@ STORY_LINES = 315
 """Of `engine/train.py`."""
 NAMED_TWICE = {
     *("Batch", "Candidate", "Evaluation", "Judge", "Picture", "Place", "Run", "Samples", "Stopped", "Table"),
-    *("Text", "Variant", "Workers"),
+    *("Text", "Workers"),
 }
 
 
