@@ -36,10 +36,7 @@ LONGER_FILES = {
 }
 STORY_LINES = 315
 """Of `engine/train.py`."""
-NAMED_TWICE = {
-    *("Batch", "Candidate", "Evaluation", "Judge", "Picture", "Place", "Run", "Samples", "Stopped", "Table"),
-    *("Text", "Workers"),
-}
+NAMED_TWICE = {"Batch", "Candidate", "Evaluation", "Judge", "Place", "Run", "Samples", "Workers"}
 
 
 def imported_modules(file: Path) -> list[str]:

@@ -11,7 +11,7 @@ Losses are held-out nats per supervised token, l(d) of domain d. For a run from 
 Intervals are 95 % t intervals of the mean over seeds; differences are taken seed by seed first. With five
 seeds they say how much the order of samples matters, not how another corpus or model would behave.
 
-What is not covered: training (`apps/study/run.py`), pages and pictures (`study_page`).
+What is not covered: training (`apps/study/run.py`), the page (`page`).
 """
 
 from __future__ import annotations
@@ -114,11 +114,6 @@ def last_evaluation(folder: Path) -> tuple[int, float]:
 def reference_losses(runs: Sequence[RunResult]) -> dict[str, float]:
     """Reference loss of every domain: the lowest held-out loss of the run on that domain alone."""
     return {run.arm: float(run.lowest[run.arm]) for run in runs}
-
-
-def mean_change(run: RunResult) -> float:
-    """Unweighted mean over domains of the relative change of the held-out loss."""
-    return float(changes(run, list(run.after)).mean())
 
 
 def changes(run: RunResult, names: Sequence[str]) -> Array:
@@ -236,8 +231,6 @@ def summarise(
     *,
     reference: Mapping[str, float],
     arms: Sequence[RunResult],
-    tuning: Sequence[RunResult],
-    confirmed: Sequence[RunResult],
     names: Sequence[str],
     baselines: Sequence[str],
     expansions: Sequence[tuple[str, Sequence[str]]],
@@ -246,7 +239,6 @@ def summarise(
     found = by_arm(arms)
     against = {name: found[name] for name in baselines}
     before = dict(next(iter(against[baselines[0]].values())).before)
-    candidates = by_arm(tuning)
     return {
         "domains": list(names),
         "baselines": list(baselines),
@@ -258,8 +250,6 @@ def summarise(
             target: {arm: expansion_summary(found[arm], target, names) for arm in members}
             for target, members in expansions
         },
-        "tuning": {arm: arm_summary(runs, against, names) for arm, runs in candidates.items()},
-        "confirmed": {arm: arm_summary(runs, against, names) for arm, runs in by_arm(confirmed).items()},
     }
 
 
