@@ -21,14 +21,13 @@ from versatune_ds.apps.study.results import (
 )
 from versatune_ds.foundations.errors import StateError
 from versatune_ds.report.measures import MINUS, NOTHING
+from versatune_ds.report.runs import read_runs
 
 NAMES = ["law", "code"]
 
 
 def update(step, after, **more):
-    filled = {"losses": dict.fromkeys(NAMES), "stderr": dict.fromkeys(NAMES), "gamma": dict.fromkeys(NAMES)}
-    filled |= {"phi": dict.fromkeys(NAMES, 0.0), "gate_open": None, "alarms": []}
-    return {**filled, "step": step, "after": dict(zip(NAMES, after, strict=True)), **more}
+    return {"gate_open": None, "step": step, "after": dict(zip(NAMES, after, strict=True)), **more}
 
 
 def run(arm, seed, after, *, before=(4.0, 2.0), updates=None, kind="arm"):
@@ -94,21 +93,18 @@ def test_expansion_by_hand():
 
 
 def test_weight_summary_by_hand():
-    known = {"losses": {"law": 2.0, "code": 4.0}, "stderr": {"law": 0.1, "code": None}}
     updates = [
         update(0, (0.5, 0.5)),
-        update(5, (0.6, 0.4), gamma={"law": 0.2, "code": 0.1}, gate_open=True, alarms=["low_entropy: x"],
-               **known),
-        update(10, (0.8, 0.2), gamma={"law": 0.4, "code": 0.1}, phi={"law": 0.0, "code": 0.3},
-               gate_open=False, **known),
-    ]  # fmt: skip
+        update(5, (0.6, 0.4), gate_open=True),
+        update(10, (0.8, 0.2), gate_open=False),
+    ]
+    still = [update(0, (0.5, 0.5)), update(5, (0.5, 0.5))]
     found = weight_summary([run("a", 1, (3.0, 2.0), updates=updates)], NAMES)
     assert found["moved"] == pytest.approx(0.3)  # half of 0.3 + 0.3
-    assert found["gamma"] == pytest.approx({"law": 0.3, "code": 0.1})
-    assert found["noise"]["law"] == pytest.approx(0.05) and found["noise"]["code"] is None
-    assert found["rises"] == 0.5  # the first update has no loss before it
-    assert found["gate_open"] == 0.5 and found["alarms"] == {"low_entropy": 1}
-    assert found["paths"]["law"] == pytest.approx([0.5, 0.6, 0.8])
+    assert found["gate_open"] == 0.5 and found["final"] == pytest.approx({"law": 0.8, "code": 0.2})
+    both = weight_summary([run("a", s, (3.0, 2.0), updates=u) for s, u in ((1, updates), (2, still))], NAMES)
+    assert both["moved"] == pytest.approx(0.15)
+    assert both["initial"] == {"law": 0.5, "code": 0.5} and both["final"]["law"] == pytest.approx(0.65)
 
 
 def test_reference_losses_are_the_lowest_of_each_domain_s_own_run():
@@ -142,7 +138,7 @@ def test_an_unfinished_run_is_refused(tmp_path, steps):
         read_result(tmp_path / "run", "arm", "a", 1, 4)
 
 
-def test_the_page_has_every_arm_and_needs_no_network(tmp_path):
+def test_the_page_has_every_arm_and_needs_no_network(make_run, tmp_path):
     moved = [update(0, (0.5, 0.5)), update(5, (0.9, 0.1))]
     arms = [
         run(arm, s, (3.0, 1.9 + s / 10), updates=moved)
@@ -166,14 +162,16 @@ def test_the_page_has_every_arm_and_needs_no_network(tmp_path):
             "settings": {"train": {"max_steps": 5}, "weights": {"every_n_steps": 5}},
         },
     }  # fmt: skip
-    page = write_results(summary, tmp_path / "results")
+    runs = read_runs([make_run(arm, names=NAMES) for arm in ("uniform", "x<y")])
+    page = write_results(summary, runs, tmp_path / "results")
     text, markdown = page.read_text(), (tmp_path / "results" / "results.md").read_text()
     assert "x&lt;y" in text and "x<y" in markdown and "law_only" in markdown
     urls = set(re.findall(r"https?://[^\s\"']+", text))
     assert urls <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, not addresses
     assert "<script" not in text and "<link" not in text and "<img" not in text
     assert 'aria-label="Mean change by strategy"' in text
-    assert text.count('aria-label="weights of ') == 3
+    assert text.count('aria-label="weight of ') == 2 and "spread of gamma is below 0.001" in text
+    assert f"| uniform | 40.0 % | {NOTHING} | 50.0, 90.0 | 50.0, 10.0 |" in markdown
     # code +0 % and +5 %, law -25 %: -12.5 % and -10 %
     assert f"| uniform | {MINUS}11.25 ± 15.88 % | {NOTHING} |" in markdown
     assert json.loads((tmp_path / "results" / "summary.json").read_text())["arms"].keys() == {

@@ -2,7 +2,7 @@
 
 Written are summary.json with all numbers, results.md with the tables and index.html, the same with figures.
 
-What is not covered: the numbers (`results`), the curves of single runs (`versatune-ds report` over their
+What is not covered: the numbers (`results`), the curves of all runs (`versatune-ds report` over their
 folders), and what to make of it (docs/study.md).
 """
 
@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from versatune_ds.foundations.files import write_json_atomic, write_text_atomic
-from versatune_ds.report.figures import Chart, Row, Series, line_chart, row_chart
+from versatune_ds.report.figures import Row, row_chart
 from versatune_ds.report.measures import MINUS, NOTHING, number, percent
 from versatune_ds.report.page import Page, PageSection, Picture, Table, to_html, to_markdown
+from versatune_ds.report.report import alarms_section, signals_section, weights_section
+from versatune_ds.report.runs import RunData
 
 SUMMARY_FILE, MARKDOWN_FILE, PAGE_FILE = "summary.json", "results.md", "index.html"
 FIXED_STRATEGIES = ("uniform", "inverse", "constant")
@@ -26,14 +26,23 @@ FIXED_STRATEGIES = ("uniform", "inverse", "constant")
 Json = Mapping[str, Any]
 
 
-def write_results(summary: Json, folder: Path) -> Path:
-    """Write summary.json, results.md and index.html; returns the path of the last."""
+def write_results(summary: Json, runs: Sequence[RunData], folder: Path) -> Path:
+    """Write summary.json, results.md and index.html; returns the path of the last.
+
+    Args:
+        summary: all numbers.
+        runs: those whose weights and what moved them are drawn, as in a report.
+        folder: made when it is not there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    sections = [section for make in SECTIONS if (section := make(summary)) is not None]
+    if runs:
+        sections += [make(runs) for make in (weights_section, signals_section, alarms_section)]
     page = Page(
         title=f"Study: {len(summary['arms'])} arms, number of seeds: {len(_seeds(summary))}",
         lead=_provenance(summary),
-        legend=summary["domains"],
-        sections=[section for make in SECTIONS if (section := make(summary)) is not None],
+        legend=[run.label for run in runs],
+        sections=sections,
     )
     write_json_atomic(folder / SUMMARY_FILE, summary)
     write_text_atomic(folder / MARKDOWN_FILE, to_markdown(page))
@@ -114,7 +123,7 @@ def _change_picture(arms: Json) -> Picture:
     axis = (min(1.05 * low, 0.0), max(1.05 * high, 0.0)), "mean relative change of the held-out loss"
     note = "with 95 % intervals over the seeds; fixed mixtures in the first colour"
     title = "Mean change by strategy"
-    return Picture(title, row_chart(title, rows, *axis, width=700), note=note)
+    return Picture(title, row_chart(title, rows, *axis, width=560), note=note)
 
 
 def _expansions(summary: Json) -> PageSection | None:
@@ -135,57 +144,33 @@ def _expansions(summary: Json) -> PageSection | None:
     return PageSection("expansions", "Expansions", tables=tables, notes=[note]) if tables else None
 
 
-REASONS: tuple[tuple[str, Callable[[Json], str]], ...] = (
-    ("updates", lambda weights: str(weights["updates"])),
-    ("moved", lambda weights: percent(weights["moved"])),
-    ("gate open", lambda weights: percent(weights["gate_open"], 0)),
-    ("rises", lambda weights: percent(weights["rises"], 0)),
-    ("alarms", lambda weights: ", ".join(f"{k} x{n}" for k, n in weights["alarms"].items()) or NOTHING),
-)
-
-
-def _weights(summary: Json) -> PageSection | None:
-    """Why weights moved as they did, and where to; arms whose weights stand still are left out."""
-    domains = summary["domains"]
+def _movement(summary: Json) -> PageSection | None:
+    """How far weights moved; arms whose weights stand still are left out."""
     moving = {name: arm["weights"] for name, arm in summary["arms"].items() if arm["weights"]["moved"] > 0}
-    if not moving:
-        return None
-
-    def by_domain(caption: str, text: Callable[[Json, str], str]) -> Table:
-        rows = [(name, [text(weights, d) for d in domains]) for name, weights in moving.items()]
-        return Table(["arm", *domains], rows, caption)
-
     lead = (
-        "Moved: half the sum of absolute differences between first and last weights. Rises: share of windows "
-        "in which a domain's loss was above the one before (phi > 0). Alarms over all seeds. Weights are "
-        "means over the seeds; arms whose weights stand still are left out."
+        "Moved: half the sum of absolute differences between first and last weights. First and last weights "
+        "in %, means over the seeds. What moved them in the runs of the first seed follows; "
+        "`versatune-ds report` shows any others."
     )
-    reasons = [(name, [text(weights) for _, text in REASONS]) for name, weights in moving.items()]
-    tables = [
-        Table(["arm", *(title for title, _ in REASONS)], reasons),
-        by_domain(
-            "Mean gamma, and in brackets the standard error of a window's loss over that loss",
-            lambda weights, d: f"{number(weights['gamma'][d])} ({percent(weights['noise'][d])})",
-        ),
-        by_domain(
-            "First and last weights, %",
-            lambda weights, d: f"{100 * weights['initial'][d]:.1f}, {100 * weights['final'][d]:.1f}",
-        ),
+    rows = [
+        (
+            name,
+            [
+                percent(weights["moved"]),
+                percent(weights["gate_open"], 0),
+                *(
+                    f"{100 * weights['initial'][d]:.1f}, {100 * weights['final'][d]:.1f}"
+                    for d in weights["final"]
+                ),
+            ],
+        )
+        for name, weights in moving.items()
     ]
-    panels = [Picture(name, _paths(name, weights, domains)) for name, weights in moving.items()]
-    return PageSection("weights", "Weights", lead, panels=panels, tables=tables, has_legend=True)
+    table = Table(["arm", "moved", "gate open", *summary["domains"]], rows)
+    return PageSection("moved", "Movement", lead, tables=[table]) if moving else None
 
 
-def _paths(name: str, weights: Json, domains: Sequence[str]) -> Any:
-    steps = np.array(weights["steps"], dtype=np.float64)
-    series = [
-        Series(x=steps, y=np.array(weights["paths"][d]), color=i, kind="step") for i, d in enumerate(domains)
-    ]
-    size: dict[str, Any] = {"width": 290, "height": 180, "percent": True, "from_zero": True}
-    return line_chart(Chart(title=f"weights of {name}", series=series, x_range=(0, steps[-1]), **size))
-
-
-SECTIONS: tuple[Callable[[Json], PageSection | None], ...] = (_start, _strategies, _expansions, _weights)
+SECTIONS: tuple[Callable[[Json], PageSection | None], ...] = (_start, _strategies, _expansions, _movement)
 
 
 def _seeds(summary: Json) -> list[int]:

@@ -191,39 +191,23 @@ def expansion_summary(runs: Mapping[int, RunResult], target: str, names: Sequenc
 
 
 def weight_summary(runs: Sequence[RunResult], names: Sequence[str]) -> dict[str, Any]:
-    """Why weights moved as they did: paths, gamma and phi, noise of the losses, gates.
+    """First and last weights by domain, means over the runs, how far they moved, and the share of open gates.
 
-    `moved` is the total variation distance (half the sum of absolute differences) between the first and the
-    last weights. `noise` is the mean standard error of a window's loss over that loss. `rises` is the share
-    of all measured pairs of windows in which a loss rose, `phi` the mean forgetting degree.
+    `moved` is the total variation distance (half the sum of absolute differences) between the two.
     """
-    paths = np.array([[_row(line["after"], names) for line in run.updates] for run in runs])
-    updates = [line for run in runs for line in run.updates if line["step"] > 0]
-    first, last = paths[:, 0], paths[:, -1]
-    gates = [line["gate_open"] for line in updates if line["gate_open"] is not None]
-    gamma = np.array([_row(line["gamma"], names) for line in updates]).reshape(-1, len(names))
-    losses = np.array([_row(line["losses"], names) for line in updates]).reshape(-1, len(names))
-    stderr = np.array([_row(line["stderr"], names) for line in updates]).reshape(-1, len(names))
-    later = [line for run in runs for line in run.updates[2:]]
-    phi = np.array([_row(line["phi"], names) for line in later]).reshape(-1, len(names))
-    alarms: dict[str, int] = {}
-    for line in updates:
-        for text in line["alarms"]:
-            key = text.split(":")[0]
-            alarms[key] = alarms.get(key, 0) + 1
+    ends = np.array(
+        [
+            [[line["after"][name] for name in names] for line in (run.updates[0], run.updates[-1])]
+            for run in runs
+        ]
+    )  # [runs, first and last, k]
+    first, last = ends[:, 0], ends[:, 1]
+    gates = [line["gate_open"] for run in runs for line in run.updates if line["gate_open"] is not None]
     return {
-        "steps": [line["step"] for line in runs[0].updates],
-        "paths": {name: paths[:, :, j].mean(axis=0).tolist() for j, name in enumerate(names)},
         "initial": dict(zip(names, first.mean(axis=0).tolist(), strict=True)),
         "final": dict(zip(names, last.mean(axis=0).tolist(), strict=True)),
         "moved": float(0.5 * np.abs(last - first).sum(axis=1).mean()),
-        "gamma": dict(zip(names, _nan_mean(gamma), strict=True)),
-        "phi": dict(zip(names, _nan_mean(phi), strict=True)),
-        "rises": None if not len(phi) else float((phi > 0).mean()),
-        "noise": dict(zip(names, _nan_mean(stderr / losses), strict=True)),
         "gate_open": None if not gates else float(np.mean(gates)),
-        "updates": len(updates) // len(runs),
-        "alarms": alarms,
     }
 
 
@@ -255,19 +239,6 @@ def summarise(
 
 def _mean_by_name(values: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
     return {name: float(np.mean([value[name] for value in values])) for name in names}
-
-
-def _row(values: Mapping[str, float | None], names: Sequence[str]) -> list[float]:
-    return [math.nan if values[name] is None else float(values[name] or 0.0) for name in names]
-
-
-def _nan_mean(values: Array) -> list[float | None]:
-    """Mean of each column over what is known; None where nothing is."""
-    means: list[float | None] = []
-    for column in values.T:
-        known = column[np.isfinite(column)]
-        means.append(float(known.mean()) if len(known) else None)
-    return means
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -337,6 +337,7 @@ def is_finished(job: Job, fingerprint: str) -> bool:
 def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
     """Write summary.json and the pages; returns the path of index.html."""
     from versatune_ds.apps.study.page import write_results
+    from versatune_ds.report.runs import read_runs
 
     summary = summarise(
         reference=runs.reference,
@@ -361,4 +362,6 @@ def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
         "cpu_s": sum(done["cpu_s"] for done in finished),
         "wall_s": runs.seconds,
     }
-    return write_results(summary, study.dir / "results")
+    moving = [name for name, arm in summary["arms"].items() if arm["weights"]["moved"] > 0]
+    folders = [study.dir / "runs" / f"{name}_seed-{study.seeds[0]}" for name in moving]
+    return write_results(summary, read_runs(folders), study.dir / "results")
