@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from launching import REPOSITORY
 
 from versatune_ds.cli import report as report_verb
 from versatune_ds.domain.evaluation import BenchmarkScore, ModelEvaluation
@@ -136,6 +137,29 @@ def test_an_evaluation_of_the_finished_model_is_shown(make_run):
     (folder / "evaluation.json").write_text("{")
     page = write_report([folder]).read_text()
     assert "Evaluation of" not in page and "cut short" in page
+
+
+def test_a_run_of_an_earlier_version_is_shown_whole():
+    """Written by 812f8c4, which knew no MFU of 6 N."""
+    run = read_run(REPOSITORY / "tests" / "support" / "begun_at_812f8c4" / "run")
+    assert run.notes == () and run.steps.tolist() == list(range(1, 9)) and len(run.update_steps) == 4
+    html = render([run])
+    text = Page(html).flat()
+    assert "8 steps, complete" in text and "raw_loss; a weight is a share of samples" in text
+    assert "5.853 → 4.856" in text and "50.0 % → " in text and "is recorded yet" not in text
+    for section in (
+        "summary",
+        "domains",
+        "weights",
+        "losses",
+        "signals",
+        "shares",
+        "speed",
+        "alarms",
+        "settings",
+    ):
+        assert f'<section id="{section}">' in html and f'href="#{section}"' in html
+    assert html.count("<svg role") == 2 + 3 + 1 + 2 + 2  # weights (wide, narrow), losses, phi, shares, speed
 
 
 def test_skipped_steps_are_listed(make_run):
