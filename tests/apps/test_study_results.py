@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,24 +10,24 @@ import pytest
 from versatune_ds.apps.study.page import write_results
 from versatune_ds.apps.study.results import (
     RunResult,
+    arm_summary,
     changes,
     expansion_summary,
     interval,
-    mean_change,
     read_result,
     reference_losses,
     summarise,
     weight_summary,
 )
 from versatune_ds.foundations.errors import StateError
+from versatune_ds.report.measures import MINUS, NOTHING
+from versatune_ds.report.runs import read_runs
 
 NAMES = ["law", "code"]
 
 
 def update(step, after, **more):
-    filled = {"losses": dict.fromkeys(NAMES), "stderr": dict.fromkeys(NAMES), "gamma": dict.fromkeys(NAMES)}
-    filled |= {"phi": dict.fromkeys(NAMES, 0.0), "gate_open": None, "alarms": []}
-    return {**filled, "step": step, "after": dict(zip(NAMES, after, strict=True)), **more}
+    return {"gate_open": None, "step": step, "after": dict(zip(NAMES, after, strict=True)), **more}
 
 
 def run(arm, seed, after, *, before=(4.0, 2.0), updates=None, kind="arm"):
@@ -46,7 +47,8 @@ def run(arm, seed, after, *, before=(4.0, 2.0), updates=None, kind="arm"):
 def test_changes_by_hand():
     # law 4 -> 3: -25 %; code 2 -> 2.2: +10 %
     assert changes(run("a", 1, (3.0, 2.2)), NAMES) == pytest.approx([-0.25, 0.1])
-    assert mean_change(run("a", 1, (3.0, 2.2))) == pytest.approx(-0.075)
+    runs = {1: run("a", 1, (3.0, 2.2))}
+    assert arm_summary(runs, {}, NAMES)["mean_change"]["mean"] == pytest.approx(-0.075)
 
 
 def test_interval_by_hand():
@@ -67,8 +69,6 @@ def test_differences_are_taken_seed_by_seed():
     summary = summarise(
         reference={"law": 2.0, "code": 1.5},
         arms=arms,
-        tuning=[],
-        confirmed=[],
         names=NAMES,
         baselines=["uniform"],
         expansions=[],
@@ -93,21 +93,18 @@ def test_expansion_by_hand():
 
 
 def test_weight_summary_by_hand():
-    known = {"losses": {"law": 2.0, "code": 4.0}, "stderr": {"law": 0.1, "code": None}}
     updates = [
         update(0, (0.5, 0.5)),
-        update(5, (0.6, 0.4), gamma={"law": 0.2, "code": 0.1}, gate_open=True, alarms=["low_entropy: x"],
-               **known),
-        update(10, (0.8, 0.2), gamma={"law": 0.4, "code": 0.1}, phi={"law": 0.0, "code": 0.3},
-               gate_open=False, **known),
-    ]  # fmt: skip
+        update(5, (0.6, 0.4), gate_open=True),
+        update(10, (0.8, 0.2), gate_open=False),
+    ]
+    still = [update(0, (0.5, 0.5)), update(5, (0.5, 0.5))]
     found = weight_summary([run("a", 1, (3.0, 2.0), updates=updates)], NAMES)
     assert found["moved"] == pytest.approx(0.3)  # half of 0.3 + 0.3
-    assert found["gamma"] == pytest.approx({"law": 0.3, "code": 0.1})
-    assert found["noise"]["law"] == pytest.approx(0.05) and found["noise"]["code"] is None
-    assert found["rises"] == 0.5  # the first update has no loss before it
-    assert found["gate_open"] == 0.5 and found["alarms"] == {"low_entropy": 1}
-    assert found["paths"]["law"] == pytest.approx([0.5, 0.6, 0.8])
+    assert found["gate_open"] == 0.5 and found["final"] == pytest.approx({"law": 0.8, "code": 0.2})
+    both = weight_summary([run("a", s, (3.0, 2.0), updates=u) for s, u in ((1, updates), (2, still))], NAMES)
+    assert both["moved"] == pytest.approx(0.15)
+    assert both["initial"] == {"law": 0.5, "code": 0.5} and both["final"]["law"] == pytest.approx(0.65)
 
 
 def test_reference_losses_are_the_lowest_of_each_domain_s_own_run():
@@ -141,7 +138,7 @@ def test_an_unfinished_run_is_refused(tmp_path, steps):
         read_result(tmp_path / "run", "arm", "a", 1, 4)
 
 
-def test_the_page_has_every_arm_and_needs_no_network(tmp_path):
+def test_the_page_has_every_arm_and_needs_no_network(make_run, tmp_path):
     moved = [update(0, (0.5, 0.5)), update(5, (0.9, 0.1))]
     arms = [
         run(arm, s, (3.0, 1.9 + s / 10), updates=moved)
@@ -151,8 +148,6 @@ def test_the_page_has_every_arm_and_needs_no_network(tmp_path):
     summary = summarise(
         reference={"law": 2.0, "code": 1.5},
         arms=arms,
-        tuning=[run("try", 3, (3.0, 2.0))],
-        confirmed=[run("try", s, (3.0, 2.0)) for s in (1, 2)],
         names=NAMES,
         baselines=["uniform"],
         expansions=[("law", ["law_only"])],
@@ -167,12 +162,18 @@ def test_the_page_has_every_arm_and_needs_no_network(tmp_path):
             "settings": {"train": {"max_steps": 5}, "weights": {"every_n_steps": 5}},
         },
     }  # fmt: skip
-    page = write_results(summary, tmp_path / "results")
+    runs = read_runs([make_run(arm, names=NAMES) for arm in ("uniform", "x<y")])
+    page = write_results(summary, runs, tmp_path / "results")
     text, markdown = page.read_text(), (tmp_path / "results" / "results.md").read_text()
-    assert "x&lt;y" in text and "x<y" in markdown and "law_only" in markdown and "try (tuned)" in markdown
-    assert "http" not in text and text.count("data:image/png;base64,") == 2
-    for file in ("strategies.png", "weights.png"):
-        assert f"({file})" in markdown and (tmp_path / "results" / file).stat().st_size > 1000
+    assert "x&lt;y" in text and "x<y" in markdown and "law_only" in markdown
+    urls = set(re.findall(r"https?://[^\s\"']+", text))
+    assert urls <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, not addresses
+    assert "<script" not in text and "<link" not in text and "<img" not in text
+    assert 'aria-label="Mean change by strategy"' in text
+    assert text.count('aria-label="weight of ') == 2 and "spread of gamma is below 0.001" in text
+    assert f"| uniform | 40.0 % | {NOTHING} | 50.0, 90.0 | 50.0, 10.0 |" in markdown
+    # code +0 % and +5 %, law -25 %: -12.5 % and -10 %
+    assert f"| uniform | {MINUS}11.25 ± 15.88 % | {NOTHING} |" in markdown
     assert json.loads((tmp_path / "results" / "summary.json").read_text())["arms"].keys() == {
         "uniform", "x<y", "law_only"
     }  # fmt: skip

@@ -126,7 +126,7 @@ def test_resolved_settings_read_back_equal(file, tmp_path):
                 "reference.model.source",
             },
         ),
-        (Study, {"tuning.seeds", "expansions.target"}),
+        (Study, {"pretraining.mixture", "expansions.target"}),
         (Benchmarks, {"tasks.metric"}),
     ],
 )

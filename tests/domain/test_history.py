@@ -85,62 +85,56 @@ def test_the_replay_of_a_run_with_its_own_settings_is_that_run(tmp_path, weights
 
 def test_by_hand(tmp_path):
     # gamma: law (2 - 1) / 2 = 0.5, code (1.6 - 1.2) / 1.6 = 0.25; 0.7 * 1.5 = 1.05 to 0.3 * 1.25 = 0.375
-    path = tmp_path / "h.csv"
-    path.write_text("step,law,code\n10,2.0,1.6\n")
+    path = tmp_path / "h.jsonl"
+    path.write_text('{"step": 10, "losses": {"law": 2.0, "code": 1.6}}\n')
     replayed = replay_history(read_history(path), controller_of(), TABLE)
     assert replayed[-1].after == pytest.approx({"law": 1.05 / 1.425, "code": 0.375 / 1.425})
 
 
-def test_csv_and_jsonl_say_the_same(tmp_path):
-    table, lines = tmp_path / "h.csv", tmp_path / "h.jsonl"
-    table.write_text("\ufeffstep, law ,code,law.stderr\n5,2.5,,0.1\n10,2.25,1.5,\n", encoding="utf-8")
+def test_domains_without_a_loss_and_the_line_of_step_0_are_passed_over(tmp_path):
+    lines = tmp_path / "h.jsonl"
     lines.write_text(
+        '{"step": 0, "losses": {"law": null, "code": null}}\n'
         '{"step": 5, "losses": {"law": 2.5, "code": null}, "stderr": {"law": 0.1}}\n'
         '{"step": 10, "losses": {"law": 2.25, "code": 1.5}}\n'
     )
-    first, second = read_history(table), read_history(lines)
-    assert [vars(update) for update in first] == [vars(update) for update in second]
-    assert domains_of(first) == ["law", "code"] and first[0].losses == {"law": 2.5}
+    first, second = read_history(lines)
+    assert vars(first) == vars(losses(5, losses={"law": 2.5}, stderr={"law": 0.1}))
+    assert second.step == 10 and domains_of([first, second]) == ["law", "code"]
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("text", "message"),
     [
-        ("h.csv", "step,law\n10,2\n10,2\n", ":3: step 10 follows step 10"),
-        ("h.csv", "step,law\n0,2\n", ":2: step 0: an update has step 1"),
-        ("h.csv", "step,law\n5,x\n", ":2: not a number"),
-        ("h.csv", "step,law\n5,2,3\n", ":2: 3 cells under 2 columns"),
-        ("h.csv", "step,law\n5,nan\n", ":2: losses of law is nan"),
-        ("h.csv", "law,code\n5,2\n", ":1: its first line is .*expected `step`"),
-        ("h.csv", "step,law,law\n5,2,3\n", ":1: its first line"),
-        ("h.csv", "step,law,code.stderr\n5,2,3\n", ":1: column 'code.stderr' has no column"),
-        ("h.csv", "", ":1: its first line"),
-        ("h.csv", "step,law\n", "holds no losses"),
-        ("h.jsonl", "", "holds no losses"),
-        ("h.jsonl", '{"step": 5', ":1: not JSON .*half a last line"),
-        ("h.jsonl", '{"step": 5, "loss": 2.0}', ":1: no losses: a line needs `step`"),
-        ("h.jsonl", '{"step": true, "losses": {"law": 2}}', ":1: no losses"),
-        ("h.jsonl", '{"step": 5, "losses": {"law": "2"}}', ":1: losses of law is '2'"),
-        ("h.jsonl", '{"step": 5, "losses": {"law": 2}, "stderr": {"law": -1}}', ":1: stderr of law is -1"),
+        ('{"step": 9, "losses": {"law": 2}}\n' * 2, ":2: step 9 follows step 9"),
+        ('{"step": 0, "losses": {"law": 2}}', ":1: step 0: an update has step 1"),
+        ('{"step": 5, "losses": {"law": NaN}}', ":1: losses of law is nan"),
+        ("", "holds no losses"),
+        ('{"step": 5', ":1: not JSON .*half a last line"),
+        ('{"step": 5, "loss": 2.0}', ":1: no losses: a line needs `step`"),
+        ('{"step": true, "losses": {"law": 2}}', ":1: no losses"),
+        ('{"step": 5, "losses": {"law": "2"}}', ":1: losses of law is '2'"),
+        ('{"step": 5, "losses": {"law": 2}, "stderr": {"law": -1}}', ":1: stderr of law is -1"),
+        ('{"step": 5, "losses": {"law": 2}, "tokens": [1]}', ":1: tokens must hold numbers by domain"),
     ],
 )
-def test_bad_history_is_named_with_its_line(tmp_path, name, text, message):
-    path = tmp_path / name
+def test_bad_history_is_named_with_its_line(tmp_path, text, message):
+    path = tmp_path / "h.jsonl"
     path.write_text(text)
     with pytest.raises(DataError, match=message):
         read_history(path)
 
 
 def test_missing_file_and_unknown_domain(tmp_path):
-    with pytest.raises(DataError, match=r"no such file; give a weights.jsonl"):
-        read_history(tmp_path / "none.csv")
+    with pytest.raises(DataError, match=r"no such file; give the weights.jsonl of a run"):
+        read_history(tmp_path / "none.jsonl")
     with pytest.raises(ConfigError, match=r"unknown domain 'math'.*known: law, code"):
         replay_history([losses(5, losses={"math": 2.0})], controller_of(), TABLE)
 
 
 def test_noise_cannot_be_subtracted_where_the_history_has_none(tmp_path):
-    path = tmp_path / "h.csv"
-    path.write_text("step,law,code\n10,2.0,1.6\n")
+    path = tmp_path / "h.jsonl"
+    path.write_text('{"step": 10, "losses": {"law": 2.0, "code": 1.6}}\n')
     last = replay_history(read_history(path), controller_of(noise_z=1.0), TABLE)[-1]
     assert last.after == last.before
     assert any("no standard error" in reason for reason in last.reasons)

@@ -6,13 +6,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from launching import REPOSITORY
 
 from versatune_ds.cli import report as report_verb
 from versatune_ds.domain.evaluation import BenchmarkScore, ModelEvaluation
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.foundations.errors import StateError
-from versatune_ds.report import plots
-from versatune_ds.report.measures import MINUS, cumulative_shares, train_loss
+from versatune_ds.report.figures import spread
+from versatune_ds.report.measures import MINUS, cumulative_shares, thin, thin_steps, train_loss
 from versatune_ds.report.report import render, write_report
 from versatune_ds.report.runs import read_run, read_runs
 
@@ -138,6 +139,29 @@ def test_an_evaluation_of_the_finished_model_is_shown(make_run):
     assert "Evaluation of" not in page and "cut short" in page
 
 
+def test_a_run_of_an_earlier_version_is_shown_whole():
+    """Written by 812f8c4, which knew no MFU of 6 N."""
+    run = read_run(REPOSITORY / "tests" / "support" / "begun_at_812f8c4" / "run")
+    assert run.notes == () and run.steps.tolist() == list(range(1, 9)) and len(run.update_steps) == 4
+    html = render([run])
+    text = Page(html).flat()
+    assert "8 steps, complete" in text and "raw_loss; a weight is a share of samples" in text
+    assert "5.853 → 4.856" in text and "50.0 % → " in text and "is recorded yet" not in text
+    for section in (
+        "summary",
+        "domains",
+        "weights",
+        "losses",
+        "signals",
+        "shares",
+        "speed",
+        "alarms",
+        "settings",
+    ):
+        assert f'<section id="{section}">' in html and f'href="#{section}"' in html
+    assert html.count("<svg role") == 2 + 3 + 1 + 2 + 2  # weights (wide, narrow), losses, phi, shares, speed
+
+
 def test_skipped_steps_are_listed(make_run):
     text = page_of(make_run(skipped=True, skip_reason="loss spike", steps=2)).flat()
     assert "loss spike: no rank changed its parameters" in text
@@ -210,14 +234,14 @@ def test_unwritable_place_is_a_clear_error(make_run, tmp_path):
 
 
 def test_labels_are_spread_apart_in_order():
-    placed = plots.spread(np.array([0.0, 1.0, 50.0, 99.0, 100.0]), gap=12.0, length=100.0)
+    placed = spread(np.array([0.0, 1.0, 50.0, 99.0, 100.0]), gap=12.0, length=100.0)
     assert (np.diff(placed) >= 12 - 1e-9).all() and placed[0] >= 0 and placed[-1] <= 100
     assert placed[2] == 50.0  # the one with room stays
 
 
 def test_thinning_keeps_means_and_steps():
     x = np.arange(1000.0)
-    short_x, short_y = plots.thin(x, 2 * x, max_points=100)
+    short_x, short_y = thin(x, 2 * x, max_points=100)
     assert len(short_x) == 100 and np.allclose(short_y, 2 * short_x)
-    kept_x, kept_y = plots.thin_steps(np.arange(6.0), np.array([1.0, 1, 1, 2, 2, 2]))
+    kept_x, kept_y = thin_steps(np.arange(6.0), np.array([1.0, 1, 1, 2, 2, 2]))
     assert kept_x.tolist() == [0, 2, 3, 5] and kept_y.tolist() == [1, 1, 2, 2]

@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Detect, or draw; print the path of what was written."""
     if args.compare is not None:
-        from versatune_ds.report.knowledge_chart import draw_knowledge
+        from versatune_ds.report.knowledge import draw_knowledge
 
         picture = args.out or DEFAULT_PICTURE
         draw_knowledge(args.compare, picture)

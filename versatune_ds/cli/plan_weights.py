@@ -1,7 +1,8 @@
-"""`versatune-ds plan-weights --history FILE`: the weights that a strategy makes of recorded losses.
+"""`versatune-ds plan-weights --history FILE`: the weights that a strategy makes of a run's losses.
 
-No model is needed. Replays weights.jsonl of a run, or losses by domain as JSONL or CSV, through the rules of
-a run. Prints a table and writes plan.png and plan.json.
+No model is needed. Replays the losses of a weights.jsonl through the rules of a run, prints what became of
+the weights and writes them as a run writes its own: weights.jsonl, resolved.yaml and a report. `versatune-ds
+report` compares several such folders, and `strategy: manual` trains with one.
 
 What is not covered: how losses react to weights; the command says so. See docs/method.md.
 """
@@ -9,76 +10,94 @@ What is not covered: how losses react to weights; the command says so. See docs/
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from versatune_ds.foundations.constants import EXIT_OK, RESOLVED_CONFIG_FILE
+from versatune_ds.foundations import constants
+
+if TYPE_CHECKING:
+    from versatune_ds.domain.controller import WeightUpdate
 
 DEFAULT_FOLDER = Path("runs/plan-weights")
+NOTE = (
+    "a replay: the losses are those of the recorded run. They do not react to these weights: a domain that "
+    "would get more data would learn faster than shown, and its gamma would fall sooner"
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the verb."""
     parser = subparsers.add_parser(
         "plan-weights",
-        help="replay recorded losses through any weight strategy and draw the weights, without a model",
+        help="replay a run's losses through any weight strategy and draw the weights, without a model",
         description=(
-            "Replay a loss history through the rules of a run, in several variants side by side. "
-            "Settings come from --config, else from the resolved.yaml beside the history, else from "
-            "defaults. See docs/method.md."
+            "Replay the losses of a run through the rules of a run under other settings. Settings come from "
+            "--config, else from the resolved.yaml beside the history. See docs/method.md."
         ),
     )
-    parser.add_argument(
-        "--history",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="weights.jsonl of a run, or losses by domain as JSONL or CSV",
-    )
+    parser.add_argument("--history", required=True, type=Path, metavar="FILE", help="weights.jsonl of a run")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings of a run")
-    parser.add_argument(
-        "--vary",
-        action="append",
-        default=[],
-        metavar="KEY=A,B,C",
-        help="values to compare, e.g. weights.sigma=0.5,1,2; given twice: all combinations",
-    )
     parser.add_argument(
         "--out", type=Path, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all variants")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Replay, print the table and write the picture and the numbers."""
-    from versatune_ds.config.variants import make_variants
+    """Replay, print what became of the weights, and write them with a report."""
+    from versatune_ds.config.load import load_config, write_resolved
     from versatune_ds.domain.controller import WeightController
-    from versatune_ds.domain.history import domains_of, read_history, replay_history
+    from versatune_ds.domain.history import read_history, replay_history
     from versatune_ds.domain.reference import load_reference
     from versatune_ds.domain.table import DomainTable
-    from versatune_ds.foundations.files import write_bytes_atomic, write_json_atomic
-    from versatune_ds.report.weight_plans import NOTE, WeightPlan, picture, table
+    from versatune_ds.foundations.errors import ConfigError
+    from versatune_ds.foundations.files import write_json_atomic, write_text_atomic
+    from versatune_ds.observability.records import json_line
+    from versatune_ds.report.report import write_report
 
+    if (args.out / constants.METRICS_FILE).exists():
+        raise ConfigError(
+            f"--out {args.out} holds a run; give another folder, a replay would replace its weights"
+        )
     history = read_history(args.history)
-    beside = args.history.parent / RESOLVED_CONFIG_FILE
-    config = args.config or (beside if beside.is_file() else None)
-    plans = []
-    for variant in make_variants(config, domains_of(history), args.overrides, args.vary):
-        domains = DomainTable(variant.domains.names)
-        reference = load_reference(variant.weights.reference, domains)
-        controller = WeightController(domains, variant.domains, variant.weights, reference)
-        plans.append(WeightPlan(variant, replay_history(history, controller, domains)))
+    settings = args.config or args.history.parent / constants.RESOLVED_CONFIG_FILE
+    # the history's losses stand for whatever source they came from, and a plan applies what it computes
+    config = load_config(settings, [*args.overrides, "weights.loss_source=train", "weights.shadow=false"])
+    table = DomainTable(config.domains.names)
+    reference = load_reference(config.weights.reference, table)
+    controller = WeightController(table, config.domains, config.weights, reference)
+    updates = replay_history(history, controller, table)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(args.out / "plan.png", picture(plans))
-    numbers = {
-        "history": str(args.history),
-        "settings": None if config is None else str(config),
-        "note": NOTE,
-        "variants": [plan.to_json() for plan in plans],
-    }
-    write_json_atomic(args.out / "plan.json", numbers)
-    print(f"{len(history)} updates of {args.history}; settings: {config or 'defaults'}")
-    print(table(plans))
+    lines = "".join(json_line(update.to_json()) for update in updates)
+    write_text_atomic(args.out / constants.WEIGHTS_FILE, lines)
+    write_resolved(config, args.out / constants.RESOLVED_CONFIG_FILE)
+    info = {"domains": list(table.names), "replay_of": str(args.history), "note": NOTE}
+    write_json_atomic(args.out / constants.RUN_INFO_FILE, info)
+    print(f"{len(history)} updates of {args.history}; settings: {settings}")
+    print(summary(updates))
     print(f"note: {NOTE}")
-    print(f"written: {args.out / 'plan.png'}, {args.out / 'plan.json'}")
-    return EXIT_OK
+    print(write_report([args.out]))
+    return constants.EXIT_OK
+
+
+def summary(updates: Sequence[WeightUpdate]) -> str:
+    """Weights before and after by domain in %, and what happened between.
+
+    `moved` is half the sum of absolute differences between the first and the last weights: the share of the
+    batch that changed hands. Effective domains are exp(entropy) at the end.
+    """
+    import math
+    from collections import Counter
+
+    first, last = updates[0].after, updates[-1].after
+    width = max(map(len, first))
+    rows = [f"{name:{width}}  {100 * first[name]:.1f} -> {100 * last[name]:.1f} %" for name in first]
+    moved = sum(abs(last[name] - first[name]) for name in first) / 2
+    gates = [update.gate_open for update in updates if update.gate_open is not None]
+    alarms = Counter(text.split(":")[0] for update in updates for text in update.alarms)
+    facts = [f"moved {100 * moved:.1f} %", f"effective domains {math.exp(updates[-1].entropy):.2f}"]
+    facts += [f"gate open {sum(gates)}/{len(gates)}"] if gates else []
+    facts += [f"{key} x{count}" for key, count in alarms.items()]
+    return "\n".join([*rows, "; ".join(facts)])

@@ -1,7 +1,7 @@
 """`versatune-ds study --config FILE`: compare strategies over seeds, with tables and pictures.
 
 Every arm is trained with every seed by the trainer itself. A second start keeps the runs that are finished.
-Writes DIR/results/: index.html (one self-contained page), results.md, summary.json and the pictures.
+Writes DIR/results/: index.html (one self-contained page), results.md (its tables) and summary.json.
 
 What is not covered: what a study file may hold (`versatune_ds/apps/study/config.py`).
 """
@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> int:
 
     study = load_study(args.config, args.overrides)
 
-    from versatune_ds.apps.study.run import Stopped, report_study, run_study
+    from versatune_ds.apps.study.run import StudyStopped, report_study, run_study
 
     try:
         runs = run_study(study)
-    except Stopped as stopped:
+    except StudyStopped as stopped:
         print(stopped)
         return EXIT_OK
     print(report_study(study, runs, args.config))

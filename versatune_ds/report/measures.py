@@ -17,6 +17,8 @@ from versatune_ds.report.runs import Array, RunData, smooth
 
 NOTHING = "\u2013"
 MINUS = "\u2212"
+MAX_POINTS = 400
+"""A line is averaged down to this many points: a picture has fewer pixels than a run may have steps."""
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -56,6 +58,11 @@ def median(values: Array) -> float:
     """Median without NaN; NaN where nothing is left."""
     found = values[np.isfinite(values)]
     return float(np.median(found)) if len(found) else math.nan
+
+
+def mean(values: Array) -> float:
+    """Mean without NaN; NaN where nothing was recorded."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
 
 def total(values: Array) -> float:
@@ -102,9 +109,9 @@ def cumulative_shares(run: RunData, shares: Array, unit: str) -> Array:
     size = np.where(np.isfinite(shares).all(axis=1), size, 0.0)[:, None]
     amount = np.cumsum(np.nan_to_num(shares) * size, axis=0)
     whole = np.broadcast_to(np.cumsum(size, axis=0), amount.shape)
-    mean = np.full(amount.shape, np.nan)
-    np.divide(amount, whole, out=mean, where=whole > 0)
-    return mean
+    shares_so_far = np.full(amount.shape, np.nan)
+    np.divide(amount, whole, out=shares_so_far, where=whole > 0)
+    return shares_so_far
 
 
 def share_gap(run: RunData) -> Array:
@@ -142,5 +149,29 @@ def all_names(runs: Sequence[RunData]) -> list[str]:
 
 def x_range(runs: Sequence[RunData]) -> tuple[float, float]:
     """Steps that all pictures show."""
-    last = [float(steps[-1]) for run in runs for steps in (run.steps, run.eval_steps) if len(steps)]
+    steps_of = [steps for run in runs for steps in (run.steps, run.eval_steps, run.weight_steps)]
+    last = [float(steps[-1]) for steps in steps_of if len(steps)]
     return (0.0, max(last, default=1.0) or 1.0)
+
+
+def thin(x: Array, y: Array, max_points: int = MAX_POINTS) -> tuple[Array, Array]:
+    """Average neighbours so that at most `max_points` are left; NaN entries are left out of a mean."""
+    if len(x) <= max_points:
+        return x, y
+    edges = np.linspace(0, len(x), max_points + 1).astype(int)[:-1]
+    sizes = np.diff(np.append(edges, len(x)))
+    valid = np.isfinite(y)
+    count = np.add.reduceat(valid.astype(float), edges)
+    means = np.full(len(edges), np.nan)
+    np.divide(np.add.reduceat(np.where(valid, y, 0.0), edges), count, out=means, where=count > 0)
+    return np.add.reduceat(x, edges) / sizes, means
+
+
+def thin_steps(x: Array, y: Array) -> tuple[Array, Array]:
+    """Leave out points that a step line does not need: those between two equal neighbours."""
+    if len(x) < 3:
+        return x, y
+    same = np.nan_to_num(y, nan=-1.0)
+    keep = np.ones(len(x), dtype=bool)
+    keep[1:-1] = (same[1:-1] != same[:-2]) | (same[1:-1] != same[2:])
+    return x[keep], y[keep]

@@ -6,7 +6,7 @@ that holds no run at all, or a metrics file without a single readable line, is r
 
 Legend: n recorded steps, k domains, u weight updates, e evaluations.
 
-What is not covered: drawing (`plots`), wording and layout (`report`), checkpoints.
+What is not covered: drawing (`figures`), wording and layout (`report`), checkpoints.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,10 @@ class RunData:
     """Unit -> [n, k] achieved share of each step's batch."""
     skipped: npt.NDArray[np.bool_]
     """[n] True where the step was skipped."""
+    weight_steps: Array
+    """[m] steps from which on `weights` hold: those of metrics.jsonl, or without them of the updates."""
+    weights: Array
+    """[m, k] weights that were in force."""
     update_steps: Array
     """[u] optimizer steps done at each weight update; step 0 (the initial weights) is left out."""
     updates: Mapping[str, Array]
@@ -154,15 +158,22 @@ def read_run(folder: Path, label: str | None = None) -> RunData:
     folder = Path(folder)
     _require_run(folder)
     notes: list[str] = []
-    info = _read_mapping(folder / constants.RUN_INFO_FILE, notes)
-    config_text, config = _read_config(folder / constants.RESOLVED_CONFIG_FILE, notes)
+    facts = "versions and hardware are unknown"
+    _, info = _read_mapping(folder / constants.RUN_INFO_FILE, json.loads, facts, notes)
+    if isinstance(info.get("note"), str):
+        notes.append(info["note"])
+    settings_file = folder / constants.RESOLVED_CONFIG_FILE
+    config_text, config = _read_mapping(settings_file, yaml.safe_load, "settings are unknown", notes)
     metrics_file = folder / constants.METRICS_FILE
     first_line = next(_read_jsonl(metrics_file, []), {})
     evals = list(_read_jsonl(folder / constants.EVAL_FILE, notes))
     updates = list(_read_jsonl(folder / constants.WEIGHTS_FILE, notes))
-    names = _domain_names(info, config, [first_line, *evals[:1]])
+    names = _domain_names(info, config, [first_line, *evals[:1], *updates[:1]])
     steps = _read_steps(metrics_file, names, notes)
     real_updates = [line for line in updates if line["step"] > 0]
+    weight_steps, weights = steps.steps, steps.domain_series["weights"]
+    if not np.isfinite(weights).any():
+        weight_steps, weights = _weights_in_force(updates, names)
     return RunData(
         folder=folder,
         label=label or folder.resolve().name,
@@ -176,6 +187,8 @@ def read_run(folder: Path, label: str | None = None) -> RunData:
         domain_series=steps.domain_series,
         shares=steps.shares,
         skipped=steps.skipped,
+        weight_steps=weight_steps,
+        weights=weights,
         update_steps=_column(real_updates, "step"),
         updates={key: _matrix(real_updates, key, names) for key in UPDATE_KEYS},
         applied=np.array([line.get("applied") is not False for line in real_updates], dtype=bool),
@@ -203,32 +216,23 @@ def _require_run(folder: Path) -> None:
     )
 
 
-def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
+def _read_mapping(
+    path: Path, parse: Callable[[str], Any], unknown: str, notes: list[str]
+) -> tuple[str, dict[str, Any]]:
+    """Text and mapping of a file; empty, with a note, where it is missing or damaged."""
     if not path.is_file():
-        notes.append(f"{path.name} is missing: versions and hardware are unknown")
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        notes.append(f"{path.name} cannot be read ({error})")
-        return {}
-    if not isinstance(value, dict):
-        notes.append(f"{path.name} holds no JSON object")
-        return {}
-    return value
-
-
-def _read_config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
-    if not path.is_file():
-        notes.append(f"{path.name} is missing: settings are unknown")
+        notes.append(f"{path.name} is missing: {unknown}")
         return "", {}
     try:
         text = path.read_text(encoding="utf-8")
-        value = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        value = parse(text)
+    except (ValueError, OSError, yaml.YAMLError) as error:
         notes.append(f"{path.name} cannot be read ({error})")
         return "", {}
-    return text, value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        notes.append(f"{path.name} holds no keys and values")
+        return text, {}
+    return text, value
 
 
 def _read_evaluation(path: Path, notes: list[str]) -> ModelEvaluation | None:
@@ -331,6 +335,15 @@ def _step_row(line: Mapping[str, Any], names: Sequence[str]) -> Array:
     return np.array(row, dtype=np.float64)
 
 
+def _weights_in_force(updates: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[Array, Array]:
+    """Steps [m] and weights [m, k] from weights.jsonl; the last ones are shown for one more interval."""
+    weights = [line.get("before" if line.get("applied") is False else "after") for line in updates]
+    steps = [int(line["step"]) for line in updates]
+    if len(steps) > 1:
+        steps, weights = [*steps, 2 * steps[-1] - steps[-2]], [*weights, weights[-1]]
+    return np.array(steps, dtype=np.float64), _rows(weights, names)
+
+
 def _domain_names(
     info: Mapping[str, Any], config: Mapping[str, Any], recorded: Iterable[Mapping[str, Any]]
 ) -> tuple[str, ...]:
@@ -341,7 +354,7 @@ def _domain_names(
         if isinstance(listed, list | dict):
             names.update(dict.fromkeys(str(name) for name in listed))
     for line in recorded:
-        for key in ("weights", "domain_loss"):
+        for key in ("weights", "domain_loss", "after"):
             value = line.get(key)
             if isinstance(value, dict):
                 names.update(dict.fromkeys(value))
@@ -367,8 +380,12 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> Array:
 
 
 def _matrix(lines: Sequence[Mapping[str, Any]], key: str, names: Sequence[str]) -> Array:
-    rows = [_row(line.get(key), names) for line in lines]
-    return np.array(rows, dtype=np.float64).reshape(len(lines), len(names))
+    return _rows([line.get(key) for line in lines], names)
+
+
+def _rows(values: Sequence[Any], names: Sequence[str]) -> Array:
+    rows = [_row(value, names) for value in values]
+    return np.array(rows, dtype=np.float64).reshape(len(rows), len(names))
 
 
 def _row(value: Any, names: Sequence[str]) -> list[float]:

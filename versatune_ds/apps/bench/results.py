@@ -26,6 +26,7 @@ from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.foundations.errors import DataError
 from versatune_ds.observability.throughput import TERA, mfu
 from versatune_ds.report.measures import number, percent
+from versatune_ds.report.page import Page, PageSection, Table, to_markdown
 
 SCHEMA_VERSION = 2
 KIND = "trainer_bench"
@@ -231,43 +232,55 @@ def table(result: Mapping[str, Any]) -> str:
     settings, environment = result["settings"], result["environment"]
     slices = measured_slices(result)
     where = f"{environment.get('device', 'nothing measured')} x {environment['world_size']}"
-    lines = [f"# Trainer benchmark: {settings['shape']}, {where}, {environment['date']}", ""]
-    if not result["finished"]:
-        lines += ["Not finished: slices are still to come.", ""]
-    if lost := lost_texts(result):
-        lines += ["Not measured:", "", *(f"- {text}" for text in lost), ""]
+    title = f"Trainer benchmark: {settings['shape']}, {where}, {environment['date']}"
+    lead = [] if result["finished"] else ["Not finished: slices are still to come."]
+    lead += _list("Not measured:", lost_texts(result))
     if not slices:
-        return "\n".join(lines)
-    lines += [
+        return to_markdown(Page(title, [], "\n\n".join(lead)))
+    lead += [
         f"Commit {environment['commit']}; {_versions(environment)}. {_setting_text(settings)}.",
-        "",
         f"Matrix products of one rank: {number(result['matmul_ceiling']['tflops'])} TFLOP/s measured in this "
         f"run; datasheet peak: {number(result['peak_tflops'], 0)}.",
-        "",
-        _line("layers", *RATE_COLUMNS),
-        _line(*["---"] * (1 + len(RATE_COLUMNS))),
     ]
-    lines += [_line(measured["layers"], *_rate_cells(measured)) for measured in slices]
-    full = result["full_model"]
+    rows = [(str(measured["layers"]), _rate_cells(measured)) for measured in slices]
+    full, notes = result["full_model"], []
     if full["extrapolated"]:
-        lines.append(_line(f"{full['layers']} (extrapolated)", *_rate_cells(full)))
-        lines += ["", f"Extrapolated: {full['method']}. Not measured."]
-    lines += [
-        "",
-        CONVENTIONS,
-        "",
-        "Step split, measured in separate steps (ms and share of the step):",
-        "",
-        _line("layers", *PHASES),
-        _line(*["---"] * (1 + len(PHASES))),
+        rows.append((f"{full['layers']} (extrapolated)", _rate_cells(full)))
+        notes.append(f"Extrapolated: {full['method']}. Not measured.")
+    split = [
+        (
+            str(measured["layers"]),
+            [
+                f"{1e3 * s:.3g} ({percent(shares(measured['split_s'])[name], 2)})"
+                for name, s in _phases(measured)
+            ],
+        )
+        for measured in slices
     ]
-    for measured in slices:
-        part = shares(measured["split_s"])
-        cells = [f"{1e3 * measured['split_s'][name]:.3g} ({percent(part[name], 2)})" for name in PHASES]
-        lines.append(_line(measured["layers"], *cells))
-    lines += ["", *(_update_text(measured) for measured in slices)]
-    lines += [_comparison_text(m) for m in slices if m["statistics_off"] is not None]
-    return "\n".join(lines) + "\n"
+    after = [_update_text(measured) for measured in slices]
+    after += [_comparison_text(m) for m in slices if m["statistics_off"] is not None]
+    sections = [
+        PageSection(
+            "rates", "", tables=[Table(["layers", *RATE_COLUMNS], rows)], notes=[*notes, CONVENTIONS]
+        ),
+        PageSection(
+            "split",
+            "",
+            "Step split, measured in separate steps (ms and share of the step):",
+            tables=[Table(["layers", *PHASES], split)],
+            notes=["\n".join(after)],
+        ),
+    ]
+    return to_markdown(Page(title, sections, "\n\n".join(lead)))
+
+
+def _phases(measured: Mapping[str, Any]) -> list[tuple[str, float]]:
+    return [(name, measured["split_s"][name]) for name in PHASES]
+
+
+def _list(title: str, texts: Sequence[str]) -> list[str]:
+    """A title and a Markdown list, or nothing."""
+    return [title, "\n".join(f"- {text}" for text in texts)] if texts else []
 
 
 RATE_COLUMNS = (
@@ -360,47 +373,28 @@ def page(results: Sequence[Mapping[str, Any]], failures: Sequence[str] = ()) -> 
         results: from `read_results`.
         failures: settings that ended with an error, one line each.
     """
-    lines = [
-        "# Trainer benchmarks",
-        "",
-        "Rows with `*` are extrapolated from a slice of the model's layers and not measured; their memory is "
-        "that of the slice.",
-        "",
-        CONVENTIONS,
-        "",
-        _line("benchmark", "device", "ranks", "layers", *RATE_COLUMNS, "statistics", "commit", "date"),
-        _line(*["---"] * (7 + len(RATE_COLUMNS))),
-    ]
-    failures = [f"{result['name']}: {text}" for result in results for text in lost_texts(result)] + [
-        *failures
-    ]
+    failed = [f"{result['name']}: {text}" for result in results for text in lost_texts(result)]
+    rows, settings = [], []
     for result in results:
         environment, full = result["environment"], result["full_model"]
         if full is None:
             continue
+        settings.append(f"{result['name']}: {_setting_text(result['settings'])}")
         longest = max(measured_slices(result), key=lambda measured: measured["layers"])
         memory = {key: longest[key] for key in ("peak_memory_gib", "plan")}
         shown = {**full, **memory} if full["extrapolated"] else longest
         layers = f"{full['layers']} * from {longest['layers']}" if full["extrapolated"] else full["layers"]
-        statistics = shares(longest["split_s"])["statistics"]
-        lines.append(
-            _line(
-                result["name"],
-                environment["device"],
-                environment["world_size"],
-                layers,
-                *_rate_cells(shown),
-                percent(statistics, 3),
-                environment["commit"],
-                environment["date"],
-            )
-        )
-    lines += ["", "Settings:", ""]
-    shown_results = [result for result in results if result["full_model"] is not None]
-    lines += [f"- {result['name']}: {_setting_text(result['settings'])}" for result in shown_results]
-    if failures:
-        lines += ["", "Not measured:", "", *(f"- {text}" for text in failures)]
-    return "\n".join(lines) + "\n"
+        cells = [environment["device"], environment["world_size"], layers, *_rate_cells(shown)]
+        cells += [percent(shares(longest["split_s"])["statistics"], 3), environment["commit"]]
+        rows.append((result["name"], [*map(str, cells), environment["date"]]))
+    lead = (
+        "Rows with `*` are extrapolated from a slice of the model's layers and not measured; their memory is "
+        "that of the slice."
+    )
+    head = ["benchmark", "device", "ranks", "layers", *RATE_COLUMNS, "statistics", "commit", "date"]
+    notes = [*_list("Settings:", settings), *_list("Not measured:", [*failed, *failures])]
+    section = PageSection("comparison", "", CONVENTIONS, tables=[Table(head, rows)], notes=notes)
+    return to_markdown(Page("Trainer benchmarks", [section], lead))
 
 
 def _setting_text(settings: Mapping[str, Any]) -> str:
@@ -414,7 +408,3 @@ def _setting_text(settings: Mapping[str, Any]) -> str:
 
 def _versions(environment: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-
-
-def _line(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"

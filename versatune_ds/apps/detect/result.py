@@ -21,7 +21,7 @@ from versatune_ds.engine.provenance import describe_versions
 from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.files import write_json_atomic
 from versatune_ds.foundations.log import get_logger
-from versatune_ds.report.knowledge_chart import draw_knowledge
+from versatune_ds.report.knowledge import draw_knowledge
 
 log = get_logger(__name__)
 

@@ -62,16 +62,6 @@ class Expansion(Section):
     """Names of arms."""
 
 
-class Tuning(Section):
-    """A search for a better setting; the winner is trained again with the seeds of the study."""
-
-    seeds: list[int] = Field(min_length=1)
-    """Seeds for choosing; none of them is a seed of the study."""
-    arms: dict[str, Sections] = Field(min_length=1)
-    """Candidates by name; the one whose held-out loss changes best, averaged over domains and
-    seeds, wins."""
-
-
 class Study(Section):
     """A whole study."""
 
@@ -97,22 +87,14 @@ class Study(Section):
     """Arm name -> the sections in which it differs."""
     expansions: list[Expansion] = Field(default_factory=list)
     """Arms that are judged by their target and by what the other domains lose."""
-    tuning: Tuning | None = None
-    """Search for a better setting beside the arms; None: none."""
 
     @model_validator(mode="after")
     def _check(self) -> Study:
-        candidates = self.tuning.arms if self.tuning else {}
-        for name in (*self.arms, *candidates):
+        for name in self.arms:
             if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
                 raise ValueError(f"arm {name!r}: use letters, digits, '_', '-' and '.'")
-        if both := sorted(self.arms.keys() & candidates):
-            raise ValueError(f"tuning.arms repeats {both[0]} of arms; give it another name")
-        if self.tuning and (shared := sorted(set(self.seeds) & set(self.tuning.seeds))):
-            raise ValueError(f"seed {shared[0]} is in seeds and in tuning.seeds; confirm on fresh seeds")
-        for seeds in (self.seeds, self.tuning.seeds if self.tuning else []):
-            if len(set(seeds)) < len(seeds):
-                raise ValueError(f"seeds repeat: {seeds}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds repeat: {self.seeds}")
         if unknown := [name for name in self.baselines if name not in self.arms]:
             raise ValueError(f"baselines: {unknown[0]!r} is no arm; arms: {list(self.arms)}")
         for expansion in self.expansions:

@@ -3,7 +3,6 @@
     base        one run that makes the base model from random weights, on the skewed mixture
     reference   one run a domain, on that domain alone: its lowest held-out loss is the reference loss
     arms        every arm with every seed, from the base model, all on the same number of tokens
-    tuning      candidates with the tuning seeds; the best one then runs with the seeds of the study
 
 Runs of one line do not depend on each other. Fine-tuning starts from the mixture that the base model was
 pre-trained on, which stands in for a detected knowledge distribution.
@@ -27,7 +26,7 @@ from versatune_ds.foundations.constants import EXPORT_DIR
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import canonical_hash
 
-Kind = Literal["base", "reference", "arm", "tuning", "confirm"]
+Kind = Literal["base", "reference", "arm"]
 BASE_RUN = "base"
 
 
@@ -104,28 +103,9 @@ class StudyPlan:
     def arms(self, reference: Mapping[str, float]) -> list[Job]:
         """Every arm with every seed, seeds first, so that a part of the study is comparable too."""
         return [
-            self._tune("arm", arm, seed, [self._weights(reference), sections])
+            self._tune("arm", arm, seed, [{"weights": {"reference": dict(reference)}}, sections])
             for seed in self.study.seeds
             for arm, sections in self.study.arms.items()
-        ]
-
-    def tuning(self, reference: Mapping[str, float]) -> list[Job]:
-        """Candidates with the tuning seeds."""
-        if self.study.tuning is None:
-            return []
-        return [
-            self._tune("tuning", arm, seed, [self._weights(reference), sections])
-            for seed in self.study.tuning.seeds
-            for arm, sections in self.study.tuning.arms.items()
-        ]
-
-    def confirmation(self, reference: Mapping[str, float], winner: str) -> list[Job]:
-        """The winner of the tuning with the seeds of the study, on which nothing was chosen."""
-        assert self.study.tuning is not None
-        sections = self.study.tuning.arms[winner]
-        return [
-            self._tune("confirm", winner, seed, [self._weights(reference), sections])
-            for seed in self.study.seeds
         ]
 
     def check(self) -> int:
@@ -136,11 +116,11 @@ class StudyPlan:
         """
         self._max_steps()
         unknown = dict.fromkeys(self.domains, 1.0)
-        jobs = [self.base(), *self.references(), *self.arms(unknown), *self.tuning(unknown)]
+        jobs = [self.base(), *self.references(), *self.arms(unknown)]
         for expansion in self.study.expansions:
             if expansion.target not in self.domains:
                 raise ConfigError(f"expansions: {expansion.target!r} is no domain; domains: {self.domains}")
-        return len(jobs) + (len(self.study.seeds) if self.study.tuning else 0)
+        return len(jobs)
 
     def _tune(self, kind: Kind, arm: str, seed: int, layers: Sequence[Sections]) -> Job:
         model = {"source": str(self.study.dir / "runs" / BASE_RUN / EXPORT_DIR)}
@@ -161,9 +141,6 @@ class StudyPlan:
         }
         raw = merge([own, self._settings, *layers])
         return Job(kind, arm, seed, validate_config(raw, f"study: run {name}"))
-
-    def _weights(self, reference: Mapping[str, float]) -> Sections:
-        return {"weights": {"reference": dict(reference)}}
 
     def _max_steps(self, layers: Sequence[Sections] = ()) -> int:
         steps = merge([self._settings, *layers]).get("train", {}).get("max_steps")

@@ -11,7 +11,7 @@ Losses are held-out nats per supervised token, l(d) of domain d. For a run from 
 Intervals are 95 % t intervals of the mean over seeds; differences are taken seed by seed first. With five
 seeds they say how much the order of samples matters, not how another corpus or model would behave.
 
-What is not covered: training (`apps/study/run.py`), pages and pictures (`study_page`).
+What is not covered: training (`apps/study/run.py`), the page (`page`).
 """
 
 from __future__ import annotations
@@ -116,11 +116,6 @@ def reference_losses(runs: Sequence[RunResult]) -> dict[str, float]:
     return {run.arm: float(run.lowest[run.arm]) for run in runs}
 
 
-def mean_change(run: RunResult) -> float:
-    """Unweighted mean over domains of the relative change of the held-out loss."""
-    return float(changes(run, list(run.after)).mean())
-
-
 def changes(run: RunResult, names: Sequence[str]) -> Array:
     """float64[k]: relative change of each domain's held-out loss from the base model."""
     before, after = (np.array([losses[name] for name in names]) for losses in (run.before, run.after))
@@ -196,39 +191,23 @@ def expansion_summary(runs: Mapping[int, RunResult], target: str, names: Sequenc
 
 
 def weight_summary(runs: Sequence[RunResult], names: Sequence[str]) -> dict[str, Any]:
-    """Why weights moved as they did: paths, gamma and phi, noise of the losses, gates.
+    """First and last weights by domain, means over the runs, how far they moved, and the share of open gates.
 
-    `moved` is the total variation distance (half the sum of absolute differences) between the first and the
-    last weights. `noise` is the mean standard error of a window's loss over that loss. `rises` is the share
-    of all measured pairs of windows in which a loss rose, `phi` the mean forgetting degree.
+    `moved` is the total variation distance (half the sum of absolute differences) between the two.
     """
-    paths = np.array([[_row(line["after"], names) for line in run.updates] for run in runs])
-    updates = [line for run in runs for line in run.updates if line["step"] > 0]
-    first, last = paths[:, 0], paths[:, -1]
-    gates = [line["gate_open"] for line in updates if line["gate_open"] is not None]
-    gamma = np.array([_row(line["gamma"], names) for line in updates]).reshape(-1, len(names))
-    losses = np.array([_row(line["losses"], names) for line in updates]).reshape(-1, len(names))
-    stderr = np.array([_row(line["stderr"], names) for line in updates]).reshape(-1, len(names))
-    later = [line for run in runs for line in run.updates[2:]]
-    phi = np.array([_row(line["phi"], names) for line in later]).reshape(-1, len(names))
-    alarms: dict[str, int] = {}
-    for line in updates:
-        for text in line["alarms"]:
-            key = text.split(":")[0]
-            alarms[key] = alarms.get(key, 0) + 1
+    ends = np.array(
+        [
+            [[line["after"][name] for name in names] for line in (run.updates[0], run.updates[-1])]
+            for run in runs
+        ]
+    )  # [runs, first and last, k]
+    first, last = ends[:, 0], ends[:, 1]
+    gates = [line["gate_open"] for run in runs for line in run.updates if line["gate_open"] is not None]
     return {
-        "steps": [line["step"] for line in runs[0].updates],
-        "paths": {name: paths[:, :, j].mean(axis=0).tolist() for j, name in enumerate(names)},
         "initial": dict(zip(names, first.mean(axis=0).tolist(), strict=True)),
         "final": dict(zip(names, last.mean(axis=0).tolist(), strict=True)),
         "moved": float(0.5 * np.abs(last - first).sum(axis=1).mean()),
-        "gamma": dict(zip(names, _nan_mean(gamma), strict=True)),
-        "phi": dict(zip(names, _nan_mean(phi), strict=True)),
-        "rises": None if not len(phi) else float((phi > 0).mean()),
-        "noise": dict(zip(names, _nan_mean(stderr / losses), strict=True)),
         "gate_open": None if not gates else float(np.mean(gates)),
-        "updates": len(updates) // len(runs),
-        "alarms": alarms,
     }
 
 
@@ -236,8 +215,6 @@ def summarise(
     *,
     reference: Mapping[str, float],
     arms: Sequence[RunResult],
-    tuning: Sequence[RunResult],
-    confirmed: Sequence[RunResult],
     names: Sequence[str],
     baselines: Sequence[str],
     expansions: Sequence[tuple[str, Sequence[str]]],
@@ -246,7 +223,6 @@ def summarise(
     found = by_arm(arms)
     against = {name: found[name] for name in baselines}
     before = dict(next(iter(against[baselines[0]].values())).before)
-    candidates = by_arm(tuning)
     return {
         "domains": list(names),
         "baselines": list(baselines),
@@ -258,26 +234,11 @@ def summarise(
             target: {arm: expansion_summary(found[arm], target, names) for arm in members}
             for target, members in expansions
         },
-        "tuning": {arm: arm_summary(runs, against, names) for arm, runs in candidates.items()},
-        "confirmed": {arm: arm_summary(runs, against, names) for arm, runs in by_arm(confirmed).items()},
     }
 
 
 def _mean_by_name(values: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
     return {name: float(np.mean([value[name] for value in values])) for name in names}
-
-
-def _row(values: Mapping[str, float | None], names: Sequence[str]) -> list[float]:
-    return [math.nan if values[name] is None else float(values[name] or 0.0) for name in names]
-
-
-def _nan_mean(values: Array) -> list[float | None]:
-    """Mean of each column over what is known; None where nothing is."""
-    means: list[float | None] = []
-    for column in values.T:
-        known = column[np.isfinite(column)]
-        means.append(float(known.mean()) if len(known) else None)
-    return means
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Running a study: the trainer itself, in worker processes that train one run after another.
 
-    model folder and data made -> every run's settings checked -> base -> reference -> arms and tuning
-    -> the winner of the tuning on the seeds of the study -> results written
+    model folder and data made -> every run's settings checked -> base -> reference -> arms -> results
 
 A worker is a process of one rank; it starts once and trains many runs with `engine.train.train_in_group`, so
 that imports are paid once. A finished run leaves `finished.json` with the hash of everything that decides its
@@ -34,7 +33,6 @@ from versatune_ds.apps.study.jobs import BASE_RUN, Job, StudyPlan
 from versatune_ds.apps.study.results import (
     RunResult,
     last_evaluation,
-    mean_change,
     read_result,
     reference_losses,
     summarise,
@@ -57,7 +55,7 @@ POLL_S = 1.0
 STOP_WAIT_S = 120.0
 
 
-class Stopped(VersaTuneError):
+class StudyStopped(VersaTuneError):
     """The study was asked to stop; what is finished is kept."""
 
 
@@ -77,9 +75,6 @@ class StudyRuns:
     reference: dict[str, float]
     """Reference loss by domain, nats per supervised token."""
     arms: list[RunResult]
-    tuning: list[RunResult]
-    confirmed: list[RunResult]
-    """The winner of the tuning, with the seeds of the study."""
     domains: list[str]
     seconds: float
     """Wall time of this call; finished runs of earlier calls are not in it."""
@@ -97,22 +92,14 @@ def run_study(study: Study) -> StudyRuns:
     total = plan.check()
     prepared = prepare(plan.base().config)
     log.info("%s", prepared.table())
-    with StopRequest() as stop, Workers(study, data_fingerprint(prepared), total, stop) as workers:
+    with StopRequest() as stop, StudyWorkers(study, data_fingerprint(prepared), total, stop) as workers:
         workers.run([plan.base()])
         reference = reference_losses(workers.run(plan.references()))
         write_json_atomic(study.dir / "reference.json", reference_file(reference))
-        arms, tuning = plan.arms(reference), plan.tuning(reference)
-        found = workers.run([*arms, *tuning])
-        confirmed = []
-        if tuning:
-            winner = best_arm(found[len(arms) :])
-            log.info("tuning: %s has the lowest mean change; now on the seeds of the study", winner)
-            confirmed = workers.run(plan.confirmation(reference, winner))
+        arms = workers.run(plan.arms(reference))
     return StudyRuns(
         reference=reference,
-        arms=found[: len(arms)],
-        tuning=found[len(arms) :],
-        confirmed=confirmed,
+        arms=arms,
         domains=plan.domains,
         seconds=time.perf_counter() - started,
     )
@@ -168,18 +155,10 @@ def reference_file(reference: dict[str, float]) -> dict[str, Any]:
     return {"format": "versatune_ds.reference", "version": 1, "losses": reference}
 
 
-def best_arm(results: Sequence[RunResult]) -> str:
-    """The candidate with the lowest mean change of the held-out loss, over domains and seeds."""
-    by_arm: dict[str, list[float]] = {}
-    for result in results:
-        by_arm.setdefault(result.arm, []).append(mean_change(result))
-    return min(by_arm, key=lambda arm: sum(by_arm[arm]) / len(by_arm[arm]))
-
-
 # --- workers ------------------------------------------------------------------------------------------------
 
 
-class Workers:
+class StudyWorkers:
     """Processes that train jobs; use as a context manager.
 
     Args:
@@ -199,7 +178,7 @@ class Workers:
         self._started = time.perf_counter()
         self._processes: dict[connection.Connection, Any] = {}
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> StudyWorkers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
@@ -239,7 +218,7 @@ class Workers:
                 self._take(ready)  # type: ignore[arg-type]
                 busy.discard(ready)  # type: ignore[arg-type]
             if self._stop.requested is not None:
-                raise Stopped(
+                raise StudyStopped(
                     f"stopped as asked ({self._stop.reason}); start the same command to go on: finished runs "
                     "are kept, and those in progress go on from a checkpoint"
                 )
@@ -273,7 +252,7 @@ class Workers:
         if outcome.error is not None:
             raise VersaTuneError(f"run {outcome.name}: {outcome.error}\nits log is in {logs}")
         if not outcome.finished:
-            raise Stopped(f"run {outcome.name} was asked to stop; start the same command to go on")
+            raise StudyStopped(f"run {outcome.name} was asked to stop; start the same command to go on")
         self._done += 1
         self._trained_s.append(outcome.seconds)
         per_run = (time.perf_counter() - self._started) / len(self._trained_s)
@@ -357,14 +336,13 @@ def is_finished(job: Job, fingerprint: str) -> bool:
 
 
 def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
-    """Write summary.json, the pictures and the pages; returns the folder."""
+    """Write summary.json and the pages; returns the path of index.html."""
     from versatune_ds.apps.study.page import write_results
+    from versatune_ds.report.runs import read_runs
 
     summary = summarise(
         reference=runs.reference,
         arms=runs.arms,
-        tuning=runs.tuning,
-        confirmed=runs.confirmed,
         names=runs.domains,
         baselines=study.baselines,
         expansions=[(expansion.target, expansion.arms) for expansion in study.expansions],
@@ -385,4 +363,6 @@ def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
         "cpu_s": sum(done["cpu_s"] for done in finished),
         "wall_s": runs.seconds,
     }
-    return write_results(summary, study.dir / "results")
+    moving = [name for name, arm in summary["arms"].items() if arm["weights"]["moved"] > 0]
+    folders = [study.dir / "runs" / f"{name}_seed-{study.seeds[0]}" for name in moving]
+    return write_results(summary, read_runs(folders), study.dir / "results")

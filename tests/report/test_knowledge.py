@@ -4,14 +4,15 @@ import json
 
 from matplotlib.figure import Figure
 
-from versatune_ds.report import knowledge_chart
-from versatune_ds.report.knowledge_chart import draw_knowledge
+from versatune_ds.report import figures as drawing
+from versatune_ds.report.figures import Stack, stacked_bars
+from versatune_ds.report.knowledge import draw_knowledge
 
 
 def test_bars_segments_and_labels(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(
-        knowledge_chart, "Figure", lambda **settings: figures.append(Figure(**settings)) or figures[-1]
+        drawing, "Figure", lambda **settings: figures.append(Figure(**settings)) or figures[-1]
     )
     files = {
         "first": {
@@ -43,3 +44,9 @@ def test_bars_segments_and_labels(tmp_path, monkeypatch):
     assert second == "by_hand"
     colors = [patch.get_facecolor() for patch in axes.patches]
     assert colors[:3] == colors[3:] and len(set(colors)) == 3
+
+
+def test_from_the_seventh_domain_on_segments_are_hatched():
+    (axes,) = stacked_bars([Stack("model", {f"d{i}": 1 / 8 for i in range(8)})], "share").axes
+    looks = [(patch.get_facecolor(), patch.get_hatch()) for patch in axes.patches]
+    assert len({color for color, _ in looks}) == 6 and len(set(looks)) == 8

@@ -1,0 +1,150 @@
+"""The one writer of pages: sections of tables and figures, as self-contained HTML, Markdown or text.
+
+The HTML (templates/page.html.j2, page.css) needs no network and no script, and every value is escaped. The
+Markdown holds headings, leads and tables; figures are left to the HTML.
+
+What is not covered: what a page says (`report`, and `results` of the programs), figures (`figures`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from versatune_ds.report.measures import MINUS, NOTHING
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One cell of a table."""
+
+    text: str
+    best: bool = False
+    """The lowest of its row: printed bold."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table: a head, and rows of a label and cells."""
+
+    head: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell | str]]]
+    caption: str = ""
+    kind: str = "numbers"
+    """CSS classes: `numbers` align to the right, `texts` to the left, `texts log` has a wide last column."""
+    color_rows: bool = False
+    """A row's label gets the colour of its number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure and the words beside it."""
+
+    title: str
+    svg: Markup
+    color: int | None = None
+    """Number of the domain or run that the whole picture is about."""
+    note: str = ""
+    narrow: Markup | None = None
+    """Another drawing of it for a narrow page."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """A part that is shown on a click: a table or a text as it is."""
+
+    title: str
+    table: Table | None = None
+    text: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PageSection:
+    """A part of the page. Empty parts say why in `lead`."""
+
+    key: str
+    title: str
+    lead: str = ""
+    pictures: Sequence[Picture] = ()
+    panels: Sequence[Picture] = ()
+    """Small pictures, several in a row."""
+    tables: Sequence[Table] = ()
+    has_legend: bool = False
+    """Show the page's legend here too."""
+    notes: Sequence[str] = ()
+    """Small print after the tables."""
+    folds: Sequence[Fold] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A number to see first."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A whole page."""
+
+    title: str
+    sections: Sequence[PageSection]
+    lead: str = ""
+    legend: Sequence[str] = ()
+    """Names that the colours stand for, from colour 0 on."""
+    remarks: Sequence[tuple[str, Sequence[str]]] = ()
+    """What to know before reading: a title and lines each."""
+    cards: Sequence[Card] = ()
+
+
+def to_html(page: Page) -> str:
+    """The page as one HTML file, with its figures."""
+    from versatune_ds.report import figures  # Markdown needs no matplotlib
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals.update(dash=figures.dash_index, colors=figures.NUM_COLORS, dashes=figures.DASHES)
+    style = figures.palette_css() + (TEMPLATES / "page.css").read_text(encoding="utf-8")
+    return environment.get_template("page.html.j2").render(page=page, style=Markup(style))
+
+
+def to_markdown(page: Page) -> str:
+    """Headings, leads and tables of the page."""
+    parts = [f"# {page.title}", page.lead]
+    for section in page.sections:
+        parts += [f"## {section.title}" if section.title else "", section.lead]
+        for table in section.tables:
+            rows = [[label, *(_text(cell) for cell in cells)] for label, cells in table.rows]
+            lines = [table.head, ["---"] * len(table.head), *rows]
+            parts += [table.caption, "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+        parts += section.notes
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def to_text(table: Table) -> str:
+    """A table for a console, in ASCII as far as its cells are: a dash and a minus become hyphens."""
+    rows = [table.head, *([label, *map(_text, cells)] for label, cells in table.rows)]
+    rows = [[cell.replace(NOTHING, "-").replace(MINUS, "-") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def _text(cell: Cell | str) -> str:
+    return cell if isinstance(cell, str) else f"**{cell.text}**" if cell.best else cell.text
