@@ -135,8 +135,8 @@ def test_metrics_are_read_from_whatever_filter_reports_them():
 
 def test_an_evaluation_that_is_ended_keeps_what_it_has(monkeypatch, tmp_path):
     """Held-out losses before the first benchmark, and every score as soon as there is one."""
+    from versatune_ds.apps.evaluate import held_out as measure
     from versatune_ds.domain.evaluation import BenchmarkScore, Fingerprints, ModelEvaluation
-    from versatune_ds.engine import measure
 
     evaluation = ModelEvaluation(
         model="m",

@@ -7,7 +7,7 @@ import torch
 from step_cases import settings
 
 from versatune_ds.config.load import validate_config
-from versatune_ds.engine.device_errors import explained
+from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.faults.watchdog import mark
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 from versatune_kernels import KernelError

@@ -22,7 +22,7 @@ BACKEND = PACKAGE / "engine" / "backend"
 
 MAX_FILES = 12
 """Python files in a folder, besides `__init__.py`."""
-FULLER_FOLDERS = {"cli": 15, "domain": 13}
+FULLER_FOLDERS = {"cli": 16, "domain": 13}
 MAX_LINES = 450
 LONGER_FILES = {
     "apps/detect/run.py": 480,
@@ -34,10 +34,10 @@ LONGER_FILES = {
     "domain/controller.py": 520,
     "report/report.py": 754,
 }
-STORY_LINES = 256
+STORY_LINES = 257
 """Of `engine/train.py`."""
 NAMED_TWICE = {
-    *("Bar", "Batch", "Candidate", "Judge", "Picture", "Place", "Samples", "Section"),
+    *("Bar", "Batch", "Candidate", "Case", "Judge", "Picture", "Place", "Samples", "Section"),
     *("Stopped", "Table", "Text", "Variant", "Workers"),
 }
 

@@ -15,7 +15,11 @@ from typing import NamedTuple
 FILES = {
     "loop": "versatune_ds/engine/train.py",
     "run": "versatune_ds/engine/run.py",
-    "build": "versatune_ds/engine/backend/build.py",
+    "record": "versatune_ds/engine/step_record.py",
+    "prepared": "versatune_ds/engine/prepared.py",
+    "state": "versatune_ds/engine/state.py",
+    "phases": "versatune_ds/engine/phases.py",
+    "backend": "versatune_ds/engine/backend/deepspeed_backend.py",
     "model": "versatune_ds/engine/model/packed_lm.py",
     "optimizer": "versatune_ds/engine/backend/optimizer.py",
     "statistics": "versatune_ds/engine/statistics.py",
@@ -50,6 +54,8 @@ FILES = {
 }
 TESTS = {
     "loop": "tests/engine/test_loop.py",
+    "backend": "tests/engine/test_deepspeed_backend.py",
+    "phases": "tests/engine/test_phases.py",
     "isolation": "tests/engine/test_isolation.py",
     "optimizer": "tests/engine/test_optimizer.py",
     "statistics": "tests/engine/test_statistics.py",
@@ -128,12 +134,13 @@ NO_CHANGE = "loop::test_a_skipped_step_changes_no_parameter"
 IN_A_ROW = "loop::test_skipped_steps_in_a_row_end_the_run_and_others_do_not"
 RESUMED = "loop::test_a_resumed_run_ends_with_the_parameters_of_the_whole_one"
 
-SET_RATE = "    set_learning_rate(run.engine.deepspeed.optimizer, rate)\n"
-TAKE_STEP = "    run.engine.deepspeed.step()\n"
+STEPPED = "backend::test_a_step_is_taken_with_its_learning_rate"
+SET_RATE = "        set_learning_rate(self.live.optimizer, learning_rate)\n"
+TAKE_STEP = "        self.live.step()\n"
 fault(
-    "the learning rate is set after the step", "loop", SET_RATE + TAKE_STEP, TAKE_STEP + SET_RATE, PLAIN, RATE
+    "the learning rate is set after the step", "backend", SET_RATE + TAKE_STEP, TAKE_STEP + SET_RATE, STEPPED
 )
-fault("the learning rate is never set", "loop", SET_RATE, "", PLAIN, RATE)
+fault("the learning rate is never set", "backend", SET_RATE, "", STEPPED)
 fault(
     "the learning rate of the step after is applied",
     "loop",
@@ -142,7 +149,7 @@ fault(
     PLAIN,
     RATE,
 )
-fault("another learning rate is written down", "loop", "lr=rate,", "lr=run.config.optimizer.lr,", RATE)
+fault("another learning rate is written down", "record", "lr=rate,", "lr=run.config.optimizer.lr,", RATE)
 fault(
     "only the first parameter group gets the learning rate",
     "optimizer",
@@ -160,21 +167,21 @@ fault(
 fault(
     "applied steps do not enter the window",
     "loop",
-    "        run.controller.observe(totals.sums)\n",
+    "            state.controller.observe(totals.sums)\n",
     "",
     WINDOW,
 )
 fault(
     "applied steps do not enter the spike guard",
     "loop",
-    "        run.spikes.observe(totals.sums.total_loss())\n",
+    "            state.spikes.observe(totals.sums.total_loss())\n",
     "",
     NO_TRACE,
 )
 fault(
     "a skipped step's gradients stay",
     "loop",
-    "        discard_step(run.engine)\n",
+    "        run.backend.discard()\n",
     "",
     NO_CHANGE + "[loss spike]",
     NO_CHANGE + "[non-finite gradient]",
@@ -182,12 +189,12 @@ fault(
 fault(
     "every pack ends a step",
     "loop",
-    "(i == len(batches) - 1)",
-    "(True)",
+    "is_last=i == len(batches) - 1)",
+    "is_last=True)",
     "loop::test_a_step_ends_with_its_last_pack",
 )
-fault("no pack ends a step", "loop", "(i == len(batches) - 1)", "(i == len(batches))", PLAIN)
-fault("the first pack ends a step", "loop", "(i == len(batches) - 1)", "(i == 0)", PLAIN)
+fault("no pack ends a step", "loop", "is_last=i == len(batches) - 1)", "is_last=i == len(batches))", PLAIN)
+fault("the first pack ends a step", "loop", "is_last=i == len(batches) - 1)", "is_last=i == 0)", PLAIN)
 fault(
     "losses are divided by all tokens, not the supervised ones",
     "loop",
@@ -205,18 +212,18 @@ fault(
 fault(
     "the first pack is not counted",
     "loop",
-    "        run.statistics.add(out",
-    "        if i: run.statistics.add(out",
+    "            run.statistics.add(out",
+    "            if i: run.statistics.add(out",
     WRITTEN,
 )
 fault(
     "skips are counted though applied steps lie between",
     "loop",
-    "run.skipped_in_a_row + 1 if reason else 0",
-    "run.skipped_in_a_row + 1 if reason else run.skipped_in_a_row",
+    "state.skipped_in_a_row + 1 if reason else 0",
+    "state.skipped_in_a_row + 1 if reason else state.skipped_in_a_row",
     IN_A_ROW,
 )
-fault("weights move a step late", "loop", "due(step + 1, skipped", "due(step, skipped", WINDOW)
+fault("weights move a step late", "loop", "due(done, skipped", "due(step, skipped", WINDOW)
 fault(
     "weights move on skipped steps",
     "loop",
@@ -227,7 +234,7 @@ fault(
 fault(
     "the last held-out losses are not measured",
     "loop",
-    " or done == run.total_steps):",
+    " or done == run.prepared.total_steps):",
     "):",
     "loop::test_the_last_step_is_evaluated_and_saved_whatever_the_interval",
 )
@@ -255,22 +262,22 @@ fault(
 fault(
     "the state of a checkpoint is that of the step before",
     "loop",
-    "run.saver.save(done, run.state)\n        if agreed",
-    "run.saver.save(step, run.state)\n        if agreed",
+    "run.save(done)\n        if agreed",
+    "run.save(step)\n        if agreed",
     "loop::test_the_last_step_is_evaluated_and_saved_whatever_the_interval",
 )
 fault(
     "achieved shares are counted in another unit",
-    "loop",
+    "record",
     "getattr(plan.shares, u)",
     "plan.shares.samples",
     "loop::test_shares_are_those_of_the_samples_trained_on",
 )
 fault(
     "epochs count tokens",
-    "loop",
-    "plan.state_after.trained.samples, run.corpus",
-    "plan.state_after.trained.tokens, run.corpus",
+    "record",
+    "plan.state_after.trained.samples, run.prepared.corpus",
+    "plan.state_after.trained.tokens, run.prepared.corpus",
     "loop::test_shares_are_those_of_the_samples_trained_on",
 )
 
@@ -278,49 +285,49 @@ fault(
 
 fault(
     "a resumed run forgets its spike guard",
-    "run",
-    '() if state is None else state["losses"]',
+    "state",
+    '() if saved is None else saved["losses"]',
     "()",
     "loop::test_a_resumed_run_knows_its_earlier_losses_and_skips",
 )
 fault(
     "a resumed run forgets its skips in a row",
-    "run",
-    '0 if state is None else int(state["skipped_in_a_row"])',
+    "state",
+    'int(saved["skipped_in_a_row"])',
     "0",
     "loop::test_a_resumed_run_knows_its_earlier_losses_and_skips",
 )
 fault(
     "a resumed run forgets its domain weights",
-    "run",
-    '        controller.load_state(state["controller"])\n',
+    "state",
+    '            state.controller.load_state(saved["controller"])\n',
     "",
     RESUMED,
 )
 fault(
     "a resumed run begins the data anew",
-    "run",
-    '        planner = PlannerState.from_json(state["planner"])\n',
-    "",
+    "state",
+    'PlannerState.from_json(saved["planner"])',
+    "state.planner",
     RESUMED,
 )
 fault(
     "a resumed run forgets the best evaluation",
-    "run",
-    '        early_stopping.load_state(state["early_stopping"])\n',
+    "state",
+    '            state.early_stopping.load_state(saved["early_stopping"])\n',
     "",
     "loop::test_a_resumed_run_knows_its_best_evaluation",
 )
 fault(
     "a resumed run begins with new weights and moments",
     "run",
-    "        load_model_state(checkpoint, engine, state, state_layout(config))\n",
+    "        load_model_state(checkpoint, backend, saved)\n",
     "",
     RESUMED,
 )
 fault(
     "epochs are counted in samples",
-    "run",
+    "prepared",
     "config.train.epochs * sum(corpus.num_tokens)",
     "config.train.epochs * sum(corpus.num_samples)",
     "loop::test_epochs_are_counted_in_tokens",
@@ -328,8 +335,8 @@ fault(
 fault(
     "the probe takes samples of the run's evaluation",
     "run",
-    "config.weights.probe_samples, pad_id)",
-    "config.evaluation.max_samples_per_domain, pad_id)",
+    "max_samples=config.weights.probe_samples",
+    "max_samples=config.evaluation.max_samples_per_domain",
     "loop::test_the_probe_takes_its_own_number_of_samples",
 )
 
@@ -337,7 +344,7 @@ fault(
 
 FLAGS = "statistics::test_what_one_rank_says_is_true_for_all_and_nothing_else"
 SUMS = "statistics::test_sums_equal_the_reference_over_micro_batches"
-fault("a flag needs all ranks", "statistics", "bool(votes > 0)", "bool(votes == 3)", FLAGS)
+fault("a flag needs all ranks", "statistics", "bool(n > 0)", "bool(n == 3)", FLAGS)
 fault("flags are shifted by one", "statistics", "buffer[count + 1 :]", "buffer[count : -1]", FLAGS)
 fault("sums are not cleared", "statistics", "        self._sums.zero_()\n", "", SUMS)
 fault(
@@ -418,10 +425,17 @@ fault(
 
 fault(
     "held-out losses are those of the training mode",
-    "evaluate",
-    "    engine.deepspeed.train()\n",
+    "backend",
+    "        self.live.eval()\n",
     "",
-    "loop::test_the_model_trains_again_after_an_evaluation",
+    "backend::test_an_evaluation_leaves_the_model_training_and_keeps_nothing",
+)
+fault(
+    "after an evaluation the model does not train",
+    "backend",
+    "        self.live.train()\n",
+    "",
+    "backend::test_an_evaluation_leaves_the_model_training_and_keeps_nothing",
 )
 fault(
     "evaluation leaves out the last pack",
@@ -514,15 +528,15 @@ fault(
 SPIKE = "skipping::test_a_spike_is_more_than_the_factor_times_the_median"
 fault(
     "a spike is measured by the mean",
-    "skipping",
+    "state",
     "loss > factor * median(earlier)",
     "loss > factor * (sum(earlier) / len(earlier))",
     SPIKE,
 )
-fault("a spike needs one loss less", "skipping", ">= MIN_LOSSES and", ">= MIN_LOSSES - 1 and", SPIKE)
+fault("a spike needs one loss less", "state", ">= MIN_LOSSES and", ">= MIN_LOSSES - 1 and", SPIKE)
 fault(
     "the spike guard forgets nothing",
-    "skipping",
+    "state",
     "deque(losses, maxlen=window)",
     "deque(losses)",
     "skipping::test_the_guard_knows_the_last_losses_only",
@@ -530,22 +544,22 @@ fault(
 fault(
     "gradients that are not finite are applied",
     "skipping",
-    "return None if gradients_are_finite(run.engine) else NONFINITE_GRADIENT",
+    "return None if backend.gradients_are_finite() else NONFINITE_GRADIENT",
     "return None",
     NO_CHANGE + "[non-finite gradient]",
 )
 fault(
     "a spike is applied",
     "skipping",
-    "    if run.spikes.is_spike(totals.sums.total_loss()):\n        return LOSS_SPIKE\n",
+    "    if spikes.is_spike(totals.sums.total_loss()):\n        return LOSS_SPIKE\n",
     "",
     NO_CHANGE + "[loss spike]",
 )
 fault(
     "one skip more is allowed",
     "skipping",
-    "run.skipped_in_a_row < run.config",
-    "run.skipped_in_a_row <= run.config",
+    "run.state.skipped_in_a_row < run.config",
+    "run.state.skipped_in_a_row <= run.config",
     IN_A_ROW,
 )
 fault(
@@ -558,25 +572,38 @@ fault(
 fault(
     "a sample is blamed for its length",
     "skipping",
-    'entry["loss"] = loss / max(1, int(run.caches[domain].supervised[sample]))',
+    'entry["loss"] = loss / max(1, int(run.prepared.train[domain].supervised[sample]))',
     'entry["loss"] = loss',
     "loop::test_the_samples_to_blame_are_named",
 )
 
 fault(
     "gradients of ZeRO stage 0 are not looked at",
-    "build",
-    "    if settings_for.zero_stage(built.settings) > 0:\n        return True\n    gradients",
-    "    return True\n    gradients",
-    NO_CHANGE + "[non-finite gradient]",
+    "backend",
+    "        if zero_stage(self.settings) > 0:\n            return True\n        gradients",
+    "        return True\n        gradients",
+    "backend::test_gradients_of_stage_0_are_looked_at",
 )
 fault(
     "discarded gradients stay",
-    "build",
-    "    optimizer.zero_grad()\n",
+    "backend",
+    "        optimizer.zero_grad()\n",
     "",
-    NO_CHANGE + "[non-finite gradient]",
-    NO_CHANGE + "[loss spike]",
+    "backend::test_a_discarded_step_leaves_no_gradient",
+)
+fault(
+    "DeepSpeed divides the loss by the accumulation steps",
+    "backend",
+    "scale_wrt_gas=False",
+    "scale_wrt_gas=True",
+    "backend::test_a_micro_batch_is_added_as_it_is_and_the_last_one_is_named",
+)
+fault(
+    "a phase counts what the phases inside it took",
+    "phases",
+    "took - inside.pop(span.depth + 1, 0.0)",
+    "took",
+    "phases::test_the_time_of_a_phase_is_with_those_inside_or_without",
 )
 
 # --- the model ----------------------------------------------------------------------------------------------
@@ -726,7 +753,7 @@ fault(
 fault(
     "what a crash left stays",
     "checkpoint",
-    "        shutil.rmtree(leftover)\n",
+    "        shutil.rmtree(unfinished)\n",
     "        pass\n",
     "checkpoint::test_a_new_checkpoint_removes_what_a_crash_left",
 )

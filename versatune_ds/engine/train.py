@@ -33,8 +33,8 @@ from versatune_ds.data.plan.planner import StepPlan
 from versatune_ds.engine.backend.optimizer import learning_rate
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.checkpointing.hf_export import Companions, export_model
-from versatune_ds.engine.device_errors import explained
 from versatune_ds.engine.evaluate import HeldOut, evaluate
+from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.run_lock import RunLock
 from versatune_ds.engine.faults.signals import StopRequest, note_stopped

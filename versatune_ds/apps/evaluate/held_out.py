@@ -33,8 +33,8 @@ from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.deepspeed_backend import build_for_evaluation
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.backend.ranks import Ranks
-from versatune_ds.engine.device_errors import explained
 from versatune_ds.engine.evaluate import HeldOut, evaluate_samples
+from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
 from versatune_ds.engine.model.packed_lm import load_architecture
 from versatune_ds.engine.preflight import checks as preflight

@@ -18,7 +18,7 @@ from versatune_ds.config.schema import Config
 from versatune_ds.data.collate import Batch, collate
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.engine.backend.backend import Backend
-from versatune_ds.engine.device_errors import out_of_memory
+from versatune_ds.engine.faults.device_errors import out_of_memory
 from versatune_ds.engine.model.packed_lm import model_inputs
 from versatune_ds.engine.phases import phase
 from versatune_ds.foundations.errors import ConfigError
