@@ -34,9 +34,13 @@ FILES = {
     "records": "versatune_ds/observability/records.py",
     "throughput": "versatune_ds/observability/throughput.py",
     "templating": "versatune_ds/data/encode/templating.py",
+    "chat encoder": "versatune_ds/data/encode/chat_encoder.py",
     "collate": "versatune_ds/data/collate.py",
     "loader": "versatune_ds/data/loader.py",
     "planner": "versatune_ds/data/plan/planner.py",
+    "planner state": "versatune_ds/data/plan/state.py",
+    "corpus": "versatune_ds/data/plan/corpus.py",
+    "share rules": "versatune_ds/data/plan/share_rules.py",
     "packing": "versatune_ds/data/plan/packing.py",
     "order": "versatune_ds/data/plan/order.py",
     "balance": "versatune_ds/data/plan/balance.py",
@@ -968,28 +972,28 @@ MASKS = "templating::test_ids_and_mask"
 SAME_MASKS = "templating::test_masks_by_heads_of_turns_equal_masks_by_offsets"
 fault(
     "a token across the start of a turn is supervised (by offsets)",
-    "templating",
-    "lambda span, at=start: span[0] >= at)",
-    "lambda span, at=start: span[1] > at)",
+    "chat encoder",
+    "first = _first_token(encoding, start)",
+    "first = _first_token(encoding, start, or_across=True)",
     ACROSS + "[False]",
 )
 fault(
     "a token across the start of a turn is supervised (by heads)",
-    "templating",
-    "lambda span, at=skip: span[0] >= at)",
-    "lambda span, at=skip: span[1] > at)",
+    "chat encoder",
+    "count = _first_token(head, skip)",
+    "count = _first_token(head, skip, or_across=True)",
     ACROSS + "[True]",
 )
 fault(
     "the stop token is not supervised (by heads)",
-    "templating",
+    "chat encoder",
     "mask[anchor + count : stop + 1] = True",
     "mask[anchor + count : stop] = True",
     MASKS,
 )
 fault(
     "the stop token is not supervised (by offsets)",
-    "templating",
+    "chat encoder",
     "mask[first:stop] = True",
     "mask[first : stop - 1] = True",
     ACROSS + "[False]",
@@ -997,14 +1001,14 @@ fault(
 )
 fault(
     "one token too many is supervised (by offsets)",
-    "templating",
+    "chat encoder",
     "mask[first:stop] = True",
     "mask[first : stop + 1] = True",
     SAME_MASKS,
 )
 fault(
     "the first token of a turn is not supervised (by heads)",
-    "templating",
+    "chat encoder",
     "mask[anchor + count : stop + 1] = True",
     "mask[anchor + count + 1 : stop + 1] = True",
     MASKS,
@@ -1018,21 +1022,21 @@ fault(
 )
 fault(
     "heads that tokenise otherwise are trusted",
-    "templating",
+    "chat encoder",
     "is_same = head.ids[:count] == tokens[anchor : anchor + count].tolist()",
     "is_same = True",
     "templating::test_a_head_that_ends_within_a_word_is_not_trusted",
 )
 fault(
     "pre-tokenised rows may name ids beyond the vocabulary",
-    "templating",
+    "chat encoder",
     "(row.tokens >= self.vocab_size)",
     "(row.tokens > self.vocab_size)",
     "templating::test_pre_tokenised_rows_are_checked",
 )
 fault(
     "pre-tokenised rows need no label beyond the first token",
-    "templating",
+    "chat encoder",
     "if not row.mask[1:].any():",
     "if not row.mask.any():",
     "templating::test_pre_tokenised_rows_are_checked",
@@ -1137,7 +1141,7 @@ RESUME = "planner::test_a_run_resumed_from_json_equals_one_that_never_stopped"
 fault("samples that did not fit are forgotten", "planner", "for i in rest),", "for i in rest[1:]),", STEPS)
 fault(
     "carried samples are drawn anew at every resume",
-    "planner",
+    "planner state",
     'carry=tuple(Carried(*map(int, entry)) for entry in value["carry"]),',
     "carry=(),",
     RESUME,
@@ -1159,7 +1163,7 @@ fault(
 fault(
     "domains share one order",
     "planner",
-    "                domain=self.domain,\n",
+    "                domain=self._domain,\n",
     "                domain=0,\n",
     "planner::test_the_order_of_a_domain_is_its_own",
 )
@@ -1179,28 +1183,28 @@ fault(
 )
 fault(
     "max_epochs rounds down 0.29 * 100 to 28",
-    "planner",
+    "corpus",
     "math.floor(epochs * size + 1e-6)",
     "math.floor(epochs * size)",
     "planner::test_a_fraction_of_an_epoch_is_a_whole_number_of_samples",
 )
 fault(
     "weight of an exhausted domain is lost",
-    "planner",
-    "return [w / total for w in left] if total > 0 else left",
+    "share rules",
+    "return [weight / total for weight in left] if total > 0 else left",
     "return left",
     "planner::test_an_exhausted_domain_gives_its_share_to_the_others",
 )
 fault(
     "the youngest carried sample comes first",
     "planner",
-    "    rows.sort()\n",
-    "    rows.sort(reverse=True)\n",
+    "(drawn.step, -drawn.length,",
+    "(-drawn.step, -drawn.length,",
     "planner::test_the_oldest_carried_sample_is_placed_first",
 )
 fault(
     "the domain with the smallest credit is drawn",
-    "planner",
+    "share rules",
     "if deadline[domain] < best_deadline and",
     "if -deadline[domain] < best_deadline and",
     "planner::test_every_draw_is_within_one_sample_of_its_target",
@@ -1222,8 +1226,8 @@ fault(
 fault(
     "the normaliser counts carried samples twice",
     "planner",
-    "trained = pool.subset(packed).totals(k)",
-    "trained = pool.totals(k)",
+    "trained = _totals(packed, k)",
+    "trained = _totals(pool, k)",
     STEPS,
 )
 fault(
