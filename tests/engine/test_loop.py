@@ -154,7 +154,7 @@ def test_held_out_losses_are_means_over_tokens_before_and_after_training(whole, 
 
 
 def test_losses_of_single_held_out_samples_stand_in_cache_order(whole, expected):
-    held_out = HeldOut(whole.held_out, 192, 5, 0)
+    held_out = HeldOut(whole.held_out, 192, 5, 0, whole.backend.ranks)
     losses, sizes = evaluate_samples(whole.backend, held_out)
     for found, tokens, samples in zip(losses, sizes, expected[3], strict=True):
         assert found == pytest.approx([sample.sum() for sample in samples], rel=1e-5)
