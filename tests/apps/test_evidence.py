@@ -5,6 +5,7 @@ No test asserts a time of the trainer; the one whole run is tiny and only shows 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from launching import run_command
 
-from versatune_ds.apps.bench.shapes import total_parameters
+from versatune_ds.apps.bench.shapes import find_shape
 from versatune_ds.apps.evidence import comparison, correctness
 from versatune_ds.apps.evidence import record as record_module
 from versatune_ds.apps.evidence.cases import ARMS, CPU_CASES, GPU_CASES, choose_cases
@@ -274,7 +275,7 @@ def test_the_card_decides_and_the_state_fits(gib, layers):
     cases = choose_cases("auto", gib)
     assert [case.layers for case in cases] == layers
     for case in cases:
-        state_gib = 16 * total_parameters(case.shape, case.layers) / 2**30
+        state_gib = 16 * dataclasses.replace(find_shape(case.shape), layers=case.layers).parameters / 2**30
         assert state_gib < 0.92 * gib
 
 

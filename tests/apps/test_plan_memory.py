@@ -8,7 +8,6 @@ import pytest
 from launching import REPOSITORY, case_file, launch_soundly
 
 from versatune_ds.apps.bench.shapes import _llama, _qwen2
-from versatune_ds.apps.plan.decoder import Decoder
 from versatune_ds.apps.plan.memory import (
     Setup,
     ZeroBuffers,
@@ -18,6 +17,8 @@ from versatune_ds.apps.plan.memory import (
     total,
 )
 from versatune_ds.apps.plan.plan import checkpoint_bytes
+from versatune_ds.engine.model.families import planned_shape
+from versatune_ds.engine.model.shape import ModelShape
 
 TOLERANCE = 0.10
 QWEN2 = _qwen2(128, 352, 4, 4, 2, 2048)
@@ -83,7 +84,7 @@ def measured(tmp_path_factory) -> dict[str, dict]:
     return found
 
 
-def planned(case: tuple) -> tuple[Decoder, Setup]:
+def planned(case: tuple) -> tuple[ModelShape, Setup]:
     ranks, settings, dtype, recompute, shape, pack_len = case
     setup = Setup(
         gpus=ranks,
@@ -96,7 +97,7 @@ def planned(case: tuple) -> tuple[Decoder, Setup]:
         buffers=ZeroBuffers.from_settings(settings),
         device="cpu",
     )
-    return Decoder.from_config(shape, "test"), setup
+    return planned_shape(shape, "test"), setup
 
 
 @pytest.mark.slow

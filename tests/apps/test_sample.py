@@ -15,6 +15,7 @@ import pytest
 
 from versatune_ds.apps import sample
 from versatune_ds.cli import sample as cli_sample
+from versatune_ds.engine.model.families import planned_shape
 from versatune_ds.foundations.errors import DataError
 
 transformers = pytest.importorskip("transformers")
@@ -315,7 +316,7 @@ def test_config_describes_a_small_llama_that_runs(unpacked: Path, tokenizer: Any
     assert config.max_position_embeddings == 2048
     model = transformers.AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert parameters == sample.llama_parameter_count(sample.llama_config(len(tokenizer)))
+    assert parameters == planned_shape(sample.llama_config(len(tokenizer)), "sample").parameters
     assert 1_000_000 <= parameters <= 3_000_000
     ids = torch.tensor([tokenizer.encode("What is a court?")])
     assert model(input_ids=ids).logits.shape == (1, ids.shape[1], config.vocab_size)

@@ -52,6 +52,7 @@ def test_overrides_win_and_defaults_fill(file):
         ("domains.initial={law: 1}", "missing domains ['code']"),
         ("weights.strategy=fostering", "give `reference`"),
         ("weights={strategy: expansion, reference: {law: 1, code: 1}}", "name it in `target`"),
+        ("weights.strategy=expansion", "every domain); strategy expansion grows one domain: name it"),
         ("weights.strategy=manual", "follows `schedule`"),
         ("weights.reference={law: 0, code: 1}", "reference loss of law is 0.0"),
         ("weights.loss_source=probe", "give data.eval"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from versatune_ds.data.rows import blocks as block_limits
 from versatune_ds.data.rows.files import InputFile, find_files
 from versatune_ds.data.rows.json_rows import parse_json
 from versatune_ds.data.rows.readers import decode_block, read_blocks
-from versatune_ds.data.rows.reasons import BadRow, Reason
+from versatune_ds.data.rows.reasons import BadRow, FileDamage, Reason
 from versatune_ds.foundations.errors import ConfigError, DataError
 
 ROWS = pairs(700)
@@ -78,6 +79,11 @@ def test_a_json_list_does_not_depend_on_where_the_stream_is_cut(
     for size in (1, 2, 3, 7, 64):
         monkeypatch.setattr(block_limits, "READ_BYTES", size)
         assert rows_of(tmp_path / "a.json") == rows
+
+
+def test_damage_keeps_its_line_on_the_way_to_another_process() -> None:
+    damage = pickle.loads(pickle.dumps(FileDamage(Reason.TRUNCATED_FILE, "cut off", line=3)))
+    assert (damage.reason, damage.message, damage.line) == (Reason.TRUNCATED_FILE, "cut off", 3)
 
 
 def test_blocks_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

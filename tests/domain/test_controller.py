@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from versatune_ds.config.schema import STRATEGIES_WITH_REFERENCE, Domains, Weights
+from versatune_ds.config.schema import Domains, Weights
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.reference import ReferenceLosses, load_reference
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
+from versatune_ds.strategies.rules import STRATEGIES
 
 NAMES = ["law", "code", "other"]
 REFERENCE = {"law": 1.0, "code": 1.0, "other": 1.0}
@@ -21,7 +22,7 @@ REFERENCE = {"law": 1.0, "code": 1.0, "other": 1.0}
 
 def controller_of(strategy="fostering", *, limits=None, reference=None, **options) -> WeightController:
     table = DomainTable(NAMES)
-    if strategy in STRATEGIES_WITH_REFERENCE:
+    if STRATEGIES[strategy].compares:
         reference = reference or REFERENCE
     weights = Weights(strategy=strategy, reference=reference, **({"every_n_steps": 10} | options))
     domains = Domains(names=NAMES, **(limits or {}))

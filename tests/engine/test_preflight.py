@@ -133,10 +133,11 @@ def test_missing_trackers_are_named_early(monkeypatch):
 
 
 def test_settings_without_effect_are_listed():
-    weights = {"target": "law", "schedule": [{"step": 1, "weights": {"law": 1, "code": 0}}]}
+    weights = {"target": "law", "schedule": [{"step": 1, "weights": {"law": 1, "code": 0}}], "eta": 2.0}
     settings = config(weights=weights, evaluation={"max_samples_per_domain": 3})
     assert [text.split(" ")[0] for text in preflight.ignored_settings(settings)] == [
         "weights.target",
+        "weights.eta",
         "weights.schedule",
         "evaluation.max_samples_per_domain",
     ]

@@ -12,7 +12,7 @@ from launching import launch_soundly
 
 from versatune_ds.foundations import distributed, files
 from versatune_ds.foundations.errors import DataError, unknown_name
-from versatune_ds.foundations.text import is_blank
+from versatune_ds.foundations.text import in_columns, is_blank
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -148,3 +148,8 @@ def test_text_that_shows_nothing_is_blank(text):
 def test_text_that_shows_anything_is_not_blank(text):
     """Also a private character, and an emoji that this Python may not know."""
     assert not is_blank(text)
+
+
+def test_numbers_of_a_table_stand_to_the_right():
+    rows = [["domain", "samples", ""], ["law", "1,200", "reused"], ["other", "7", ""]]
+    assert list(in_columns(rows)) == ["domain  samples", "law       1,200  reused", "other         7"]

@@ -17,8 +17,13 @@ def wheel_names(tmp_path_factory) -> list[str]:
     import shutil
 
     copy = tmp_path_factory.mktemp("sources") / "repository"
-    ignore = shutil.ignore_patterns(".*", "runs", "cache", "*.egg-info", "build", "__pycache__")
-    shutil.copytree(REPOSITORY, copy, ignore=ignore)
+    ignore = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__")
+    at_the_top = {"runs", "cache", "build"}
+    shutil.copytree(
+        REPOSITORY,
+        copy,
+        ignore=lambda path, names: ignore(path, names) | (at_the_top if path == str(REPOSITORY) else set()),
+    )
     out = copy.parent / "wheel"
     command = [
         sys.executable,

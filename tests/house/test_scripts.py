@@ -177,7 +177,7 @@ def test_every_dependency_is_carried_or_left_to_the_host_on_purpose():
 def test_training_needs_nothing_that_is_left_out():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['pyarrow', 'matplotlib', 'sklearn']))\n"
-        "import versatune_ds.cli.main, versatune_ds.data.prepare, versatune_ds.engine.run"
+        "import versatune_ds.cli.main, versatune_ds.data.cache.prepare, versatune_ds.engine.run"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

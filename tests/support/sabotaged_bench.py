@@ -17,7 +17,7 @@ from versatune_ds.foundations import distributed
 measure = bench.measure
 
 def sabotaged(run, settings, ceiling_tflops):
-    if distributed.rank() == 1 and run.shape.num_layers == 1:
+    if distributed.rank() == 1 and run.shape.layers == 1:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     return measure(run, settings, ceiling_tflops)
 

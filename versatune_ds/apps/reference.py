@@ -34,9 +34,7 @@ from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.domain.alarms import reference_alarms
 from versatune_ds.domain.evaluation import ModelEvaluation
 from versatune_ds.domain.reference import Fingerprints, ReferenceLosses, checked_losses
-from versatune_ds.domain.statistics import Vector
 from versatune_ds.domain.table import DomainTable
-from versatune_ds.domain.updaters import learnable_potential
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
 from versatune_ds.engine.run import report_alarms
@@ -45,6 +43,8 @@ from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import DataError, DivergenceError, StateError
 from versatune_ds.foundations.files import canonical_hash, folder_name, write_json_atomic
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.strategies.rules import learnable_potential
+from versatune_ds.strategies.simplex import Vector
 
 log = get_logger(__name__)
 

@@ -34,6 +34,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from versatune_ds.engine.model.families import planned_shape
 from versatune_ds.foundations.errors import DataError
 from versatune_ds.foundations.files import (
     canonical_hash,
@@ -179,15 +180,6 @@ def llama_config(vocab_size: int) -> dict[str, Any]:
     }
 
 
-def llama_parameter_count(config: Mapping[str, Any]) -> int:
-    """Parameters of the model that `llama_config` describes: embedding, layers, final norm, head."""
-    hidden, middle = config["hidden_size"], config["intermediate_size"]
-    key_value = config["num_key_value_heads"] * config["head_dim"]
-    attention = 2 * hidden * hidden + 2 * hidden * key_value
-    layer = attention + 3 * hidden * middle + 2 * hidden  # the last term: two norms
-    return int(2 * config["vocab_size"] * hidden + config["num_hidden_layers"] * layer + hidden)
-
-
 # Unpacking
 
 
@@ -291,7 +283,7 @@ def _report(folder: Path, *, written: tuple[str, ...], replaced: tuple[str, ...]
         written=written,
         replaced=replaced,
         vocab_size=len(tokenizer["model"]["vocab"]),
-        parameters=llama_parameter_count(config),
+        parameters=planned_shape(config, "sample").parameters,
     )
 
 

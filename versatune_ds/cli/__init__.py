@@ -1,1 +1,1 @@
-"""Floor 8: one short file per verb of the `versatune-ds` command."""
+"""Floor 9: one short file per verb of the `versatune-ds` command."""

@@ -144,14 +144,14 @@ class _Writer:
     """Keeps the files of a benchmark as far as its slices are through; rank 0 only."""
 
     def __init__(self, args: argparse.Namespace, settings: BenchSettings, num_slices: int) -> None:
-        from versatune_ds.apps.plan.decoder import find_decoder
+        from versatune_ds.apps.bench.shapes import find_shape
         from versatune_ds.foundations import distributed
 
         world_size = distributed.world_size()
         self._is_main = distributed.is_main()
         self._path = args.out / (args.name or _name(args, world_size))
         self._num_slices = num_slices
-        self._full = find_decoder(settings.shape).flops_shape()
+        self._full = find_shape(settings.shape)
         self._known = {
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "environment": {"date": time.strftime("%Y-%m-%d"), "world_size": world_size},

@@ -1,6 +1,6 @@
-"""`versatune-ds plan`: memory, time and cost of a run before anything is spent.
+"""`versatune-ds plan`: memory of a run before anything is spent.
 
-What is not covered: data; tokens are given with --tokens, or follow from `train.max_steps`.
+What is not covered: data, time and cost.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Register the verb."""
     parser = subparsers.add_parser(
         "plan",
-        help="does a run fit, how fast, at what cost; which settings fit best",
+        help="does a run fit, and which settings fit best",
         description=(
-            "Memory per GPU and host, checkpoint size, expected speed and cost of a run, from shapes alone. "
-            "Without --zero, --checkpointing and --offload the fastest settings that fit are chosen. Leaves "
-            "with 1 when the run does not fit."
+            "Memory per GPU and host and checkpoint size of a run, from shapes alone. Without --zero, "
+            "--checkpointing and --offload the settings that fit with the least extra work are chosen. "
+            "Leaves with 1 when the run does not fit."
         ),
     )
     what = parser.add_mutually_exclusive_group(required=True)
@@ -43,58 +43,37 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage")
     parser.add_argument("--checkpointing", metavar="off|all|N", help="recompute activations")
     parser.add_argument("--offload", choices=("none", "optimizer", "all"), help="to host memory")
-    parser.add_argument("--tokens", type=float, metavar="N", help="tokens to train on, e.g. 1e9")
-    parser.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="in any currency")
-    parser.add_argument("--mfu", type=float, default=0.5, metavar="X", help="assumed MFU (0.5)")
-    parser.add_argument("--network-gb-per-s", type=float, default=400.0, metavar="X", help="of a node (400)")
-    parser.add_argument("--disk-gb-per-s", type=float, default=2.0, metavar="X", help="for checkpoints (2)")
     parser.add_argument("--host-gib", type=float, default=1024.0, metavar="X", help="memory of a node (1024)")
-    parser.add_argument("--json", action="store_true", help="print JSON, bytes and seconds")
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --config")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
-    from versatune_ds.apps.plan.decoder import find_decoder
+    from versatune_ds.apps.bench.shapes import find_shape
     from versatune_ds.apps.plan.gpus import find_gpu
     from versatune_ds.apps.plan.plan import Machine, as_text, make_plan
 
-    machine = Machine(
-        gpu=find_gpu(args.gpu),
-        gpus_per_node=args.gpus_per_node,
-        mfu=args.mfu,
-        network_gb_per_s=args.network_gb_per_s,
-        disk_gb_per_s=args.disk_gb_per_s,
-        host_gib=args.host_gib,
-    )
-    settings, model, tokens = _settings(args)
+    machine = Machine(gpu=find_gpu(args.gpu), gpus_per_node=args.gpus_per_node, host_gib=args.host_gib)
+    settings, model = _settings(args)
     chosen = {"zero_stage": args.zero, "checkpointing": _checkpointing(args), "offload": args.offload}
     asked = {key: value for key, value in chosen.items() if value is not None}
     setup = _setup({**settings, **asked}, args)
-    plan = make_plan(
-        find_decoder(model),
-        setup,
-        machine,
-        search=not asked and args.config is None,
-        tokens=args.tokens if args.tokens is not None else tokens,
-        price_per_gpu_hour=args.price_per_gpu_hour,
-    )
+    plan = make_plan(find_shape(model), setup, machine, search=not asked and args.config is None)
     print(json.dumps(plan, indent=2) if args.json else as_text(plan))
     return EXIT_FAILURE if plan["verdict"] == "does not fit" else EXIT_OK
 
 
-def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], str, float | None]:
-    """(fields of `Setup`, model, tokens) of a run's settings, or of the defaults."""
+def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """(fields of `Setup`, model) of a run's settings, or of the defaults."""
     if args.config is None:
-        return {}, args.model, None
+        return {}, args.model
     from versatune_ds.apps.plan.memory import setup_fields
     from versatune_ds.config.load import load_config
 
     config = load_config(args.config, args.overrides)
-    steps = config.train.max_steps
-    tokens = None if steps is None else float(steps * config.batch.pack_len * config.batch.packs_per_step)
-    return setup_fields(config), config.model.source, tokens
+    return setup_fields(config), config.model.source
 
 
 def _setup(fields: dict[str, Any], args: argparse.Namespace) -> Any:

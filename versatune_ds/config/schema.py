@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from versatune_ds.config.secrets import find_secret
+from versatune_ds.strategies.rules import NEEDED, STRATEGIES
 
 DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized"]
 ChatTemplate = Literal["tokenizer", "chatml", "alpaca", "llama2", "llama3"]
 WeightUnit = Literal["samples", "tokens", "supervised_tokens"]
-Strategy = Literal["uniform", "inverse", "constant", "manual", "fostering", "expansion", "doremi", "raw_loss"]
-STRATEGIES_WITH_REFERENCE = ("fostering", "expansion", "doremi")
+if TYPE_CHECKING:
+    StrategyName = str
+else:
+    StrategyName = Literal[tuple(STRATEGIES)]
 WEIGHT_SUM_TOLERANCE = 1e-3
 """How far given shares may be from summing to 1 (rounded decimals); they are then scaled to sum to 1."""
 DEFAULT_COLLECTIVE_TIMEOUT_S = 1800.0
@@ -79,7 +82,7 @@ class Model(Section):
 
     source: str
     """Folder or hub name of a causal LM of the Qwen2, Qwen2.5, Qwen3 or Llama families. Others work when
-    their logits are plain products of hidden states and output weights; models that alter them: refused."""
+    their logits are plain products, or scaled or capped as in Cohere, Gemma and Granite; else: refused."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random`: build from `source`'s config.json only and initialise with `run.seed`."""
     tokenizer: str | None = None
@@ -87,12 +90,13 @@ class Model(Section):
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Compute precision; the optimizer always keeps fp32 master weights."""
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
-    """Attention for packs. `auto`: flash-attn if installed, else torch's varlen kernel, on CUDA; sdpa with
-    a block-diagonal mask on CPU (memory grows with `batch.pack_len` squared)."""
+    """Attention for packs. `auto`: on CUDA flash-attn or torch's varlen kernel, else sdpa (docs/train.md)."""
     activation_checkpointing: Literal["off", "all"] | Annotated[int, Field(ge=1, strict=True)] = "off"
     """Recompute activations in backward: for no layer, every layer, or every n-th layer."""
     loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
     """Implementation of the fused linear + cross-entropy. `auto`: triton on CUDA, else chunked."""
+    logits_dtype: Literal["fp32", "compute"] = "fp32"
+    """`compute`: logits in `dtype`, half the memory a larger error (docs/train.md); triton only."""
     liger: Literal["auto", "off"] = "auto"
     """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
     compile: Literal["off", "body"] = "off"
@@ -153,8 +157,7 @@ class Domains(Section):
     names: list[str] = Field(min_length=1)
     """Domain names; their order is the order of all tables."""
     initial: Literal["uniform"] | dict[str, float] | Path = "uniform"
-    """Weights to start from: the detected knowledge distribution (shares that sum to 1, or the
-    knowledge.json of `versatune-ds detect`)."""
+    """Weights to start from: detected shares (sum 1), or the knowledge.json of `versatune-ds detect`."""
     weight_unit: WeightUnit = "samples"
     """What a weight is a share of: samples (as in the paper), tokens, or supervised tokens."""
     min_weight: float = Field(0.0, ge=0, le=1)
@@ -196,7 +199,7 @@ class ScheduledWeights(Section):
 class Weights(Section):
     """How domain weights move. Symbols as in docs/weights.md: l loss, lref reference loss, gamma, phi."""
 
-    strategy: Strategy = "constant"
+    strategy: StrategyName = "constant"
     """`constant` keeps `domains.initial`; `uniform` and `inverse` ((1 - p) / Z) are static too; `manual`
     follows `schedule`; `fostering`, `expansion`, `doremi` and `raw_loss` move with the losses."""
     every_n_steps: int = Field(100, ge=1)
@@ -238,15 +241,9 @@ class Weights(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Weights:
-        if self.strategy in STRATEGIES_WITH_REFERENCE and self.reference is None:
-            raise ValueError(
-                f"strategy {self.strategy} compares with reference losses: give `reference` "
-                "(held-out nats per supervised token for every domain)"
-            )
-        if self.strategy == "expansion" and self.target is None:
-            raise ValueError("strategy expansion grows one domain: name it in `target`")
-        if self.strategy == "manual" and not self.schedule:
-            raise ValueError("strategy manual follows `schedule`: give a list or a weights.jsonl")
+        lacking = [name for name in STRATEGIES[self.strategy].requires if not getattr(self, name)]
+        if lacking:
+            raise ValueError("; ".join(f"strategy {self.strategy} {NEEDED[name]}" for name in lacking))
         if isinstance(self.schedule, list):
             steps = [entry.step for entry in self.schedule]
             if steps != sorted(set(steps)):

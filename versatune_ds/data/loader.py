@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ class _Unwanted(Exception):
     """Ends a prefetch whose result nobody will take."""
 
 
+@dataclass(eq=False)
 class StepLoader:
     """Batches of one rank, step by step.
 
@@ -67,31 +69,22 @@ class StepLoader:
         ConfigError: the ranks cannot share `packs_per_step` evenly.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        caches: Sequence[TokenSource | None],
-        settings: PlannerSettings,
-        state: PlannerState,
-        rank: int,
-        world_size: int,
-        *,
-        pad_id: int,
-        prefetch: bool = True,
-        pin_memory: bool = False,
-    ) -> None:
-        check_world_size(settings.packs_per_step, world_size)
-        self.state = state
+    corpus: Corpus
+    caches: Sequence[TokenSource | None]
+    settings: PlannerSettings
+    state: PlannerState
+    rank: int
+    world_size: int
+    _: KW_ONLY
+    pad_id: int
+    prefetch: bool = True
+    pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        check_world_size(self.settings.packs_per_step, self.world_size)
         self.last_plan: StepPlan | None = None
         self.last_plan_s = 0.0
-        self._corpus = corpus
-        self._caches = caches
-        self._settings = settings
-        self._rank = rank
-        self._world_size = world_size
-        self._pad_id = pad_id
-        self._pin_memory = pin_memory
-        self._pool = ThreadPoolExecutor(1, "versatune-loader") if prefetch else None
+        self._pool = ThreadPoolExecutor(1, "versatune-loader") if self.prefetch else None
         self._prefetch: _Prefetch | None = None
         self._closed = False
 
@@ -133,15 +126,15 @@ class StepLoader:
     def _prepare(self, weights: Float64, state: PlannerState, unwanted: threading.Event) -> _Prepared:
         """Plan the step after `state` and collate this rank's packs; touches nothing of the loader."""
         start = time.perf_counter()
-        plan = plan_step(self._corpus, self._settings, state, weights)
+        plan = plan_step(self.corpus, self.settings, state, weights)
         plan_s = time.perf_counter() - start
         batches = []
-        for pack in rank_packs(plan.packs, self._rank, self._world_size):
+        for pack in rank_packs(plan.packs, self.rank, self.world_size):
             if unwanted.is_set():
                 raise _Unwanted
-            batch = collate(pack, self._caches, self._settings.pack_len, self._pad_id)
+            batch = collate(pack, self.caches, self.settings.pack_len, self.pad_id)
             planned = sum(
-                int(self._corpus.supervised[domain][sample])
+                int(self.corpus.supervised[domain][sample])
                 for domain, sample in zip(pack.domains, pack.samples, strict=True)
             )
             if batch.supervised_tokens != planned:
@@ -150,7 +143,7 @@ class StepLoader:
                     f"planned with {planned}; the loss would be scaled wrongly. The token cache is damaged: "
                     "prepare it again"
                 )
-            batches.append(batch.pin_memory() if self._pin_memory else batch)
+            batches.append(batch.pin_memory() if self.pin_memory else batch)
         return _Prepared(plan, batches, plan_s)
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""Floor 3: domains, their loss statistics and the rules that move their weights; numpy only, no model."""
+"""Floor 4: domains, their loss statistics, and how a run moves their weights; numpy only, no model."""

@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 
 from versatune_ds.config.schema import Domains
-from versatune_ds.domain.simplex import entropy
-from versatune_ds.domain.statistics import Vector
 from versatune_ds.domain.table import DomainTable
-from versatune_ds.domain.updaters import Mask
+from versatune_ds.strategies.rules import Mask
+from versatune_ds.strategies.simplex import Vector, entropy
 
 MIN_GAMMA_SPREAD = 0.01
 """Largest minus smallest gamma below which the normalisation cancels the update."""

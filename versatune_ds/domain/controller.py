@@ -22,24 +22,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from versatune_ds.config.schema import STRATEGIES_WITH_REFERENCE, Domains, Weights
+from versatune_ds.config.schema import Domains, Weights
 from versatune_ds.domain.alarms import reference_alarms, weight_alarms
 from versatune_ds.domain.reference import ReferenceLosses, initial_weights
 from versatune_ds.domain.replay import resolve_schedule
-from versatune_ds.domain.simplex import SUM_TOLERANCE, entropy, limit_weights, project, weights_digest
-from versatune_ds.domain.statistics import DomainSums, Vector
+from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
-from versatune_ds.domain.updaters import (
-    STATIC_WEIGHTS,
-    UPDATERS,
+from versatune_ds.foundations.errors import ConfigError, StateError
+from versatune_ds.strategies.rules import (
+    STRATEGIES,
     GateDecision,
     Mask,
     UpdateInputs,
-    expansion_gate,
     forgetting_degree,
     learnable_potential,
 )
-from versatune_ds.foundations.errors import ConfigError, StateError
+from versatune_ds.strategies.simplex import (
+    SUM_TOLERANCE,
+    Vector,
+    entropy,
+    limit_weights,
+    project,
+    weights_digest,
+)
 
 STATE_VERSION = 1
 
@@ -120,7 +125,7 @@ class WeightController:
         table: the domains.
         domains: initial weights and limits.
         weights: strategy and its parameters.
-        reference: held-out losses (`load_reference`), needed by fostering, expansion and doremi.
+        reference: held-out losses (`load_reference`), needed by strategies that compare with them.
 
     Raises:
         ConfigError: no reference where one is needed; limits that no weights can keep; a schedule that
@@ -135,15 +140,15 @@ class WeightController:
         weights: Weights,
         reference: ReferenceLosses | None = None,
     ) -> None:
-        if weights.strategy in STRATEGIES_WITH_REFERENCE and reference is None:
+        self._strategy = STRATEGIES[weights.strategy]
+        if self._strategy.compares and reference is None:
             raise ConfigError(f"strategy {weights.strategy} needs reference losses: give weights.reference")
         self._table = table
         self._domains = domains
         self._settings = weights
         self._reference = reference
         self._target = None if weights.target is None else table.id_of(weights.target)
-        is_manual = weights.strategy == "manual"
-        self._schedule = resolve_schedule(weights.schedule, table) if is_manual else {}
+        self._schedule = resolve_schedule(weights.schedule, table) if self._strategy.is_scheduled else {}
         self._require_scheduled_limits()
         self._start = self._schedule.get(0, initial_weights(domains, weights, table))
         # no step limit before the first step: floor and cap hold from the start
@@ -196,9 +201,9 @@ class WeightController:
 
         Args:
             skipped: the last of them was not applied. What its losses would have moved waits for the next
-                update, whose window then is longer; a manual schedule asks no losses and does not wait.
+                update, whose window then is longer; a schedule asks no losses and does not wait.
         """
-        if self._settings.strategy == "manual":
+        if self._strategy.is_scheduled:
             return step > 0 and step in self._schedule
         return not skipped and step > 0 and step % self._settings.every_n_steps == 0
 
@@ -233,7 +238,7 @@ class WeightController:
             sums: held-out sums of the untrained model; of no domain where nothing was measured, which leaves
                 the alarms that need no losses.
         """
-        if self._reference is None or self._settings.strategy not in STRATEGIES_WITH_REFERENCE:
+        if self._reference is None or not self._strategy.compares:
             return []
         measured = sums.tokens > 0
         losses, lref = np.nan_to_num(sums.mean_loss()), self._reference.losses
@@ -383,28 +388,24 @@ class WeightController:
             reference=reference,
             gamma=measurement.gamma,
             phi=measurement.phi,
-            settings=self._settings,
             target=self._target,
             scheduled=self._schedule.get(step, self._weights),
         )
 
     def _propose(self, step: int, measurement: _Measurement) -> _Proposal:
         """The rule's weights, and what floor, cap and step limit leave of them."""
-        settings, before = self._settings, self._weights
-        is_manual = settings.strategy == "manual"
+        strategy, settings, before = self._strategy, self._settings, self._weights
         gate: GateDecision | None = None
         reasons = []
-        if measurement.present.any() or is_manual:
+        if measurement.present.any() or strategy.is_scheduled:
             inputs = self._inputs(step, measurement)
-            rule = UPDATERS[settings.strategy](inputs)
-            if settings.strategy == "expansion":
-                gate = expansion_gate(inputs)
-                reasons.append(self._gate_reason(gate))
+            rule, gate = strategy.propose(inputs, settings), strategy.decide(inputs, settings)
+            reasons += [gate.reason] if gate is not None else []
         else:
             rule = before.copy()
             reasons.append("no domain was measured: the weights stand")
         # a schedule is taken as it is; its floor and cap were checked at the start
-        after = rule if is_manual else self._limited(rule, before)
+        after = rule if strategy.is_scheduled else self._limited(rule, before)
         reasons += self._limit_reasons(rule, after)
         if settings.shadow:
             reasons.append("shadow: computed, not applied")
@@ -434,11 +435,6 @@ class WeightController:
             alarms=self._alarms(measurement, proposal.after),
         )
 
-    def _gate_reason(self, gate: GateDecision) -> str:
-        what = "largest" if self._settings.gate == "worst" else "mean"
-        verb, sign = ("open", "<=") if gate.is_open else ("closed", ">")
-        return f"gate {verb}: {what} phi of the others {gate.forgetting:.6g} {sign} {gate.limit:.6g}"
-
     def _limited(self, proposed: Vector, previous: Vector) -> Vector:
         return limit_weights(
             proposed,
@@ -459,10 +455,10 @@ class WeightController:
         return [f"limits (min_weight, max_weight, max_relative_change) changed the proposal: {moved}"]
 
     def _alarms(self, measurement: _Measurement, after: Vector) -> list[str]:
-        if self._settings.strategy in STATIC_WEIGHTS or self._settings.strategy == "manual":
+        if not self._strategy.moves_with_losses:
             return []
         alarms: list[str] = []
-        if self._reference is not None and self._settings.strategy in STRATEGIES_WITH_REFERENCE:
+        if self._reference is not None and self._strategy.compares:
             alarms += reference_alarms(
                 self._table,
                 measurement.losses,

@@ -28,9 +28,10 @@ import numpy as np
 
 from versatune_ds.domain.controller import WeightController, WeightUpdate
 from versatune_ds.domain.json_input import read_lines
-from versatune_ds.domain.statistics import NUM_ROWS, DomainSums, SumRow, Vector
+from versatune_ds.domain.statistics import NUM_ROWS, DomainSums, SumRow
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import ConfigError, DataError, unknown_name
+from versatune_ds.strategies.simplex import Vector
 
 STDERR_SUFFIX = ".stderr"
 UNKNOWN_TOKENS = 2.0**20

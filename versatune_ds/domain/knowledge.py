@@ -35,9 +35,9 @@ import numpy as np
 import numpy.typing as npt
 
 from versatune_ds.domain.json_input import numbers, read_object
-from versatune_ds.domain.statistics import Vector
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import DataError
+from versatune_ds.strategies.simplex import Vector
 
 KNOWLEDGE_FORMAT = "versatune_ds.knowledge"
 KNOWLEDGE_VERSION = 1

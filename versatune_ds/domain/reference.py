@@ -34,11 +34,10 @@ import numpy as np
 from versatune_ds.config.schema import Domains, Weights, require_shares
 from versatune_ds.domain.json_input import numbers, read_object
 from versatune_ds.domain.knowledge import read_knowledge
-from versatune_ds.domain.simplex import normalise
-from versatune_ds.domain.statistics import Vector
 from versatune_ds.domain.table import DomainTable
-from versatune_ds.domain.updaters import STATIC_WEIGHTS
 from versatune_ds.foundations.errors import ConfigError, DataError, unknown_name
+from versatune_ds.strategies.rules import STRATEGIES
+from versatune_ds.strategies.simplex import Vector, normalise
 
 REFERENCE_FORMAT = "versatune_ds.reference"
 REFERENCE_VERSION = 1
@@ -206,14 +205,12 @@ def prior_weights(domains: Domains, table: DomainTable) -> Vector:
 def initial_weights(domains: Domains, weights: Weights, table: DomainTable) -> Vector:
     """Weights before the first step, float64[k] on the simplex, floor and cap not yet applied.
 
-    The static strategies `uniform` and `inverse` turn the prior p of `domains.initial` into their weights;
-    all others start from p itself.
+    `uniform` and `inverse` turn the prior p of `domains.initial` into their weights; others start from p.
 
     Raises:
         ConfigError, DataError: as `prior_weights`.
     """
-    prior = prior_weights(domains, table)
-    return STATIC_WEIGHTS.get(weights.strategy, STATIC_WEIGHTS["constant"])(prior)
+    return STRATEGIES[weights.strategy].start(prior_weights(domains, table))
 
 
 def checked_losses(

@@ -17,10 +17,9 @@ from pydantic import ValidationError
 
 from versatune_ds.config.schema import ScheduledWeights
 from versatune_ds.domain.json_input import read_lines
-from versatune_ds.domain.simplex import normalise
-from versatune_ds.domain.statistics import Vector
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import DataError
+from versatune_ds.strategies.simplex import Vector, normalise
 
 
 def schedule_from_weights_jsonl(path: Path) -> list[ScheduledWeights]:

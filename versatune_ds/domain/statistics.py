@@ -30,9 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from versatune_ds.foundations.errors import StateError
-
-Vector = npt.NDArray[np.float64]
-"""float64[k]: one number per domain, in the order of the domain table."""
+from versatune_ds.strategies.simplex import Vector
 
 
 class SumRow(enum.IntEnum):

@@ -29,6 +29,8 @@ from versatune_ds.engine.checkpointing.folder import load_model_state, newest_so
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.faults.run_lock import unwritable
+from versatune_ds.engine.model.families import built_shape
+from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.engine.preflight.dry_run import dry_run_when_asked
 from versatune_ds.engine.prepared import Prepared, prepare_run
@@ -42,7 +44,6 @@ from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.progress import Progress
 from versatune_ds.observability.sinks import Sinks, open_sinks
-from versatune_ds.observability.throughput import ModelShape
 
 log = get_logger(__name__)
 
@@ -166,7 +167,7 @@ def assemble(
         probe=probe,
         sinks=sinks,
         progress=progress,
-        shape=ModelShape.from_config(backend.model.lm.config, *parameter_counts(backend.model)),
+        shape=built_shape(backend.model.lm.config, *parameter_counts(backend.model)),
         peak_tflops=accelerator_peak_tflops(config, backend.device),
     )
 

@@ -12,7 +12,7 @@ from versatune_ds.engine.run import Components
 from versatune_ds.engine.statistics import StepTotals
 from versatune_ds.foundations import distributed
 from versatune_ds.observability.records import StepRecord
-from versatune_ds.observability.throughput import mfu, peak_memory_gib, step_flops, step_flops_6n
+from versatune_ds.observability.throughput import mfu, peak_memory_gib
 
 
 def record_step(
@@ -38,14 +38,13 @@ def record_step(
     units = ("samples", "tokens", "supervised_tokens")
     lengths = [pack.lengths.astype("int64") for pack in plan.packs]
     step_s = times.age_s()
-    flops = step_flops(
-        run.shape,
+    flops = run.shape.step_flops(
         real_tokens=plan.tokens,
         supervised_tokens=plan.supervised_tokens,
         sum_squared_lengths=sum(int((n * n).sum()) for n in lengths),
     )
     slots = plan.num_packs * plan.pack_len
-    flops_6n = step_flops_6n(run.shape, slot_tokens=slots, pack_len=plan.pack_len)
+    flops_6n = run.shape.step_flops_6n(slot_tokens=slots, pack_len=plan.pack_len)
     record = StepRecord(
         step=plan.step + 1,
         loss=None if sums is None else sums.total_loss(),

@@ -10,12 +10,8 @@
 Every rank runs the same lines. What they decide from is either the same by construction (settings, plan) or
 the result of that one all-reduce.
 
-Where the host waits for the device: once in `StepStatistics.reduce`, and in what DeepSpeed 0.19.8 does under
-ZeRO-3 and offers no setting for: after each backward for the stream that reduces gradients (their buffers are
-used again), before a parameter is fetched for an older fetch (which bounds memory; on one rank for the fetch
-itself), and at the optimizer step for the norm, to see whether it is finite. With flash-attn transformers
-looks in every forward whether position ids hold several sequences; torch's varlen kernel is spared that
-(`attention.register_varlen`). `tests/engine/test_waits.py` counts what a CPU can show.
+The host waits for the device once a step, in `StepStatistics.reduce`, and where the backend has to
+(`backend/deepspeed_backend.py` says where). `tests/engine/test_waits.py` counts what a CPU can show.
 
 What is not covered: how a run is opened (`engine/run.py`), and what each part does inside.
 """

@@ -1,1 +1,1 @@
-"""Floor 5: what a run records and how people look at it: metrics, progress, plots, report."""
+"""Floor 6: what a run records and how people look at it: metrics, progress, plots, report."""

@@ -5,7 +5,7 @@ recomputes all layers or none: a line through slices that recompute another shar
 that cannot fit are refused before anything is built, with numbers and a cure. Slices whose tensors fit but
 not the margin are tried: the dry run decides.
 
-What is not covered: host memory, and what `plan_memory` leaves out (it counts a bit too much with
+What is not covered: host memory, and what `plan/memory.py` leaves out (it counts a bit too much with
 liger-kernel or torch.compile).
 """
 
@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import psutil
 
 from versatune_ds.apps.bench.settings import BenchSettings, bench_config
-from versatune_ds.apps.plan.decoder import Decoder, find_decoder
+from versatune_ds.apps.bench.shapes import find_shape
 from versatune_ds.apps.plan.memory import GIB, Checkpointing, Setup, memory_plan, setup_fields
 from versatune_ds.apps.plan.plan import CHECKPOINTING
+from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import VersaTuneError
 
@@ -73,7 +74,7 @@ def choose_slices(settings: BenchSettings, memory: DeviceMemory) -> list[Slice]:
     Without `settings.layers` the whole model when it fits with some recomputation, else the most layers that
     fit and half of them.
     """
-    shape = find_decoder(settings.shape)
+    shape = find_shape(settings.shape)
     setup, policies = _setup(settings, memory)
 
     def judged(layers: int, among: tuple[Checkpointing, ...] = policies) -> Slice:
@@ -94,7 +95,7 @@ def choose_slices(settings: BenchSettings, memory: DeviceMemory) -> list[Slice]:
 
 
 def fit(
-    shape: Decoder, setup: Setup, layers: int, policies: tuple[Checkpointing, ...], memory: DeviceMemory
+    shape: ModelShape, setup: Setup, layers: int, policies: tuple[Checkpointing, ...], memory: DeviceMemory
 ) -> Slice:
     """The first of `policies`, least recomputation first, that the slice fits with; else the smallest."""
     part = dataclasses.replace(shape, layers=layers)
@@ -110,7 +111,7 @@ def fit(
 
 
 def _setup(settings: BenchSettings, memory: DeviceMemory) -> tuple[Setup, tuple[Checkpointing, ...]]:
-    """What `plan_memory` needs of a run, and the recomputation to choose from."""
+    """What `plan/memory.py` needs of a run, and the recomputation to choose from."""
     asked = settings.activation_checkpointing
     fixed = settings.with_checkpointing("off" if asked == "auto" else asked)
     fields = setup_fields(bench_config(fixed, settings.shape, Path("run")))

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.foundations.errors import DataError
-from versatune_ds.observability.throughput import TERA, ModelShape, mfu, step_flops, step_flops_6n
+from versatune_ds.observability.throughput import TERA, mfu
 from versatune_ds.report.measures import number, percent
 
 SCHEMA_VERSION = 2
@@ -57,7 +58,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 class Work(NamedTuple):
-    """FLOPs over all ranks, in both conventions of `observability/throughput.py`."""
+    """FLOPs over all ranks, in both conventions of `engine/model/shape.py`."""
 
     flops: float
     """Useful work."""
@@ -67,13 +68,12 @@ class Work(NamedTuple):
 
 def work(shape: ModelShape, tokens: Mapping[str, float], pack_len: int) -> Work:
     """FLOPs of steps with these tokens (real, slot, supervised, sum_squared_lengths)."""
-    useful = step_flops(
-        shape,
+    useful = shape.step_flops(
         real_tokens=tokens["real"],
         supervised_tokens=tokens["supervised"],
         sum_squared_lengths=tokens["sum_squared_lengths"],
     )
-    return Work(useful, step_flops_6n(shape, slot_tokens=tokens["slot"], pack_len=pack_len))
+    return Work(useful, shape.step_flops_6n(slot_tokens=tokens["slot"], pack_len=pack_len))
 
 
 def rates(
@@ -152,12 +152,12 @@ def full_model(
 ) -> dict[str, Any]:
     """The step of the full model: measured when a slice was all of it, else extrapolated and marked."""
     longest = max(slices, key=lambda measured: measured["layers"])
-    ratio = full.num_parameters / longest["num_parameters"]
-    step_s, method = extrapolated_step_s(slices, full.num_layers, ratio)
+    ratio = full.parameters / longest["num_parameters"]
+    step_s, method = extrapolated_step_s(slices, full.layers, ratio)
     tokens = longest["tokens_per_step"]
     done = work(full, tokens, pack_len)
     return {
-        "layers": full.num_layers,
+        "layers": full.layers,
         "extrapolated": method != "measured",
         "method": method,
         "step_s": step_s,

@@ -30,7 +30,7 @@ class BenchSettings:
     """What is measured, and how often."""
 
     shape: str
-    """Name in `bench_shapes.SHAPES`."""
+    """Name in `shapes.SHAPES`."""
     layers: tuple[int, ...] = ()
     """Slices of the first n layers; empty: the whole model, or slices of it where it does not fit."""
     pack_len: int = 8192

@@ -1,4 +1,4 @@
-"""Named model shapes for benchmarks: the numbers of their config.json, so that no model has to be downloaded.
+"""Model shapes by name, for bench and plan: the numbers of their config.json, so that nothing is downloaded.
 
 A shape can be cut to its first n layers; embedding and head keep their true size.
 
@@ -7,9 +7,12 @@ What is not covered: weights (they are random) and tokenizers.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from versatune_ds.engine.model.families import planned_shape
+from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 from versatune_ds.foundations.files import write_json_atomic
 
@@ -95,29 +98,28 @@ def write_model_folder(folder: Path, name: str, layers: int | None = None) -> Pa
     return folder
 
 
-def layer_parameters(name: str) -> int:
-    """Parameters of one layer.
+def find_shape(model: str) -> ModelShape:
+    """The shape of a model by its name or folder.
 
-    With h hidden, m MLP width, d head size, n and k query and key-value heads: attention 2 h n d + 2 h k d
-    (and (n + 2 k) d biases in Qwen2), MLP 3 h m, two norms 2 h.
+    Args:
+        model: a name of `SHAPES`, a folder with a config.json, or a hub name whose last part begins with one
+            of the names (Qwen/Qwen2.5-32B-Instruct).
+
+    Raises:
+        ConfigError: neither a known name nor a folder with a usable config.json.
     """
-    shape = shape_config(name)
-    hidden, heads, kv_heads = (
-        shape[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
-    )
-    head_size = hidden // heads
-    attention = 2 * hidden * head_size * (heads + kv_heads)
-    biases = (heads + 2 * kv_heads) * head_size if shape["model_type"] == "qwen2" else 0
-    return attention + biases + 3 * hidden * shape["intermediate_size"] + 2 * hidden
-
-
-def nonembedding_parameters(name: str, layers: int | None = None) -> int:
-    """All parameters but embedding and head: the layers and the last norm."""
-    shape = shape_config(name, layers)
-    return shape["num_hidden_layers"] * layer_parameters(name) + shape["hidden_size"]
-
-
-def total_parameters(name: str, layers: int | None = None) -> int:
-    """All parameters; embedding and head are two matrices."""
-    shape = shape_config(name, layers)
-    return nonembedding_parameters(name, layers) + 2 * shape["hidden_size"] * shape["vocab_size"]
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{folder / 'config.json'}: not valid JSON: {error}") from None
+        return planned_shape(config, str(folder))
+    last = model.rsplit("/", 1)[-1].lower().removeprefix("meta-")
+    fitting = [name for name in SHAPES if last == name or last.startswith(f"{name}-")]
+    if not fitting:
+        raise ConfigError(
+            f"{unknown_name('model', model, SHAPES)}; or give a folder with the model's config.json"
+        )
+    name = max(fitting, key=len)
+    return planned_shape(shape_config(name), name)

@@ -26,7 +26,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from versatune_ds.config.schema import Config, Detect, Model
 from versatune_ds.engine.fingerprints import model_fingerprint, weight_files
-from versatune_ds.engine.model.packed_lm import DTYPES, load_architecture, load_lm
+from versatune_ds.engine.model.dtypes import DTYPES
+from versatune_ds.engine.model.packed_lm import load_architecture, load_lm
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 from versatune_ds.foundations.files import canonical_hash

@@ -19,7 +19,7 @@ import torch
 from versatune_ds.config.benchmarks import Benchmarks, Task
 from versatune_ds.config.schema import Model
 from versatune_ds.domain.evaluation import BenchmarkScore
-from versatune_ds.engine.model.packed_lm import DTYPES
+from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 from versatune_ds.foundations.log import get_logger

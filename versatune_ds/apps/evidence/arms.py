@@ -54,7 +54,7 @@ class ArmSpec:
 
     arm: str
     shape: str
-    """Name in `engine.bench_shapes.SHAPES`."""
+    """Name in `bench/shapes.SHAPES`."""
     layers: int
     model: str
     """Folder with a config.json."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class TrainingCase:
     """A model and how it is trained."""
 
     shape: str
@@ -25,8 +25,8 @@ class Case:
     recompute: str
 
 
-def _on_gpu(shape: str, layers: int, pack_len: int = 8192) -> Case:
-    return Case(
+def _on_gpu(shape: str, layers: int, pack_len: int = 8192) -> TrainingCase:
+    return TrainingCase(
         shape=shape,
         layers=layers,
         pack_len=pack_len,
@@ -40,7 +40,7 @@ def _on_gpu(shape: str, layers: int, pack_len: int = 8192) -> Case:
 
 
 CPU_CASES = {
-    "tiny": Case(
+    "tiny": TrainingCase(
         shape="tiny",
         layers=2,
         pack_len=128,
@@ -51,7 +51,7 @@ CPU_CASES = {
         lr=3e-3,
         recompute="off",
     ),
-    "small": Case(
+    "small": TrainingCase(
         shape="13m",
         layers=6,
         pack_len=1024,
@@ -63,7 +63,7 @@ CPU_CASES = {
         recompute="off",
     ),
 }
-GPU_CASES: list[tuple[float, list[Case]]] = [
+GPU_CASES: list[tuple[float, list[TrainingCase]]] = [
     # GiB of the card, cases: 16 bytes a parameter, and activations with recomputation of every layer
     (130, [_on_gpu("qwen2.5-32b", 8), _on_gpu("llama-3-8b", 32, 4096)]),
     (75, [_on_gpu("qwen2.5-32b", 4), _on_gpu("llama-3-8b", 12)]),
@@ -90,7 +90,7 @@ ARMS = (
 )
 
 
-def choose_cases(size: str, card_gib: float) -> list[Case]:
+def choose_cases(size: str, card_gib: float) -> list[TrainingCase]:
     """What fits: on a card by its memory, without one by `size`."""
     if size in CPU_CASES:
         return [CPU_CASES[size]]

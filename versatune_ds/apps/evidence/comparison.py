@@ -20,7 +20,7 @@ from typing import Any
 
 from versatune_ds.apps.bench.settings import shipped_deepspeed
 from versatune_ds.apps.bench.shapes import shape_config, write_model_folder
-from versatune_ds.apps.evidence.cases import ARMS, ROUNDS, Arm, Case, choose_cases
+from versatune_ds.apps.evidence.cases import ARMS, ROUNDS, Arm, TrainingCase, choose_cases
 from versatune_ds.apps.evidence.programs import Deadline, run_program
 from versatune_ds.apps.evidence.ratios import compare, summary_lines
 from versatune_ds.apps.evidence.record import LoadWatch, Record, memory_gib
@@ -76,7 +76,7 @@ def zero_section(is_cuda: bool) -> dict[str, Any]:
     return section
 
 
-def prepare_case(case: Case, folder: Path) -> None:
+def prepare_case(case: TrainingCase, folder: Path) -> None:
     """Model folder and samples, which all arms read."""
     write_model_folder(folder / "model", case.shape, case.layers)
     steps = case.warmup_steps + case.steps + 4  # the profile's, and what loaders fetch ahead
@@ -91,7 +91,7 @@ def prepare_case(case: Case, folder: Path) -> None:
 
 def run_arm(
     arm: Arm,
-    case: Case,
+    case: TrainingCase,
     zero: dict[str, Any],
     folder: Path,
     deadline: Deadline,

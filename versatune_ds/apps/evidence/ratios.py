@@ -13,14 +13,15 @@ What is not covered: where the runs come from (`comparison`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from versatune_ds.apps.bench.shapes import nonembedding_parameters, shape_config, total_parameters
-from versatune_ds.apps.evidence.cases import ARMS, Case
-from versatune_ds.observability.throughput import TERA, ModelShape, mfu, step_flops, step_flops_6n
+from versatune_ds.apps.bench.shapes import find_shape
+from versatune_ds.apps.evidence.cases import ARMS, TrainingCase
+from versatune_ds.observability.throughput import TERA, mfu
 
 INIT_STD = 0.02
 """Of random weights, as transformers draws them."""
@@ -32,7 +33,7 @@ CURVE_TOLERANCE = 0.03
 # --- numbers ------------------------------------------------------------------------------------------------
 
 
-def compare(case: Case, runs: Sequence[dict[str, Any]], peak: float | None) -> dict[str, Any]:
+def compare(case: TrainingCase, runs: Sequence[dict[str, Any]], peak: float | None) -> dict[str, Any]:
     """What the runs of a case amount to so far.
 
     Args:
@@ -73,21 +74,20 @@ def tokens_per_s(run: dict[str, Any], clock: str = "seconds") -> float:
 
 
 def arm_rates(
-    case: Case, runs: Sequence[dict[str, Any]], peak: float | None, ceiling: float | None
+    case: TrainingCase, runs: Sequence[dict[str, Any]], peak: float | None, ceiling: float | None
 ) -> dict[str, Any]:
     """Medians over an arm's runs; a share of useful FLOPs is None where its base is not known."""
-    shape = model_shape(case)
+    shape = dataclasses.replace(find_shape(case.shape), layers=case.layers)
     strict, as_papers_count = [], []
     for run in runs:
         tokens, seconds = run["tokens"], run["seconds"]
-        flops = step_flops(
-            shape,
+        flops = shape.step_flops(
             real_tokens=tokens["real"],
             supervised_tokens=tokens["supervised"],
             sum_squared_lengths=tokens["sum_squared_lengths"],
         )
         strict.append(flops / seconds)
-        whole = step_flops_6n(shape, slot_tokens=tokens["slot"], pack_len=case.pack_len)
+        whole = shape.step_flops_6n(slot_tokens=tokens["slot"], pack_len=case.pack_len)
         as_papers_count.append(whole / seconds)
     achieved = statistics.median(strict)
     profile = next((run["profile"] for run in runs if "profile" in run), None)
@@ -107,26 +107,13 @@ def arm_rates(
     }
 
 
-def model_shape(case: Case) -> ModelShape:
-    """The FLOPs shape of a case's model."""
-    shape = shape_config(case.shape, case.layers)
-    return ModelShape(
-        num_parameters=total_parameters(case.shape, case.layers),
-        num_parameters_nonembedding=nonembedding_parameters(case.shape, case.layers),
-        num_layers=case.layers,
-        attention_width=shape["hidden_size"],
-        hidden_size=shape["hidden_size"],
-        vocab_size=shape["vocab_size"],
-    )
-
-
-def checks(case: Case, by_arm: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def checks(case: TrainingCase, by_arm: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Whether the arms did the same work: by their losses.
 
     Random weights of standard deviation s give logits of variance H s^2, a first loss of ln V + H s^2 / 2.
     """
-    shape = shape_config(case.shape)
-    expected = math.log(shape["vocab_size"]) + shape["hidden_size"] * INIT_STD**2 / 2
+    shape = find_shape(case.shape)
+    expected = math.log(shape.vocab) + shape.hidden * INIT_STD**2 / 2
     curves = {name: runs[0]["losses"] for name, runs in by_arm.items() if runs}
     firsts = {name: losses[0] for name, losses in curves.items()}
     apart = [
@@ -135,7 +122,7 @@ def checks(case: Case, by_arm: dict[str, list[dict[str, Any]]]) -> dict[str, Any
         for a, b in zip(losses, next(iter(curves.values())), strict=False)
     ]
     return {
-        "ln_v": math.log(shape["vocab_size"]),
+        "ln_v": math.log(shape.vocab),
         "expected_first_loss": expected,
         "first_loss": firsts,
         "first_loss_holds": all(abs(first - expected) <= FIRST_LOSS_TOLERANCE for first in firsts.values()),

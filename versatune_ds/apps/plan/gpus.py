@@ -1,4 +1,4 @@
-"""Accelerators by name: what their data sheets say, for `versatune-ds plan`.
+"""Accelerators by name: memory and peak, as their data sheets say.
 
 The dense bf16 peak is the one that MFU is computed with (`observability.throughput.PEAK_TFLOPS`).
 
@@ -20,10 +20,6 @@ class Gpu(NamedTuple):
     """Key of `PEAK_TFLOPS`."""
     memory_gb: float
     """Memory in GB, 10^9 bytes, as the data sheet says; drivers report up to 7 % more."""
-    memory_gb_per_s: float
-    """Bandwidth of that memory in GB/s."""
-    link_gb_per_s: float
-    """Bandwidth to the other GPUs of the node in GB/s, one direction: half the data sheet's NVLink figure."""
 
     @property
     def peak_tflops(self) -> float:
@@ -33,21 +29,21 @@ class Gpu(NamedTuple):
 
 GPUS: dict[str, Gpu] = {
     # Sources: NVIDIA's data sheets of A100, A40, L4, L40S, H100, H200 and HGX B200 and product pages of A800,
-    # H800 and H20; AMD's of Instinct MI300X. Without NVLink: PCIe x16, 32 GB/s (4.0) or 64 GB/s (5.0).
-    "a40": Gpu("A40", 48, 696, 32),
-    "a100-40g": Gpu("A100", 40, 1555, 300),
-    "a100-80g": Gpu("A100", 80, 2039, 300),
-    "a800-80g": Gpu("A800", 80, 2039, 200),
-    "l4": Gpu("L4", 24, 300, 32),
-    "l40s": Gpu("L40S", 48, 864, 32),
-    "h100-80g": Gpu("H100", 80, 3350, 450),
-    "h100-80g-pcie": Gpu("H100 PCIe", 80, 2000, 64),
-    "h100-94g-nvl": Gpu("H100 NVL", 94, 3900, 64),
-    "h800-80g": Gpu("H800", 80, 3350, 200),
-    "h20-96g": Gpu("H20", 96, 4000, 450),
-    "h200-141g": Gpu("H200", 141, 4800, 450),
-    "b200-180g": Gpu("B200", 180, 7700, 900),
-    "mi300x-192g": Gpu("MI300X", 192, 5300, 448),
+    # H800 and H20; AMD's of Instinct MI300X.
+    "a40": Gpu("A40", 48),
+    "a100-40g": Gpu("A100", 40),
+    "a100-80g": Gpu("A100", 80),
+    "a800-80g": Gpu("A800", 80),
+    "l4": Gpu("L4", 24),
+    "l40s": Gpu("L40S", 48),
+    "h100-80g": Gpu("H100", 80),
+    "h100-80g-pcie": Gpu("H100 PCIe", 80),
+    "h100-94g-nvl": Gpu("H100 NVL", 94),
+    "h800-80g": Gpu("H800", 80),
+    "h20-96g": Gpu("H20", 96),
+    "h200-141g": Gpu("H200", 141),
+    "b200-180g": Gpu("B200", 180),
+    "mi300x-192g": Gpu("MI300X", 192),
 }
 
 

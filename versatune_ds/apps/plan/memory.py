@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-
-from versatune_ds.apps.plan.decoder import Decoder
 from versatune_ds.config.schema import Config
 from versatune_ds.domain.statistics import NUM_ROWS
+from versatune_ds.engine.model.dtypes import DTYPES
+from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.foundations.errors import ConfigError
 from versatune_kernels.chunked import VOCAB_BLOCK
 from versatune_kernels.contract import Effort
@@ -38,7 +37,6 @@ Offload = Literal["none", "optimizer", "all"]
 Checkpointing = Literal["off", "all"] | int
 
 GIB = 2**30
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP32, LONG, INT = 4, 8, 4
 """Bytes of an element."""
 
@@ -79,7 +77,7 @@ class ZeroBuffers:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Settings that memory and time depend on."""
+    """Settings that memory depends on."""
 
     gpus: int
     zero_stage: int = 3
@@ -89,6 +87,7 @@ class Setup:
     checkpointing: Checkpointing = "off"
     offload: Offload = "none"
     buffers: ZeroBuffers = ZeroBuffers()
+    logits_dtype: Literal["fp32", "compute"] = "fp32"
     supervised: float = 0.5
     """Share of positions with a label."""
     device: Literal["cuda", "cpu"] = "cuda"
@@ -146,6 +145,7 @@ def setup_fields(config: Config) -> dict[str, Any]:
     return {
         "zero_stage": int(zero.get("stage", 0)),
         "dtype": config.model.dtype,
+        "logits_dtype": config.model.logits_dtype,
         "pack_len": config.batch.pack_len,
         "packs_per_step": config.batch.packs_per_step,
         "checkpointing": config.model.activation_checkpointing,
@@ -188,7 +188,7 @@ def total(parts: tuple[Part, ...]) -> int:
     return sum(part.bytes for part in parts)
 
 
-def memory_plan(shape: Decoder, setup: Setup) -> MemoryPlan:
+def memory_plan(shape: ModelShape, setup: Setup) -> MemoryPlan:
     """Memory of a run.
 
     Args:
@@ -209,7 +209,7 @@ def memory_plan(shape: Decoder, setup: Setup) -> MemoryPlan:
     return MemoryPlan(held, forward, step, margin, host)
 
 
-def layer_activations(shape: Decoder, setup: Setup) -> int:
+def layer_activations(shape: ModelShape, setup: Setup) -> int:
     """Bytes that one layer keeps for backward when nothing is recomputed.
 
     Per token: two norms (the input in fp32, the normalised one and the scaled one in `dtype`), q, k, v and
@@ -221,7 +221,7 @@ def layer_activations(shape: Decoder, setup: Setup) -> int:
     attention = 2 * (shape.query_width + shape.kv_width) * s
     mlp = 4 * shape.mlp * s
     rest = FP32 * (2 + shape.heads)
-    if shape.family == "qwen3":  # norms of every head of q and k
+    if shape.head_norms:
         rest += (shape.query_width + shape.kv_width) * (FP32 + s) + FP32 * (shape.heads + shape.kv_heads)
     return setup.pack_len * (2 * norm + attention + mlp + rest)
 
@@ -233,7 +233,7 @@ def recomputed_layers(layers: int, policy: Checkpointing) -> int:
     return layers if policy == "all" else math.ceil(layers / int(policy))
 
 
-def saved_activations(shape: Decoder, setup: Setup) -> int:
+def saved_activations(shape: ModelShape, setup: Setup) -> int:
     """Bytes that the layers and the last norm keep for backward, after a whole forward."""
     s, tokens = setup.element, setup.pack_len
     recomputed = recomputed_layers(shape.layers, setup.checkpointing)
@@ -244,7 +244,7 @@ def saved_activations(shape: Decoder, setup: Setup) -> int:
     return kept + inputs + last_norm + rotary
 
 
-def _activations(shape: Decoder, setup: Setup) -> tuple[Part, ...]:
+def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     """Saved tensors, the layer in backward, and the batch."""
     tokens, s = setup.pack_len, setup.element
     parts = [Part("activations kept for backward", saved_activations(shape, setup), True)]
@@ -264,15 +264,15 @@ def _activations(shape: Decoder, setup: Setup) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _loss(shape: Decoder, setup: Setup) -> tuple[Part, ...]:
+def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     """Logits of a chunk and the gradients that the fused loss computes in its forward pass."""
     tokens, s, width, vocab = setup.pack_len, setup.element, shape.hidden, shape.vocab
     labels = max(1, round(setup.supervised * tokens))
-    effort = Effort(True, True, 0, 0, "fp32")
+    effort = Effort(True, True, 0, 0, setup.logits_dtype)
     if setup.device == "cuda":
         rows, fp32_sum = triton_chunks(effort, labels, width, vocab, DTYPES[setup.dtype])
         gradient = FP32 if setup.dtype == "fp16" else s
-        logits = min(rows, labels) * row_stride(vocab) * FP32
+        logits = min(rows, labels) * row_stride(vocab) * (FP32 if setup.logits_dtype == "fp32" else s)
         weight = vocab * width * (FP32 if fp32_sum else gradient)
         rounded = vocab * width * gradient if fp32_sum and gradient != FP32 else 0
         hidden = tokens * width * gradient + min(rows, labels) * width * 2 * s
@@ -291,7 +291,7 @@ def _loss(shape: Decoder, setup: Setup) -> tuple[Part, ...]:
     )
 
 
-def _gathered(shape: Decoder, setup: Setup) -> tuple[Part, ...]:
+def _gathered(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     """Whole weights that ZeRO-3 holds for a while."""
     if setup.zero_stage < 3:
         return ()
@@ -302,7 +302,7 @@ def _gathered(shape: Decoder, setup: Setup) -> tuple[Part, ...]:
 
 
 def _states(
-    shape: Decoder, setup: Setup
+    shape: ModelShape, setup: Setup
 ) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
     """(always held on the GPU, gradients of a step, added by the optimizer step, held in host memory)."""
     n, s, stage, buffers = shape.parameters, setup.element, setup.zero_stage, setup.buffers
@@ -313,7 +313,8 @@ def _states(
     parameters = Part("parameters", (shard if stage == 3 else n) * s, True)
     (host if setup.offload == "all" and stage == 3 else held).append(parameters)
     if stage == 3:
-        small = [size for size in _vectors(shape) if size < buffers.persistence_threshold]
+        vectors = (*shape.vectors * shape.layers, shape.hidden)
+        small = [size for size in vectors if size < buffers.persistence_threshold]
         held.append(Part("parameters kept whole (small ones)", sum(small) * s, True))
         if buffers.hpz_ranks > 1:
             held.append(Part("parameters, secondary copy (ZeRO++)", n * s // buffers.hpz_ranks, False))
@@ -346,15 +347,3 @@ def _states(
         if setup.device == "cpu":
             step.append(Part("temporaries of AdamW", one_group * 2 * FP32, True))
     return tuple(held), tuple(of_step), tuple(step), tuple(host)
-
-
-def _vectors(shape: Decoder) -> list[int]:
-    """Sizes of the norms and biases."""
-    per_layer = [shape.hidden, shape.hidden]
-    if shape.family == "qwen2":
-        per_layer += [shape.query_width, shape.kv_width, shape.kv_width]
-    elif shape.attention_biases:
-        per_layer += [shape.query_width, shape.kv_width, shape.kv_width, shape.hidden]
-    if shape.family == "qwen3":
-        per_layer += [shape.head_size, shape.head_size]
-    return per_layer * shape.layers + [shape.hidden]

@@ -64,6 +64,13 @@ class TokenCache:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.domain: str = manifest["domain"]
+        self.fingerprint: str = manifest["fingerprint"]
+        """Hash of all content: equal caches, wherever and however they were made, have equal ones."""
+        self.num_tokens: int = manifest["tokens"]
+        """Tokens of all samples."""
+        self.num_supervised: int = manifest["supervised_tokens"]
+        """Supervised tokens of all samples, counted on shifted labels."""
         self.lengths: npt.NDArray[np.int32] = self._map("lengths.bin", "<i4")
         """int32[n], tokens per sample."""
         self.supervised: npt.NDArray[np.int32] = self._map("supervised.bin", "<i4")
@@ -89,26 +96,6 @@ class TokenCache:
 
     def __len__(self) -> int:
         return int(self.manifest["samples"])
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all content: equal caches, wherever and however they were made, have equal ones."""
-        return str(self.manifest["fingerprint"])
-
-    @property
-    def domain(self) -> str:
-        """Name of the domain."""
-        return str(self.manifest["domain"])
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all samples."""
-        return int(self.manifest["tokens"])
-
-    @property
-    def num_supervised(self) -> int:
-        """Supervised tokens of all samples, counted on shifted labels."""
-        return int(self.manifest["supervised_tokens"])
 
     def sample(self, i: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
         """Sample i: tokens uint32[len] and mask bool[len] (True: supervised).

@@ -95,20 +95,14 @@ def prepare(config: Config, *, progress: bool = True) -> PreparedData:
         StateError: the cache folder cannot be written.
     """
     refuse_unguarded_import()
-    with _full_disk_named(config.data.cache_dir):
-        return _prepare(config, progress)
-
-
-@contextlib.contextmanager
-def _full_disk_named(cache_dir: Path) -> Iterator[None]:
     try:
-        yield
+        return _prepare(config, progress)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise StateError(
-            f"no space left in data.cache_dir {cache_dir}; free some and run the command again: it goes on "
-            "where it stopped"
+            f"no space left in data.cache_dir {config.data.cache_dir}; free some and run the command again: "
+            "it goes on where it stopped"
         ) from error
 
 

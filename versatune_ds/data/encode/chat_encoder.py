@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from versatune_ds.data.encode.templating import ChatRenderer, RenderedChat
-from versatune_ds.data.encode.tokenizer import say_once
+from versatune_ds.data.encode.tokenizer import warn_once
 from versatune_ds.data.rows.reasons import BadRow, Reason
 from versatune_ds.data.rows.schemas import Conversation, TokenRow
 from versatune_ds.foundations.errors import ConfigError
@@ -100,7 +100,7 @@ class ChatEncoder:
         )
         encoder._check_against(tokenizer)
         if "strftime_now" in encoder.template.text:
-            say_once("the chat template writes today's date into every sample that it renders")
+            warn_once("the chat template writes today's date into every sample that it renders")
         return encoder
 
     def __getstate__(self) -> dict[str, Any]:
@@ -265,10 +265,9 @@ class ChatEncoder:
             ("assistant", "No."),
         )
         sample = self.encode([Conversation(turns)])[0]
-        if isinstance(sample, BadRow):
-            # A template may take single rounds only; rows then decide.
-            sample = self.encode([Conversation(turns[:2])])[0]
+        if isinstance(sample, BadRow):  # a template may take single rounds only; rows then decide
             turns = turns[:2]
+            sample = self.encode([Conversation(turns)])[0]
         if isinstance(sample, BadRow):
             raise ConfigError(f"the chat template cannot be trained with: {sample}")
         expected = tokenizer.apply_chat_template(

@@ -81,7 +81,7 @@ def template_text(tokenizer: Any, name: str) -> str:
         )
     if stop == "eos_token":
         return text
-    say_once(
+    warn_once(
         f"the {name} template ends turns with {stop}, which is not a special token of this tokenizer; its "
         f"eos token {tokenizer.eos_token} is used instead"
     )
@@ -89,7 +89,7 @@ def template_text(tokenizer: Any, name: str) -> str:
 
 
 @functools.cache
-def say_once(text: str) -> None:
+def warn_once(text: str) -> None:
     """Warn of something that concerns every sample."""
     logger.warning(text)
 

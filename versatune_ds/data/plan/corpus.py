@@ -26,17 +26,12 @@ Float64 = npt.NDArray[np.float64]
 class SampleSource(Protocol):
     """What the planner reads of a token cache."""
 
-    @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """int32[n], tokens of each sample."""
-
-    @property
-    def supervised(self) -> npt.NDArray[np.int32]:
-        """int32[n], supervised tokens of each sample, counted on shifted labels."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the content."""
+    lengths: npt.NDArray[np.int32]
+    """int32[n], tokens of each sample."""
+    supervised: npt.NDArray[np.int32]
+    """int32[n], supervised tokens of each sample, counted on shifted labels."""
+    fingerprint: str
+    """Hash of the content."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,18 +55,11 @@ class Corpus:
         k = len(self.lengths)
         if not self.names:
             object.__setattr__(self, "names", tuple(f"domain {i}" for i in range(k)))
-        if not k == len(self.supervised) == len(self.names):
-            raise ValueError(
-                f"{k} domains of lengths, {len(self.supervised)} of supervised, {len(self.names)} names"
-            )
-        for name, lengths, supervised in zip(self.names, self.lengths, self.supervised, strict=True):
-            if len(lengths) != len(supervised):
-                raise ValueError(f"{name}: {len(lengths)} lengths, {len(supervised)} supervised counts")
         if not self.fingerprints:
             hashes = map(_fingerprint, self.lengths, self.supervised)
             object.__setattr__(self, "fingerprints", tuple(hashes))
-        if len(self.fingerprints) != k:
-            raise ValueError(f"{k} domains, {len(self.fingerprints)} fingerprints")
+        assert k == len(self.supervised) == len(self.names) == len(self.fingerprints)
+        assert list(map(len, self.lengths)) == list(map(len, self.supervised))
 
     @classmethod
     def from_caches(cls, caches: Sequence[SampleSource | None], names: Sequence[str]) -> Corpus:

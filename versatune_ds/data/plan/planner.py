@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import repeat
 
 import numpy as np
 
@@ -103,6 +103,10 @@ class StepPlan:
         return self.trained.shares()
 
 
+_Drawn = tuple[int, int, int, int, int]
+"""Domain, sample, tokens, supervised tokens, and the step it was drawn in; a tuple: there are many."""
+
+
 class _Stream:
     """A domain's samples in drawing order, over pass ends, with lengths looked up in blocks."""
 
@@ -118,21 +122,17 @@ class _Stream:
         self._lengths = corpus.lengths[domain]
         self._supervised = corpus.supervised[domain]
         self._lookup_samples = FIRST_LOOKUP_SAMPLES
-        self._block: list[tuple[int, int, int]] = []
+        self._step = state.step
+        self._block: list[_Drawn] = []
 
-    def next(self) -> tuple[int, int, int]:
-        """(sample, length, supervised tokens) of the next draw."""
+    def next(self) -> _Drawn:
+        """The next draw."""
         if not self._block:
-            samples = order.lookup(
-                self._size,
-                self.position,
-                seed=self._seed,
-                domain=self._domain,
-                pass_index=self.pass_index,
-            )[: self._lookup_samples]
+            which = {"seed": self._seed, "domain": self._domain, "pass_index": self.pass_index}
+            samples = order.lookup(self._size, self.position, **which)[: self._lookup_samples]
             self._lookup_samples *= 2
-            rows = (samples, self._lengths[samples], self._supervised[samples])
-            self._block = list(zip(*(row.tolist() for row in rows), strict=True))
+            rows = [row.tolist() for row in (samples, self._lengths[samples], self._supervised[samples])]
+            self._block = list(zip(repeat(self._domain), *rows, repeat(self._step)))
             self._block.reverse()
         self.remaining -= 1
         self.position += 1
@@ -142,38 +142,28 @@ class _Stream:
         return self._block.pop()
 
 
-class _Drawn(NamedTuple):
-    """A sample on its way into a pack, and the step it was drawn in."""
-
-    domain: int
-    sample: int
-    length: int
-    supervised: int
-    step: int
-
-
-def _totals(samples: Sequence[_Drawn], num_domains: int) -> Totals:
-    counts = [[0] * num_domains for _ in WEIGHT_UNITS]
-    for drawn in samples:
-        for count, size in zip(counts, (1, drawn.length, drawn.supervised), strict=True):
-            count[drawn.domain] += size
+def _totals(drawn: Sequence[_Drawn], num_domains: int) -> Totals:
+    samples, tokens, supervised = counts = [[0] * num_domains for _ in WEIGHT_UNITS]
+    for domain, _, length, labelled, _ in drawn:
+        samples[domain] += 1
+        tokens[domain] += length
+        supervised[domain] += labelled
     return Totals(*map(tuple, counts))
 
 
 def _carried(corpus: Corpus, carry: Sequence[Carried]) -> list[_Drawn]:
     """The carry-over in the order in which it is placed: oldest first, then longest first."""
-    pool = [
-        _Drawn(
-            domain, sample, int(corpus.lengths[domain][sample]), int(corpus.supervised[domain][sample]), step
-        )
-        for domain, sample, step in carry
+    rows = sorted(
+        (step, -int(corpus.lengths[domain][sample]), domain, sample) for domain, sample, step in carry
+    )
+    return [
+        (domain, sample, -length, int(corpus.supervised[domain][sample]), step)
+        for step, length, domain, sample in rows
     ]
-    return sorted(pool, key=lambda drawn: (drawn.step, -drawn.length, drawn.domain, drawn.sample))
 
 
 def _draw(
     settings: PlannerSettings,
-    step: int,
     weights: Sequence[float],
     credit: Sequence[float],
     streams: Sequence[_Stream],
@@ -189,19 +179,20 @@ def _draw(
     by_supervised = settings.weight_unit == "supervised_tokens"
     full = settings.tokens_per_step
     overfull = full * (1 + MAX_OVERFILL)
-    tokens = sum(drawn.length for drawn in pool)
+    tokens = sum(length for _, _, length, _, _ in pool)
     before = list(credit)
     drawn_units = [0] * len(streams)
     while tokens < full and any(shared := spread_over_remaining(weights, [s.remaining for s in streams])):
         rule = rule_type(shared, credit)
         while True:
             domain = rule.pick()
-            sample, length, supervised = streams[domain].next()
+            drawn = streams[domain].next()
+            _, _, length, supervised, _ = drawn
             size = 1 if of_samples else supervised if by_supervised else length
             rule.add(domain, size)
             drawn_units[domain] += size
             tokens += length
-            pool.append(_Drawn(domain, sample, length, supervised, step))
+            pool.append(drawn)
             if streams[domain].remaining <= 0:
                 break
             if tokens >= full and (not of_samples or tokens >= overfull or _settled(rule.credit())):
@@ -260,10 +251,10 @@ def plan_step(
 
     pool = _carried(corpus, state.carry)
     num_carried = len(pool)
-    credit, target = _draw(settings, state.step, exact_weights.tolist(), state.credit, streams, pool)
+    credit, target = _draw(settings, exact_weights.tolist(), state.credit, streams, pool)
     if not pool:
         raise StateError(_used_up(corpus, settings, state, exact_weights))
-    lengths = [drawn.length for drawn in pool]
+    lengths = [length for _, _, length, _, _ in pool]
     bins, rest = fill_packs(lengths, num_carried, settings.packs_per_step, settings.pack_len)
     packs = [[pool[i] for i in indices] for indices in bins]
 
@@ -275,7 +266,7 @@ def plan_step(
         passes=tuple(stream.pass_index for stream in streams),
         positions=tuple(stream.position for stream in streams),
         credit=tuple(credit),
-        carry=tuple(Carried(pool[i].domain, pool[i].sample, pool[i].step) for i in rest),
+        carry=tuple(Carried(domain, sample, step) for domain, sample, _, _, step in (pool[i] for i in rest)),
         drawn=state.drawn.plus(drawn),
         trained=state.trained.plus(trained),
         made_for=state.made_for or made_for(corpus, settings),
@@ -290,18 +281,19 @@ def plan_step(
         packs=by_cost([_pack(pack) for pack in packs], settings.pack_len),
         drawn=drawn,
         trained=trained,
-        max_wait_steps=max(state.step - sample.step for sample in packed),
+        max_wait_steps=max(state.step - step for _, _, _, _, step in packed),
         exhausted=tuple(i for i in range(k) if streams[i].remaining <= 0 and corpus.num_samples[i]),
         pack_len=settings.pack_len,
         state_after=state_after,
     )
 
 
-def _pack(samples: Sequence[_Drawn]) -> Pack:
+def _pack(drawn: Sequence[_Drawn]) -> Pack:
+    domains, indices, lengths, _, _ = zip(*drawn, strict=True) if drawn else ((),) * 5
     return Pack(
-        domains=np.array([drawn.domain for drawn in samples], dtype=np.int32),
-        samples=np.array([drawn.sample for drawn in samples], dtype=np.int64),
-        lengths=np.array([drawn.length for drawn in samples], dtype=np.int32),
+        domains=np.array(domains, dtype=np.int32),
+        samples=np.array(indices, dtype=np.int64),
+        lengths=np.array(lengths, dtype=np.int32),
     )
 
 

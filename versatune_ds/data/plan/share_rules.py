@@ -36,6 +36,10 @@ class ShareRule:
         """Count a draw of `size` units."""
         self._units += size
         self._drawn[domain] += size
+        self._schedule(domain)
+
+    def _schedule(self, domain: int) -> None:
+        """Note what `pick` asks of a domain that was drawn."""
 
     def credit(self) -> list[float]:
         """Target minus drawn per domain, in units."""
@@ -55,7 +59,7 @@ class ChairmanRule(ShareRule):
 
     The bound holds from credits of 0 and for constant weights. At a change no rule that does not know the
     future can keep it: weights that move at every draw to the domains behind force 1/2 + ... + 1/m.
-    The credits are kept, so nothing is lost, and `_draw` ends steps at settled credits.
+    The credits are kept, so nothing is lost, and the planner ends steps at settled credits.
     """
 
     def __init__(self, weights: Sequence[float], credit: Sequence[float]) -> None:
@@ -83,10 +87,6 @@ class ChairmanRule(ShareRule):
         if best < 0:  # only after a weight change: the credits of the active domains sum to less than 0
             best = min(self._active, key=deadline.__getitem__)
         return best
-
-    def add(self, domain: int, size: int) -> None:
-        super().add(domain, size)
-        self._schedule(domain)
 
 
 class DeficitRule(ShareRule):

@@ -1,17 +1,11 @@
 """Raw rows from files, with the place of each, whatever the container.
 
-`read_blocks` streams one file as blocks of
-raw rows: it only finds where rows begin and end, so one process can feed many. `decode_block` turns a block
-into Python dicts, in the process that uses them. Memory is bounded by a few blocks, whatever the file's size.
+`read_blocks` streams one file as blocks of raw rows: it only finds where rows begin and end, so one process
+can feed many. `decode_block` turns a block into Python dicts, in the process that uses them. Memory is
+bounded by a few blocks, whatever the file's size.
 
 A row or file that cannot be used becomes a `BadRow` in its place; whether that stops the work is decided by
 the caller. Accepted without a word: a UTF-8 byte-order mark at the start, CRLF line ends, blank lines.
-
-    .jsonl .ndjson          one JSON object per line
-    .json                   a list of objects, or JSON Lines when the first line is a whole object
-    .parquet                top-level columns are the row's fields
-    .gz .zst after these    compressed (not Parquet, which has its own compression)
-    hub:owner/name          a data set on the hub, streamed with `datasets` (extra `hub`)
 
 What is not covered: finding files, and which kinds there are (`files.py`).
 """

@@ -1,14 +1,6 @@
 """Row schemas: a raw dict becomes a conversation, or token ids with a mask, or a reason why not.
 
-| format            | required columns                              | optional                 |
-|-------------------|-----------------------------------------------|--------------------------|
-| messages          | messages: [{role, content}, ...]              |                          |
-| sharegpt          | conversations: [{from, value}, ...]           | system                   |
-| pretokenized      | input_ids and one of labels, supervised_mask  | attention_mask, all ones |
-| alpaca            | instruction, output                           | input, system            |
-| prompt_completion | prompt, completion                            | system                   |
-
-A file has one format: the named one, or the first of the table whose required columns a row of the file has
+A file has one format: the named one, or the first of `FORMATS` whose required columns a row of the file has
 (the first such row decides). `columns` maps these names to the file's own ones, also inside the turns of
 messages and sharegpt (`role`, `content`, `from`, `value`). Other columns are not looked at. Types are strict:
 nothing is turned into text.

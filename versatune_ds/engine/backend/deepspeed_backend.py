@@ -2,6 +2,12 @@
 
 Also the bare model for evaluation, without gradients: partitioned under ZeRO-3, whole otherwise.
 
+Where the host waits for the device in what DeepSpeed 0.19.8 does under ZeRO-3 and offers no setting for:
+after each backward for the stream that reduces gradients (their buffers are used again), before a parameter
+is fetched for an older fetch (which bounds memory; on one rank for the fetch itself), and at the optimizer
+step for the norm, to see whether it is finite. With flash-attn transformers looks in every forward whether
+position ids hold several sequences; torch's varlen kernel is spared that (`attention.register_varlen`).
+
 What is not covered: which settings DeepSpeed gets (`deepspeed_config.py`), and dividing a saved state anew
 (`reshard.py`).
 """
@@ -240,9 +246,14 @@ def _build_model(
     if config.model.dtype == "fp16" and device.type == "cpu":
         raise ConfigError("model.dtype fp16 needs CUDA; use bf16 or fp32 on CPUs")
     try:
-        resolve_backend(config.model.loss_backend, device.type)
+        loss = resolve_backend(config.model.loss_backend, device.type)
     except KernelError as error:
         raise ConfigError(f"model.loss_backend: {error}") from None
+    if config.model.logits_dtype == "compute" and loss.name != "triton":
+        raise ConfigError(
+            f"model.logits_dtype compute: only the triton loss holds 16-bit logits, and this run takes "
+            f"{loss.name} ({loss.reason}); use fp32"
+        )
     attention = choose_attention(config.model, device.type)
     is_zero3 = zero_stage(settings) == 3
     zero3 = HfDeepSpeedConfig(settings) if is_zero3 else None  # kept alive: transformers looks it up

@@ -28,7 +28,8 @@ from versatune_ds.data.encode.tokenizer import load_tokenizer, set_chat_template
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.saved_shards import SavedWeights
 from versatune_ds.engine.checkpointing.folder import saved_state
-from versatune_ds.engine.model.packed_lm import DTYPES, load_architecture
+from versatune_ds.engine.model.dtypes import DTYPES
+from versatune_ds.engine.model.packed_lm import load_architecture
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import SaveError, VersaTuneError
 from versatune_ds.foundations.files import fsync_dir, fsync_tree, write_json_atomic

@@ -5,8 +5,8 @@ restart, which it does only without an attention mask and without a cache. On CU
 sample boundaries: flash-attn when it is installed, else torch's own. `isolation_leak` measures, on the real
 model, that a neighbour's tokens change nothing; a backend that leaks is an error, never a warning.
 
-What is not covered: sliding-window layers with a window shorter than a sample on the varlen backend
-(refused), and sequence parallelism.
+What is not covered: sliding-window layers with a window shorter than a sample, and capped scores, on the
+varlen backend (both refused); sequence parallelism.
 """
 
 from __future__ import annotations
@@ -108,6 +108,8 @@ def varlen_attention(
         raise ConfigError("varlen attention was called without sample boundaries: samples would mix")
     if sliding_window is not None and sliding_window < longest:
         raise ConfigError("varlen attention does not do sliding windows; use flash_attention_2")
+    if kwargs.get("softcap") is not None:
+        raise ConfigError("varlen attention does not cap its scores; use flash_attention_2")
     grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if NAMES_GROUPED_HEADS else {}
     out = varlen_attn(
         query[0].transpose(0, 1),

@@ -5,8 +5,8 @@ come from rank 0, which alone reads them (docs/plan.md). The head module owns th
 ZeRO-3 a weight exists only inside the forward of the module it belongs to; it reuses the very Parameter of
 `lm_head`, so tied embeddings stay tied.
 
-What is not covered: adapters (LoRA), output layers with a bias, models that scale or cap their logits, and
-mixtures of experts; the last three are refused.
+What is not covered: adapters (LoRA), output layers with a bias, and mixtures of experts; the last two are
+refused.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from versatune_ds.config.schema import Model
 from versatune_ds.data.collate import Batch
 from versatune_ds.engine.model.attention import AttentionChoice
+from versatune_ds.engine.model.dtypes import DTYPES
+from versatune_ds.engine.model.families import LogitRule, logit_rule
 from versatune_ds.engine.phases import LOSS, timed
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError
@@ -37,8 +39,6 @@ from versatune_kernels import LossOutput, linear_cross_entropy
 LIGER_PARTS = ("rms_norm", "swiglu", "rope")
 """What `model.liger: auto` takes from liger-kernel, by the names of its switches."""
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 class LossHead(nn.Module):
     """Output projection and cross-entropy in one; owns the [V, H] weight.
@@ -46,12 +46,14 @@ class LossHead(nn.Module):
     Args:
         weight: the model's output weight, the same Parameter object (tied or not, partitioned or not).
         backend: `model.loss_backend`.
+        logits_dtype: `model.logits_dtype`.
+        rule: what the model does to its logits.
     """
 
-    def __init__(self, weight: nn.Parameter, backend: str) -> None:
+    def __init__(self, weight: nn.Parameter, backend: str, logits_dtype: str, rule: LogitRule) -> None:
         super().__init__()
         self.weight = weight
-        self.backend = backend
+        self.backend, self.logits_dtype, self.rule = backend, logits_dtype, rule
 
     def forward(
         self,
@@ -61,6 +63,7 @@ class LossHead(nn.Module):
         num_samples: int,
         num_valid: int,
         normalizer: float,
+        token_weight: torch.Tensor | None = None,
     ) -> LossOutput:
         """Loss of a pack. `hidden` [T, H] is positional: ZeRO-3's release hook ignores keywords."""
         return linear_cross_entropy(
@@ -71,6 +74,10 @@ class LossHead(nn.Module):
             num_samples=num_samples,
             num_valid=num_valid,
             normalizer=normalizer,
+            token_weight=token_weight,
+            logit_scale=self.rule.scale,
+            softcap=self.rule.softcap,
+            logits_dtype=self.logits_dtype,
             backend=self.backend,
         )
 
@@ -82,16 +89,22 @@ class PackedCausalLM(nn.Module):
         lm: the transformers model; its `lm_head` becomes a `LossHead`.
         loss_backend: `model.loss_backend`.
         liger: what `apply_liger` did.
+        logits_dtype: `model.logits_dtype`.
+
+    Raises:
+        ConfigError: an output layer or a change of the logits that the loss cannot follow.
     """
 
-    def __init__(self, lm: PreTrainedModel, loss_backend: str, liger: str = "off") -> None:
+    def __init__(
+        self, lm: PreTrainedModel, loss_backend: str, liger: str = "off", logits_dtype: str = "fp32"
+    ) -> None:
         super().__init__()
         self.liger = liger
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
         self.tied = lm.get_input_embeddings().weight is head.weight
-        lm.set_output_embeddings(LossHead(head.weight, loss_backend))
+        lm.set_output_embeddings(LossHead(head.weight, loss_backend, logits_dtype, logit_rule(lm.config)))
         self.lm: Any = lm
 
     def hidden_states(
@@ -124,12 +137,19 @@ class PackedCausalLM(nn.Module):
         num_samples: int,
         num_valid: int,
         normalizer: float,
+        token_weight: torch.Tensor | None = None,
     ) -> LossOutput:
-        """Loss of one pack (see `data.collate.Batch` for shapes), divided by `normalizer`."""
+        """Loss of one pack (see `data.collate.Batch` for shapes), divided by `normalizer`.
+
+        Args:
+            token_weight: floating [T]. Factor of each token in the loss, not in the sums; None: 1.
+        """
         hidden = self.hidden_states(input_ids, position_ids, cu_seqlens, max_seqlen)
         head = self.lm.get_output_embeddings()
         with timed(LOSS):
-            out: LossOutput = head(hidden, labels, sample_ids, num_samples, num_valid, normalizer)
+            out: LossOutput = head(
+                hidden, labels, sample_ids, num_samples, num_valid, normalizer, token_weight
+            )
         return out
 
 
@@ -172,7 +192,7 @@ def build_model(
     checkpoint_activations(lm, settings.activation_checkpointing)
     if settings.compile == "body":
         lm.base_model.compile()
-    return PackedCausalLM(lm, settings.loss_backend, liger)
+    return PackedCausalLM(lm, settings.loss_backend, liger, settings.logits_dtype)
 
 
 def load_lm(settings: Model, seed: int, **options: Any) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import Config, Weights
 from versatune_ds.data.cache.cache import check_file
 from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, supply
@@ -25,9 +25,11 @@ from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.replay import resolve_schedule
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.checkpointing.folder import list_checkpoints
+from versatune_ds.engine.model.families import logit_rule
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.strategies.rules import STRATEGIES, settings_of_others
 
 log = get_logger(__name__)
 
@@ -103,18 +105,19 @@ def check_domains_have_data(
     config: Config, table: DomainTable, corpus: Corpus, controller: WeightController
 ) -> None:
     """Refuse a domain without training samples that has, or may be given, a weight."""
+    strategy = STRATEGIES[config.weights.strategy]
     could_rise = np.zeros(len(table), dtype=bool)
     why = "its weight is above 0 (domains.initial, domains.min_weight)"
-    if config.weights.strategy == "manual":
+    if strategy.is_scheduled:
         for weights in resolve_schedule(config.weights.schedule, table).values():
             could_rise |= weights > 0
         why = "weights.schedule gives it a weight"
-    elif config.weights.strategy == "expansion":
+    elif "target" in strategy.requires:
         could_rise[table.id_of(config.weights.target or "")] = True
         why = "it is weights.target"
-    elif config.weights.strategy == "doremi" and config.weights.smoothing > 0:
+    elif strategy.revives_by is not None and getattr(config.weights, strategy.revives_by) > 0:
         could_rise[:] = True
-        why = "doremi's smoothing gives every domain a weight"
+        why = f"{config.weights.strategy}'s {strategy.revives_by} gives every domain a weight"
     for name, size, weight, rises in zip(
         table.names, corpus.num_samples, controller.weights, could_rise, strict=True
     ):
@@ -151,14 +154,7 @@ def check_architecture(architecture: Any, tokenizer: Any, corpus: Corpus) -> Non
     Raises:
         ConfigError: naming the numbers.
     """
-    neutral = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
-    for key, value in neutral.items():
-        if getattr(architecture, key, None) not in (None, value):
-            raise ConfigError(
-                f"{architecture.model_type} models change their logits ({key}: "
-                f"{getattr(architecture, key)}), "
-                "which the fused loss would leave out; use a Qwen or Llama model"
-            )
+    logit_rule(architecture)
     if getattr(architecture, "router_aux_loss_coef", None) is not None:
         raise ConfigError(
             f"{architecture.model_type} is a mixture of experts; its router loss is not supported"
@@ -183,12 +179,12 @@ def check_architecture(architecture: Any, tokenizer: Any, corpus: Corpus) -> Non
 
 def ignored_settings(config: Config) -> list[str]:
     """Settings that were given and have no effect with the others; for the first lines of a run."""
-    ignored = []
     strategy = config.weights.strategy
-    if config.weights.target is not None and strategy != "expansion":
-        ignored.append(f"weights.target (strategy is {strategy})")
-    if config.weights.schedule is not None and strategy != "manual":
-        ignored.append(f"weights.schedule (strategy is {strategy})")
+    ignored = [
+        f"weights.{name} (strategy is {strategy})"
+        for name, field in Weights.model_fields.items()
+        if name in settings_of_others(strategy) and getattr(config.weights, name) != field.default
+    ]
     if config.evaluation.max_samples_per_domain is not None and config.evaluation.every_n_steps is None:
         ignored.append("evaluation.max_samples_per_domain (evaluation.every_n_steps is not set)")
     if config.evaluation.domains is not None and config.evaluation.every_n_steps is None:

@@ -1,4 +1,4 @@
-"""The rules that turn losses into domain weights: pure functions, float64, in the plain dict `UPDATERS`.
+"""The strategies that move domain weights: a rule each, pure and float64, and the table `STRATEGIES`.
 
 Symbols, by domain j: w weight, l loss now and lref held-out reference loss (nats per supervised token),
 gamma learnable potential, phi forgetting degree. Z makes the weights sum to 1.
@@ -10,23 +10,26 @@ and `expansion` (three gates) are our readings of it, each with a name, and not 
 A domain whose loss was never measured keeps its weight; a rule re-weights the measured ones among
 themselves. A rule that only multiplies cannot revive a domain of weight 0: use `min_weight` for that.
 
-A new rule touches one function here, one row of the table in tests/domain/test_updaters.py and one YAML.
+A rule takes `UpdateInputs` and, by keyword, the settings of `weights.*` that it reads; what no other strategy
+reads has no effect with another one, and a run says so. A new strategy is its rule and an entry of the table
+here, a row of the table in tests/strategies/test_rules.py and a file in configs/strategies; a setting that
+only it has is a field of `Weights` in config/schema.py.
 
-What is not covered: floor, cap and step limit (`simplex`), windows and absent domains (`controller`).
+What is not covered: floor, cap and step limit (`simplex`), windows and absent domains (`domain.controller`).
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from versatune_ds.config.schema import Weights
-from versatune_ds.domain.simplex import NEGLIGIBLE, normalise
-from versatune_ds.domain.statistics import Vector
+from versatune_ds.strategies.simplex import NEGLIGIBLE, Vector, normalise
 
 Mask = npt.NDArray[np.bool_]
 
@@ -54,8 +57,6 @@ class UpdateInputs:
     """float64[k]: learnable potential, 0 .. 1."""
     phi: Vector
     """float64[k]: forgetting degree, >= 0."""
-    settings: Weights
-    """Strategy and its parameters."""
     target: int | None = None
     """Id of the domain to grow (expansion)."""
     scheduled: Vector | None = None
@@ -81,6 +82,15 @@ class GateDecision:
     """Mean or largest phi over the domains other than the target."""
     limit: float
     """What it may not exceed."""
+    statistic: str
+    """`mean` or `largest`."""
+
+    @property
+    def reason(self) -> str:
+        """The decision in words."""
+        verb, sign = ("open", "<=") if self.is_open else ("closed", ">")
+        numbers = f"{self.forgetting:.6g} {sign} {self.limit:.6g}"
+        return f"gate {verb}: {self.statistic} phi of the others {numbers}"
 
 
 def learnable_potential(
@@ -127,16 +137,8 @@ def inverse_weights(prior: Vector) -> Vector:
 
 
 def constant_weights(prior: Vector) -> Vector:
-    """w_j = p_j, "knowledge-consistent" in VersaTune: the detected distribution, never moved."""
+    """w_j = p_j: the detected distribution."""
     return prior.copy()
-
-
-STATIC_WEIGHTS: dict[str, Callable[[Vector], Vector]] = {
-    "uniform": uniform_weights,
-    "inverse": inverse_weights,
-    "constant": constant_weights,
-}
-"""Weights of the static strategies from the prior p (`domains.initial`, float64[k] on the simplex)."""
 
 
 def keep(inputs: UpdateInputs) -> Vector:
@@ -151,16 +153,18 @@ def manual(inputs: UpdateInputs) -> Vector:
     return inputs.scheduled.copy()
 
 
-def fostering(inputs: UpdateInputs) -> Vector:
+def fostering(inputs: UpdateInputs, *, form: str, sigma: float) -> Vector:
     """Multi-ability fostering: domains with much left to learn grow.
 
     linear: w_j <- w_j (1 + sigma gamma_j) / Z; exponential: w_j <- w_j exp(sigma gamma_j) / Z.
     Two readings of VersaTune's Algorithm 2, whose text is not public to us.
     """
-    return _foster(inputs, inputs.measured)
+    return _foster(inputs, inputs.measured, form, sigma)
 
 
-def expansion(inputs: UpdateInputs) -> Vector:
+def expansion(
+    inputs: UpdateInputs, *, form: str, sigma: float, delta: float, gate: str, epsilon: float
+) -> Vector:
     """Flexible domain expansion: a target e grows while the other domains are not forgotten.
 
     Gate open: w_e <- w_e + delta (at most 1), w_j <- w_j (1 - w_e_new) / (1 - w_e_old) for j != e.
@@ -170,19 +174,19 @@ def expansion(inputs: UpdateInputs) -> Vector:
     """
     target = _target(inputs)
     others = np.arange(len(inputs.weights)) != target
-    if not expansion_gate(inputs).is_open:
-        return _foster(inputs, inputs.measured & others)
+    if not expansion_gate(inputs, gate=gate, epsilon=epsilon).is_open:
+        return _foster(inputs, inputs.measured & others, form, sigma)
     weights = inputs.weights.copy()
     rest = 1.0 - weights[target]
     if rest <= 0:
         return weights
-    grown = min(weights[target] + inputs.settings.delta, 1.0)
+    grown = min(weights[target] + delta, 1.0)
     weights[others] *= (1.0 - grown) / rest
     weights[target] = grown
     return normalise(weights)
 
 
-def expansion_gate(inputs: UpdateInputs) -> GateDecision:
+def expansion_gate(inputs: UpdateInputs, *, gate: str, epsilon: float) -> GateDecision:
     """Compare the forgetting of the domains j != e with a limit; equal is open.
 
     relative: mean phi_j <= epsilon gamma_e; absolute: mean phi_j <= epsilon; worst: max phi_j <= epsilon
@@ -190,25 +194,23 @@ def expansion_gate(inputs: UpdateInputs) -> GateDecision:
     """
     target = _target(inputs)
     others = np.delete(inputs.phi, target)
+    statistic = "largest" if gate == "worst" else "mean"
     if not len(others):
-        return GateDecision(is_open=True, forgetting=0.0, limit=0.0)
-    settings = inputs.settings
-    forgetting = float(others.max()) if settings.gate == "worst" else math.fsum(others) / len(others)
-    scale = 1.0 if settings.gate == "absolute" else float(inputs.gamma[target])
-    limit = settings.epsilon * scale
-    return GateDecision(is_open=forgetting <= limit, forgetting=forgetting, limit=limit)
+        return GateDecision(True, 0.0, 0.0, statistic)
+    forgetting = float(others.max()) if gate == "worst" else math.fsum(others) / len(others)
+    limit = epsilon * (1.0 if gate == "absolute" else float(inputs.gamma[target]))
+    return GateDecision(forgetting <= limit, forgetting, limit, statistic)
 
 
-def doremi(inputs: UpdateInputs) -> Vector:
+def doremi(inputs: UpdateInputs, *, eta: float, smoothing: float) -> Vector:
     """a_j <- w_j exp(eta max(l_j - lref_j, 0)) / Z; w_j <- (1 - c) a_j + c / k.
 
     DoReMi (Xie et al., arXiv 2305.10429, Algorithm 1), with c = `smoothing`. The original clips the excess
     loss of each token at 0; we have one reference number a domain and clip the excess of the mean.
     """
-    settings = inputs.settings
     excess = np.maximum(inputs.losses - inputs.reference, 0.0)
-    raised = _reweight_exp(inputs.weights, settings.eta * excess, inputs.measured)
-    return normalise((1.0 - settings.smoothing) * raised + settings.smoothing / len(raised))
+    raised = _reweight_exp(inputs.weights, eta * excess, inputs.measured)
+    return normalise((1.0 - smoothing) * raised + smoothing / len(raised))
 
 
 def raw_loss(inputs: UpdateInputs) -> Vector:
@@ -216,17 +218,86 @@ def raw_loss(inputs: UpdateInputs) -> Vector:
     return _reweight_exp(inputs.weights, inputs.losses, inputs.measured)
 
 
-UPDATERS: dict[str, Callable[[UpdateInputs], Vector]] = {
-    "uniform": keep,
-    "inverse": keep,
-    "constant": keep,
-    "manual": manual,
-    "fostering": fostering,
-    "expansion": expansion,
-    "doremi": doremi,
-    "raw_loss": raw_loss,
+NEEDED = {
+    "reference": "compares with reference losses: give `reference` (held-out nats per supervised token for "
+    "every domain)",
+    "target": "grows one domain: name it in `target`",
+    "schedule": "follows `schedule`: give a list or a weights.jsonl",
 }
-"""Strategy name -> rule; float64[k] on the simplex in, float64[k] on the simplex out."""
+"""What a strategy may require -> what it is for and how to give it."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How the weights of a run begin and how they move."""
+
+    rule: Callable[..., Vector] = keep
+    """`UpdateInputs`, and by keyword the settings of its own -> float64[k] on the simplex."""
+    start: Callable[[Vector], Vector] = constant_weights
+    """Prior p (`domains.initial`, float64[k] on the simplex) -> weights before the first step."""
+    requires: tuple[str, ...] = ()
+    """Settings of `NEEDED` that it cannot be without. With a schedule its rule is called at the scheduled
+    steps, with or without losses, and its weights are taken as they are."""
+    gate: Callable[..., GateDecision] | None = None
+    """Whether the target may grow, to be recorded; it is called as `rule` is."""
+    revives_by: str | None = None
+    """Setting of its own that, above 0, gives a weight to every domain, also to one that has none."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether losses are compared with reference losses."""
+        return "reference" in self.requires
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether its weights are known before the first step, and no losses move them."""
+        return "schedule" in self.requires
+
+    @property
+    def moves_with_losses(self) -> bool:
+        """Whether losses move the weights."""
+        return self.rule is not keep and not self.is_scheduled
+
+    @property
+    def own_settings(self) -> set[str]:
+        """Settings of `weights.*` that have an effect only with strategies that name them."""
+        gate = set() if self.gate is None else _keywords(self.gate)
+        return _keywords(self.rule) | gate | (set(self.requires) - {"reference"})
+
+    def propose(self, inputs: UpdateInputs, settings: object) -> Vector:
+        """float64[k] on the simplex: what the rule makes of the inputs; `settings` are `Weights`."""
+        return _call(self.rule, inputs, settings)
+
+    def decide(self, inputs: UpdateInputs, settings: object) -> GateDecision | None:
+        """The decision of the gate, if the strategy has one."""
+        return None if self.gate is None else _call(self.gate, inputs, settings)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "uniform": Strategy(start=uniform_weights),
+    "inverse": Strategy(start=inverse_weights),
+    "constant": Strategy(),
+    "manual": Strategy(manual, requires=("schedule",)),
+    "fostering": Strategy(fostering, requires=("reference",)),
+    "expansion": Strategy(expansion, requires=("reference", "target"), gate=expansion_gate),
+    "doremi": Strategy(doremi, requires=("reference",), revives_by="smoothing"),
+    "raw_loss": Strategy(raw_loss),
+}
+"""`weights.strategy` -> what it does. `constant` is "knowledge-consistent" in VersaTune: p, never moved."""
+
+
+def settings_of_others(strategy: str) -> set[str]:
+    """Settings of `weights.*` that other strategies have for themselves: without effect with this one."""
+    known = set().union(*(other.own_settings for other in STRATEGIES.values()))
+    return known - STRATEGIES[strategy].own_settings
+
+
+def _keywords(function: Callable[..., Any]) -> set[str]:
+    return set(inspect.getfullargspec(function).kwonlyargs)
+
+
+def _call(function: Callable[..., Any], inputs: UpdateInputs, settings: object) -> Any:
+    return function(inputs, **{name: getattr(settings, name) for name in _keywords(function)})
 
 
 def _target(inputs: UpdateInputs) -> int:
@@ -235,9 +306,9 @@ def _target(inputs: UpdateInputs) -> int:
     return inputs.target
 
 
-def _foster(inputs: UpdateInputs, movable: Mask) -> Vector:
-    strength = inputs.settings.sigma * inputs.gamma
-    if inputs.settings.form == "exponential":
+def _foster(inputs: UpdateInputs, movable: Mask, form: str, sigma: float) -> Vector:
+    strength = sigma * inputs.gamma
+    if form == "exponential":
         return _reweight_exp(inputs.weights, strength, movable)
     return _reweight(inputs.weights, 1.0 + strength, movable)
 

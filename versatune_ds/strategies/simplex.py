@@ -17,9 +17,12 @@ import hashlib
 import math
 
 import numpy as np
+import numpy.typing as npt
 
-from versatune_ds.domain.statistics import Vector
 from versatune_ds.foundations.errors import ConfigError
+
+Vector = npt.NDArray[np.float64]
+"""float64[k]: one number per domain, in the order of the domain table."""
 
 SUM_TOLERANCE = 1e-12
 """Weights whose sum is this close to 1 are on the simplex; they are left as they are, bit for bit."""

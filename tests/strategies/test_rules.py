@@ -11,38 +11,42 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from versatune_ds.config.schema import STRATEGIES_WITH_REFERENCE, ScheduledWeights, Weights
-from versatune_ds.domain.updaters import (
-    STATIC_WEIGHTS,
-    UPDATERS,
+from versatune_ds.config.schema import ScheduledWeights, Weights
+from versatune_ds.strategies.rules import (
+    NEEDED,
+    STRATEGIES,
     UpdateInputs,
     expansion_gate,
     forgetting_degree,
     learnable_potential,
+    settings_of_others,
 )
 
 LN2 = math.log(2)
-STRATEGIES = list(Weights.model_fields["strategy"].annotation.__args__)
+GIVEN = {
+    "reference": {"a": 1.0},
+    "target": "a",
+    "schedule": [ScheduledWeights(step=1, weights={"a": 1.0})],
+}
+"""What the schema wants to see; the rules do not read it."""
 
 
 def settings_of(strategy: str, **more) -> Weights:
-    """Settings that the schema accepts; reference and schedule are not read by the rules."""
-    needed = {}
-    if strategy in STRATEGIES_WITH_REFERENCE:
-        needed["reference"] = {"a": 1.0}
-    if strategy == "expansion":
-        needed["target"] = "a"
-    if strategy == "manual":
-        needed["schedule"] = [ScheduledWeights(step=1, weights={"a": 1.0})]
+    """Settings that the schema accepts."""
+    needed = {name: GIVEN[name] for name in STRATEGIES[strategy].requires}
     return Weights(strategy=strategy, **(needed | more))
 
 
-def inputs_of(settings: Weights, weights, **vectors) -> UpdateInputs:
+def inputs_of(weights, **vectors) -> UpdateInputs:
     k = len(weights)
     filled = dict.fromkeys(("losses", "reference", "gamma", "phi"), np.zeros(k))
     filled |= {"measured": np.ones(k, bool), "scheduled": np.array(weights, float)}
     filled |= {name: np.array(value) for name, value in vectors.items()}
-    return UpdateInputs(weights=np.array(weights, float), settings=settings, target=0, **filled)
+    return UpdateInputs(weights=np.array(weights, float), target=0, **filled)
+
+
+def proposal(settings: Weights, weights, **vectors) -> np.ndarray:
+    return STRATEGIES[settings.strategy].propose(inputs_of(weights, **vectors), settings)
 
 
 QUARTER = [0.25, 0.25, 0.5]
@@ -92,22 +96,45 @@ TABLE = [
 
 @pytest.mark.parametrize(("strategy", "options", "before", "vectors", "after"), TABLE)
 def test_rule_by_hand(strategy, options, before, vectors, after):
-    inputs = inputs_of(settings_of(strategy, **options), before, **vectors)
-    np.testing.assert_allclose(UPDATERS[strategy](inputs), after, rtol=1e-14, atol=0)
+    found = proposal(settings_of(strategy, **options), before, **vectors)
+    np.testing.assert_allclose(found, after, rtol=1e-14, atol=0)
 
 
 def test_table_covers_every_strategy():
-    assert {row[0] for row in TABLE} == set(UPDATERS) == set(STRATEGIES)
+    accepted = Weights.model_fields["strategy"].annotation.__args__
+    assert {row[0] for row in TABLE} == set(STRATEGIES) == set(accepted)
 
 
-def test_static_weights_by_hand():
+def test_what_a_strategy_reads_and_requires_are_settings():
+    for strategy in STRATEGIES.values():
+        assert strategy.own_settings <= set(Weights.model_fields)
+        assert set(strategy.requires) <= set(NEEDED)
+        assert strategy.revives_by is None or strategy.revives_by in strategy.own_settings
+
+
+@pytest.mark.parametrize(
+    ("strategy", "without_effect"),
+    [
+        ("constant", {"form", "sigma", "target", "delta", "gate", "epsilon", "eta", "smoothing", "schedule"}),
+        ("fostering", {"target", "delta", "gate", "epsilon", "eta", "smoothing", "schedule"}),
+        ("expansion", {"eta", "smoothing", "schedule"}),
+        ("doremi", {"form", "sigma", "target", "delta", "gate", "epsilon", "schedule"}),
+        ("manual", {"form", "sigma", "target", "delta", "gate", "epsilon", "eta", "smoothing"}),
+    ],
+)
+def test_settings_of_other_strategies_have_no_effect(strategy, without_effect):
+    assert settings_of_others(strategy) == without_effect
+
+
+def test_starts_by_hand():
     prior = np.array([0.6, 0.3, 0.1])
-    np.testing.assert_allclose(STATIC_WEIGHTS["uniform"](prior), [1 / 3] * 3, rtol=1e-15)
+    np.testing.assert_allclose(STRATEGIES["uniform"].start(prior), [1 / 3] * 3, rtol=1e-15)
     # (1 - p) = 0.4, 0.7, 0.9, sum 2
-    np.testing.assert_allclose(STATIC_WEIGHTS["inverse"](prior), [0.2, 0.35, 0.45], rtol=1e-15)
-    np.testing.assert_array_equal(STATIC_WEIGHTS["constant"](prior), prior)
-    for rule in STATIC_WEIGHTS.values():
-        np.testing.assert_array_equal(rule(np.ones(1)), [1.0])
+    np.testing.assert_allclose(STRATEGIES["inverse"].start(prior), [0.2, 0.35, 0.45], rtol=1e-15)
+    for strategy in set(STRATEGIES) - {"uniform", "inverse"}:
+        np.testing.assert_array_equal(STRATEGIES[strategy].start(prior), prior)
+    for strategy in STRATEGIES.values():
+        np.testing.assert_array_equal(strategy.start(np.ones(1)), [1.0])
 
 
 def test_gamma_by_hand():
@@ -150,40 +177,41 @@ def test_a_loss_of_zero_divides_nothing():
     ],
 )
 def test_gates(gate, epsilon, is_open, forgetting, limit):
-    settings = settings_of("expansion", gate=gate, epsilon=epsilon)
     # the target's own phi (9) must not count
-    decision = expansion_gate(inputs_of(settings, QUARTER, gamma=[0.2, 0.9, 0.9], phi=[9.0, 0.1, 0.3]))
+    inputs = inputs_of(QUARTER, gamma=[0.2, 0.9, 0.9], phi=[9.0, 0.1, 0.3])
+    decision = expansion_gate(inputs, gate=gate, epsilon=epsilon)
     assert decision.is_open is is_open
     assert (decision.forgetting, decision.limit) == pytest.approx((forgetting, limit))
+    assert (
+        STRATEGIES["expansion"].decide(inputs, settings_of("expansion", gate=gate, epsilon=epsilon))
+        == decision
+    )
 
 
 def test_one_domain_keeps_weight_one():
-    for strategy, rule in UPDATERS.items():
-        inputs = inputs_of(settings_of(strategy), [1.0], losses=[2.0], gamma=[0.5], phi=[0.1])
-        np.testing.assert_array_equal(rule(inputs), [1.0])
+    for strategy in STRATEGIES:
+        after = proposal(settings_of(strategy), [1.0], losses=[2.0], gamma=[0.5], phi=[0.1])
+        np.testing.assert_array_equal(after, [1.0])
 
 
 @pytest.mark.parametrize("strategy", ["fostering", "raw_loss"])
 def test_an_unmeasured_domain_keeps_its_weight(strategy):
-    inputs = inputs_of(settings_of(strategy), QUARTER, losses=[3.0, 0.0, 1.0], gamma=[0.5, 0.0, 0.1],
-                       measured=[True, False, True])  # fmt: skip
-    after = UPDATERS[strategy](inputs)
+    after = proposal(settings_of(strategy), QUARTER, losses=[3.0, 0.0, 1.0], gamma=[0.5, 0.0, 0.1],
+                     measured=[True, False, True])  # fmt: skip
     assert after[1] == 0.25 and after[0] > 0.25 and after.sum() == pytest.approx(1)
 
 
 def test_closed_expansion_moves_neither_target_nor_unmeasured_domains():
-    inputs = inputs_of(settings_of("expansion"), [0.2, 0.3, 0.4, 0.1], gamma=[0.0, 0.0, 0.0, 0.5],
-                       phi=[0.0, 0.0, 0.1, 0.0], measured=[True, False, True, True])  # fmt: skip
+    after = proposal(settings_of("expansion"), [0.2, 0.3, 0.4, 0.1], gamma=[0.0, 0.0, 0.0, 0.5],
+                     phi=[0.0, 0.0, 0.1, 0.0], measured=[True, False, True, True])  # fmt: skip
     # 0.5 shared as 0.4 : 0.1 * 1.5, sum 0.55
-    np.testing.assert_allclose(
-        UPDATERS["expansion"](inputs), [0.2, 0.3, 0.2 / 0.55, 0.075 / 0.55], rtol=1e-14
-    )
+    np.testing.assert_allclose(after, [0.2, 0.3, 0.2 / 0.55, 0.075 / 0.55], rtol=1e-14)
 
 
 @pytest.mark.parametrize("phi", [0.0, 9.0])
 def test_expansion_at_weight_one_stays(phi):
-    inputs = inputs_of(settings_of("expansion"), [1.0, 0.0, 0.0], phi=[0.0, phi, phi])
-    np.testing.assert_array_equal(UPDATERS["expansion"](inputs), [1.0, 0.0, 0.0])
+    after = proposal(settings_of("expansion"), [1.0, 0.0, 0.0], phi=[0.0, phi, phi])
+    np.testing.assert_array_equal(after, [1.0, 0.0, 0.0])
 
 
 nats = st.floats(0, 1e12)
@@ -191,7 +219,7 @@ nats = st.floats(0, 1e12)
 
 @hypothesis_settings(deadline=None)
 @given(
-    strategy=st.sampled_from(STRATEGIES),
+    strategy=st.sampled_from(list(STRATEGIES)),
     form=st.sampled_from(["linear", "exponential"]),
     gate=st.sampled_from(["relative", "absolute", "worst"]),
     strength=st.floats(0, 1e200),
@@ -205,7 +233,7 @@ def test_no_finite_input_leaves_the_simplex(strategy, form, gate, strength, raw,
     weights = weights / math.fsum(weights)
     losses, reference = np.array(losses), np.array(reference)
     settings = settings_of(strategy, form=form, gate=gate, sigma=strength, eta=strength)
-    inputs = inputs_of(
+    after = proposal(
         settings,
         weights,
         losses=losses,
@@ -214,7 +242,6 @@ def test_no_finite_input_leaves_the_simplex(strategy, form, gate, strength, raw,
         gamma=learnable_potential(losses, reference),
         phi=forgetting_degree(losses, reference),
     )
-    after = UPDATERS[strategy](inputs)
     assert np.isfinite(after).all() and (after >= 0).all()
     assert math.fsum(after) == pytest.approx(1.0, abs=1e-12)
 
@@ -233,7 +260,7 @@ def test_thousands_of_updates_never_overflow(strategy, options):
     }
     weights = np.full(3, 1 / 3)
     for _ in range(5000):
-        weights = UPDATERS[strategy](inputs_of(settings, weights, **vectors))
+        weights = proposal(settings, weights, **vectors)
     assert np.isfinite(weights).all() and math.fsum(weights) == pytest.approx(1.0, abs=1e-12)
     if strategy != "expansion":
         assert weights.argmax() == 0
@@ -241,6 +268,6 @@ def test_thousands_of_updates_never_overflow(strategy, options):
 
 def test_inputs_are_free_of_nan_by_construction():
     with pytest.raises(ValueError, match="losses is not finite"):
-        inputs_of(settings_of("raw_loss"), QUARTER, losses=[np.nan, 1.0, 1.0])
+        inputs_of(QUARTER, losses=[np.nan, 1.0, 1.0])
     with pytest.raises(ValueError, match="phi has shape"):
-        inputs_of(settings_of("raw_loss"), QUARTER, phi=[1.0])
+        inputs_of(QUARTER, phi=[1.0])

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from versatune_ds.domain.simplex import (
+from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.strategies.simplex import (
     SUM_TOLERANCE,
     entropy,
     limit_weights,
@@ -15,7 +16,6 @@ from versatune_ds.domain.simplex import (
     project,
     weights_digest,
 )
-from versatune_ds.foundations.errors import ConfigError
 
 LOOSE = {"min_weight": 0.0, "max_weight": 1.0, "max_relative_change": None}
 share = st.floats(0, 1, allow_subnormal=True)

@@ -1,0 +1,159 @@
+"""Families of decoders: one row each, with all that training, plan, bench and preflight know of them.
+
+A model of a family without a row trains like any causal LM of transformers, unless its configuration alters
+its logits: that is refused, since the same field means different things (`logits_scaling` divides in Granite
+and multiplies in HyperCLOVA X). A new family is one row here and one in `tests/engine/test_families.py`.
+
+What is not covered: mixtures of experts (refused by preflight), and layers of other shapes: families whose
+row is not `planned` have no memory plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from versatune_ds.engine.model.shape import ModelShape
+from versatune_ds.foundations.errors import ConfigError, unknown_name
+
+
+class Family(NamedTuple):
+    """How a family differs from Llama. Names are fields of its transformers configuration."""
+
+    planned: bool = True
+    """Its layers are as `shape.py` counts them; compared with built models in the tests."""
+    qkv_biases: bool = False
+    """q, k and v have biases, and the output has none, whatever `attention_bias` says."""
+    head_norms: bool = False
+    """Norms of every head of q and k."""
+    head_size: int | None = None
+    """Where `head_dim` is not given, transformers' default; None: hidden size / heads."""
+    softcap: str | None = None
+    """Logits become c tanh(logits / c), c the value of this field."""
+    logit_factor: str | None = None
+    """Logits are multiplied by the value of this field."""
+    logit_divisor: str | None = None
+    """Logits are divided by the value of this field."""
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "qwen2": Family(qkv_biases=True),  # Qwen2 and Qwen2.5
+    "qwen3": Family(head_norms=True, head_size=128),
+    "cohere": Family(planned=False, logit_factor="logit_scale"),
+    "cohere2": Family(planned=False, logit_factor="logit_scale"),
+    "gemma2": Family(planned=False, softcap="final_logit_softcapping"),
+    "gemma3_text": Family(planned=False, softcap="final_logit_softcapping"),
+    "granite": Family(planned=False, logit_divisor="logits_scaling"),
+}
+PLANNED = tuple(name for name, family in FAMILIES.items() if family.planned)
+
+LOGIT_FIELDS = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
+"""Fields that change logits in some family, with the value that changes nothing."""
+REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+)
+OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias")
+
+
+def planned_shape(config: Mapping[str, Any], origin: str) -> ModelShape:
+    """The shape of a model from its config.json.
+
+    Args:
+        origin: where it comes from, for error texts.
+
+    Raises:
+        ConfigError: a family without a plan, or a number is missing.
+    """
+    name = str(config.get("model_type"))
+    if name not in PLANNED:
+        raise ConfigError(f"{origin}: {unknown_name('model family', name, PLANNED)}")
+    missing = [key for key in REQUIRED if not isinstance(config.get(key), int)]
+    if missing:
+        raise ConfigError(f"{origin}: config.json lacks {', '.join(missing)}")
+    return _shape(name, config)
+
+
+def built_shape(config: Any, parameters: int, nonembedding: int) -> ModelShape:
+    """The shape of a built model of any family; of one without a plan only what its FLOPs need is right.
+
+    Args:
+        config: its transformers configuration.
+        parameters: all, a tied embedding and head once.
+        nonembedding: all but the embedding and the head.
+    """
+    values = {key: getattr(config, key, None) for key in (*REQUIRED, *OPTIONAL)}
+    return _shape(config.model_type, values, (parameters, nonembedding))
+
+
+def _shape(name: str, config: Mapping[str, Any], counted: tuple[int, int] | None = None) -> ModelShape:
+    family = FAMILIES.get(name, Family())
+    hidden, mlp, heads = (
+        config["hidden_size"],
+        config["intermediate_size"] or 0,
+        config["num_attention_heads"],
+    )
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_size = config.get("head_dim") or family.head_size or hidden // heads
+    qkv = (heads * head_size, kv_heads * head_size, kv_heads * head_size)
+    vectors = [hidden, hidden]
+    if family.qkv_biases:
+        vectors += qkv
+    elif config.get("attention_bias"):
+        vectors += (*qkv, hidden)
+    if config.get("mlp_bias"):
+        vectors += (mlp, mlp, hidden)
+    if family.head_norms:
+        vectors += (head_size, head_size)
+    return ModelShape(
+        family=name,
+        hidden=hidden,
+        mlp=mlp,
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        vocab=config["vocab_size"],
+        tied=bool(config.get("tie_word_embeddings")),
+        vectors=tuple(vectors),
+        head_norms=family.head_norms,
+        counted=counted,
+    )
+
+
+class LogitRule(NamedTuple):
+    """What a model does to hidden @ weight.T: softcap * tanh(scale * logits / softcap)."""
+
+    scale: float = 1.0
+    softcap: float = 0.0
+    """0: none."""
+
+
+def logit_rule(config: Any) -> LogitRule:
+    """How a model changes its logits.
+
+    Args:
+        config: its transformers configuration.
+
+    Raises:
+        ConfigError: in a way that its family has no row for.
+    """
+    family = FAMILIES.get(config.model_type, Family())
+    known = (family.softcap, family.logit_factor, family.logit_divisor)
+    for key, neutral in LOGIT_FIELDS.items():
+        if key not in known and getattr(config, key, None) not in (None, neutral):
+            raise ConfigError(
+                f"{config.model_type} models change their logits ({key}: {getattr(config, key)}), which the "
+                "fused loss would leave out; use a Qwen or Llama model"
+            )
+
+    def value(key: str | None, neutral: float) -> float:
+        given = None if key is None else getattr(config, key, None)
+        return neutral if given is None else float(given)
+
+    scale = value(family.logit_factor, 1.0) / value(family.logit_divisor, 1.0)
+    return LogitRule(scale, value(family.softcap, 0.0))
