@@ -138,6 +138,7 @@ NO_CHANGE = "loop::test_a_skipped_step_changes_no_parameter"
 IN_A_ROW = "loop::test_skipped_steps_in_a_row_end_the_run_and_others_do_not"
 RESUMED = "loop::test_a_resumed_run_ends_with_the_parameters_of_the_whole_one"
 
+MICRO_BATCH = "backend::test_a_micro_batch_is_added_as_it_is_and_the_last_one_is_named"
 STEPPED = "backend::test_a_step_is_taken_with_its_learning_rate"
 SET_RATE = "        set_learning_rate(self.live.optimizer, learning_rate)\n"
 TAKE_STEP = "        self.live.step()\n"
@@ -600,7 +601,21 @@ fault(
     "backend",
     "scale_wrt_gas=False",
     "scale_wrt_gas=True",
-    "backend::test_a_micro_batch_is_added_as_it_is_and_the_last_one_is_named",
+    MICRO_BATCH,
+)
+fault(
+    "DeepSpeed divides the model's own output by the accumulation steps",
+    "backend",
+    "self.live.backward(loss.clone(),",
+    "self.live.backward(loss,",
+    MICRO_BATCH,
+)
+fault(
+    "DeepSpeed takes every pack for the last one",
+    "backend",
+    "set_gradient_accumulation_boundary(is_last)",
+    "set_gradient_accumulation_boundary(True)",
+    MICRO_BATCH,
 )
 fault(
     "a phase counts what the phases inside it took",
