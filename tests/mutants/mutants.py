@@ -139,6 +139,7 @@ NO_CHANGE = "loop::test_a_skipped_step_changes_no_parameter"
 IN_A_ROW = "loop::test_skipped_steps_in_a_row_end_the_run_and_others_do_not"
 RESUMED = "loop::test_a_resumed_run_ends_with_the_parameters_of_the_whole_one"
 
+MICRO_BATCH = "backend::test_a_micro_batch_is_added_as_it_is_and_the_last_one_is_named"
 STEPPED = "backend::test_a_step_is_taken_with_its_learning_rate"
 SET_RATE = "        set_learning_rate(self.live.optimizer, learning_rate)\n"
 TAKE_STEP = "        self.live.step()\n"
@@ -667,7 +668,21 @@ fault(
     "backend",
     "scale_wrt_gas=False",
     "scale_wrt_gas=True",
-    "backend::test_a_micro_batch_is_added_as_it_is_and_the_last_one_is_named",
+    MICRO_BATCH,
+)
+fault(
+    "DeepSpeed divides the model's own output by the accumulation steps",
+    "backend",
+    "self.live.backward(loss.clone(),",
+    "self.live.backward(loss,",
+    MICRO_BATCH,
+)
+fault(
+    "DeepSpeed takes every pack for the last one",
+    "backend",
+    "set_gradient_accumulation_boundary(is_last)",
+    "set_gradient_accumulation_boundary(True)",
+    MICRO_BATCH,
 )
 fault(
     "a phase counts what the phases inside it took",
@@ -1452,32 +1467,32 @@ fault(
 )
 fault(
     "gamma is relative to the reference",
-    "updaters",
+    "rules",
     "(losses - reference - margin) / np.maximum(losses, MIN_LOSS)",
     "(losses - reference - margin) / np.maximum(reference, MIN_LOSS)",
-    "updaters::test_gamma_by_hand",
+    "rules::test_gamma_by_hand",
 )
 fault(
     "phi is relative to the present loss",
-    "updaters",
+    "rules",
     "(losses - previous - margin) / np.maximum(previous, MIN_LOSS)",
     "(losses - previous - margin) / np.maximum(losses, MIN_LOSS)",
-    "updaters::test_phi_by_hand",
+    "rules::test_phi_by_hand",
 )
 fault(
     "standard errors add up without squares",
-    "updaters",
+    "rules",
     "square = square + stderr * stderr",
     "square = square + stderr",
-    "updaters::test_gamma_by_hand",
-    "updaters::test_phi_by_hand",
+    "rules::test_gamma_by_hand",
+    "rules::test_phi_by_hand",
 )
 fault(
     "the mean gate takes the target in",
-    "updaters",
+    "rules",
     "math.fsum(others) / len(others)",
     "math.fsum(inputs.phi) / len(inputs.phi)",
-    "updaters::test_rule_by_hand",
+    "rules::test_rule_by_hand",
 )
 fault(
     "an open gate needs less, not equal",
