@@ -16,7 +16,7 @@ HUB = ["datasets>=3.0"]
 EVAL = ["lm-eval>=0.4.13"]
 TEST = [
     "pytest>=8.0",
-    "pytest-xdist>=3.5",
+    "pytest-xdist>=3.8",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
     "tensorboard>=2.15",

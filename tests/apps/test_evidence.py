@@ -26,10 +26,10 @@ from versatune_ds.apps.evidence.cases import ARMS, CPU_CASES, GPU_CASES, choose_
 from versatune_ds.apps.evidence.command import find_checkout, run_evidence, summarise
 from versatune_ds.apps.evidence.kernel import run_kernel
 from versatune_ds.apps.evidence.profiling import TOP, longest, union_s
-from versatune_ds.apps.evidence.programs import Deadline, run_program
+from versatune_ds.apps.evidence.programs import Deadline, Ended, run_program
 from versatune_ds.apps.evidence.ratios import compare
 from versatune_ds.apps.evidence.record import LoadWatch, Record, ask_card, describe_machine, memory_gib
-from versatune_ds.apps.evidence.samples import ParquetSamples, write_samples
+from versatune_ds.apps.evidence.samples import StoredSamples, read_rows, write_samples
 from versatune_ds.foundations.constants import IGNORE_INDEX
 from versatune_ds.foundations.errors import ConfigError
 
@@ -249,25 +249,42 @@ def test_clocks_are_those_under_load(tmp_path, monkeypatch):
 
 
 def test_both_trainers_get_the_same_tokens_and_labels(tmp_path):
-    import pyarrow.parquet as pq
-
     for name in ("once", "again"):
         write_samples(tmp_path / name, num_tokens=5000, max_length=128, vocab_size=500, num_domains=3)
     assert (tmp_path / "once").read_bytes() == (tmp_path / "again").read_bytes()
-    rows = pq.read_table(tmp_path / "once").to_pylist()
-    assert 5000 <= sum(len(row["input_ids"]) for row in rows) < 5000 + 128
-    assert all(2 <= token < 500 for row in rows for token in row["input_ids"])
+    with np.load(tmp_path / "once") as file:
+        domains = file["domains"].tolist()
+    columns = read_rows(tmp_path / "once")
+    ids, labels = ([row.tolist() for row in columns[name]] for name in ("input_ids", "labels"))
+    assert 5000 <= sum(map(len, ids)) < 5000 + 128
+    assert all(2 <= token < 500 for row in ids for token in row)
     for domain in range(3):
-        own = [row for row in rows if row["domain"] == domain]
-        source = ParquetSamples(tmp_path / "once", domain)
+        own = [i for i, other in enumerate(domains) if other == domain]
+        source = StoredSamples(tmp_path / "once", domain)
         assert len(source.lengths) == len(own) > 1
         for i, row in enumerate(own):
             tokens, mask = source.sample(i)
-            assert tokens.tolist() == row["input_ids"]
-            labels = np.where(mask, tokens.astype(np.int64), IGNORE_INDEX)
-            assert labels.tolist() == row["labels"]
+            assert tokens.tolist() == ids[row]
+            assert np.where(mask, tokens.astype(np.int64), IGNORE_INDEX).tolist() == labels[row]
             assert source.lengths[i] == len(tokens) and source.supervised[i] == mask.sum() > 0
             assert mask.sum() == len(tokens) - len(tokens) // 2  # the first token never: TRL has none either
+
+
+def test_without_pyarrow_and_pandas_ours_is_measured_and_trl_is_left_out_with_the_reason(record, monkeypatch):
+    for name in ("pyarrow", "pandas"):
+        monkeypatch.setitem(sys.modules, name, None)  # as on a host that does not have them
+
+    def answer(command, *args, **named):
+        spec, result = Path(command[-2]), Path(command[-1])
+        assert len(StoredSamples(Path(json.loads(spec.read_text())["data"]), 0).lengths) > 1
+        result.write_text(json.dumps({"spec": {}, **measured("ours", 1, 1.0)}))
+        return Ended(0, 1.0, "")
+
+    monkeypatch.setattr(comparison, "run_program", answer)
+    lines = comparison.run_comparison(record, Deadline(600), None, "tiny")
+    status = {run["arm"]: run["status"] for run in record.results["cases"][0]["runs"]}
+    assert status == {"ours": "measured", "trl-varlen": "not run", "trl-sdpa": "not run"}
+    assert any(line.startswith("| trl-sdpa | 0 | not installed: pyarrow, pandas |") for line in lines)
 
 
 @pytest.mark.parametrize(("gib", "layers"), [(139.8, [8, 32]), (79.6, [4, 12]), (44.5, [2]), (23.0, [2])])
@@ -397,10 +414,10 @@ def test_no_arm_starts_without_time_for_it(tmp_path):
 
 
 def test_an_arm_that_cannot_start_is_told_why(tmp_path):
-    (tmp_path / "samples.parquet").write_bytes(b"")
+    (tmp_path / "samples.npz").write_bytes(b"")
     arm = next(arm for arm in ARMS if arm.name == "ours")
     run = comparison.run_arm(arm, CASE, {"stage": 0}, tmp_path, Deadline(120), None, None)
-    assert run["status"] == "failed" and "0 bytes" in run["reason"]
+    assert run["status"] == "failed" and "No data left in file" in run["reason"]
 
 
 # --- the profile --------------------------------------------------------------------------------------------

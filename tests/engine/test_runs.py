@@ -82,6 +82,14 @@ def finished(folder) -> Path:
             "checkpoint.every_n_steps=100",
             sabotage="nan gradient from step 4 on",
         ),
+        case(
+            folder,
+            "nan_gradient_fp32_sums",
+            "model.dtype=bf16",
+            "deepspeed={zero_optimization: {stage: 1}, data_types: {grad_accum_dtype: fp32}}",
+            "checkpoint.every_n_steps=100",
+            sabotage="nan gradient from step 4 on",
+        ),
         case(folder, "asked_to_stop", "checkpoint.every_n_steps=100", sabotage="stop in step 4"),
         case(
             folder,
@@ -288,7 +296,7 @@ def test_too_many_nan_steps_end_the_run(finished):
     assert [line["step"] for line in read_jsonl(run / "skipped_steps.jsonl")] == [5, 6, 7]
 
 
-@pytest.mark.parametrize("name", ["nan_gradient", "nan_gradient_stage0"])
+@pytest.mark.parametrize("name", ["nan_gradient", "nan_gradient_stage0", "nan_gradient_fp32_sums"])
 def test_nan_gradients_with_finite_losses_are_skipped_counted_and_end_the_run(finished, name):
     run = finished / name
     assert outcome(run, 0)["type"] == outcome(run, 1)["type"] == "DivergenceError"

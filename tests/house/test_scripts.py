@@ -285,10 +285,10 @@ def test_the_audit_fails_on_findings_and_skips_with_a_reason(tmp_path, output, e
         ("exit 0", "exit 1", 2, "the tests run"),
         ("sleep 60", "exit 0", 0, "skipped: not installed within 1 s"),
         (
-            "echo 'ERROR: Could not find a version that satisfies torch==2.11.0'; exit 2",
+            "echo 'ERROR: Could not find a version that satisfies torch'; echo 'make: *** Error 1'; exit 2",
             "exit 0",
             0,
-            "skipped",
+            "skipped: the wheels cannot be had: ERROR: Could not find a version that satisfies torch",
         ),
         ("echo 'ERROR: ResolutionImpossible: for help visit'; exit 2", "exit 0", 1, "ResolutionImpossible"),
         ("echo 'error: metadata-generation-failed'; exit 2", "exit 0", 1, "metadata-generation-failed"),

@@ -88,7 +88,7 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
 
     Args:
         case: `<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-compile][-triton][-nan]
-            [-clip][-bf16]`.
+            [-clip][-bf16][-sums]`; sums: gradients are summed in fp32, by another optimizer of DeepSpeed's.
     """
     words = case.split("-")
     layout = PACKED if "packed" in words else UNPACKED
@@ -103,7 +103,10 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
         "loss_backend": "triton" if "triton" in words else "chunked",
     }
     max_norm = MAX_NORM if "clip" in words else 0
-    config = validate_config(settings(model, layout, zero, max_norm), case)
+    raw = settings(model, layout, zero, max_norm)
+    if "sums" in words:
+        raw["deepspeed"]["data_types"] = {"grad_accum_dtype": "fp32"}
+    config = validate_config(raw, case)
     ranks = Ranks.of_world()
     backend = build_backend(config, deepspeed_config(config, ranks.dp.size), ranks, device)
     run = SimpleNamespace(backend=backend, statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 10))

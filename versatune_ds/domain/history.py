@@ -27,7 +27,6 @@ from versatune_ds.domain.statistics import NUM_ROWS, DomainSums, SumRow
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.domain.weight_update import WeightUpdate
 from versatune_ds.foundations.errors import ConfigError, DataError, unknown_name
-from versatune_ds.strategies.simplex import Vector
 
 UNKNOWN_TOKENS = 2.0**20
 """Supervised tokens of a domain whose count was not recorded: a power of two, so l N / N is exactly l."""

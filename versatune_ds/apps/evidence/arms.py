@@ -35,7 +35,7 @@ import torch
 
 from versatune_ds.apps.evidence.profiling import DeviceProfile
 from versatune_ds.apps.evidence.record import version_of
-from versatune_ds.apps.evidence.samples import ParquetSamples
+from versatune_ds.apps.evidence.samples import StoredSamples, read_rows
 from versatune_ds.foundations.constants import IGNORE_INDEX
 from versatune_ds.foundations.files import write_json_atomic
 from versatune_ds.observability.records import clean
@@ -59,7 +59,7 @@ class ArmSpec:
     model: str
     """Folder with a config.json."""
     data: str
-    """Parquet file of `samples`."""
+    """File of `samples`."""
     pack_len: int
     packs: int
     """Packs in a step."""
@@ -125,7 +125,7 @@ def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
         )
         config = bench_config(settings, spec.model, Path(folder) / "run")
         ceiling = matmul_ceiling(config, settings, device)
-        sources = [ParquetSamples(Path(spec.data), domain) for domain in range(len(DOMAINS))]
+        sources = [StoredSamples(Path(spec.data), domain) for domain in range(len(DOMAINS))]
         run = open_run_on(config, sources, device)
         stepper = Stepper(run)
         stepper.take(spec.warmup_steps)
@@ -269,7 +269,7 @@ def trl(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=Dataset.from_parquet(spec.data, cache_dir=folder),
+            train_dataset=Dataset.from_dict(read_rows(Path(spec.data))),
             processing_class=PreTrainedTokenizerFast(
                 tokenizer_object=words, pad_token="<pad>", eos_token="<end>"
             ),

@@ -83,10 +83,11 @@ class Arm(NamedTuple):
     needs_cuda: bool = False
 
 
+TRL = ("trl", "datasets", "pyarrow", "pandas")
 ARMS = (
     Arm("ours", ("deepspeed",)),
-    Arm("trl-varlen", ("trl", "datasets", "deepspeed"), needs_cuda=True),
-    Arm("trl-sdpa", ("trl", "datasets")),
+    Arm("trl-varlen", (*TRL, "deepspeed"), needs_cuda=True),
+    Arm("trl-sdpa", TRL),
 )
 
 

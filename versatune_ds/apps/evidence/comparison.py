@@ -81,7 +81,7 @@ def prepare_case(case: TrainingCase, folder: Path) -> None:
     write_model_folder(folder / "model", case.shape, case.layers)
     steps = case.warmup_steps + case.steps + 4  # the profile's, and what loaders fetch ahead
     write_samples(
-        folder / "samples.parquet",
+        folder / "samples.npz",
         num_tokens=2 * steps * case.packs * case.pack_len,
         max_length=case.pack_len,
         vocab_size=shape_config(case.shape)["vocab_size"],
@@ -114,7 +114,7 @@ def run_arm(
         **dataclasses.asdict(case),
         "arm": arm.name,
         "model": str(folder / "model"),
-        "data": str(folder / "samples.parquet"),
+        "data": str(folder / "samples.npz"),
         "zero": zero,
     }
     spec.write_text(json.dumps(values), encoding="utf-8")
