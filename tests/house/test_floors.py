@@ -30,7 +30,7 @@ LONGER_FILES = {
 }
 STORY_LINES = 253
 """Of `engine/train.py`."""
-NAMED_TWICE = {"Batch", "Candidate", "Workers"}
+NAMED_TWICE = {"Batch", "Candidate"}
 
 
 def imported_modules(file: Path) -> list[str]:

@@ -1430,8 +1430,8 @@ fault(
 fault(
     "an open gate needs less, not equal",
     "rules",
-    "GateDecision(forgetting <= limit,",
-    "GateDecision(forgetting < limit,",
+    "is_open=forgetting <= limit",
+    "is_open=forgetting < limit",
     "rules::test_gates",
 )
 fault(
@@ -1547,14 +1547,6 @@ fault(
     *ALL,
 )
 fault("normalizer forgotten", "row kernels", "* tl.load(factor_ptr)", "", *ALL)
-fault("z-loss only in the loss", "row kernels", "(1.0 + 2.0 * z_loss * lse)", "1.0", FP32)
-fault(
-    "smoothing over the tile, not the vocabulary",
-    "row kernels",
-    "logit_sum / VOCAB_SIZE",
-    "logit_sum / TILE",
-    *ALL,
-)
 fault(
     "slope of the softcap forgotten", "row kernels", "grad *= _capped_slope(z, softcap)", "grad *= 1.0", *ALL
 )
@@ -1660,8 +1652,8 @@ fault(
 fault(
     "chunked: p - 1 is rounded before it is formed",
     "chunked",
-    "grad.gather(1, target) - factor * (1 - smoothing)",
-    "grad.gather(1, target).bfloat16().float() - factor * (1 - smoothing)",
+    "grad.gather(1, target) - factor",
+    "grad.gather(1, target).bfloat16().float() - factor",
     "float64::test_confident_targets_keep_their_gradient",
 )
 fault(
@@ -1692,13 +1684,6 @@ fault(
     "values.to(torch.float64).index_select",
     "values.index_select",
     "kernel sums::test_sums_are_kept_in_float64",
-)
-fault(
-    "sample and domain sums change places",
-    "operator",
-    "        domain.sums,\n        domain.counts,\n",
-    "        sample.sums,\n        domain.counts,\n",
-    "kernel sums::test_sums_equal_a_loop_over_tokens",
 )
 fault(
     "a second backward scales again",
