@@ -8,7 +8,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
 OLDEST := .venv-oldest
 # what depends on the versions of torch, triton, transformers and deepspeed, and one file each of those that read others
-OLDEST_TESTS := tests/fused_loss $(addprefix tests/engine/test_, isolation.py model.py body.py build.py step.py \
+OLDEST_TESTS := tests/fused_loss $(addprefix tests/engine/test_, isolation.py model.py body.py deepspeed_backend.py step.py \
     checkpoint.py safe_loading.py optimizer.py) tests/config/test_load.py tests/data/test_readers.py \
     tests/report/test_report.py
 
