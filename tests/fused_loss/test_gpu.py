@@ -118,8 +118,8 @@ def test_few_rows_with_torchs_own_settings(tools, num_tokens):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_several_chunks_and_sums(tools, dtype):
-    """Seven chunks and a ragged eighth (five in the interpreter); dW is summed in fp32."""
-    num_tokens, chunk = rows(1000), 2 if ON_CPU else 128
+    """Seven chunks and a ragged eighth (three in the interpreter); dW is summed in fp32."""
+    num_tokens, chunk = rows(1000), 4 if ON_CPU else 128
     case = _on_gpu(tools, tools.case(num_tokens, hidden_size=64, vocab_size=9001, dtype=dtype, ignored=0.0))
     case.labels[num_tokens // 3 :: 7] = -100
     case = tools.replace(case, options={"normalizer": float(case.valid.sum())})
