@@ -19,6 +19,7 @@ from launching import TRAIN_CASES, case_file, launch, launch_soundly, read_jsonl
 from plain_backend import plain_run
 from safetensors.torch import load_file
 from small_runs import prepare_run, sample_settings
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from versatune_ds.cli.main import main
 from versatune_ds.config.load import load_config
@@ -52,6 +53,11 @@ def folder(tmp_path_factory) -> Path:
     raw["train"] = {"max_steps": STEPS}
     raw["evaluation"] = {"every_n_steps": 6}
     raw["checkpoint"] = {"every_n_steps": 2, "keep_last": 100}
+    # from saved weights: ZeRO-3 draws random ones in another way than a model that is built whole
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(raw["model"]["source"]))
+    model.save_pretrained(raw["model"]["source"])
+    raw["model"]["weights"] = "pretrained"
     prepare_run(folder, raw)
     return folder
 
@@ -176,10 +182,6 @@ def test_asked_to_stop_saves_at_once_and_goes_on_when_started_again(resumed):
     assert (run / "checkpoints" / "step-00000005").is_dir()
 
 
-@pytest.mark.xfail(
-    reason="both begin with random weights, which ZeRO-3 draws in another way; to begin from one saved model",
-    strict=False,
-)
 def test_a_run_on_two_ranks_with_zero_3_is_the_one_of_plain_pytorch(finished):
     """With a plain engine in DeepSpeed's place, which test_loop.py holds against training by hand."""
     plain = plain_run(finished / "config.yaml", f"run.dir={finished / 'plain'}")
@@ -193,7 +195,8 @@ def test_a_run_on_two_ranks_with_zero_3_is_the_one_of_plain_pytorch(finished):
         ours = read_jsonl(finished / "whole" / f"{log}.jsonl")
         for line, expected in zip(ours, plain.lines(log), strict=True):
             for key in keys:
-                assert line[key] == pytest.approx(expected[key], rel=2e-4), (log, line["step"], key)
+                if line[key] != expected[key]:  # approx takes no None, which stands for what was not measured
+                    assert line[key] == pytest.approx(expected[key], rel=2e-4), (log, line["step"], key)
 
 
 def test_loss_falls_and_weights_move(finished):

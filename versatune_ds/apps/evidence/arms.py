@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from versatune_ds.apps.evidence.cases import TrainingCase
 from versatune_ds.apps.evidence.profiling import DeviceProfile
 from versatune_ds.apps.evidence.record import version_of
 from versatune_ds.apps.evidence.samples import StoredSamples, read_rows
@@ -49,28 +50,14 @@ WORKERS = {"cpu": 1, "cuda": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmSpec:
-    """What an arm is to do."""
+class ArmSpec(TrainingCase):
+    """What an arm is to do with a case."""
 
     arm: str
-    shape: str
-    """Name in `bench/shapes.SHAPES`."""
-    layers: int
     model: str
     """Folder with a config.json."""
     data: str
     """File of `samples`."""
-    pack_len: int
-    packs: int
-    """Packs in a step."""
-    warmup_steps: int
-    steps: int
-    """On the clock."""
-    dtype: str
-    lr: float
-    """Constant from the first step on."""
-    recompute: str
-    """`model.activation_checkpointing`: "off" or "all"."""
     zero: dict[str, Any]
     """`zero_optimization` of the DeepSpeed file."""
     seed: int = 7

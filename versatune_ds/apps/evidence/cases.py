@@ -14,15 +14,19 @@ class TrainingCase:
     """A model and how it is trained."""
 
     shape: str
+    """Name in `bench/shapes.SHAPES`."""
     layers: int
     pack_len: int
     packs: int
     """In a step."""
     warmup_steps: int
     steps: int
+    """On the clock."""
     dtype: str
     lr: float
+    """Constant from the first step on."""
     recompute: str
+    """`model.activation_checkpointing`: "off" or "all"."""
 
 
 def _on_gpu(shape: str, layers: int, pack_len: int = 8192) -> TrainingCase:
