@@ -29,7 +29,7 @@ from versatune_ds.apps.evidence.profiling import TOP, longest, union_s
 from versatune_ds.apps.evidence.programs import Deadline, Ended, run_program
 from versatune_ds.apps.evidence.ratios import compare
 from versatune_ds.apps.evidence.record import LoadWatch, Record, ask_card, describe_machine, memory_gib
-from versatune_ds.apps.evidence.samples import StoredSamples, read_rows, write_samples
+from versatune_ds.apps.evidence.samples import read_rows, samples_by_domain, write_samples
 from versatune_ds.foundations.constants import IGNORE_INDEX
 from versatune_ds.foundations.errors import ConfigError
 
@@ -254,13 +254,14 @@ def test_both_trainers_get_the_same_tokens_and_labels(tmp_path):
     assert (tmp_path / "once").read_bytes() == (tmp_path / "again").read_bytes()
     with np.load(tmp_path / "once") as file:
         domains = file["domains"].tolist()
-    columns = read_rows(tmp_path / "once")
+    columns, _ = read_rows(tmp_path / "once")
+    sources = samples_by_domain(tmp_path / "once", 3)
     ids, labels = ([row.tolist() for row in columns[name]] for name in ("input_ids", "labels"))
     assert 5000 <= sum(map(len, ids)) < 5000 + 128
     assert all(2 <= token < 500 for row in ids for token in row)
     for domain in range(3):
         own = [i for i, other in enumerate(domains) if other == domain]
-        source = StoredSamples(tmp_path / "once", domain)
+        source = sources[domain]
         assert len(source.lengths) == len(own) > 1
         for i, row in enumerate(own):
             tokens, mask = source.sample(i)
@@ -276,7 +277,8 @@ def test_without_pyarrow_and_pandas_ours_is_measured_and_trl_is_left_out_with_th
 
     def answer(command, *args, **named):
         spec, result = Path(command[-2]), Path(command[-1])
-        assert len(StoredSamples(Path(json.loads(spec.read_text())["data"]), 0).lengths) > 1
+        data = Path(json.loads(spec.read_text())["data"])
+        assert len(samples_by_domain(data, 1)[0].lengths) > 1
         result.write_text(json.dumps({"spec": {}, **measured("ours", 1, 1.0)}))
         return Ended(0, 1.0, "")
 

@@ -1,1 +1,1 @@
-"""Floor 7: the only floor that knows DeepSpeed and transformers models: model, loop, checkpoints, export."""
+"""Floor 7: what a training run needs; `backend` alone knows DeepSpeed."""

@@ -1,1 +1,1 @@
-"""Floor 6: what a run records and how people look at it: metrics, progress, plots, report."""
+"""Floor 6: what a run writes down: metrics, progress, throughput."""

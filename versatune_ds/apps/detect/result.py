@@ -1,7 +1,7 @@
 """From judged texts to knowledge.json, its picture, and a table for people: step 3 of a detection.
 
 What is not covered: the statistics themselves (`domain/knowledge.py`) and the drawing
-(`report/knowledge_chart.py`).
+(`report/knowledge.py`).
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ import torch
 from versatune_ds.apps.evidence.cases import TrainingCase
 from versatune_ds.apps.evidence.profiling import DeviceProfile
 from versatune_ds.apps.evidence.record import version_of
-from versatune_ds.apps.evidence.samples import StoredSamples, read_rows
+from versatune_ds.apps.evidence.samples import read_rows, samples_by_domain
 from versatune_ds.foundations.constants import IGNORE_INDEX
 from versatune_ds.foundations.files import write_json_atomic
 from versatune_ds.observability.records import clean
@@ -112,7 +112,7 @@ def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
         )
         config = bench_config(settings, spec.model, Path(folder) / "run")
         ceiling = matmul_ceiling(config, settings, device)
-        sources = [StoredSamples(Path(spec.data), domain) for domain in range(len(DOMAINS))]
+        sources = samples_by_domain(Path(spec.data), len(DOMAINS))
         run = open_run_on(config, sources, device)
         stepper = Stepper(run)
         stepper.take(spec.warmup_steps)
@@ -147,7 +147,7 @@ def trl(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
     """TRL's SFTTrainer, set as its documentation advises for packed training."""
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     from versatune_ds.config.schema import Model
     from versatune_ds.engine.model.attention import VARLEN, register_varlen
@@ -163,37 +163,7 @@ def trl(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
         register_varlen()
     last = spec.warmup_steps + spec.steps
     with tempfile.TemporaryDirectory(prefix="versatune-evidence-") as folder:
-        arguments = SFTConfig(
-            output_dir=folder,
-            max_steps=last + PROFILED_STEPS,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=spec.packs,
-            max_length=spec.pack_len,
-            packing=True,
-            packing_strategy="bfd",
-            shuffle_dataset=True,
-            learning_rate=spec.lr,
-            lr_scheduler_type="constant",
-            adam_beta1=BETAS[0],
-            adam_beta2=BETAS[1],
-            adam_epsilon=EPS,
-            weight_decay=WEIGHT_DECAY,
-            max_grad_norm=MAX_NORM,
-            bf16=spec.dtype == "bf16",
-            use_cpu=device.type == "cpu",
-            gradient_checkpointing=spec.recompute == "all",
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            use_liger_kernel=liger,
-            dataloader_num_workers=WORKERS[device.type],
-            dataloader_persistent_workers=True,
-            dataloader_pin_memory=device.type == "cuda",
-            deepspeed=trl_deepspeed(spec) if device.type == "cuda" else None,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=spec.seed,
-        )
+        arguments = trl_arguments(spec, folder, device, liger)
         model = load_lm(
             Model(source=spec.model, weights="random", dtype=spec.dtype),  # type: ignore[arg-type]
             spec.seed,
@@ -248,23 +218,68 @@ def trl(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
                     "liger": f"liger-kernel {version_of('liger-kernel')}" if liger else "off",
                 }
 
-        from tokenizers import Tokenizer, models
-        from transformers import PreTrainedTokenizerFast
-
-        words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
         clock = Clock()
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=Dataset.from_dict(read_rows(Path(spec.data))),
-            processing_class=PreTrainedTokenizerFast(
-                tokenizer_object=words, pad_token="<pad>", eos_token="<end>"
-            ),
+            train_dataset=Dataset.from_dict(read_rows(Path(spec.data))[0]),
+            processing_class=unused_tokenizer(),
             callbacks=[clock],
         )
         trainer.train()
         optimizer = type(trainer.optimizer).__name__
         write(clock.so_far() | {"optimizer": optimizer})
+
+
+def trl_arguments(spec: ArmSpec, folder: str, device: torch.device, liger: bool) -> Any:
+    """`SFTConfig` of the same training.
+
+    Args:
+        folder: for what TRL writes.
+        liger: whether it takes liger-kernel's layers.
+    """
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=folder,
+        max_steps=spec.warmup_steps + spec.steps + PROFILED_STEPS,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=spec.packs,
+        max_length=spec.pack_len,
+        packing=True,
+        packing_strategy="bfd",
+        shuffle_dataset=True,
+        learning_rate=spec.lr,
+        lr_scheduler_type="constant",
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        adam_epsilon=EPS,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=MAX_NORM,
+        bf16=spec.dtype == "bf16",
+        use_cpu=device.type == "cpu",
+        gradient_checkpointing=spec.recompute == "all",
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_liger_kernel=liger,
+        dataloader_num_workers=WORKERS[device.type],
+        dataloader_persistent_workers=True,
+        dataloader_pin_memory=device.type == "cuda",
+        deepspeed=trl_deepspeed(spec) if device.type == "cuda" else None,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=spec.seed,
+    )
+
+
+def unused_tokenizer() -> Any:
+    """The samples are tokens already, but TRL wants one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
 
 
 def trl_deepspeed(spec: ArmSpec) -> dict[str, Any]:

@@ -47,25 +47,41 @@ def write_samples(path: Path, *, num_tokens: int, max_length: int, vocab_size: i
         np.savez(file, input_ids=tokens, labels=labels, lengths=lengths, domains=domains)
 
 
-def read_rows(path: Path) -> dict[str, list[npt.NDArray[np.int64]]]:
-    """`input_ids` and `labels` of such a file, int64[n] for each sample."""
-    with np.load(path) as file:
+def read_rows(path: Path) -> tuple[dict[str, list[npt.NDArray[np.int64]]], npt.NDArray[np.int32]]:
+    """`input_ids` and `labels` of such a file, int64[n] for each sample; and the domains, int32[S]."""
+    with np.load(path, allow_pickle=False) as file:
         starts = file["lengths"].cumsum()[:-1]
-        return {name: np.split(file[name], starts) for name in ("input_ids", "labels")}
+        return {name: np.split(file[name], starts) for name in ("input_ids", "labels")}, file["domains"]
+
+
+def samples_by_domain(path: Path, num_domains: int) -> list[StoredSamples]:
+    """The samples of such a file, read once."""
+    rows, domains = read_rows(path)
+    return [StoredSamples(path.name, rows, domains, domain) for domain in range(num_domains)]
 
 
 class StoredSamples:
-    """One domain's samples of such a file, in the shape of a token cache."""
+    """One domain's samples of such a file, in the shape of a token cache.
 
-    def __init__(self, path: Path, domain: int) -> None:
-        rows = read_rows(path)
-        with np.load(path) as file:
-            mine = np.flatnonzero(file["domains"] == domain)
+    Args:
+        name: of the file.
+        rows, domains: from `read_rows`.
+        domain: whose samples.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: dict[str, list[npt.NDArray[np.int64]]],
+        domains: npt.NDArray[np.int32],
+        domain: int,
+    ) -> None:
+        mine = np.flatnonzero(domains == domain)
         self._tokens = [rows["input_ids"][i].astype(np.uint32) for i in mine]
         self._masks = [rows["labels"][i] != IGNORE_INDEX for i in mine]
         self.lengths = np.array([len(tokens) for tokens in self._tokens], np.int32)
         self.supervised = np.array([mask.sum() for mask in self._masks], np.int32)
-        self.fingerprint = f"{path.name} {domain} {len(self.lengths)} {int(self.lengths.sum())}"
+        self.fingerprint = f"{name} {domain} {len(self.lengths)} {int(self.lengths.sum())}"
 
     def sample(self, index: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
         """Tokens uint32[n] and mask bool[n] of the tokens to be predicted."""
