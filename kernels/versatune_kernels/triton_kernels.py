@@ -109,7 +109,7 @@ def row_kernel(
             z = tl.load(logits_ptr + cols, mask=inside, other=0.0).to(tl.float32) * logit_scale
             capped = _capped(z, softcap) if HAS_SOFTCAP else z
             grad = tl.exp(capped - top) * of_probability
-            grad = tl.where(cols == label, grad - factor, grad)
+            grad -= tl.where(cols == label, factor, 0.0)
             if HAS_SOFTCAP:
                 grad *= _capped_slope(z, softcap)
             tl.debug_barrier()  # all threads have read the tile, and all tiles below it
