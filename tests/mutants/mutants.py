@@ -21,6 +21,7 @@ FILES = {
     "phases": "versatune_ds/engine/phases.py",
     "backend": "versatune_ds/engine/backend/deepspeed_backend.py",
     "model": "versatune_ds/engine/model/packed_lm.py",
+    "families": "versatune_ds/engine/model/families.py",
     "shape": "versatune_ds/engine/model/shape.py",
     "optimizer": "versatune_ds/engine/backend/optimizer.py",
     "statistics": "versatune_ds/engine/statistics.py",
@@ -32,6 +33,7 @@ FILES = {
     "saved shards": "versatune_ds/engine/backend/saved_shards.py",
     "export": "versatune_ds/engine/checkpointing/hf_export.py",
     "sinks": "versatune_ds/observability/sinks.py",
+    "throughput": "versatune_ds/observability/throughput.py",
     "records": "versatune_ds/observability/records.py",
     "templating": "versatune_ds/data/encode/templating.py",
     "chat encoder": "versatune_ds/data/encode/chat_encoder.py",
@@ -71,6 +73,7 @@ TESTS = {
     "model": "tests/engine/test_model.py",
     "families": "tests/engine/test_families.py",
     "sinks": "tests/observability/test_sinks.py",
+    "throughput": "tests/observability/test_throughput.py",
     "records": "tests/observability/test_records.py",
     "templating": "tests/data/test_templating.py",
     "collate": "tests/data/test_collate.py",
@@ -505,6 +508,72 @@ fault(
     "attention = 6.0 *",
     "attention = 12.0 *",
     "families::test_flops_by_hand",
+)
+fault(
+    "MFU is that of one accelerator",
+    "throughput",
+    "(seconds * num_accelerators *",
+    "(seconds *",
+    "throughput::test_mfu_by_hand",
+)
+fault(
+    "biases of the output projection are not counted",
+    "families",
+    "vectors += (*qkv, hidden)",
+    "vectors += qkv",
+    "families::test_parameters_are_those_of_the_built_model[llama with biases]",
+)
+fault(
+    "norms of heads are not counted",
+    "families",
+    "vectors += (head_size, head_size)",
+    "vectors += ()",
+    "families::test_parameters_are_those_of_the_built_model[qwen3]",
+)
+ALTERED = "families::test_altered_logits_have_the_loss_and_gradients_of_transformers"
+fault(
+    "capped logits are not capped",
+    "families",
+    "return LogitRule(scale, value(family.softcap, 0.0))",
+    "return LogitRule(scale)",
+    f"{ALTERED}[gemma2]",
+    f"{ALTERED}[gemma3_text]",
+)
+fault(
+    "scaled logits are scaled the other way",
+    "families",
+    "value(family.logit_factor, 1.0) / value(family.logit_divisor, 1.0)",
+    "value(family.logit_divisor, 1.0) / value(family.logit_factor, 1.0)",
+    f"{ALTERED}[cohere]",
+    f"{ALTERED}[granite]",
+)
+fault(
+    "logits that no row knows are trained as they are",
+    "families",
+    "if key not in known and",
+    "if key in known and",
+    "families::test_a_field_that_the_family_does_not_read_is_refused",
+)
+fault(
+    "token weights do not reach the loss",
+    "model",
+    "            token_weight=token_weight,\n",
+    "",
+    "families::test_token_weights_reach_the_loss_and_no_sum",
+)
+fault(
+    "the type of the logits does not reach the loss",
+    "model",
+    "logits_dtype=self.logits_dtype,",
+    'logits_dtype="fp32",',
+    "families::test_16_bit_logits_reach_the_triton_loss_and_are_refused_elsewhere",
+)
+fault(
+    "16-bit logits are accepted where nothing holds them",
+    "backend",
+    'if config.model.logits_dtype == "compute" and loss.name != "triton":',
+    "if False:",
+    "families::test_16_bit_logits_reach_the_triton_loss_and_are_refused_elsewhere",
 )
 fault(
     "early stopping waits for equal losses",
