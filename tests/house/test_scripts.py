@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from launching import REPOSITORY, free_port
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 SCRIPTS = [
     *sorted(
@@ -172,6 +175,23 @@ def test_every_dependency_is_carried_or_left_to_the_host_on_purpose():
     )
     assert left_out == {"pyarrow", "matplotlib", "scikit-learn"}
     assert declared - carried - brought_by_torch == left_out and not carried & brought_by_torch
+    # and what the carried ones need in turn
+    host = needed_by({"torch", "transformers", *brought_by_torch})
+    assert not needed_by(carried) - carried - host
+
+
+def needed_by(names: set[str]) -> set[str]:
+    """These distributions and all that they require here without an extra, in turn."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in found:
+            continue
+        found.add(name)
+        required = map(Requirement, importlib.metadata.requires(name) or [])
+        waiting += [r.name for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
 
 
 def test_training_needs_nothing_that_is_left_out():
