@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # zero.Init patches tensor constructors: dynamo must be loaded before it is entered
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +32,7 @@ from versatune_ds.data.collate import Batch
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.families import LogitRule, logit_rule
+from versatune_ds.engine.model.rope import rotate_by_sample
 from versatune_ds.engine.phases import LOSS, timed
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError
@@ -105,6 +107,7 @@ class PackedCausalLM(nn.Module):
             raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
         self.tied = lm.get_input_embeddings().weight is head.weight
         lm.set_output_embeddings(LossHead(head.weight, loss_backend, logits_dtype, logit_rule(lm.config)))
+        rotate_by_sample(lm)
         self.lm: Any = lm
 
     def hidden_states(
@@ -163,7 +166,7 @@ def load_architecture(settings: Model) -> Any:
         raise ConfigError(f"model.source {settings.source} is not a folder; give a folder or a hub name")
     try:
         return AutoConfig.from_pretrained(settings.source, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         raise ConfigError(f"model.source {settings.source}: {error}") from error
 
 
