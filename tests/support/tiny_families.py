@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 VOCAB_SIZE = 64
 TINY = {
@@ -75,3 +75,17 @@ def family_model(kind: str, **more: Any) -> Any:
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return lm
+
+
+def image_text_model(kind: str, **text_fields: Any) -> Any:
+    """A random model of images and text: `gemma3` or `mistral3`."""
+    torch.manual_seed(0)
+    text = {"gemma3": "gemma3_text", "mistral3": "ministral3"}[kind]
+    vision = {"model_type": {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}[kind], "hidden_size": 32,
+              "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = AutoConfig.for_model(
+        kind, text_config=family_config(text, **text_fields), vision_config=vision, mm_tokens_per_image=4,
+        image_token_index=60, boi_token_index=61, eoi_token_index=62, tie_word_embeddings=kind == "gemma3",
+    )  # fmt: skip
+    return AutoModelForImageTextToText.from_config(config).eval()

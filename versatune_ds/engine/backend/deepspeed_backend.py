@@ -44,10 +44,10 @@ from versatune_ds.engine.model.packed_lm import (
     PackedCausalLM,
     build_model,
     float32_buffers,
-    load_architecture,
     restore_buffers,
 )
 from versatune_ds.engine.model.rope import turning_length
+from versatune_ds.engine.model.source import load_architecture
 from versatune_ds.foundations.errors import ConfigError, StateError, VersaTuneError
 from versatune_ds.foundations.log import get_logger
 from versatune_kernels import KernelError, LossOutput, resolve_backend

@@ -32,6 +32,8 @@ class Family(NamedTuple):
     """Norms of all of q and of all of k."""
     norms: int = 2
     """Norms of the hidden states in a layer."""
+    fp32_norms: bool = False
+    """Norms are scaled in fp32, for which their input is kept."""
     softcap: str | None = None
     """Logits become c tanh(logits / c), c the value of this field."""
     logit_factor: str | None = None
@@ -53,8 +55,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(head_norms=True),
     "olmo2": Family(wide_norms=True),
     "olmo3": Family(wide_norms=True),
-    "gemma2": Family(norms=4, softcap="final_logit_softcapping"),
-    "gemma3_text": Family(norms=4, head_norms=True, softcap="final_logit_softcapping"),
+    "gemma2": Family(norms=4, fp32_norms=True, softcap="final_logit_softcapping"),
+    "gemma3_text": Family(norms=4, fp32_norms=True, head_norms=True, softcap="final_logit_softcapping"),
     "cohere": Family(planned=False, logit_factor="logit_scale"),
     "cohere2": Family(planned=False, logit_factor="logit_scale"),
     "granite": Family(planned=False, logit_divisor="logits_scaling"),
@@ -139,6 +141,7 @@ def _shape(config: Any, counted: tuple[int, int] | None = None) -> ModelShape:
         tied=bool(given("tie_word_embeddings")),
         vectors=tuple(vectors),
         norms=family.norms,
+        fp32_norms=family.fp32_norms,
         query_key_norms=family.head_norms or family.wide_norms,
         counted=counted,
     )

@@ -55,6 +55,8 @@ class ModelShape:
     """Sizes of a layer's norms and biases."""
     norms: int = 2
     """Norms of the hidden states in a layer."""
+    fp32_norms: bool = False
+    """They are scaled in fp32."""
     query_key_norms: bool = False
     """Norms of q and k."""
     counted: tuple[int, int] | None = None

@@ -156,6 +156,11 @@ def check_architecture(architecture: Any, tokenizer: Any, corpus: Corpus) -> Non
         ConfigError: naming the numbers.
     """
     logit_rule(architecture)
+    if getattr(architecture, "quantization_config", None):
+        raise ConfigError(
+            "model.source holds quantised weights (quantization_config in its config.json), which cannot be "
+            "trained; use the model's bf16 weights"
+        )
     if getattr(architecture, "router_aux_loss_coef", None) is not None:
         raise ConfigError(
             f"{architecture.model_type} is a mixture of experts; its router loss is not supported"
