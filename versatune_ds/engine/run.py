@@ -120,7 +120,7 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     if config.run.resume == "auto":
         checkpoint = newest_sound_checkpoint(config.run.dir / constants.CHECKPOINTS_DIR)
     if checkpoint is not None:
-        saved = read_state(checkpoint, state_layout(prepared.deepspeed, config.model.dtype))
+        saved = read_state(checkpoint, state_layout(prepared.deepspeed, config.model))
     state = TrainState.of(prepared, saved)
     if state.planner.step == 0 and config.evaluation.every_n_steps is None:
         report_alarms(state.controller.starting_alarms(DomainSums.zeros(len(prepared.table))))

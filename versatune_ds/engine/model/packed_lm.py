@@ -5,8 +5,7 @@ come from rank 0, which alone reads them (docs/plan.md). The head module owns th
 ZeRO-3 a weight exists only inside the forward of the module it belongs to; it reuses the very Parameter of
 `lm_head`, so tied embeddings stay tied.
 
-What is not covered: adapters (LoRA), output layers with a bias, and mixtures of experts; the last two are
-refused.
+What is not covered: output layers with a bias, and mixtures of experts; both are refused.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from versatune_ds.config.schema import Model
 from versatune_ds.data.collate import Batch
+from versatune_ds.engine.model.adapters import add_adapter
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.families import LogitRule, logit_rule
@@ -188,6 +188,8 @@ def build_model(
     lm = distributed.together(lambda: load_lm(settings, seed, attn_implementation=attention.implementation))
     lm.config.use_cache = False
     lm.config.architectures = [type(lm).__name__]
+    if settings.adapter is not None:
+        add_adapter(lm, settings.adapter, seed)
     liger = apply_liger(lm, settings.liger, device_type)
     checkpoint_activations(lm, settings.activation_checkpointing)
     if settings.compile == "body":
