@@ -59,7 +59,7 @@ BF16_CASES = ["untied-packed-zero3-bf16", "tied-packed-zero1-bf16", "untied-pack
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    """Two tiny models with saved weights, `untied` (Llama) and `tied` (Qwen2), and peft's adapters for each."""
+    """Two tiny models with saved weights, `untied` (Llama) and `tied` (Qwen2), and adapters by peft."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 

@@ -15,7 +15,7 @@ What is not covered: which settings DeepSpeed gets (`deepspeed_config.py`), and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from versatune_ds.config.schema import Config
-from versatune_ds.engine.backend.backend import Backend, Write
+from versatune_ds.engine.backend.backend import Backend, Write, all_names
 from versatune_ds.engine.backend.deepspeed_config import (
     deepspeed_config,
     offloads_optimizer,
@@ -153,9 +153,11 @@ class DeepSpeedBackend:
             yield
         self.live.train()
 
-    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def parameters(self, wanted: Callable[[str], bool] = all_names) -> Iterator[tuple[str, torch.Tensor]]:
         """As `Backend.parameters`; a collective per partitioned parameter."""
         for name, parameter in self.model.named_parameters():  # a tied parameter once, under its first name
+            if not wanted(name):
+                continue
             if hasattr(parameter, "ds_id"):
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
                     yield name, parameter.data
@@ -278,6 +280,7 @@ def _build_model(
 
 def _share_with_dora(model: PackedCausalLM) -> None:
     """Let ZeRO-3 gather a frozen weight for DoRA's layer, too, which computes the norms of its rows."""
+    layer: Any
     for layer in model.modules():
         for dora in getattr(layer, MAGNITUDE, {}).values():
             deepspeed.zero.register_external_parameter(dora, layer.base_layer.weight)

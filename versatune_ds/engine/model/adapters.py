@@ -25,9 +25,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from versatune_ds.config.schema import Adapter
+from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 from versatune_ds.foundations.errors import ConfigError
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """peft's files put it before the names of the model's modules."""
 NAME = "default"
@@ -64,6 +65,26 @@ def require_peft() -> Any:
     return peft
 
 
+def lora_config(settings: Adapter, targets: Any) -> Any:
+    """peft's `LoraConfig`.
+
+    Args:
+        targets: names of modules, or "all-linear".
+
+    Raises:
+        ConfigError: peft is not installed.
+    """
+    return require_peft().LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        use_dora=settings.kind == "dora",
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
 def add_adapter(lm: PreTrainedModel, settings: Adapter, seed: int) -> None:
     """Freeze a model and put adapter layers into it, new or from a folder; all ranks do the same.
 
@@ -74,21 +95,11 @@ def add_adapter(lm: PreTrainedModel, settings: Adapter, seed: int) -> None:
     Raises:
         ConfigError: no peft, no such layers, or an adapter that does not fit them.
     """
-    peft = require_peft()
-    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
-    config = peft.LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=targets,
-        use_dora=settings.kind == "dora",
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    config = lora_config(settings, settings.targets)
     started = combined(settings) if settings.start_from else None
     torch.manual_seed(seed)
     try:
-        peft.inject_adapter_in_model(config, lm, NAME)
+        require_peft().inject_adapter_in_model(config, lm, NAME)
     except ValueError as error:
         raise ConfigError(f"model.adapter.targets {settings.targets}: {error}") from error
     if started is not None:
@@ -113,7 +124,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         ConfigError: there is none, or one of another method.
     """
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS_FILE)
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         targets = frozenset(name.split(".")[-2 - (MAGNITUDE not in name)] for name in tensors)
@@ -126,7 +137,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
             )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(
-            f"{folder} is not an adapter folder ({error}); it must hold {CONFIG_FILE} and {WEIGHTS_FILE}"
+            f"{folder} is not an adapter folder ({error}); such a folder holds {ADAPTER_CONFIG_FILE} and "
+            f"{WEIGHTS_FILE}"
         ) from error
     return SavedAdapter(
         alpha / rank,
@@ -151,18 +163,20 @@ def combined(settings: Adapter) -> dict[str, torch.Tensor]:
     for folder, part in parts.items():
         if part.kind != kind:
             raise ConfigError(f"{folder} holds a {part.kind} adapter; model.adapter.kind is {settings.kind}")
-    rank = sum(part.rank for part in parts.values())
-    if rank != settings.rank:
+    ranks = [part.rank for part in parts.values()]
+    if sum(ranks) != settings.rank:
         raise ConfigError(
-            f"model.adapter.start_from has adapters of rank {' + '.join(str(p.rank) for p in parts.values())}; "
-            f"set model.adapter.rank: {rank}"
+            f"model.adapter.start_from has adapters of rank {' + '.join(map(str, ranks))}; set "
+            f"model.adapter.rank: {sum(ranks)}"
         )
     names = {name for part in parts.values() for name in part.tensors}
     unequal = sorted(name for name in names if any(name not in part.tensors for part in parts.values()))
     if unequal:
         raise ConfigError(f"the adapters of start_from have different layers: {unequal[0]} is not in all")
     if kind == "dora" and (len(parts) > 1 or list(factors.values()) != [1.0]):
-        raise ConfigError("dora adapters cannot be added up: their rows have lengths; start from one, factor 1")
+        raise ConfigError(
+            "dora adapters cannot be added up: their rows have lengths; start from one, factor 1"
+        )
     scale = settings.alpha / settings.rank
     result = {}
     for name in sorted(names):

@@ -22,7 +22,7 @@ import torch._dynamo  # zero.Init patches tensor constructors: dynamo must be lo
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from versatune_ds.config.schema import Model
@@ -184,8 +184,9 @@ def build_model(
     Raises:
         ConfigError: it cannot be built, or a pretrained folder lacks weights or holds others.
     """
+    options = {"attn_implementation": attention.implementation, **four_bits(settings)}
     # together: under ZeRO-3 only rank 0 reads the values
-    lm = distributed.together(lambda: load_lm(settings, seed, attn_implementation=attention.implementation))
+    lm = distributed.together(lambda: load_lm(settings, seed, **options))
     lm.config.use_cache = False
     lm.config.architectures = [type(lm).__name__]
     if settings.adapter is not None:
@@ -195,6 +196,19 @@ def build_model(
     if settings.compile == "body":
         lm.base_model.compile()
     return PackedCausalLM(lm, settings.loss_backend, liger, settings.logits_dtype)
+
+
+def four_bits(settings: Model) -> dict[str, Any]:
+    """transformers' arguments that load a model in 4 bits onto this rank's GPU, for qlora; else none."""
+    if settings.adapter is None or settings.adapter.kind != "qlora":
+        return {}
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[settings.dtype],
+    )
+    return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
 
 
 def load_lm(settings: Model, seed: int, **options: Any) -> PreTrainedModel:
