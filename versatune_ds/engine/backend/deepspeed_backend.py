@@ -59,10 +59,15 @@ class HandingOver(TorchCheckpointEngine):
     def __init__(self) -> None:
         super().__init__()
         self.write: Write | None = None
+        self.left_out: frozenset[str] = frozenset()
+        """Names in the model's state that are not saved. (DeepSpeed leaves out frozen parameters by their
+        first name, and still writes a tied head.)"""
 
     def save(self, state_dict: Any, path: str | Path) -> None:
         """Called by DeepSpeed for each file."""
         assert self.write is not None
+        for name in self.left_out & state_dict.get("module", {}).keys():
+            del state_dict["module"][name]
         self.write(state_dict, Path(path))
 
 
@@ -90,6 +95,9 @@ class DeepSpeedBackend:
         self._files = HandingOver()
         self._is_adapter = layout["model.adapter"] is not None
         """Then files hold what is trained, and the rest comes from the model's own folder."""
+        if self._is_adapter:
+            parameters = model.named_parameters(remove_duplicate=False)
+            self._files.left_out = frozenset(name for name, p in parameters if not p.requires_grad)
         if live is not model:
             live.checkpoint_engine = self._files
             # it copies scripts into every checkpoint between two barriers; a full disk would part ranks
