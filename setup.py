@@ -13,8 +13,10 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "versatune_ds/__init__.py")
 TRITON = 'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"'
 TRACKING = ["tensorboard>=2.15", "wandb>=0.17"]
 HUB = ["datasets>=3.0"]
+ADAPTER = ["peft>=0.18"]
 EVAL = ["lm-eval>=0.4.13"]
 TEST = [
+    *ADAPTER,
     "pytest>=8.0",
     "pytest-xdist>=3.8",
     "pytest-timeout>=2.3",
@@ -80,6 +82,8 @@ setup(
         "vllm": ["vllm>=0.10"],
         "audit": ["pip-audit>=2.7"],
         "eval": EVAL,
+        "adapter": ADAPTER,
+        "qlora": [*ADAPTER, "bitsandbytes>=0.46"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.6", "mypy>=1.10", "types-PyYAML", "types-tqdm"],
     },

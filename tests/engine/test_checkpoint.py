@@ -141,18 +141,20 @@ def test_random_generators_go_on_where_they_were_with_as_many_ranks(tmp_path, ra
         ({"optimizer offload": True}, None),
         ({"model.dtype": "fp32"}, "model.dtype 'bf16'; this run has 'fp32'"),
         ({"ZeRO stage": 0}, "ZeRO stage 3; this run has 0, and ZeRO stage 0 cannot go on"),
+        ({"model.adapter": {"rank": 8}}, "model.adapter None; this run has {'rank': 8}, and another adapter"),
     ],
 )
 def test_what_a_run_can_go_on_from(tmp_path, layout, problem):
-    """Any number of ranks, ZeRO stages 1 to 3, offload or not; precision stays, and stage 0 alone."""
-    saved = {"ZeRO stage": 3, "model.dtype": "bf16", "optimizer offload": False}
+    """Any number of ranks, ZeRO stages 1 to 3, offload or not; not another precision, adapter or stage 0."""
+    saved = {"ZeRO stage": 3, "model.dtype": "bf16", "optimizer offload": False}  # written before adapters
     state = {"version": 1, "world_size": 4, "layout": saved}
     (tmp_path / "versatune_state.json").write_text(json.dumps(state))
     if problem is None:
-        assert ck.read_state(tmp_path, saved | layout) == state
+        read = ck.read_state(tmp_path, saved | {"model.adapter": None} | layout)
+        assert read == state | {"layout": {"model.adapter": None} | saved}
     else:
         with pytest.raises(StateError, match=problem):
-            ck.read_state(tmp_path, saved | layout)
+            ck.read_state(tmp_path, saved | {"model.adapter": None} | layout)
 
 
 def test_shards_are_bounded_and_indexed(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from versatune_ds.config.schema import Model
 from versatune_ds.engine.backend.deepspeed_backend import DeepSpeedBackend
 from versatune_ds.engine.backend.deepspeed_config import state_layout
 from versatune_ds.engine.backend.ranks import Group, Ranks
@@ -52,7 +53,7 @@ def live() -> Live:
 def backend_of(live: Live, stage: int = 0) -> DeepSpeedBackend:
     settings: dict[str, Any] = {"zero_optimization": {"stage": stage}}
     ranks = Ranks(Group(0, 1), Group(0, 1))
-    layout = state_layout(settings, "fp32")
+    layout = state_layout(settings, Model(source="unused", dtype="fp32"))
     model: Any = live.model
     attention: Any = SimpleNamespace()
     return DeepSpeedBackend(live, model, torch.device("cpu"), attention, settings, layout, ranks)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from saved_checkpoints import write_checkpoint
 from small_runs import small_run
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from versatune_ds.cli.main import main
 from versatune_ds.engine.checkpointing.hf_export import Companions, ShardWriter, export_checkpoint
@@ -35,6 +35,12 @@ def zero(stage: int, **settings: object) -> str:
 
 
 FP32_SUMS = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+ADAPTED = [
+    "model.source={base}",
+    "model.weights=pretrained",
+    "model.adapter={rank: 4, alpha: 6}",
+    "optimizer.lr=0.02",
+]
 RUNS = {
     # name: (overrides, sabotage)
     "stage_0": ([zero(0), "model.dtype=fp32"], None),
@@ -55,6 +61,9 @@ RUNS = {
     "stage_1_frozen": ([zero(1)], "freeze two"),
     "stage_2_frozen": ([zero(2)], "freeze two"),
     "stage_3_frozen": ([zero(3)], "freeze two"),
+    "stage_2_lora": ([zero(2), *ADAPTED], None),
+    "stage_3_lora": ([zero(3), *ADAPTED, "model.dtype=fp32"], None),
+    "stage_3_dora": ([zero(3), *ADAPTED, "model.dtype=fp32", "model.adapter.kind=dora"], None),
 }
 
 
@@ -74,12 +83,15 @@ def runs(tmp_path_factory) -> Path:
     shutil.copytree(folder / "sample" / "model", untied)
     architecture = json.loads((untied / "config.json").read_text())
     (untied / "config.json").write_text(json.dumps({**architecture, "tie_word_embeddings": False}))
+    base = folder / "base"
+    shutil.copytree(untied, base)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(untied)).save_pretrained(base)
     cases = [
         {
             "config": str(config),
             "overrides": [
                 f"run.dir={folder / name}",
-                *(o.replace("{untied}", str(untied)) for o in overrides),
+                *(o.replace("{untied}", str(untied)).replace("{base}", str(base)) for o in overrides),
             ],
             "sabotage": sabotage,
         }
@@ -103,10 +115,36 @@ def test_a_checkpoint_gives_the_folder_that_the_run_itself_wrote(runs, name, cap
     target = run / f"model-step-{STEPS:08d}"
     assert capsys.readouterr().out == f"{target}\n"
     ours, expected = contents(target), contents(run / "model")
-    assert ours.keys() == expected.keys() and "model.safetensors.index.json" in ours
+    assert ours.keys() == expected.keys()
     assert [file for file in expected if ours[file] != expected[file]] == []
+    if "ora" in name:
+        assert {"adapter_config.json", "adapter_model.safetensors"} < ours.keys()
+        assert not {"config.json", "model.safetensors"} & ours.keys()
+        return
     names = json.loads(ours["model.safetensors.index.json"])["weight_map"]
     assert ("lm_head.weight" in names) == ("untied" in name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stage_3_lora", "stage_3_dora"])
+def test_a_merged_model_computes_what_base_and_adapter_do(runs, name, capsys):
+    """The adapter as peft loads it, trained away from 0, against the merged folder."""
+    from peft import PeftModel
+
+    run, merged = runs / name, runs / f"{name}_merged"
+    assert main(["export", str(run), "--merge", "--out", str(merged)]) == 0
+    base = AutoModelForCausalLM.from_pretrained(runs / "base")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(runs / "base"), run / "model")
+    ids = torch.arange(60).view(2, 30)
+    with torch.no_grad():
+        before, expected = base(ids).logits, adapted(ids).logits
+        ours = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
+    assert (expected - before).abs().max() > 1e-3
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    assert json.loads((merged / "generation_config.json").read_text())["use_cache"]
+    capsys.readouterr()
+    assert main(["export", str(runs / "stage_3"), "--merge", "--out", str(merged)]) == constants.EXIT_USAGE
+    assert "this run trained the whole model" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -196,7 +234,8 @@ def test_generation_stops_where_turns_were_trained_to_end(tmp_path):
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = byte_level_tokenizer(specials, eos_token="<|endoftext|>")
     config = SimpleNamespace(
-        model=SimpleNamespace(source=str(tmp_path)), data=SimpleNamespace(chat_template="chatml")
+        model=SimpleNamespace(source=str(tmp_path), adapter=None),
+        data=SimpleNamespace(chat_template="chatml"),
     )
     found = Companions.of(config, tokenizer, LlamaConfig(eos_token_id=0, use_cache=False)).generation
     assert found.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>") != 0

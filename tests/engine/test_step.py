@@ -5,6 +5,7 @@ The reference is plain PyTorch: every sample alone in a row, summed token losses
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import shutil
@@ -16,6 +17,8 @@ import step_cases as cases
 import torch
 from launching import launch_soundly
 from safetensors.torch import load_file
+
+from versatune_ds.engine.model.adapters import PREFIX
 
 CASES_FILE = Path(cases.__file__)
 
@@ -45,6 +48,10 @@ CASES = {
         *(f"untied-packed-zero{stage}-clip" for stage in range(4)),
         *(f"lie-packed-zero{stage}" for stage in range(4)),
         "wrapped-packed-zero3",
+        *(f"tied-packed-zero{stage}-lora" for stage in (0, 2)),
+        "untied-unpacked-zero3-lora-recompute",
+        "untied-packed-zero1-dora",
+        "untied-packed-zero3-dora",
     ],
     4: ["untied-packed-zero3", "tied-unpacked-zero3-recompute", "untied-packed-zero1"],
 }
@@ -58,9 +65,10 @@ BF16_CASES = ["untied-packed-zero3-bf16", "tied-packed-zero1-bf16", "untied-pack
 def models(tmp_path_factory) -> Path:
     """Tiny models with saved weights: `untied` (Llama), `tied` (Qwen2), and two that are not what they say.
 
-    `lie`: Llama whose configuration ties a head that the files hold; `wrapped`: Gemma 3 in a model of images,
-    beside it `wrapped_alone`, the same as a text model.
+    Adapters by peft for the first two: `untied-lora` and so on. `lie`: Llama whose configuration ties a
+    head that the files hold; `wrapped`: Gemma 3 in a model of images, beside it the same without.
     """
+    from peft import LoraConfig, get_peft_model
     from tiny_families import image_text_model
     from transformers import (
         AutoModelForCausalLM,
@@ -82,8 +90,24 @@ def models(tmp_path_factory) -> Path:
         "initializer_range": 0.2,
     }
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).save_pretrained(folder / "untied")
-    Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True)).save_pretrained(folder / "tied")
+    made = {
+        "untied": lambda: LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)),
+        "tied": lambda: Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True)),
+    }
+    settings = cases.ADAPTER
+    for name, make in made.items():
+        model = make()
+        model.save_pretrained(folder / name)
+        for kind in ("lora", "dora"):
+            config = LoraConfig(
+                r=settings["rank"],
+                lora_alpha=settings["alpha"],
+                target_modules=settings["targets"],
+                use_dora=kind == "dora",
+                init_lora_weights=False,  # B is not 0
+                task_type="CAUSAL_LM",
+            )
+            get_peft_model(copy.deepcopy(model), config).save_pretrained(folder / f"{name}-{kind}")
     lie = shutil.copytree(folder / "untied", folder / "lie") / "config.json"
     lie.write_text(json.dumps({**json.loads(lie.read_text()), "tie_word_embeddings": True}))
     wrapped = image_text_model("gemma3", vocab_size=cases.VOCAB_SIZE)
@@ -110,25 +134,30 @@ def results(models, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reference(models):
-    """`reference("tied")`: parameters and domain sums of the same two steps in plain PyTorch."""
+    """`reference("tied")`: parameters and domain sums of the same two steps in plain PyTorch and peft."""
 
     @functools.cache
-    def run(name, max_norm=0.0, start="fp32", compute="fp32") -> dict[str, torch.Tensor]:
+    def run(name, max_norm=0.0, start="fp32", compute="fp32", adapter=None) -> dict[str, torch.Tensor]:
         """The two steps.
 
         Args:
+            adapter: `lora`, `dora`: train that adapter.
             max_norm: gradients are clipped to this global norm; 0: never.
             start: `bf16`: the weights are rounded to bf16 before the first step.
             compute: `bf16` (as `start`): forward and backward on a bf16 copy of the fp32 weights that AdamW
                 moves.
         """
+        from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[start]
         folder = models / f"{name}_alone" if name == "wrapped" else models / name
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         model = model.float() if compute == "fp32" else model
-        masters = {key: parameter.detach().float() for key, parameter in model.named_parameters()}
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, models / f"{name}-{adapter}", is_trainable=True)
+        frozen = {key: p.detach().clone() for key, p in model.named_parameters() if not p.requires_grad}
+        masters = {key: p.detach().float() for key, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
             masters.values(), lr=cases.LEARNING_RATE, eps=cases.EPS, betas=(0.9, 0.95), weight_decay=0.0
         )
@@ -147,19 +176,21 @@ def reference(models):
                 sums[:, domain] += float(losses[supervised].sum()), int(supervised.sum())
                 token_losses.append(losses[supervised].detach())
             (total / count).backward()
-            for key, parameter in model.named_parameters():
-                masters[key].grad = parameter.grad.float()
+            parameters = dict(model.named_parameters())
+            for key in masters:
+                masters[key].grad = parameters[key].grad.float()
             out[f"norm_{step}"] = torch.nn.utils.get_total_norm([m.grad for m in masters.values()])
             if max_norm:
                 torch.nn.utils.clip_grad_norm_(masters.values(), max_norm)
             optimizer.param_groups[0]["lr"] = cases.RATES[step]
             optimizer.step()
             model.zero_grad()
-            for key, parameter in model.named_parameters():
-                parameter.data.copy_(masters[key])
+            for key, master in masters.items():
+                parameters[key].data.copy_(master)
             out[f"sums_{step}"] = torch.from_numpy(sums)
             out[f"losses_{step}"] = torch.cat(token_losses)
-        return out | {f"parameter.{key}": master for key, master in masters.items()}
+        end = {**masters, **frozen}
+        return out | {f"parameter.{key.removeprefix(PREFIX)}": value for key, value in end.items()}
 
     return run
 
@@ -169,7 +200,8 @@ def reference(models):
 def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
     """Same losses per domain and same parameters; the -nan cases skip a poisoned step in between."""
     max_norm = cases.MAX_NORM if "clip" in case else 0.0
-    ours, expected = results(ranks)[case], reference(case.split("-")[0], max_norm)
+    adapter = next((word for word in case.split("-") if word in ("lora", "dora")), None)
+    ours, expected = results(ranks)[case], reference(case.split("-")[0], max_norm, adapter=adapter)
     for step in ("first", "second"):
         assert expected[f"norm_{step}"] > 2 * max_norm  # clipping is no trifle
         # rows 0 and 1 of the buffer: loss sum and supervised tokens per domain
@@ -180,6 +212,8 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
         torch.testing.assert_close(
             ours[name], expected[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+        if adapter and "lora_" not in name:
+            assert torch.equal(ours[name], expected[name]), f"{name} is frozen"
 
 
 @pytest.mark.slow

@@ -856,7 +856,7 @@ fault("ranks' lists stay in the checkpoint", "checkpoint", "        path.unlink(
 fault(
     "another precision is gone on with",
     "checkpoint",
-    '("model.dtype", "another precision"), ',
+    '("model.dtype", "another precision"),\n        ',
     "",
     "checkpoint::test_what_a_run_can_go_on_from",
 )

@@ -21,6 +21,8 @@ from versatune_ds.engine.checkpointing.hf_export import export_checkpoint
 class NoCompanions:
     """Weights only."""
 
+    adapter_of = None
+
     def save(self, folder: Path) -> None:
         pass
 

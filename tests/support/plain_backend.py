@@ -23,7 +23,7 @@ from versatune_ds.config.schema import Config
 from versatune_ds.data.loader import StepLoader
 from versatune_ds.engine import run as run_module
 from versatune_ds.engine import train
-from versatune_ds.engine.backend.backend import Backend, Write
+from versatune_ds.engine.backend.backend import Backend, Write, all_names
 from versatune_ds.engine.backend.optimizer import build_optimizer, set_learning_rate
 from versatune_ds.engine.backend.ranks import Group, Ranks
 from versatune_ds.engine.model.attention import choose_attention
@@ -95,8 +95,8 @@ class PlainBackend:
             yield
         self.model.train()
 
-    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self.model.named_parameters()
+    def parameters(self, wanted=all_names) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, parameter) for name, parameter in self.model.named_parameters() if wanted(name))
 
     def save(self, folder: Path, write: Write) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}

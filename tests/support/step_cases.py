@@ -43,6 +43,7 @@ WITHOUT_SUPERVISION = 2
 LEARNING_RATE, EPS = 0.5, 1.0
 RATES = {"first": 0.3, "poisoned": 5.0, "second": 0.45}
 """Of each step; none is that of the settings."""
+ADAPTER = {"rank": 4, "alpha": 6.0, "targets": ["q_proj", "v_proj", "down_proj"]}
 MAX_NORM = 0.25
 """Of the `-clip` cases; a fraction of the global gradient norm of both steps (checked in test_step.py)."""
 
@@ -102,6 +103,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
         "compile": "body" if "compile" in words else "off",
         "loss_backend": "triton" if "triton" in words else "chunked",
     }
+    for kind in {"lora", "dora"} & set(words):
+        model["adapter"] = {**ADAPTER, "kind": kind, "start_from": str(models / f"{words[0]}-{kind}")}
     max_norm = MAX_NORM if "clip" in words else 0
     raw = settings(model, layout, zero, max_norm)
     if "sums" in words:

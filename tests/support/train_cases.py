@@ -225,7 +225,8 @@ def dump(run, done: int, how: str) -> None:
         live.optimizer._hp_optimizer_states_linked = False
         live.optimizer._lazy_init_hp_params_optimizer_state()
     whole = {}
-    for parameter, name in live.param_names.items():
+    trained = [(p, name) for p, name in live.param_names.items() if p.requires_grad]
+    for parameter, name in trained:
         whole[f"fp32.{name}"] = safe_get_full_fp32_param(parameter)
         for kind in ("exp_avg", "exp_avg_sq"):
             whole[f"{kind}.{name}"] = safe_get_full_optimizer_state(parameter, kind)

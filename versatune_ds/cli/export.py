@@ -14,11 +14,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "export",
         help="write a checkpoint as a Hugging Face folder",
-        description="Write a checkpoint of a run as a Hugging Face folder (safetensors, config, tokenizer).",
+        description="Write a checkpoint of a run as a Hugging Face folder (safetensors, config, tokenizer); "
+        "of a run with model.adapter, as an adapter folder for peft.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--step", type=int, help="checkpoint to export; default: the newest sound one")
     parser.add_argument("--out", type=Path, help="target folder; default: RUN/model-step-N")
+    parser.add_argument("--merge", action="store_true", help="the base model with the adapter added")
     parser.set_defaults(run=run)
 
 
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             f"{checkpoint} is damaged: {problem}; restore the file, or leave out --step to export the newest "
             "sound checkpoint"
         )
-    target = args.out or args.run_dir / f"model-{checkpoint.name}"
-    export_from_run(args.run_dir, checkpoint, target)
+    target = args.out or args.run_dir / f"model-{checkpoint.name}{'-merged' if args.merge else ''}"
+    export_from_run(args.run_dir, checkpoint, target, args.merge)
     print(target)
     return constants.EXIT_OK

@@ -8,22 +8,41 @@ What is not covered: running them (`apps/reference.py`).
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 from versatune_ds.config.load import validate_config
 from versatune_ds.config.schema import Config
+from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 
 
 def with_model(config: Config, source: str) -> Config:
-    """The run with another, finished model in its place; the tokenizer stays."""
+    """The run with another, finished model (or adapter folder) in its place; the tokenizer stays."""
     raw = config.model_dump(mode="json")
     raw["model"] |= {
-        "source": source,
+        **_model_of(source),
         "weights": "pretrained",
         "tokenizer": config.model.tokenizer or config.model.source,
     }
     return validate_config(raw, f"settings with the model {source}")
+
+
+def _model_of(source: str) -> dict[str, Any]:
+    """Source and adapter of a `model` section for a finished model, or for an adapter and its base model."""
+    file = Path(source) / ADAPTER_CONFIG_FILE
+    if not file.is_file():
+        return {"source": source, "adapter": None}
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    adapter = {
+        "kind": "dora" if saved.get("use_dora") else "lora",
+        "rank": saved["r"],
+        "alpha": saved["lora_alpha"],
+        "targets": sorted(saved["target_modules"]),
+        "start_from": source,
+    }
+    return {"source": saved["base_model_name_or_path"], "adapter": adapter}
 
 
 def proxy_config(config: Config) -> Config:

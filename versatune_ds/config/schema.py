@@ -49,6 +49,32 @@ class Run(Section):
     `collective_timeout_s`, or the ranks that wait fail before it is known for whom. None: never."""
 
 
+class Adapter(Section):
+    """A small trained part beside the frozen model, through peft (extra `adapter`; docs/adapters.md)."""
+
+    kind: Literal["lora", "dora", "qlora"] = "lora"
+    """`lora`: W + (alpha / rank) B A. `dora`: the rows of that sum get trained lengths, too. `qlora`: lora
+    over a model held in 4 bits (bitsandbytes; CUDA, ZeRO stage 0 to 2)."""
+    rank: int = Field(16, ge=1)
+    """Rows of A and columns of B."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale of the product, times the rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the inputs of A that is left out in training."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Modules by the last part of their names, e.g. [q_proj, v_proj]; `all-linear`: all but the head."""
+    start_from: str | dict[str, float] | None = None
+    """Adapter folder to go on from, or several, each with its factor in their sum; `rank` is then the sum of
+    their ranks. None: a new adapter."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Adapter:
+        heads = [name for name in self.targets if name in ("lm_head", "embed_tokens")]
+        if heads and not isinstance(self.targets, str):
+            raise ValueError(f"targets: {heads[0]} cannot have an adapter: the loss takes the head's weight")
+        return self
+
+
 class Model(Section):
     """The model, its tokenizer and how it computes."""
 
@@ -59,6 +85,8 @@ class Model(Section):
     """`random`: build from `source`'s config.json only and initialise with `run.seed`."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer; default: `source`."""
+    adapter: Adapter | None = None
+    """Train an adapter and leave the model as it is. None: train all of it."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Compute precision; the optimizer always keeps fp32 master weights."""
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"

@@ -32,11 +32,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def model_fingerprint(settings: Model) -> str:
-    """Hash of a model: of its files in a folder, of name and commit on a hub.
+    """Hash of a model: of its files in a folder, of name and commit on a hub, and of its adapter.
 
     Raises:
         ConfigError: no such model.
     """
+    if settings.adapter is not None:
+        base = model_fingerprint(settings.model_copy(update={"adapter": None}))
+        given = settings.adapter.start_from
+        folders = given if isinstance(given, dict) else {given: 1.0} if given else {}
+        parts = [[factor, _files(Path(folder))] for folder, factor in sorted(folders.items())]
+        return canonical_hash([base, parts, settings.adapter.model_dump(exclude={"start_from", "dropout"})])
     architecture = load_architecture(settings)
     folder = Path(settings.source)
     if not folder.is_dir():
@@ -44,8 +50,7 @@ def model_fingerprint(settings: Model) -> str:
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for key in UNSTABLE_KEYS:
         content.pop(key, None)
-    files = weight_files(folder) if settings.weights == "pretrained" else []
-    return canonical_hash([content, [[path.name, path.stat().st_size, _edges(path)] for path in files]])
+    return canonical_hash([content, _files(folder) if settings.weights == "pretrained" else []])
 
 
 def data_fingerprint(caches: Sequence[TokenCache | None], names: Sequence[str]) -> str | None:
@@ -56,6 +61,10 @@ def data_fingerprint(caches: Sequence[TokenCache | None], names: Sequence[str]) 
         if cache is not None
     }
     return canonical_hash(files) if files else None
+
+
+def _files(folder: Path) -> list[list[Any]]:
+    return [[path.name, path.stat().st_size, _edges(path)] for path in weight_files(folder)]
 
 
 def _edges(path: Path) -> str:

@@ -65,10 +65,11 @@ class Prepared:
         return WeightController(self.table, self.config.domains, self.config.weights, self.reference)
 
 
-def prepare_run(config: Config, config_path: Path | None = None) -> Prepared:
+def prepare_run(config: Config, device_type: str, config_path: Path | None = None) -> Prepared:
     """Open and check what a run needs; every rank calls it.
 
     Args:
+        device_type: "cpu" or "cuda", where the model will run.
         config_path: the settings' file, for error texts that name a command.
 
     Raises:
@@ -80,6 +81,7 @@ def prepare_run(config: Config, config_path: Path | None = None) -> Prepared:
     preflight.check_folder(config)
     check_shared_folder(config.run.dir)
     preflight.check_trackers(config)
+    preflight.check_adapter(config.model, settings, device_type)
     table = DomainTable(config.domains.names)
     architecture = load_architecture(config.model)
     check_files(config.model)

@@ -29,6 +29,7 @@ from versatune_ds.engine.checkpointing.folder import load_model_state, newest_so
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.faults.run_lock import unwritable
+from versatune_ds.engine.model.adapters import trained_targets
 from versatune_ds.engine.model.families import built_shape
 from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.engine.preflight import checks as preflight
@@ -114,13 +115,13 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     Raises:
         ConfigError, DataError, StateError: settings, data or saved state that cannot be used.
     """
-    prepared = prepare_run(config, config_path)
+    prepared = prepare_run(config, device.type, config_path)
     saved: dict[str, Any] | None = None
     checkpoint: Path | None = None
     if config.run.resume == "auto":
         checkpoint = newest_sound_checkpoint(config.run.dir / constants.CHECKPOINTS_DIR)
     if checkpoint is not None:
-        saved = read_state(checkpoint, state_layout(prepared.deepspeed, config.model.dtype))
+        saved = read_state(checkpoint, state_layout(prepared.deepspeed, config.model))
     state = TrainState.of(prepared, saved)
     if state.planner.step == 0 and config.evaluation.every_n_steps is None:
         report_alarms(state.controller.starting_alarms(DomainSums.zeros(len(prepared.table))))
@@ -296,6 +297,15 @@ def introduce(prepared: Prepared, backend: Backend) -> None:
         distributed.world_size(),
         backend.layout["ZeRO stage"],
     )
+    if config.model.adapter is not None:
+        adapter, targets = config.model.adapter, trained_targets(backend.model.lm)
+        log.info(
+            "adapter: %s of rank %d on %s; %.3g parameters are trained",
+            adapter.kind,
+            adapter.rank,
+            ", ".join(targets),
+            parameter_counts(backend.model, trained=True)[0],
+        )
     log.info("attention: %s (%s)", backend.attention.implementation, backend.attention.reason)
     log.info("loss: %s (%s)", loss.name, loss.reason)
     log.info("liger: %s; torch.compile: %s", backend.model.liger, config.model.compile)

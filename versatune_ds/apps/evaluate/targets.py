@@ -55,26 +55,31 @@ def resolve_target(name: str, config: Config) -> Target:
     if (path / constants.CHECKPOINT_MANIFEST_FILE).is_file() and NAME.fullmatch(path.name):
         run = path.resolve().parent.parent
         return Target(distributed.on_main(_export, run, path), run / constants.EVALUATIONS_DIR / path.name)
-    if (path / "config.json").is_file():
+    if _is_model(path):
         if not weight_files(path):
             raise ConfigError(
-                f"--model {name} has a config.json and no weights (*.safetensors); give a trained model, for "
-                f"example the folder {constants.EXPORT_DIR}/ of a finished run"
+                f"--model {name} has a configuration and no weights (*.safetensors); give a trained model, "
+                f"for example the folder {constants.EXPORT_DIR}/ of a finished run"
             )
         run = path.resolve().parent
         is_export = path.name == constants.EXPORT_DIR and (run / constants.RESOLVED_CONFIG_FILE).is_file()
         elsewhere = config.run.dir / constants.EVALUATIONS_DIR / folder_name(path.resolve().name)
         return Target(str(path), path.parent if is_export else elsewhere)
     raise ConfigError(
-        f"--model {name} is neither a Hugging Face folder (config.json), nor a run folder "
-        f"({constants.RESOLVED_CONFIG_FILE}), nor a checkpoint ({constants.CHECKPOINT_MANIFEST_FILE})"
+        f"--model {name} is neither a Hugging Face folder (config.json, or adapter_config.json), nor a run "
+        f"folder ({constants.RESOLVED_CONFIG_FILE}), nor a checkpoint ({constants.CHECKPOINT_MANIFEST_FILE})"
     )
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder holds a Hugging Face model, or an adapter for one."""
+    return any((folder / name).is_file() for name in ("config.json", constants.ADAPTER_CONFIG_FILE))
 
 
 def _model_of_run(run: Path) -> str:
     """The exported model of a run, or of its newest sound checkpoint."""
     model = run / constants.EXPORT_DIR
-    if (model / "config.json").is_file():
+    if _is_model(model):
         return str(model)
     checkpoint = newest_sound_checkpoint(run / constants.CHECKPOINTS_DIR)
     if checkpoint is None:
@@ -90,7 +95,7 @@ def _export(run: Path, checkpoint: Path) -> str:
     """A checkpoint as a Hugging Face folder beside its run; one that is there and newer is used again."""
     target = run / f"{constants.EXPORT_DIR}-{checkpoint.name}"
     made_at = (checkpoint / constants.CHECKPOINT_MANIFEST_FILE).stat().st_mtime
-    if not (target / "config.json").is_file() or target.stat().st_mtime < made_at:
+    if not _is_model(target) or target.stat().st_mtime < made_at:
         if (found := damage(checkpoint)) is not None:
             raise StateError(f"{checkpoint} is damaged: {found}; give another checkpoint")
         log.info("exporting %s to %s", checkpoint, target)

@@ -24,6 +24,11 @@ Write = Callable[[Any, Path], None]
 """Takes what a file is to hold (bytes, or anything for torch.save) and its path. Never raises."""
 
 
+def all_names(name: str) -> bool:
+    """Every parameter is wanted."""
+    return True
+
+
 class Backend(Protocol):
     """A model with its gradients and optimizer, on all ranks.
 
@@ -75,8 +80,12 @@ class Backend(Protocol):
     def evaluating(self) -> AbstractContextManager[None]:
         """Within it the model does not train, and nothing is kept for a backward."""
 
-    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter once, whole: (its first name in `model`, a tensor valid until the next one)."""
+    def parameters(self, wanted: Callable[[str], bool] = all_names) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter with a wanted name, once and whole.
+
+        Yields:
+            Its first name in `model`, and a tensor that is valid until the next one.
+        """
 
     def save(self, folder: Path, write: Write) -> None:
         """Hand this rank's part of the state to `write`, as files in `folder`; a collective."""

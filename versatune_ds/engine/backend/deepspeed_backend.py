@@ -15,7 +15,7 @@ What is not covered: which settings DeepSpeed gets (`deepspeed_config.py`), and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from versatune_ds.config.schema import Config
-from versatune_ds.engine.backend.backend import Backend, Write
+from versatune_ds.engine.backend.backend import Backend, Write, all_names
 from versatune_ds.engine.backend.deepspeed_config import (
     deepspeed_config,
     offloads_optimizer,
@@ -39,6 +39,7 @@ from versatune_ds.engine.backend.optimizer import build_optimizer, set_learning_
 from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.backend.reshard import load_resharded
 from versatune_ds.engine.backend.safe_loading import tensors_only
+from versatune_ds.engine.model.adapters import MAGNITUDE
 from versatune_ds.engine.model.attention import AttentionChoice, choose_attention, isolation_leak
 from versatune_ds.engine.model.packed_lm import (
     PackedCausalLM,
@@ -65,10 +66,15 @@ class HandingOver(TorchCheckpointEngine):
     def __init__(self) -> None:
         super().__init__()
         self.write: Write | None = None
+        self.left_out: frozenset[str] = frozenset()
+        """Names in the model's state that are not saved. (DeepSpeed leaves out frozen parameters by their
+        first name, and still writes a tied head.)"""
 
     def save(self, state_dict: Any, path: str | Path) -> None:
         """Called by DeepSpeed for each file."""
         assert self.write is not None
+        for name in self.left_out & state_dict.get("module", {}).keys():
+            del state_dict["module"][name]
         self.write(state_dict, Path(path))
 
 
@@ -94,6 +100,11 @@ class DeepSpeedBackend:
         self.live, self.model, self.device, self.attention = live, model, device, attention
         self.settings, self.layout, self.ranks = settings, layout, ranks
         self._files = HandingOver()
+        self._is_adapter = layout["model.adapter"] is not None
+        """Then files hold what is trained, and the rest comes from the model's own folder."""
+        if self._is_adapter:
+            parameters = model.named_parameters(remove_duplicate=False)
+            self._files.left_out = frozenset(name for name, p in parameters if not p.requires_grad)
         if live is not model:
             live.checkpoint_engine = self._files
             # it copies scripts into every checkpoint between two barriers; a full disk would part ranks
@@ -157,9 +168,11 @@ class DeepSpeedBackend:
             yield
         self.live.train()
 
-    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def parameters(self, wanted: Callable[[str], bool] = all_names) -> Iterator[tuple[str, torch.Tensor]]:
         """As `Backend.parameters`; a collective per partitioned parameter."""
         for name, parameter in self.model.named_parameters():  # a tied parameter once, under its first name
+            if not wanted(name):
+                continue
             if hasattr(parameter, "ds_id"):
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
                     yield name, parameter.data
@@ -171,14 +184,22 @@ class DeepSpeedBackend:
     def save(self, folder: Path, write: Write) -> None:
         """As `Backend.save`."""
         self._files.write = write
-        self.live.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        self.live.save_checkpoint(
+            str(folder.parent),
+            tag=folder.name,
+            save_latest=False,
+            exclude_frozen_parameters=self._is_adapter,
+        )
 
     def load(self, folder: Path, layout: Mapping[str, Any], world_size: int) -> None:
         """As `Backend.load`; bit for bit with as many ranks and this layout, else shards are divided anew."""
         if self.layout["ZeRO stage"] == 0 or (world_size == self.ranks.dp.size and layout == self.layout):
             with tensors_only(folder):
                 loaded, _ = self.live.load_checkpoint(
-                    str(folder.parent), tag=folder.name, load_lr_scheduler_states=False
+                    str(folder.parent),
+                    tag=folder.name,
+                    load_lr_scheduler_states=False,
+                    load_module_strict=not self._is_adapter,
                 )
             if loaded is None:
                 raise StateError(f"{folder}: DeepSpeed found nothing to load there")
@@ -213,7 +234,7 @@ def build_backend(
     optimizer = build_optimizer(model, config.optimizer, offloads_optimizer(settings))
     live, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     restore_buffers(model, buffers)
-    layout = state_layout(settings, config.model.dtype)
+    layout = state_layout(settings, config.model)
     backend = DeepSpeedBackend(live, model, device, attention, settings, layout, ranks)
     check_isolation(backend, config)
     return backend
@@ -238,7 +259,7 @@ def build_for_evaluation(config: Config, device: torch.device) -> DeepSpeedBacke
         restore_buffers(model, buffers)
     else:
         model.to(device)
-    layout = state_layout(settings, config.model.dtype)
+    layout = state_layout(settings, config.model)
     backend = DeepSpeedBackend(live, model, device, attention, settings, layout, Ranks.of_world())
     check_isolation(backend, config)
     return backend
@@ -267,9 +288,19 @@ def _build_model(
     is_zero3 = zero_stage(settings) == 3
     zero3 = HfDeepSpeedConfig(settings) if is_zero3 else None  # kept alive: transformers looks it up
     model = build_model(config.model, attention, config.run.seed, device.type)
+    if is_zero3:
+        _share_with_dora(model)
     unset_hf_deepspeed_config()
     del zero3
     return model, attention
+
+
+def _share_with_dora(model: PackedCausalLM) -> None:
+    """Let ZeRO-3 gather a frozen weight for DoRA's layer, too, which computes the norms of its rows."""
+    layer: Any
+    for layer in model.modules():
+        for dora in getattr(layer, MAGNITUDE, {}).values():
+            deepspeed.zero.register_external_parameter(dora, layer.base_layer.weight)
 
 
 def check_isolation(backend: Backend, config: Config) -> None:

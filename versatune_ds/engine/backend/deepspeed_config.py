@@ -29,7 +29,7 @@ from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import Config, Model
 from versatune_ds.data.plan.balance import check_world_size
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 
@@ -190,16 +190,18 @@ def offloads_optimizer(settings: Mapping[str, Any]) -> bool:
     return offload.get("device", "none") != "none"
 
 
-def state_layout(settings: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def state_layout(settings: Mapping[str, Any], model: Model) -> dict[str, Any]:
     """What decides how DeepSpeed lays out saved state, beside the number of ranks; part of a checkpoint.
 
     Args:
         settings: a DeepSpeed configuration.
-        dtype: `model.dtype`.
+        model: `model` section.
     """
+    adapter = model.adapter
     return {
         "ZeRO stage": zero_stage(settings),
-        "model.dtype": dtype,
+        "model.dtype": model.dtype,
+        "model.adapter": adapter and adapter.model_dump(include={"kind", "rank", "alpha", "targets"}),
         "optimizer offload": offloads_optimizer(settings),
     }
 

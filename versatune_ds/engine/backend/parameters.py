@@ -8,9 +8,14 @@ from __future__ import annotations
 from versatune_ds.engine.model.packed_lm import PackedCausalLM
 
 
-def parameter_counts(model: PackedCausalLM) -> tuple[int, int]:
-    """All parameters, and those outside the input and output embeddings (partitioned ones at full size)."""
-    sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
+def parameter_counts(model: PackedCausalLM, trained: bool = False) -> tuple[int, int]:
+    """All parameters, and those outside the input and output embeddings (partitioned ones at full size).
+
+    Args:
+        trained: count trained ones only.
+    """
+    counted = [p for p in model.parameters() if p.requires_grad or not trained]
+    sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in counted}
     embeddings = (model.lm.get_input_embeddings().weight, model.lm.get_output_embeddings().weight)
-    embedding_size = sum({id(p): sizes[id(p)] for p in embeddings}.values())
+    embedding_size = sum({id(p): sizes.get(id(p), 0) for p in embeddings}.values())
     return sum(sizes.values()), sum(sizes.values()) - embedding_size

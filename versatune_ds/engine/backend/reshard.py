@@ -54,7 +54,8 @@ def load_resharded(folder: Path, world_size: int, live: Any) -> None:
     if partitioned:
         optimizer.checkpoint_event_prologue()
         for parameter, name in live.param_names.items():
-            _load_stage3(saved, name, parameter)
+            if parameter.requires_grad:
+                _load_stage3(saved, name, parameter)
     else:
         for group, flat in enumerate(flats):
             _load_stages_1_and_2(saved, group, flat, live)

@@ -246,6 +246,9 @@ class SavedWeights(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __getitem__(self, name: str) -> torch.Tensor:
         if self._shards and name in self._trained:
             shape = self._trained[name]

@@ -178,9 +178,15 @@ def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
         StateError: as `saved_state`, or a layout that cannot become this run's.
     """
     state = saved_state(path)
-    saved = state["layout"]
+    # before there were adapters the layout did not speak of them
+    saved = state["layout"] = {"model.adapter": None, **state["layout"]}
     unsharded = "ZeRO stage 0" if 0 in (saved["ZeRO stage"], layout["ZeRO stage"]) else None
-    for key, why in (("model.dtype", "another precision"), ("ZeRO stage", unsharded)):
+    changes = (
+        ("model.dtype", "another precision"),
+        ("model.adapter", "another adapter"),
+        ("ZeRO stage", unsharded),
+    )
+    for key, why in changes:
         if why is not None and saved[key] != layout[key]:
             raise StateError(
                 f"{path} was written with {key} {saved[key]!r}; this run has {layout[key]!r}, and {why} "

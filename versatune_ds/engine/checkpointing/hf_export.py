@@ -5,12 +5,15 @@ out of the mapped files of a checkpoint of any ZeRO stage (`engine/backend/saved
 any process group. Both hand (name, tensor) pairs to the same shard writer, which holds one shard in memory,
 so the peak on any rank is one shard and one parameter. The folder appears whole or not.
 
+Of a run that trained an adapter only the adapter is written (`adapter_export.py`), unless it is merged.
+
 What is not covered: quantised formats, and pushing to a hub.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,16 +25,23 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from versatune_ds.config.load import load_config
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import Config, Model
 from versatune_ds.data.encode.chat_encoder import stop_token
 from versatune_ds.data.encode.tokenizer import load_tokenizer, set_chat_template
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.saved_shards import SavedWeights
+from versatune_ds.engine.checkpointing.adapter_export import (
+    adapter_tensors,
+    holds_head,
+    is_of_adapter,
+    merged_tensors,
+    save_adapter_config,
+)
 from versatune_ds.engine.checkpointing.folder import saved_state
 from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.source import load_architecture
 from versatune_ds.foundations import constants, distributed
-from versatune_ds.foundations.errors import SaveError, VersaTuneError
+from versatune_ds.foundations.errors import ConfigError, SaveError, VersaTuneError
 from versatune_ds.foundations.files import fsync_dir, fsync_tree, write_json_atomic
 
 NAME_PREFIX = "lm."
@@ -44,10 +54,11 @@ class ShardWriter:
     Args:
         folder: existing folder to write into.
         max_bytes: largest shard (one larger tensor gets a shard of its own).
+        stem: of the files' names.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, max_bytes: float, stem: str = "model") -> None:
+        self.folder, self.stem = folder, stem
         self.max_bytes = max_bytes
         self._shard: dict[str, torch.Tensor] = {}
         self._shard_bytes = 0
@@ -62,18 +73,20 @@ class ShardWriter:
         self._shard_bytes += tensor.nbytes
         self._total_bytes += tensor.nbytes
 
-    def close(self) -> None:
-        """Write the last shard, give the files their final names, and write the index."""
+    def close(self) -> list[str]:
+        """Write the last shard, give the files their final names, and write the index; returns all names."""
         self._flush()
         count = len(self._names)
         weight_map = {}
         for i, names in enumerate(self._names):
-            final = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            part = "" if count == 1 else f"-{i + 1:05d}-of-{count:05d}"
+            final = f"{self.stem}{part}.safetensors"
             self._path(i).rename(self.folder / final)
             weight_map.update(dict.fromkeys(names, final))
         if count > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            write_json_atomic(self.folder / "model.safetensors.index.json", index)
+            write_json_atomic(self.folder / f"{self.stem}.safetensors.index.json", index)
+        return list(weight_map)
 
     def _path(self, i: int) -> Path:
         return self.folder / f"shard-{i:05d}.safetensors"
@@ -90,6 +103,8 @@ class Companions(NamedTuple):
 
     tokenizer: Any
     generation: GenerationConfig
+    adapter_of: Model | None = None
+    """`model` section, where an adapter is written and not a whole model."""
 
     @classmethod
     def of(cls, config: Config, tokenizer: Any, architecture: Any) -> Companions:
@@ -106,12 +121,13 @@ class Companions(NamedTuple):
         stop = stop_token(tokenizer, config.data.chat_template)
         generation.eos_token_id = tokenizer.convert_tokens_to_ids(stop)
         generation.use_cache = True  # switched off for training only
-        return cls(tokenizer, generation)
+        return cls(tokenizer, generation, config.model if config.model.adapter else None)
 
     def save(self, folder: Path) -> None:
         """Write them into `folder`."""
         self.tokenizer.save_pretrained(folder)
-        self.generation.save_pretrained(folder)
+        if self.adapter_of is None:
+            self.generation.save_pretrained(folder)
 
 
 def export_model(backend: Backend, companions: Companions, folder: Path, max_shard_bytes: int) -> None:
@@ -125,7 +141,7 @@ def export_model(backend: Backend, companions: Companions, folder: Path, max_sha
     Raises:
         SaveError: on all ranks, when rank 0 could not write.
     """
-    parameters = backend.parameters()
+    parameters = backend.parameters() if companions.adapter_of is None else backend.parameters(is_of_adapter)
     copies = (
         (name.removeprefix(NAME_PREFIX), tensor.detach().to("cpu", copy=True)) for name, tensor in parameters
     )
@@ -143,9 +159,15 @@ def export_model(backend: Backend, companions: Companions, folder: Path, max_sha
 
 
 def export_checkpoint(
-    checkpoint: Path, config: Any, companions: Companions, folder: Path, dtype: str, max_shard_bytes: int
+    checkpoint: Path,
+    config: Any,
+    companions: Companions,
+    folder: Path,
+    dtype: str,
+    max_shard_bytes: int,
+    merge: bool = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder, on one CPU process.
+    """Write a checkpoint as a Hugging Face folder, or as an adapter folder, on one CPU process.
 
     Args:
         checkpoint: a finished checkpoint folder, of any ZeRO stage.
@@ -154,8 +176,10 @@ def export_checkpoint(
         folder: target; replaced if it exists.
         dtype: "bf16", "fp16" or "fp32"; fp32 master weights are rounded to it.
         max_shard_bytes: bound of a shard. Host memory holds one shard and one parameter.
+        merge: add the adapter to the base model's weights, and write the whole model.
 
     Raises:
+        ConfigError: nothing to merge, or no base model to merge into.
         StateError: the checkpoint's files are not as this program writes them.
         SaveError: the folder could not be written.
     """
@@ -163,18 +187,27 @@ def export_checkpoint(
     config.dtype = DTYPES[dtype]
     if NAME_PREFIX + "lm_head.weight" in weights:
         config.tie_word_embeddings = False  # of a model whose configuration does not say what its files hold
-    rounded = ((name.removeprefix(NAME_PREFIX), _rounded(weights[name], config.dtype)) for name in weights)
+    exact = ((name.removeprefix(NAME_PREFIX), weights[name]) for name in weights)
+    rounded: Iterable[tuple[str, torch.Tensor]] = ((name, _rounded(t, config.dtype)) for name, t in exact)
+    if merge:
+        settings = companions.adapter_of
+        if settings is None:
+            raise ConfigError("--merge adds an adapter to its base model; this run trained the whole model")
+        rounded = merged_tensors(settings, dict(adapter_tensors(exact)), config.dtype)
+        companions = companions._replace(adapter_of=None)
+        config.tie_word_embeddings &= not holds_head(settings.source)
     cure = "give another folder with --out if you like, then start the same command again"
     _write_folder(rounded, config, companions, folder, max_shard_bytes, cure)
 
 
-def export_from_run(run_dir: Path, checkpoint: Path, target: Path) -> None:
+def export_from_run(run_dir: Path, checkpoint: Path, target: Path, merge: bool = False) -> None:
     """`export_checkpoint` with the settings, tokenizer and architecture of the run that made it.
 
     Args:
         run_dir: the run folder; its resolved.yaml is read.
         checkpoint: a sound checkpoint of it.
         target: folder to write.
+        merge: as there.
 
     Raises:
         ConfigError: its settings, model or tokenizer cannot be found any more.
@@ -186,7 +219,7 @@ def export_from_run(run_dir: Path, checkpoint: Path, target: Path) -> None:
     architecture = load_architecture(config.model)
     shard_bytes = int(config.checkpoint.export_shard_gb * 1e9)
     companions = Companions.of(config, tokenizer, architecture)
-    export_checkpoint(checkpoint, architecture, companions, target, config.model.dtype, shard_bytes)
+    export_checkpoint(checkpoint, architecture, companions, target, config.model.dtype, shard_bytes, merge)
 
 
 def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -211,11 +244,19 @@ def _write_folder(
     temporary = folder.with_name(f".unfinished-{folder.name}")
     try:
         _make_empty(temporary)
+        adapter_of = companions.adapter_of
         writer = ShardWriter(temporary, max_shard_bytes)
+        if adapter_of is not None:  # peft reads a single file
+            tensors = adapter_tensors(tensors)
+            writer = ShardWriter(temporary, math.inf, "adapter_model")
         for name, tensor in tensors:
             writer.add(name, tensor)
-        writer.close()
-        _finish(config, companions, temporary, folder)
+        names = writer.close()
+        if adapter_of is not None:
+            save_adapter_config(adapter_of, names, temporary)
+        else:
+            _save_config(config, temporary)
+        _finish(companions, temporary, folder)
     except (OSError, SafetensorError, VersaTuneError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, VersaTuneError):
@@ -231,12 +272,15 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _finish(config: Any, companions: Companions, temporary: Path, folder: Path) -> None:
-    """Add the config and what lies beside it, then give the folder its name."""
-    config.save_pretrained(temporary)
-    settings = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+def _save_config(config: Any, folder: Path) -> None:
+    config.save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings["use_cache"] = True  # switched off for training only
-    write_json_atomic(temporary / "config.json", settings)
+    write_json_atomic(folder / "config.json", settings)
+
+
+def _finish(companions: Companions, temporary: Path, folder: Path) -> None:
+    """Add what lies beside the weights, then give the folder its name."""
     companions.save(temporary)
     fsync_tree(temporary)
     if folder.exists():

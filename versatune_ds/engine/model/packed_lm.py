@@ -5,8 +5,7 @@ come from rank 0, which alone reads them (docs/plan.md). The head module owns th
 ZeRO-3 a weight exists only inside the forward of the module it belongs to; it reuses the very Parameter of
 `lm_head`, so tied embeddings stay tied.
 
-What is not covered: adapters (LoRA), output layers with a bias, and mixtures of experts; the last two are
-refused.
+What is not covered: output layers with a bias, and mixtures of experts; both are refused.
 """
 
 from __future__ import annotations
@@ -23,11 +22,12 @@ import torch._dynamo  # zero.Init patches tensor constructors: dynamo must be lo
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from versatune_ds.config.schema import Model
 from versatune_ds.data.collate import Batch
+from versatune_ds.engine.model.adapters import add_adapter
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.families import LogitRule, logit_rule
@@ -176,15 +176,31 @@ def build_model(
     Raises:
         ConfigError: it cannot be built, or a pretrained folder lacks weights or holds others.
     """
+    options = {"attn_implementation": attention.implementation, **four_bits(settings)}
     # together: under ZeRO-3 only rank 0 reads the values
-    lm = distributed.together(lambda: load_lm(settings, seed, attn_implementation=attention.implementation))
+    lm = distributed.together(lambda: load_lm(settings, seed, **options))
     lm.config.use_cache = False
     lm.config.architectures = [type(lm).__name__]
+    if settings.adapter is not None:
+        add_adapter(lm, settings.adapter, seed)
     liger = apply_liger(lm, settings.liger, device_type)
     checkpoint_activations(lm, settings.activation_checkpointing)
     if settings.compile == "body":
         lm.base_model.compile()
     return PackedCausalLM(lm, settings.loss_backend, liger, settings.logits_dtype)
+
+
+def four_bits(settings: Model) -> dict[str, Any]:
+    """transformers' arguments that load a model in 4 bits onto this rank's GPU, for qlora; else none."""
+    if settings.adapter is None or settings.adapter.kind != "qlora":
+        return {}
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[settings.dtype],
+    )
+    return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
 
 
 def load_lm(settings: Model, seed: int, **options: Any) -> PreTrainedModel:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import Config, Model
 from versatune_ds.config.weights import Weights
 from versatune_ds.data.cache.cache import check_file
 from versatune_ds.data.cache.prepare import open_caches
@@ -26,6 +26,7 @@ from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.replay import resolve_schedule
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.checkpointing.folder import list_checkpoints
+from versatune_ds.engine.model.adapters import require_peft
 from versatune_ds.engine.model.families import logit_rule
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
@@ -86,6 +87,35 @@ def check_trackers(config: Config) -> None:
         if is_wanted and importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"metrics: {package} is asked for and not installed; pip install 'versatune-ds[tracking]'"
+            )
+
+
+def check_adapter(settings: Model, deepspeed: Mapping[str, Any], device_type: str) -> None:
+    """Refuse an adapter that could not be trained here, or would be of no use afterwards.
+
+    Args:
+        settings: `model` section.
+        deepspeed: the DeepSpeed configuration.
+        device_type: "cpu" or "cuda".
+    """
+    if settings.adapter is None:
+        return
+    require_peft()
+    if settings.weights == "random":
+        raise ConfigError(
+            "model.adapter with model.weights: random: the adapter's file would be for a model that is "
+            "written nowhere; train on a pretrained model, or leave out model.adapter"
+        )
+    if settings.adapter.kind == "qlora":
+        if device_type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                "model.adapter.kind qlora needs CUDA and bitsandbytes (pip install 'versatune-ds[qlora]'), "
+                f"whose 4-bit layers are CUDA kernels; this is {device_type}. Use kind: lora"
+            )
+        if deepspeed["zero_optimization"].get("stage") == 3:
+            raise ConfigError(
+                "model.adapter.kind qlora: 4-bit weights cannot be divided by ZeRO-3 here; every rank holds "
+                "them whole: set zero_optimization.stage to 2"
             )
 
 

@@ -1,0 +1,112 @@
+"""An adapter in peft's files, and a base model with an adapter added to its weights.
+
+The merge reads the base model's safetensors one tensor at a time and needs no model: a weight W with an
+adapter becomes W + s B A (LoRA, s = alpha / rank) or m (W + s B A) / |W + s B A| row by row (DoRA, m its
+trained lengths), computed in fp32; every other tensor passes.
+
+What is not covered: base models whose files name their weights in another way than the model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.utils import cached_file
+
+from versatune_ds.config.schema import Model
+from versatune_ds.engine.model.adapters import MAGNITUDE, PREFIX, file_name, lora_config
+from versatune_ds.foundations import constants
+from versatune_ds.foundations.errors import ConfigError, StateError
+from versatune_ds.foundations.files import write_json_atomic
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter of the model belongs to its adapter."""
+    return "lora_" in name
+
+
+def adapter_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of a model's parameters those of its adapter, by their names in peft's file."""
+    return ((file_name(name), tensor) for name, tensor in tensors if is_of_adapter(name))
+
+
+def save_adapter_config(settings: Model, names: Iterable[str], folder: Path) -> None:
+    """Write adapter_config.json.
+
+    Args:
+        settings: `model` section.
+        names: of the tensors in the adapter's file; they tell which modules it is for.
+    """
+    targets = {name.split(".")[-2 - (MAGNITUDE not in name)] for name in names}
+    assert settings.adapter is not None
+    config = lora_config(settings.adapter, sorted(targets))
+    config.base_model_name_or_path, config.inference_mode = settings.source, True
+    content = {**config.to_dict(), "target_modules": sorted(config.target_modules)}  # peft keeps a set
+    write_json_atomic(folder / constants.ADAPTER_CONFIG_FILE, content)
+
+
+def merged_tensors(
+    settings: Model, adapter: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of the base model, those with an adapter merged; one in memory at a time.
+
+    Args:
+        settings: `model` section.
+        adapter: name in peft's file -> tensor on the CPU.
+        dtype: of the floating-point tensors that come out.
+
+    Raises:
+        ConfigError: no base model in safetensors files.
+        StateError: the adapter is for other weights than those files hold; after the last tensor.
+    """
+    assert settings.adapter is not None
+    scale = settings.adapter.alpha / settings.adapter.rank
+    waiting = {name.rsplit(".lora_", 1)[0] for name in adapter}
+    for path in base_files(settings.source):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                tensor, module = file.get_tensor(name), PREFIX + name.removesuffix(".weight")
+                if module in waiting:
+                    tensor = _merged(tensor, module, adapter, scale)
+                    waiting.remove(module)
+                yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if waiting:
+        raise StateError(
+            f"the files of {settings.source} hold no {min(waiting).removeprefix(PREFIX)}.weight, for which "
+            "there is an adapter: they name their weights otherwise; merge with peft (merge_and_unload)"
+        )
+
+
+def base_files(source: str) -> list[Path]:
+    """The safetensors files of a base model, in a folder or the hub's cache.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    config = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
+    files = sorted(Path(config).parent.glob("*.safetensors")) if config else []
+    if not files:
+        raise ConfigError(f"the base model {source} has no safetensors files here to merge the adapter into")
+    return files
+
+
+def holds_head(source: str) -> bool:
+    """Whether the files of a base model hold an output weight of its own."""
+    for path in base_files(source):
+        with safe_open(path, "pt") as file:
+            if "lm_head.weight" in file.keys():  # noqa: SIM118
+                return True
+    return False
+
+
+def _merged(weight: torch.Tensor, module: str, adapter: Mapping[str, torch.Tensor], scale: float) -> Any:
+    a, b = (adapter[f"{module}.lora_{part}.weight"].float() for part in "AB")
+    merged = weight.float() + scale * (b @ a)
+    length = adapter.get(f"{module}.{MAGNITUDE}")
+    if length is None:
+        return merged
+    return merged * (length.float() / torch.linalg.norm(merged, dim=1)).unsqueeze(1)
