@@ -212,10 +212,9 @@ def memory_plan(shape: ModelShape, setup: Setup) -> MemoryPlan:
 def layer_activations(shape: ModelShape, setup: Setup) -> int:
     """Bytes that one layer keeps for backward when nothing is recomputed.
 
-    Per token: its norms (the input in fp32, the normalised one, in fp32 for families that scale in it, else in
-    `dtype`, and the scaled one in `dtype`), q, k, v and
-    the attention output, and gate, activated gate, up and their product of the MLP. Beside them one fp32
-    number per norm, and per head for attention.
+    Per token: its norms (the input in fp32, the normalised one in `dtype`, or in fp32 where a family scales
+    in it, and the scaled one in `dtype`), q, k, v and the attention output, and gate, activated gate, up and
+    their product of the MLP. Beside them one fp32 number per norm, and per head for attention.
     """
     s = setup.element
     normed = FP32 + (FP32 if shape.fp32_norms else s)

@@ -71,7 +71,7 @@ def check_files(settings: Model) -> None:
     pointers = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes and _is_pointer(path))
     if pointers:
         raise ConfigError(
-            f"model.source {folder}: {', '.join(pointers)}: a Git LFS pointer lies there instead of the file; "
+            f"model.source {folder}: {', '.join(pointers)}: a Git LFS pointer lies there, not the file; "
             "run git lfs pull in that folder"
         )
     if pretrained:
