@@ -16,7 +16,14 @@ import step_cases as cases
 import torch
 from launching import launch_soundly
 from safetensors.torch import load_file
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from versatune_ds.data.plan.balance import rank_packs
+
+EXPERTS = 64
+"""So many that no rank's tokens reach all of them."""
+AUX = 0.3
+"""Factor of the routers' balance loss of `experts`; large enough to be seen."""
 CASES_FILE = Path(cases.__file__)
 
 CASES = {
@@ -45,6 +52,7 @@ CASES = {
         *(f"untied-packed-zero{stage}-clip" for stage in range(4)),
         *(f"lie-packed-zero{stage}" for stage in range(4)),
         "wrapped-packed-zero3",
+        *(f"experts-packed-{how}" for how in ("zero2", "zero3", "zero3-recompute", "zero3-frozen")),
     ],
     4: ["untied-packed-zero3", "tied-unpacked-zero3-recompute", "untied-packed-zero1"],
 }
@@ -56,10 +64,10 @@ BF16_CASES = ["untied-packed-zero3-bf16", "tied-packed-zero1-bf16", "untied-pack
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    """Tiny models with saved weights: `untied` (Llama), `tied` (Qwen2), and two that are not what they say.
+    """Tiny models with saved weights: `untied` (Llama), `tied` (Qwen2), and others.
 
-    `lie`: Llama whose configuration ties a head that the files hold; `wrapped`: Gemma 3 in a model of images,
-    beside it `wrapped_alone`, the same as a text model.
+    `experts`: Qwen3-MoE; `lie`: Llama whose configuration ties a head that the files hold;
+    `wrapped`: Gemma 3 in a model of images, beside it `wrapped_alone`, the same as a text model.
     """
     from tiny_families import image_text_model
     from transformers import (
@@ -68,6 +76,8 @@ def models(tmp_path_factory) -> Path:
         LlamaForCausalLM,
         Qwen2Config,
         Qwen2ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
     )
 
     folder = tmp_path_factory.mktemp("models")
@@ -84,6 +94,9 @@ def models(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).save_pretrained(folder / "untied")
     Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True)).save_pretrained(folder / "tied")
+    experts = Qwen3MoeConfig(**shape, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=24)
+    experts.router_aux_loss_coef = AUX
+    Qwen3MoeForCausalLM(experts).save_pretrained(folder / "experts")
     lie = shutil.copytree(folder / "untied", folder / "lie") / "config.json"
     lie.write_text(json.dumps({**json.loads(lie.read_text()), "tie_word_embeddings": True}))
     wrapped = image_text_model("gemma3", vocab_size=cases.VOCAB_SIZE)
@@ -113,7 +126,7 @@ def reference(models):
     """`reference("tied")`: parameters and domain sums of the same two steps in plain PyTorch."""
 
     @functools.cache
-    def run(name, max_norm=0.0, start="fp32", compute="fp32") -> dict[str, torch.Tensor]:
+    def run(name, max_norm=0.0, start="fp32", compute="fp32", frozen=False) -> dict[str, torch.Tensor]:
         """The two steps.
 
         Args:
@@ -121,6 +134,7 @@ def reference(models):
             start: `bf16`: the weights are rounded to bf16 before the first step.
             compute: `bf16` (as `start`): forward and backward on a bf16 copy of the fp32 weights that AdamW
                 moves.
+            frozen: routers do not train, and their loss is not added.
         """
         from transformers import AutoModelForCausalLM
 
@@ -136,20 +150,39 @@ def reference(models):
         for step in ("first", "second"):
             total, count = 0.0, 0
             sums, token_losses = np.zeros((2, 2)), []
+            routed: dict[int, tuple[torch.Tensor, ...]] = {}
+            options = {"output_router_logits": True} if name == "experts" else {}
             for i, domain in enumerate(cases.DOMAINS):
                 tokens, mask = cases.Samples().sample(i)
                 ids = torch.tensor(tokens.astype(np.int64))
-                logits = model(ids.unsqueeze(0)).logits[0]
+                found = model(ids.unsqueeze(0), **options)
+                logits, routed[i] = found.logits[0], found.get("router_logits")
                 losses = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
                 supervised = torch.from_numpy(mask[1:])
                 total = total + losses[supervised].sum()
                 count += int(supervised.sum())
                 sums[:, domain] += float(losses[supervised].sum()), int(supervised.sum())
                 token_losses.append(losses[supervised].detach())
-            (total / count).backward()
+            loss = total / count
+            if options:  # routers are balanced within a pack
+                balance = torch.zeros(())
+                out[f"load_{step}"] = torch.zeros(len(cases.PACKED), 2, EXPERTS)
+                for number, pack in enumerate(cases.PACKED):
+                    layers = tuple(
+                        torch.cat(of_samples) for of_samples in zip(*map(routed.get, pack), strict=True)
+                    )
+                    balance = balance + load_balancing_loss_func(layers, EXPERTS, 2)
+                    for layer, of_layer in enumerate(layers):
+                        chosen = of_layer.topk(2).indices.flatten()
+                        out[f"load_{step}"][number, layer] = torch.bincount(chosen, minlength=EXPERTS)
+                out[f"balance_{step}"] = balance.detach()
+                loss = loss if frozen else loss + AUX * balance / len(cases.PACKED)
+            loss.backward()
             for key, parameter in model.named_parameters():
-                masters[key].grad = parameter.grad.float()
-            out[f"norm_{step}"] = torch.nn.utils.get_total_norm([m.grad for m in masters.values()])
+                if not (frozen and key.endswith(".mlp.gate.weight")):
+                    masters[key].grad = parameter.grad.float()
+            gradients = [m.grad for m in masters.values() if m.grad is not None]
+            out[f"norm_{step}"] = torch.nn.utils.get_total_norm(gradients)
             if max_norm:
                 torch.nn.utils.clip_grad_norm_(masters.values(), max_norm)
             optimizer.param_groups[0]["lr"] = cases.RATES[step]
@@ -169,7 +202,8 @@ def reference(models):
 def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
     """Same losses per domain and same parameters; the -nan cases skip a poisoned step in between."""
     max_norm = cases.MAX_NORM if "clip" in case else 0.0
-    ours, expected = results(ranks)[case], reference(case.split("-")[0], max_norm)
+    ours = results(ranks)[case]
+    expected = reference(case.split("-")[0], max_norm, frozen="frozen" in case)
     for step in ("first", "second"):
         assert expected[f"norm_{step}"] > 2 * max_norm  # clipping is no trifle
         # rows 0 and 1 of the buffer: loss sum and supervised tokens per domain
@@ -180,6 +214,28 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
         torch.testing.assert_close(
             ours[name], expected[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+    if case.startswith("experts"):
+        check_routers(ours, expected, ranks)
+
+
+def check_routers(ours, expected, ranks) -> None:
+    """Their loss and loads; each rank's tokens reach experts that no other rank's do."""
+    for step in ("first", "second"):
+        assert ours[f"routers_{step}"][0] == pytest.approx(float(expected[f"balance_{step}"]), rel=1e-5)
+        load = expected[f"load_{step}"]
+        assert torch.equal(ours[f"routers_{step}"][1:], load.sum(0).flatten().double())
+        packs = cases.packs(cases.PACKED)
+        mine = [{tuple(p.samples) for p in rank_packs(packs, rank, ranks)} for rank in range(ranks)]
+        reached = [
+            {
+                (layer, e)
+                for n, p in enumerate(packs)
+                if tuple(p.samples) in of_rank
+                for layer, e in load[n].nonzero().tolist()
+            }
+            for of_rank in mine
+        ]
+        assert all(own - other for own in reached for other in reached if own is not other)
 
 
 @pytest.mark.slow

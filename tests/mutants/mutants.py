@@ -213,8 +213,8 @@ fault(
 fault(
     "losses are divided by the tokens of a pack, not of the step",
     "loop",
-    "model_inputs(on_device, normalizer)",
-    "model_inputs(on_device, on_device.supervised_tokens * len(batches))",
+    "model_inputs(on_device, normalizer, ",
+    "model_inputs(on_device, on_device.supervised_tokens * len(batches), ",
     PLAIN,
 )
 fault(

@@ -124,7 +124,7 @@ def saved_activations(backend: Any, batch: Any) -> int:
     body = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen")
     backend.model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = backend.model.hidden_states(**{key: inputs[key] for key in body})
+        hidden = backend.model.body(**{key: inputs[key] for key in body}).last_hidden_state[0]
     del hidden
     return sum(size for _, size in sizes.values())
 

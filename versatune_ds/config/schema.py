@@ -73,6 +73,10 @@ class Model(Section):
     """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
     compile: Literal["off", "body"] = "off"
     """`body`: torch.compile for everything before the head; the first steps are slow."""
+    router: Literal["train", "frozen"] = "train"
+    """Mixtures of experts. `frozen`: routers keep their weights, and their balance loss is only reported."""
+    router_aux_loss: float | None = Field(default=None, ge=0)
+    """Factor of the routers' balance loss; default: the model's own `router_aux_loss_coef`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 

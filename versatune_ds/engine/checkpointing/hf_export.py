@@ -29,6 +29,7 @@ from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.saved_shards import SavedWeights
 from versatune_ds.engine.checkpointing.folder import saved_state
 from versatune_ds.engine.model.dtypes import DTYPES
+from versatune_ds.engine.model.router import as_published
 from versatune_ds.engine.model.source import load_architecture
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import SaveError, VersaTuneError
@@ -212,7 +213,7 @@ def _write_folder(
     try:
         _make_empty(temporary)
         writer = ShardWriter(temporary, max_shard_bytes)
-        for name, tensor in tensors:
+        for name, tensor in as_published(config, tensors):
             writer.add(name, tensor)
         writer.close()
         _finish(config, companions, temporary, folder)
