@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from launching import read_jsonl, run_cases
+from safetensors.torch import load_file
+from small_runs import SMALL_MODEL, prepare_run, sample_settings
 from tiny_families import family_model
+from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from versatune_ds.cli.main import main
 from versatune_ds.config.schema import Model
 from versatune_ds.engine.model.attention import choose_attention
 from versatune_ds.engine.model.packed_lm import build_model
@@ -114,3 +120,57 @@ def test_settings_of_routers_that_would_do_nothing_are_refused(experts):
         preflight.check_router(Model(source="x", **settings), mixture)
     with pytest.raises(ConfigError, match=r"need no model\.router_aux_loss"):
         preflight.check_router(Model(source="x", router="frozen", router_aux_loss=0.1), mixture)
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """On two ranks under ZeRO-3: `whole`, and `parts`, which stopped on the way and went on."""
+    folder = tmp_path_factory.mktemp("runs")
+    raw = sample_settings(folder)
+    architecture = folder / "sample" / "model" / "config.json"
+    experts = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 64,
+               "num_experts_per_tok": 2, "moe_intermediate_size": 8, "router_aux_loss_coef": 0.1}  # fmt: skip
+    architecture.write_text(json.dumps(json.loads(architecture.read_text()) | SMALL_MODEL | experts))
+    raw |= {"batch": {"pack_len": 192, "packs_per_step": 4}, "train": {"max_steps": STEPS}}
+    raw["checkpoint"] = {"every_n_steps": STEPS}
+    config = prepare_run(folder, raw)
+    names = (("whole", None), ("parts", "stop in step 3"), ("parts", None))
+    run_cases(
+        folder,
+        2,
+        [
+            {"config": str(config), "overrides": [f"run.dir={folder / name}"], "sabotage": sabotage}
+            for name, sabotage in names
+        ],
+    )
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_with_experts_stops_goes_on_and_tells_their_loads(runs):
+    fields = ("step", "loss", "grad_norm", "router_loss", "expert_load", "expert_load_max")
+    whole, parts = (read_jsonl(runs / name / "metrics.jsonl") for name in ("whole", "parts"))
+    assert [[line[f] for f in fields] for line in whole] == [[line[f] for f in fields] for line in parts]
+    assert len(whole) == STEPS
+    for line in whole:
+        assert (
+            line["router_loss"] > 2 and line["expert_load_max"] >= 64 * max(line["expert_load"].values()) > 1
+        )
+        assert sum(line["expert_load"].values()) == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_the_export_has_every_expert_apart_and_a_checkpoint_gives_the_same(runs):
+    exports = [runs / name / "model" for name in ("whole", "parts")]
+    assert main(["export", str(runs / "whole"), "--out", str(runs / "again")]) == 0
+    first, *others = (load_file(folder / "model.safetensors") for folder in (*exports, runs / "again"))
+    assert "model.layers.1.mlp.experts.63.down_proj.weight" in first
+    for other in others:
+        assert first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
+    _, info = AutoModelForCausalLM.from_pretrained(exports[0], output_loading_info=True)
+    assert not any(info.values())

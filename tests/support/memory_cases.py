@@ -112,9 +112,7 @@ def saved_activations(backend: Any, batch: Any) -> int:
     shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in backend.model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        is_weight = (
-            tuple(tensor.shape) in shapes or tuple(tensor.t().shape if tensor.dim() == 2 else ()) in shapes
-        )
+        is_weight = tuple(tensor.shape) in shapes or (tensor.dim() > 1 and tuple(tensor.mT.shape) in shapes)
         if tensor.is_floating_point() and not is_weight:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = (storage, storage.nbytes())

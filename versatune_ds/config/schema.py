@@ -53,8 +53,8 @@ class Model(Section):
     """The model, its tokenizer and how it computes."""
 
     source: str
-    """Folder or hub name of a causal LM of the Qwen2, Qwen2.5, Qwen3 or Llama families. Others work when
-    their logits are plain products, or scaled or capped as in Cohere, Gemma and Granite; else: refused."""
+    """Folder or hub name of a causal LM (docs/train.md has the families), or of a model of images and text,
+    whose text part is then trained. What would be trained wrongly is refused."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random`: build from `source`'s config.json only and initialise with `run.seed`."""
     tokenizer: str | None = None

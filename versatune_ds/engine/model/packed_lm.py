@@ -259,7 +259,8 @@ def load_lm(settings: Model, seed: int, **options: Any) -> PreTrainedModel:
         names = ", ".join(sorted(missing | {str(key) for key in info["mismatched_keys"]})[:5])
         raise ConfigError(
             f"the model {settings.source} lacks {len(missing)} of the model's weights or has them in "
-            f"another shape ({names}); they would be random. Get the whole model, or set "
+            f"another shape ({names}); they would be random. Get the whole model (or, if only a head is "
+            "missing that is the embedding, set tie_word_embeddings: true in its config.json), or set "
             "model.weights: random"
         )
     return lm
