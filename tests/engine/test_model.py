@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from versatune_ds.config.schema import Model
 from versatune_ds.engine.backend.parameters import parameter_counts
 from versatune_ds.engine.checkpointing.hf_export import export_checkpoint, export_model
+from versatune_ds.engine.model import source
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.packed_lm import (
     PackedCausalLM,
@@ -155,6 +156,17 @@ def test_a_head_that_the_files_hold_is_trained_and_exported_though_the_configura
     assert torch.equal(
         LlamaForCausalLM.from_pretrained(tmp_path / "late").lm_head.weight, theirs.lm_head.weight
     )
+
+
+@pytest.mark.parametrize("changed_row", [0, 63, None])
+def test_a_head_is_compared_to_its_last_row(folder, monkeypatch, changed_row):
+    monkeypatch.setattr(source, "ROWS", 16)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    if changed_row is not None:
+        weights["lm_head.weight"][changed_row, -1] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert source.holds_own_head(folder) == (changed_row is not None)
 
 
 @pytest.mark.parametrize("kept", ["both, equal", "model.embed_tokens.weight", "lm_head.weight"])
