@@ -105,6 +105,10 @@ def test_a_pointer_of_git_lfs_is_named_whatever_stands_for(folder):
     with pytest.raises(ConfigError, match=r"model.safetensors: a Git LFS pointer .*; run git lfs pull"):
         check_files(Model(source=str(folder)))
     check_files(Model(source=str(folder), weights="random"))
+    (folder / "tokenizers").mkdir()
+    (folder / "tokenizers" / "tokenizer.json").write_text(pointer)
+    with pytest.raises(ConfigError, match=r"tokenizers: tokenizer.json: a Git LFS pointer"):
+        check_files(Model(source=str(folder), weights="random", tokenizer=str(folder / "tokenizers")))
     (folder / "tokenizer.json").write_text(pointer)
     with pytest.raises(ConfigError, match=r"tokenizer.json: a Git LFS pointer"):
         check_files(Model(source=str(folder), weights="random"))
@@ -188,10 +192,12 @@ def test_one_matrix_under_either_name_or_both_is_tied(folder, tmp_path, kept):
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
-def test_the_text_part_of_a_model_of_images_is_trained_and_exported(tmp_path, kind):
+def test_the_text_part_of_a_model_of_images_is_trained_and_exported(tmp_path, kind, caplog):
     lm = image_text_model(kind)
     lm.save_pretrained(tmp_path / "whole")
+    caplog.set_level("WARNING", "versatune_ds")
     model = build(tmp_path / "whole")
+    assert "have no place in" in caplog.text and "multi_modal_projector" in caplog.text
     ids = torch.arange(3, 20)[None]
     expected = lm(input_ids=ids).logits
     export_model(

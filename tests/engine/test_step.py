@@ -52,6 +52,7 @@ CASES = {
         *(f"untied-packed-zero{stage}-clip" for stage in range(4)),
         *(f"lie-packed-zero{stage}" for stage in range(4)),
         "wrapped-packed-zero3",
+        "longrope-packed-zero3",
         *(f"experts-packed-{how}" for how in ("zero2", "zero3", "zero3-recompute", "zero3-frozen")),
     ],
     4: ["untied-packed-zero3", "tied-unpacked-zero3-recompute", "untied-packed-zero1"],
@@ -67,9 +68,9 @@ def models(tmp_path_factory) -> Path:
     """Tiny models with saved weights: `untied` (Llama), `tied` (Qwen2), and others.
 
     `experts`: Qwen3-MoE; `lie`: Llama whose configuration ties a head that the files hold;
-    `wrapped`: Gemma 3 in a model of images, beside it `wrapped_alone`, the same as a text model.
+    `longrope`: Phi 3, whose positions turn at 8 tokens; `wrapped`: Gemma 3 in a model of images, beside it `wrapped_alone`, the same as a text model.
     """
-    from tiny_families import image_text_model
+    from tiny_families import family_model, image_text_model
     from transformers import (
         AutoModelForCausalLM,
         LlamaConfig,
@@ -97,6 +98,7 @@ def models(tmp_path_factory) -> Path:
     experts = Qwen3MoeConfig(**shape, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=24)
     experts.router_aux_loss_coef = AUX
     Qwen3MoeForCausalLM(experts).save_pretrained(folder / "experts")
+    family_model("phi3, longrope", vocab_size=cases.VOCAB_SIZE).save_pretrained(folder / "longrope")
     lie = shutil.copytree(folder / "untied", folder / "lie") / "config.json"
     lie.write_text(json.dumps({**json.loads(lie.read_text()), "tie_word_embeddings": True}))
     wrapped = image_text_model("gemma3", vocab_size=cases.VOCAB_SIZE)

@@ -252,6 +252,14 @@ def load_lm(settings: Model, seed: int, **options: Any) -> PreTrainedModel:
         ) from error
     lm: PreTrainedModel
     lm, info = loaded
+    if unused := sorted(info["unexpected_keys"]):
+        log.warning(
+            "%d weights of %s have no place in %s and are left out, of the export, too: %s ...",
+            len(unused),
+            settings.source,
+            type(lm).__name__,
+            ", ".join(unused[:3]),
+        )
     missing = set(info["missing_keys"])
     if lm.config.tie_word_embeddings:
         missing.discard("lm_head.weight")
