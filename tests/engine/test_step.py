@@ -68,7 +68,8 @@ def models(tmp_path_factory) -> Path:
     """Tiny models with saved weights: `untied` (Llama), `tied` (Qwen2), and others.
 
     `experts`: Qwen3-MoE; `lie`: Llama whose configuration ties a head that the files hold;
-    `longrope`: Phi 3, whose positions turn at 8 tokens; `wrapped`: Gemma 3 in a model of images, beside it `wrapped_alone`, the same as a text model.
+    `longrope`: Phi 3, whose positions turn at 8 tokens; `wrapped`: Gemma 3 in a model of images, beside it
+    `wrapped_alone`, the same as a text model.
     """
     from tiny_families import family_model, image_text_model
     from transformers import (
@@ -98,7 +99,8 @@ def models(tmp_path_factory) -> Path:
     experts = Qwen3MoeConfig(**shape, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=24)
     experts.router_aux_loss_coef = AUX
     Qwen3MoeForCausalLM(experts).save_pretrained(folder / "experts")
-    family_model("phi3, longrope", vocab_size=cases.VOCAB_SIZE).save_pretrained(folder / "longrope")
+    longrope = family_model("phi3, longrope", vocab_size=cases.VOCAB_SIZE, initializer_range=0.1)
+    longrope.save_pretrained(folder / "longrope")
     lie = shutil.copytree(folder / "untied", folder / "lie") / "config.json"
     lie.write_text(json.dumps({**json.loads(lie.read_text()), "tie_word_embeddings": True}))
     wrapped = image_text_model("gemma3", vocab_size=cases.VOCAB_SIZE)
