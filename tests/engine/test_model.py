@@ -162,6 +162,19 @@ def test_a_head_that_the_files_hold_is_trained_and_exported_though_the_configura
     )
 
 
+def test_a_checkpoint_of_a_tied_model_is_exported_tied(folder, tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    model.save_pretrained(folder)
+    weights = {f"lm.{name}": p for name, p in model.state_dict().items()}  # one tensor under both names
+    assert "lm.lm_head.weight" in weights
+    write_checkpoint(tmp_path / "step", weights, stage=0, ranks=1)
+    architecture = load_architecture(Model(source=str(folder)))
+    export_checkpoint(tmp_path / "step", architecture, NoCompanions(), tmp_path / "late", "fp32", 1000)
+    again, info = LlamaForCausalLM.from_pretrained(tmp_path / "late", output_loading_info=True)
+    assert again.config.tie_word_embeddings and not info["missing_keys"]
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
 @pytest.mark.parametrize("changed_row", [0, 63, None])
 def test_a_head_is_compared_to_its_last_row(folder, monkeypatch, changed_row):
     monkeypatch.setattr(source, "ROWS", 16)

@@ -162,7 +162,7 @@ def export_checkpoint(
     """
     weights = SavedWeights(checkpoint, saved_state(checkpoint))
     config.dtype = DTYPES[dtype]
-    if NAME_PREFIX + "lm_head.weight" in weights:
+    if NAME_PREFIX + "lm_head.weight" in list(weights):
         config.tie_word_embeddings = False  # of a model whose configuration does not say what its files hold
     rounded = ((name.removeprefix(NAME_PREFIX), _rounded(weights[name], config.dtype)) for name in weights)
     cure = "give another folder with --out if you like, then start the same command again"
