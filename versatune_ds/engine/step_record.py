@@ -33,7 +33,7 @@ def record_step(
     """
     if not distributed.is_main():
         return
-    names, sums, routers = run.table.names, totals.sums, run.statistics.routers
+    names, sums, routers = run.table.names, totals.sums, run.backend.model.routers
     none = dict.fromkeys(names)
     units = ("samples", "tokens", "supervised_tokens")
     lengths = [pack.lengths.astype("int64") for pack in plan.packs]

@@ -2,7 +2,7 @@
 
 A model of a family without a row trains like any causal LM of transformers, unless its configuration alters
 its logits: that is refused, since the same field means different things (`logits_scaling` divides in Granite
-and multiplies in HyperCLOVA X). A new family is one row here and one in `tests/engine/test_families.py`.
+and multiplies in HyperCLOVA X). A new family is one row here and one in `tests/support/tiny_families.py`.
 
 What is not covered: layers of other shapes: families whose row is not `planned` have no memory plan.
 """
