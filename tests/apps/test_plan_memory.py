@@ -32,6 +32,8 @@ GEMMA3 = {
 }
 OLMO3 = {**_llama(128, 352, 4, 4, 2, 2048), **ALTERNATING, "model_type": "olmo3"}
 PHI3 = {**_llama(128, 352, 4, 4, 2, 2048), "model_type": "phi3", "pad_token_id": 0}
+EXPERTS = {**_llama(96, 256, 4, 4, 2, 1600), "model_type": "qwen3_moe", "head_dim": 32, "num_experts": 8,
+           "num_experts_per_tok": 2, "moe_intermediate_size": 128}  # fmt: skip
 TIED = {**_llama(128, 352, 5, 4, 4, 2048), "tie_word_embeddings": True}
 
 
@@ -59,6 +61,8 @@ CASES = [
     (1, zero(1), "bf16", "off", GEMMA3, 768),
     (1, zero(1), "fp32", "off", OLMO3, 768),
     (1, zero(1), "bf16", "off", PHI3, 768),
+    (1, zero(1), "fp32", "off", EXPERTS, 768),
+    (1, zero(1), "bf16", "off", EXPERTS, 768),
     (2, zero(1), "fp32", "off", QWEN2, 768),
     (2, zero(2), "bf16", "off", QWEN2, 768),
     (2, zero(2), "bf16", "all", TIED, 768),

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from export_memory import NoCompanions
+from safetensors.torch import load_file
 from tiny_families import FAMILY_CONFIGS, VOCAB_SIZE, family_config, family_model
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from versatune_ds.apps.bench.shapes import _llama, find_shape
 from versatune_ds.config.load import validate_config
@@ -26,6 +28,7 @@ from versatune_ds.engine.model.families import (
     planned_shape,
 )
 from versatune_ds.engine.model.packed_lm import PackedCausalLM
+from versatune_ds.engine.model.router import Routers, experts_of
 from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.observability.throughput import mfu, peak_tflops
@@ -44,7 +47,8 @@ def test_parameters_are_those_of_the_built_model(kind):
     assert shape.parameters == total
     vectors = [p.numel() for p in model.parameters() if p.dim() == 1]
     assert sorted((*shape.vectors * shape.layers, shape.hidden)) == sorted(vectors)
-    assert shape.layer_parameters == sum(p.numel() for p in model.model.layers[0].parameters())
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    assert shape.layer_parameters == max(layers)
     embeddings = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.lm_head)}
     assert shape.nonembedding_parameters == total - sum(embeddings.values())
     built = built_shape(model.config, shape.parameters, shape.nonembedding_parameters)
@@ -64,7 +68,7 @@ def test_what_config_json_leaves_out_is_what_transformers_takes():
 
 # --- losses -------------------------------------------------------------------------------------------------
 
-LENGTHS = (13, 1, 7, 9)
+LENGTHS = (13, 9, 1, 7)
 
 
 def pack_of(lengths: tuple[int, ...]) -> dict:
@@ -90,7 +94,9 @@ def pack_of(lengths: tuple[int, ...]) -> dict:
 @pytest.mark.parametrize("kind", FAMILY_CONFIGS)
 def test_a_pack_has_the_losses_and_gradients_of_transformers_and_is_exported(kind, tmp_path):
     """Each sample alone in a model that has seen no other; then the export, loaded by transformers."""
-    pack, model = pack_of(LENGTHS), PackedCausalLM(family_model(kind), "chunked")
+    lm = family_model(kind)
+    routers = Routers(lm.config, None) if experts_of(lm.config) else None
+    pack, model = pack_of(LENGTHS), PackedCausalLM(lm, "chunked", routers=routers)
     losses, expected = [], {}
     for ids in pack["input_ids"].split(LENGTHS):
         lm = family_model(kind)
@@ -102,7 +108,18 @@ def test_a_pack_has_the_losses_and_gradients_of_transformers_and_is_exported(kin
         (loss / 10).backward()
         for name, parameter in lm.named_parameters():
             expected[name] = expected.get(name, 0) + parameter.grad
-    out = model(**pack)
+    if routers is not None:
+        lm = family_model(kind)
+        each = [
+            lm(input_ids=ids[None], output_router_logits=True).router_logits
+            for ids in pack["input_ids"].split(LENGTHS)
+        ]
+        together = tuple(torch.cat(layer) for layer in zip(*each, strict=True))
+        (0.5 / 3 * load_balancing_loss_func(together, 8, 2)).backward()
+        for name, parameter in lm.named_parameters():
+            if parameter.grad is not None:
+                expected[name] = expected[name] + parameter.grad
+    out = model(**pack, passes=3)
     assert out.sample_loss.tolist() == pytest.approx(losses, rel=1e-5)
     out.loss.backward()
     for name, parameter in model.lm.named_parameters():
@@ -117,7 +134,14 @@ def test_a_pack_has_the_losses_and_gradients_of_transformers_and_is_exported(kin
     )
     assert not any(info.values())
     ids = pack["input_ids"][None, :13]
-    assert torch.equal(loaded(ids).logits, family_model(kind)(ids).logits)
+    theirs = family_model(kind)
+    if routers is None:
+        assert torch.equal(loaded(ids).logits, theirs(ids).logits)
+    else:
+        torch.testing.assert_close(loaded(ids).logits, theirs(ids).logits)
+        theirs.save_pretrained(tmp_path / "theirs")
+    saved = [load_file(folder / "model.safetensors") for folder in tmp_path.iterdir()]
+    assert all(names.keys() == saved[0].keys() for names in saved)
 
 
 @pytest.mark.parametrize("kind", ["llama, dynamic rope", "phi3, longrope"])
@@ -198,6 +222,25 @@ def test_packing_more_samples_costs_less_attention_than_one_long_sample():
     packed = SHAPE.step_flops(real_tokens=8, supervised_tokens=4, sum_squared_lengths=4**2 + 4**2)
     single = SHAPE.step_flops(real_tokens=8, supervised_tokens=4, sum_squared_lengths=8**2)
     assert single - packed == 6 * 2 * 8 * 32
+
+
+def test_only_experts_that_a_token_reaches_count():
+    """Qwen3-30B-A3B: its card says 30.5 B parameters, 3.3 B of them activated."""
+    config = _llama(2048, 6144, 48, 32, 4, 151936) | {
+        "model_type": "qwen3_moe",
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    }
+    shape = planned_shape(config, "test")
+    assert shape.idle_parameters == 48 * 120 * 3 * 2048 * 768
+    assert shape.parameters / 1e9 == pytest.approx(30.5, abs=0.05)
+    assert (shape.parameters - shape.idle_parameters) / 1e9 == pytest.approx(3.3, abs=0.06)
+    linear = 6 * (shape.nonembedding_parameters - 48 * 120 * 3 * 2048 * 768)
+    assert shape.step_flops(real_tokens=1, supervised_tokens=0, sum_squared_lengths=0) == linear
+    dense = planned_shape(config | {"mlp_only_layers": [0], "decoder_sparse_step": 2}, "test")
+    assert dense.idle_parameters == shape.idle_parameters / 2
 
 
 def test_shape_from_a_model_configuration():

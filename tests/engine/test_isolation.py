@@ -24,6 +24,7 @@ from versatune_ds.engine.model.attention import (
     isolation_leak,
     varlen_attention,
 )
+from versatune_ds.engine.model.families import MIXTURES
 from versatune_ds.engine.model.packed_lm import PackedCausalLM, checkpoint_activations
 from versatune_ds.engine.model.rope import turning_length
 from versatune_ds.foundations.errors import ConfigError
@@ -53,7 +54,14 @@ def tiny(config_class=LlamaConfig, **more):
 def test_losses_of_a_sample_are_bit_equal_whatever_its_neighbour(kind):
     """With a neighbour whose halves lie on the other side of the lengths that positions depend on."""
     model = PackedCausalLM(family_model(kind), "auto").eval()
-    assert isolation_leak(model, VOCAB_SIZE, CPU, 14) == 0.0
+    # an expert's product is over its tokens of all samples, and their number decides how it is summed
+    bound = 1e-6 if model.lm.config.model_type in MIXTURES else 0.0
+    assert isolation_leak(model, VOCAB_SIZE, CPU, 14) <= bound
+
+
+def test_a_mixture_in_bf16_passes_the_probe():
+    model = PackedCausalLM(family_model("qwen3_moe").bfloat16(), "auto").eval()
+    assert isolation_leak(model, VOCAB_SIZE, CPU) <= MAX_ISOLATION_LEAK["bf16"]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from versatune_ds.config.schema import Model
 from versatune_ds.engine.backend.parameters import parameter_counts
 from versatune_ds.engine.checkpointing.hf_export import export_checkpoint, export_model
+from versatune_ds.engine.model import source
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.packed_lm import (
     PackedCausalLM,
@@ -104,6 +105,10 @@ def test_a_pointer_of_git_lfs_is_named_whatever_stands_for(folder):
     with pytest.raises(ConfigError, match=r"model.safetensors: a Git LFS pointer .*; run git lfs pull"):
         check_files(Model(source=str(folder)))
     check_files(Model(source=str(folder), weights="random"))
+    (folder / "tokenizers").mkdir()
+    (folder / "tokenizers" / "tokenizer.json").write_text(pointer)
+    with pytest.raises(ConfigError, match=r"tokenizers: tokenizer.json: a Git LFS pointer"):
+        check_files(Model(source=str(folder), weights="random", tokenizer=str(folder / "tokenizers")))
     (folder / "tokenizer.json").write_text(pointer)
     with pytest.raises(ConfigError, match=r"tokenizer.json: a Git LFS pointer"):
         check_files(Model(source=str(folder), weights="random"))
@@ -157,6 +162,30 @@ def test_a_head_that_the_files_hold_is_trained_and_exported_though_the_configura
     )
 
 
+def test_a_checkpoint_of_a_tied_model_is_exported_tied(folder, tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    model.save_pretrained(folder)
+    weights = {f"lm.{name}": p for name, p in model.state_dict().items()}  # one tensor under both names
+    assert "lm.lm_head.weight" in weights
+    write_checkpoint(tmp_path / "step", weights, stage=0, ranks=1)
+    architecture = load_architecture(Model(source=str(folder)))
+    export_checkpoint(tmp_path / "step", architecture, NoCompanions(), tmp_path / "late", "fp32", 1000)
+    again, info = LlamaForCausalLM.from_pretrained(tmp_path / "late", output_loading_info=True)
+    assert again.config.tie_word_embeddings and not info["missing_keys"]
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("changed_row", [0, 63, None])
+def test_a_head_is_compared_to_its_last_row(folder, monkeypatch, changed_row):
+    monkeypatch.setattr(source, "ROWS", 16)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    if changed_row is not None:
+        weights["lm_head.weight"][changed_row, -1] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert source.holds_own_head(folder) == (changed_row is not None)
+
+
 @pytest.mark.parametrize("kept", ["both, equal", "model.embed_tokens.weight", "lm_head.weight"])
 def test_one_matrix_under_either_name_or_both_is_tied(folder, tmp_path, kept):
     says_tied(folder)
@@ -176,10 +205,12 @@ def test_one_matrix_under_either_name_or_both_is_tied(folder, tmp_path, kept):
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
-def test_the_text_part_of_a_model_of_images_is_trained_and_exported(tmp_path, kind):
+def test_the_text_part_of_a_model_of_images_is_trained_and_exported(tmp_path, kind, caplog):
     lm = image_text_model(kind)
     lm.save_pretrained(tmp_path / "whole")
+    caplog.set_level("WARNING", "versatune_ds")
     model = build(tmp_path / "whole")
+    assert "have no place in" in caplog.text and "multi_modal_projector" in caplog.text
     ids = torch.arange(3, 20)[None]
     expected = lm(input_ids=ids).logits
     export_model(

@@ -93,7 +93,8 @@ def architecture(**more):
         ({"logit_scale": 0.06}, "change their logits"),
         ({"logits_scaling": 8.0}, "change their logits"),
         ({"final_logit_softcapping": 30.0}, "change their logits"),
-        ({"router_aux_loss_coef": 0.001}, "mixture of experts"),
+        ({"n_routed_experts": 8}, "mixture of experts whose routers are not known here"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
         ({"vocab_size": 99}, "100 entries and the model's embedding 99"),
     ],
 )

@@ -17,9 +17,15 @@ import step_cases as cases
 import torch
 from launching import launch_soundly
 from safetensors.torch import load_file
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.engine.model.adapters import PREFIX
 
+EXPERTS = 64
+"""So many that no rank's tokens reach all of them."""
+AUX = 0.3
+"""Factor of the routers' balance loss of `experts`; large enough to be seen."""
 CASES_FILE = Path(cases.__file__)
 
 CASES = {
@@ -52,6 +58,8 @@ CASES = {
         "untied-unpacked-zero3-lora-recompute",
         "untied-packed-zero1-dora",
         "untied-packed-zero3-dora",
+        "longrope-packed-zero3",
+        *(f"experts-packed-{how}" for how in ("zero2", "zero3", "zero3-recompute", "zero3-frozen")),
     ],
     4: ["untied-packed-zero3", "tied-unpacked-zero3-recompute", "untied-packed-zero1"],
 }
@@ -63,19 +71,22 @@ BF16_CASES = ["untied-packed-zero3-bf16", "tied-packed-zero1-bf16", "untied-pack
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    """Tiny models with saved weights: `untied` (Llama), `tied` (Qwen2), and two that are not what they say.
+    """Tiny models with saved weights: `untied` (Llama), `tied` (Qwen2), and others.
 
-    Adapters by peft for the first two: `untied-lora` and so on. `lie`: Llama whose configuration ties a
-    head that the files hold; `wrapped`: Gemma 3 in a model of images, beside it the same without.
+    Adapters by peft for the first two: `untied-lora` and so on. `experts`: Qwen3-MoE; `lie`: Llama whose
+    configuration ties a head that the files hold; `longrope`: Phi 3, whose positions turn at 8 tokens;
+    `wrapped`: Gemma 3 in a model of images, beside it `wrapped_alone`, the same as a text model.
     """
     from peft import LoraConfig, get_peft_model
-    from tiny_families import image_text_model
+    from tiny_families import family_model, image_text_model
     from transformers import (
         AutoModelForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
         Qwen2Config,
         Qwen2ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
     )
 
     folder = tmp_path_factory.mktemp("models")
@@ -108,6 +119,11 @@ def models(tmp_path_factory) -> Path:
                 task_type="CAUSAL_LM",
             )
             get_peft_model(copy.deepcopy(model), config).save_pretrained(folder / f"{name}-{kind}")
+    experts = Qwen3MoeConfig(**shape, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=24)
+    experts.router_aux_loss_coef = AUX
+    Qwen3MoeForCausalLM(experts).save_pretrained(folder / "experts")
+    longrope = family_model("phi3, longrope", vocab_size=cases.VOCAB_SIZE, initializer_range=0.1)
+    longrope.save_pretrained(folder / "longrope")
     lie = shutil.copytree(folder / "untied", folder / "lie") / "config.json"
     lie.write_text(json.dumps({**json.loads(lie.read_text()), "tie_word_embeddings": True}))
     wrapped = image_text_model("gemma3", vocab_size=cases.VOCAB_SIZE)
@@ -137,7 +153,9 @@ def reference(models):
     """`reference("tied")`: parameters and domain sums of the same two steps in plain PyTorch and peft."""
 
     @functools.cache
-    def run(name, max_norm=0.0, start="fp32", compute="fp32", adapter=None) -> dict[str, torch.Tensor]:
+    def run(
+        name, max_norm=0.0, start="fp32", compute="fp32", adapter=None, frozen=False
+    ) -> dict[str, torch.Tensor]:
         """The two steps.
 
         Args:
@@ -146,6 +164,7 @@ def reference(models):
             start: `bf16`: the weights are rounded to bf16 before the first step.
             compute: `bf16` (as `start`): forward and backward on a bf16 copy of the fp32 weights that AdamW
                 moves.
+            frozen: routers do not train, and their loss is not added.
         """
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
@@ -156,7 +175,7 @@ def reference(models):
         model = model.float() if compute == "fp32" else model
         if adapter is not None:
             model = PeftModel.from_pretrained(model, models / f"{name}-{adapter}", is_trainable=True)
-        frozen = {key: p.detach().clone() for key, p in model.named_parameters() if not p.requires_grad}
+        base = {key: p.detach().clone() for key, p in model.named_parameters() if not p.requires_grad}
         masters = {key: p.detach().float() for key, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
             masters.values(), lr=cases.LEARNING_RATE, eps=cases.EPS, betas=(0.9, 0.95), weight_decay=0.0
@@ -165,21 +184,40 @@ def reference(models):
         for step in ("first", "second"):
             total, count = 0.0, 0
             sums, token_losses = np.zeros((2, 2)), []
+            routed: dict[int, tuple[torch.Tensor, ...]] = {}
+            options = {"output_router_logits": True} if name == "experts" else {}
             for i, domain in enumerate(cases.DOMAINS):
                 tokens, mask = cases.Samples().sample(i)
                 ids = torch.tensor(tokens.astype(np.int64))
-                logits = model(ids.unsqueeze(0)).logits[0]
+                found = model(ids.unsqueeze(0), **options)
+                logits, routed[i] = found.logits[0], found.get("router_logits")
                 losses = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
                 supervised = torch.from_numpy(mask[1:])
                 total = total + losses[supervised].sum()
                 count += int(supervised.sum())
                 sums[:, domain] += float(losses[supervised].sum()), int(supervised.sum())
                 token_losses.append(losses[supervised].detach())
-            (total / count).backward()
+            loss = total / count
+            if options:  # routers are balanced within a pack
+                balance = torch.zeros(())
+                out[f"load_{step}"] = torch.zeros(len(cases.PACKED), 2, EXPERTS)
+                for number, pack in enumerate(cases.PACKED):
+                    layers = tuple(
+                        torch.cat(of_samples) for of_samples in zip(*map(routed.get, pack), strict=True)
+                    )
+                    balance = balance + load_balancing_loss_func(layers, EXPERTS, 2)
+                    for layer, of_layer in enumerate(layers):
+                        chosen = of_layer.topk(2).indices.flatten()
+                        out[f"load_{step}"][number, layer] = torch.bincount(chosen, minlength=EXPERTS)
+                out[f"balance_{step}"] = balance.detach()
+                loss = loss if frozen else loss + AUX * balance / len(cases.PACKED)
+            loss.backward()
             parameters = dict(model.named_parameters())
             for key in masters:
-                masters[key].grad = parameters[key].grad.float()
-            out[f"norm_{step}"] = torch.nn.utils.get_total_norm([m.grad for m in masters.values()])
+                if not (frozen and key.endswith(".mlp.gate.weight")):
+                    masters[key].grad = parameters[key].grad.float()
+            gradients = [m.grad for m in masters.values() if m.grad is not None]
+            out[f"norm_{step}"] = torch.nn.utils.get_total_norm(gradients)
             if max_norm:
                 torch.nn.utils.clip_grad_norm_(masters.values(), max_norm)
             optimizer.param_groups[0]["lr"] = cases.RATES[step]
@@ -189,7 +227,7 @@ def reference(models):
                 parameters[key].data.copy_(master)
             out[f"sums_{step}"] = torch.from_numpy(sums)
             out[f"losses_{step}"] = torch.cat(token_losses)
-        end = {**masters, **frozen}
+        end = {**masters, **base}
         return out | {f"parameter.{key.removeprefix(PREFIX)}": value for key, value in end.items()}
 
     return run
@@ -201,7 +239,8 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
     """Same losses per domain and same parameters; the -nan cases skip a poisoned step in between."""
     max_norm = cases.MAX_NORM if "clip" in case else 0.0
     adapter = next((word for word in case.split("-") if word in ("lora", "dora")), None)
-    ours, expected = results(ranks)[case], reference(case.split("-")[0], max_norm, adapter=adapter)
+    ours = results(ranks)[case]
+    expected = reference(case.split("-")[0], max_norm, adapter=adapter, frozen="frozen" in case)
     for step in ("first", "second"):
         assert expected[f"norm_{step}"] > 2 * max_norm  # clipping is no trifle
         # rows 0 and 1 of the buffer: loss sum and supervised tokens per domain
@@ -214,6 +253,28 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
         )
         if adapter and "lora_" not in name:
             assert torch.equal(ours[name], expected[name]), f"{name} is frozen"
+    if case.startswith("experts"):
+        check_routers(ours, expected, ranks)
+
+
+def check_routers(ours, expected, ranks) -> None:
+    """Their loss and loads; each rank's tokens reach experts that no other rank's do."""
+    for step in ("first", "second"):
+        assert ours[f"routers_{step}"][0] == pytest.approx(float(expected[f"balance_{step}"]), rel=1e-5)
+        load = expected[f"load_{step}"]
+        assert torch.equal(ours[f"routers_{step}"][1:], load.sum(0).flatten().double())
+        packs = cases.packs(cases.PACKED)
+        mine = [{tuple(p.samples) for p in rank_packs(packs, rank, ranks)} for rank in range(ranks)]
+        reached = [
+            {
+                (layer, e)
+                for n, p in enumerate(packs)
+                if tuple(p.samples) in of_rank
+                for layer, e in load[n].nonzero().tolist()
+            }
+            for of_rank in mine
+        ]
+        assert all(own - other for own in reached for other in reached if own is not other)
 
 
 @pytest.mark.slow

@@ -22,6 +22,10 @@ FILES = {
     "backend": "versatune_ds/engine/backend/deepspeed_backend.py",
     "model": "versatune_ds/engine/model/packed_lm.py",
     "families": "versatune_ds/engine/model/families.py",
+    "rope": "versatune_ds/engine/model/rope.py",
+    "router": "versatune_ds/engine/model/router.py",
+    "source": "versatune_ds/engine/model/source.py",
+    "attention": "versatune_ds/engine/model/attention.py",
     "shape": "versatune_ds/engine/model/shape.py",
     "optimizer": "versatune_ds/engine/backend/optimizer.py",
     "statistics": "versatune_ds/engine/statistics.py",
@@ -72,6 +76,8 @@ TESTS = {
     "reshard": "tests/engine/test_reshard.py",
     "model": "tests/engine/test_model.py",
     "families": "tests/engine/test_families.py",
+    "router": "tests/engine/test_router.py",
+    "step": "tests/engine/test_step.py",
     "sinks": "tests/observability/test_sinks.py",
     "throughput": "tests/observability/test_throughput.py",
     "records": "tests/observability/test_records.py",
@@ -213,8 +219,8 @@ fault(
 fault(
     "losses are divided by the tokens of a pack, not of the step",
     "loop",
-    "model_inputs(on_device, normalizer)",
-    "model_inputs(on_device, on_device.supervised_tokens * len(batches))",
+    "model_inputs(on_device, normalizer, ",
+    "model_inputs(on_device, on_device.supervised_tokens * len(batches), ",
     PLAIN,
 )
 fault(
@@ -545,6 +551,100 @@ fault(
     "return LogitRule(scale)",
     f"{ALTERED}[gemma2]",
     f"{ALTERED}[gemma3_text, capped]",
+)
+fault(
+    "the longest sample chooses the rotary frequencies of a pack",
+    "model",
+    "        rotate_by_sample(lm)\n",
+    "",
+    f"{ALTERED}[llama, dynamic rope]",
+    f"{ALTERED}[phi3, longrope]",
+    "isolation::test_losses_of_a_sample_are_bit_equal_whatever_its_neighbour[phi3, longrope]",
+)
+fault(
+    "rotary frequencies remember the samples before",
+    "rope",
+    "setattr(module, name, module.original_max_seq_len)",
+    "pass",
+    f"{ALTERED}[llama, dynamic rope]",
+)
+fault(
+    "the probe's neighbour stays below the turn of the frequencies",
+    "backend",
+    "min(2 * turn - 2,",
+    "min(turn,",
+    "isolation::test_a_run_probes_beyond_the_turning_length",
+)
+fault(
+    "a window of the varlen kernel is a token too wide",
+    "attention",
+    "else sliding_window - 1, 0)",
+    "else sliding_window, 0)",
+    "isolation::test_varlen_calls_the_kernel_as_its_version_of_torch_wants",
+)
+fault(
+    "a head that the files hold is dropped for a configuration that ties it",
+    "model",
+    "            config.tie_word_embeddings = False\n",
+    "",
+    "step::test_two_steps_equal_plain_pytorch[2-lie-packed-zero3]",
+)
+fault(
+    "an embedding and a head that differ pass for one matrix",
+    "source",
+    "or not all(",
+    "or not any(",
+    "model::test_a_head_is_compared_to_its_last_row",
+)
+fault(
+    "the balance loss of routers is added once a pack",
+    "model",
+    "extra / passes",
+    "extra",
+    f"{ALTERED}[qwen3_moe]",
+    f"{ALTERED}[mixtral]",
+)
+fault(
+    "routers balance padding, too",
+    "router",
+    "(probabilities * kept)",
+    "probabilities",
+    "router::test_the_loss_is_that_of_transformers_without_padding",
+)
+fault(
+    "experts of padding are counted",
+    "router",
+    "load = (chosen * kept).sum(1)",
+    "load = chosen.sum(1)",
+    "router::test_the_loss_is_that_of_transformers_without_padding",
+)
+fault(
+    "what a rehearsal has counted stays",
+    "statistics",
+    "            routers.take()  # what a rehearsal has left\n",
+    "            pass\n",
+    "router::test_counts_of_a_rehearsal_are_dropped_and_those_of_a_step_go_with_its_sums",
+)
+fault(
+    "frozen routers are still balanced",
+    "model",
+    '0.0 if settings.router == "frozen" else settings.router_aux_loss',
+    "settings.router_aux_loss",
+    "router::test_frozen_routers_train_nothing_and_add_nothing",
+)
+fault(
+    "the export holds experts as transformers does",
+    "router",
+    "    if not experts_of(config):\n        yield from tensors",
+    "    if True:\n        yield from tensors",
+    f"{ALTERED}[qwen3_moe]",
+)
+fault(
+    "experts that a token does not reach count as its work",
+    "shape",
+    "idle = self.experts.count - self.experts.active",
+    "idle = 0",
+    "families::test_only_experts_that_a_token_reaches_count",
 )
 fault(
     "scaled logits are scaled the other way",

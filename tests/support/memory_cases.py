@@ -112,9 +112,7 @@ def saved_activations(backend: Any, batch: Any) -> int:
     shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in backend.model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        is_weight = (
-            tuple(tensor.shape) in shapes or tuple(tensor.t().shape if tensor.dim() == 2 else ()) in shapes
-        )
+        is_weight = tuple(tensor.shape) in shapes or (tensor.dim() > 1 and tuple(tensor.mT.shape) in shapes)
         if tensor.is_floating_point() and not is_weight:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = (storage, storage.nbytes())
@@ -124,7 +122,7 @@ def saved_activations(backend: Any, batch: Any) -> int:
     body = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen")
     backend.model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = backend.model.hidden_states(**{key: inputs[key] for key in body})
+        hidden = backend.model.body(**{key: inputs[key] for key in body}).last_hidden_state[0]
     del hidden
     return sum(size for _, size in sizes.values())
 

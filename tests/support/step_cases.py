@@ -89,7 +89,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
 
     Args:
         case: `<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-compile][-triton][-nan]
-            [-clip][-bf16][-sums]`; sums: gradients are summed in fp32, by another optimizer of DeepSpeed's.
+            [-clip][-frozen][-bf16][-sums]`; frozen: its routers; sums: gradients are summed in fp32, by
+            another optimizer of DeepSpeed's.
     """
     words = case.split("-")
     layout = PACKED if "packed" in words else UNPACKED
@@ -101,6 +102,7 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
         "dtype": "bf16" if "bf16" in words else "fp32",
         "activation_checkpointing": "all" if "recompute" in words else "off",
         "compile": "body" if "compile" in words else "off",
+        "router": "frozen" if "frozen" in words else "train",
         "loss_backend": "triton" if "triton" in words else "chunked",
     }
     for kind in {"lora", "dora"} & set(words):
@@ -112,7 +114,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
     config = validate_config(raw, case)
     ranks = Ranks.of_world()
     backend = build_backend(config, deepspeed_config(config, ranks.dp.size), ranks, device)
-    run = SimpleNamespace(backend=backend, statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 10))
+    statistics = StepStatistics(2, device, backend.model.routers)
+    run = SimpleNamespace(backend=backend, statistics=statistics, spikes=SpikeGuard(None, 10))
     chosen = packs(layout)
     mine = rank_packs(chosen, distributed.rank(), distributed.world_size())
     sources = [Samples(), Samples()]
@@ -132,6 +135,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
             continue
         assert applied
         out[f"sums_{step}"] = torch.from_numpy(totals.sums.values.copy())
+        if totals.routers is not None:
+            out[f"routers_{step}"] = torch.from_numpy(totals.routers.copy())
     for name, parameter in backend.parameters():
         out[f"parameter.{name.removeprefix(NAME_PREFIX)}"] = parameter.detach().clone()
     if "bf16" in words:

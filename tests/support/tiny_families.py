@@ -28,6 +28,7 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
         "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
         "llama_4_scaling_beta": 0.1}  # fmt: skip
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "router_aux_loss_coef": 0.5}
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama, biases": {"attention_bias": True, "mlp_bias": True},
@@ -52,6 +53,11 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
                "final_logit_softcapping": 3.0},
     "gemma3_text": {**ALTERNATING, "query_pre_attn_scalar": 8},
     "gemma3_text, capped": {"query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    "qwen3_moe": MOE,
+    "qwen3_moe, some layers dense": {**MOE, "mlp_only_layers": [1], "decoder_sparse_step": 2},
+    "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 20},
+    "mixtral": {**MOE, "num_local_experts": 8, "sliding_window": 4},
+    "olmoe": MOE,
     "cohere": {"logit_scale": 0.25},
     "cohere2": {**ALTERNATING, "logit_scale": 0.25},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},

@@ -79,8 +79,8 @@ class Model(Section):
     """The model, its tokenizer and how it computes."""
 
     source: str
-    """Folder or hub name of a causal LM of the Qwen2, Qwen2.5, Qwen3 or Llama families. Others work when
-    their logits are plain products, or scaled or capped as in Cohere, Gemma and Granite; else: refused."""
+    """Folder or hub name of a causal LM (docs/train.md has the families), or of a model of images and text,
+    whose text part is then trained. What would be trained wrongly is refused."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random`: build from `source`'s config.json only and initialise with `run.seed`."""
     tokenizer: str | None = None
@@ -101,6 +101,10 @@ class Model(Section):
     """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
     compile: Literal["off", "body"] = "off"
     """`body`: torch.compile for everything before the head; the first steps are slow."""
+    router: Literal["train", "frozen"] = "train"
+    """Mixtures of experts. `frozen`: routers keep their weights, and their balance loss is only reported."""
+    router_aux_loss: float | None = Field(default=None, ge=0)
+    """Factor of the routers' balance loss; default: the model's own `router_aux_loss_coef`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 

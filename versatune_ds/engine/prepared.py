@@ -92,6 +92,7 @@ def prepare_run(config: Config, device_type: str, config_path: Path | None = Non
     planner = planner_settings(config, table)
     corpus.check(planner)
     preflight.check_architecture(architecture, tokenizer, corpus)
+    preflight.check_router(config.model, architecture)
     encoder = ChatEncoder.build(tokenizer, config.data.chat_template)
     prepared = Prepared(
         config=config,

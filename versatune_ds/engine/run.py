@@ -162,7 +162,7 @@ def assemble(
             pad_id=prepared.pad_id,
             pin_memory=backend.device.type == "cuda",
         ),
-        statistics=StepStatistics(len(prepared.table), backend.device),
+        statistics=StepStatistics(len(prepared.table), backend.device, backend.model.routers),
         saver=Saver(config.run.dir / constants.CHECKPOINTS_DIR, config.checkpoint, backend),
         held_out=held_out,
         probe=probe,

@@ -13,9 +13,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from versatune_ds.domain.statistics import NUM_ROWS, DomainSums, SumRow
+from versatune_ds.engine.model.router import Routers
 from versatune_ds.foundations import distributed
 from versatune_kernels import LossOutput
 
@@ -43,6 +45,8 @@ class StepTotals(NamedTuple):
     """Reduced sums per domain; None when a loss was not finite."""
     flags: Flags
     """What any rank has said."""
+    routers: npt.NDArray[np.float64] | None = None
+    """What `Routers.take` gave, added up; None without routers."""
 
 
 class StepStatistics:
@@ -51,10 +55,13 @@ class StepStatistics:
     Args:
         num_domains: k.
         device: where the model computes.
+        routers: of a mixture of experts, whose counts go along.
     """
 
-    def __init__(self, num_domains: int, device: torch.device) -> None:
-        self.num_domains = num_domains
+    def __init__(self, num_domains: int, device: torch.device, routers: Routers | None = None) -> None:
+        self.num_domains, self.routers = num_domains, routers
+        if routers is not None:
+            routers.take()  # what a rehearsal has left
         self._sums = torch.zeros(NUM_ROWS, num_domains, dtype=torch.float64, device=device)
         self._nonfinite = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -85,12 +92,14 @@ class StepStatistics:
         """Sum over ranks and start anew. The one collective, and the one wait of the host, of a step."""
         # filled on the device: a copy from the host would wait for it
         votes = [torch.full_like(self._nonfinite, float(flag)) for flag in flags]
-        packed = torch.cat([self._sums.flatten(), torch.stack([self._nonfinite, *votes])])
+        counts = [] if self.routers is None else [self.routers.take()]
+        packed = torch.cat([self._sums.flatten(), torch.stack([self._nonfinite, *votes]), *counts])
         buffer = distributed.all_reduce_sum(packed).cpu().numpy()
         self._sums.zero_()
         self._nonfinite.zero_()
         count = self._sums.numel()
         sums = buffer[:count].reshape(NUM_ROWS, self.num_domains)
         finite = buffer[count] == 0 and bool(np.isfinite(sums).all())
-        agreed = Flags(*(bool(n > 0) for n in buffer[count + 1 :]))
-        return StepTotals(DomainSums(sums) if finite else None, agreed)
+        said, routers = np.split(buffer[count + 1 :], [len(flags)])
+        agreed = Flags(*(bool(n > 0) for n in said))
+        return StepTotals(DomainSums(sums) if finite else None, agreed, routers if counts else None)

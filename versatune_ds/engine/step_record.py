@@ -33,7 +33,7 @@ def record_step(
     """
     if not distributed.is_main():
         return
-    names, sums = run.table.names, totals.sums
+    names, sums, routers = run.table.names, totals.sums, run.backend.model.routers
     none = dict.fromkeys(names)
     units = ("samples", "tokens", "supervised_tokens")
     lengths = [pack.lengths.astype("int64") for pack in plan.packs]
@@ -81,6 +81,9 @@ def record_step(
         memory_gib=peak_memory_gib(),
         mfu=mfu(flops, step_s, distributed.world_size(), run.peak_tflops),
         mfu_6n=mfu(flops_6n, step_s, distributed.world_size(), run.peak_tflops),
+        **(
+            routers.measures(totals.routers, plan.num_packs) if routers and totals.routers is not None else {}
+        ),
     )
     run.sinks.step(record)
     run.progress.step(record)

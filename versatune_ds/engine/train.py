@@ -164,7 +164,7 @@ def accumulate(run: Components, plan: StepPlan, batches: list[Batch]) -> list[to
         place = plan.step + 1, f"of pack {i + 1} of {len(batches)}"
         with phase(FORWARD, *place):
             on_device = batch.to(backend.device, non_blocking=True)
-            out = backend.forward(**model_inputs(on_device, normalizer))
+            out = backend.forward(**model_inputs(on_device, normalizer, len(batches)))
         with phase(STATISTICS, *place):
             run.statistics.add(out, on_device.sample_domains)
         with phase(BACKWARD, *place):

@@ -133,6 +133,12 @@ class StepRecord:
     """Model FLOPs utilisation, 0..1, useful work only; None when the peak of the hardware is unknown."""
     mfu_6n: float | None = None
     """The same with 6 N + 12 L H T for every slot token, as most papers count (`throughput`)."""
+    router_loss: float | None = None
+    """Mixtures of experts: the routers' balance loss, mean over packs; even loads have a token's experts."""
+    expert_load: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Share of all choices that went to each expert, by its number, mean over the layers."""
+    expert_load_max: float | None = None
+    """Load of the busiest expert of any layer over an even load."""
     unix_time_s: float = dataclasses.field(default_factory=time.time)
     """Seconds since 1970 when the record was made."""
 

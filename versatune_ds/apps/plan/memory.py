@@ -212,16 +212,19 @@ def memory_plan(shape: ModelShape, setup: Setup) -> MemoryPlan:
 def layer_activations(shape: ModelShape, setup: Setup) -> int:
     """Bytes that one layer keeps for backward when nothing is recomputed.
 
-    Per token: its norms (the input in fp32, the normalised one, in fp32 for families that scale in it, else
-    in `dtype`, and the scaled one in `dtype`), q, k, v and the attention output, and gate, activated gate, up
-    and their product of the MLP. Beside them one fp32
-    number per norm, and per head for attention.
+    Per token: its norms (the input in fp32, the normalised one in `dtype`, or in fp32 where a family scales
+    in it, and the scaled one in `dtype`), q, k, v and the attention output, and gate, activated gate, up and
+    their product of the MLP; for experts these of each choice, with its input and its output. Beside them one
+    fp32 number per norm, per expert, and per head for attention.
     """
     s = setup.element
     normed = FP32 + (FP32 if shape.fp32_norms else s)
     norm = shape.hidden * (normed + s)
     attention = 2 * (shape.query_width + shape.kv_width) * s
     mlp = 4 * shape.mlp * s
+    if shape.experts is not None:
+        choice = (4 * shape.experts.mlp + 2 * shape.hidden) * s
+        mlp = shape.experts.active * choice + FP32 * shape.experts.count
     rest = FP32 * (shape.norms + shape.heads)
     if shape.query_key_norms:
         rest += (shape.query_width + shape.kv_width) * normed + FP32 * (shape.heads + shape.kv_heads)

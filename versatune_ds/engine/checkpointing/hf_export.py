@@ -39,6 +39,7 @@ from versatune_ds.engine.checkpointing.adapter_export import (
 )
 from versatune_ds.engine.checkpointing.folder import saved_state
 from versatune_ds.engine.model.dtypes import DTYPES
+from versatune_ds.engine.model.router import as_published
 from versatune_ds.engine.model.source import load_architecture
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError, SaveError, VersaTuneError
@@ -141,16 +142,18 @@ def export_model(backend: Backend, companions: Companions, folder: Path, max_sha
     Raises:
         SaveError: on all ranks, when rank 0 could not write.
     """
-    parameters = backend.parameters() if companions.adapter_of is None else backend.parameters(is_of_adapter)
-    copies = (
+    whole, config = companions.adapter_of is None, backend.model.lm.config
+    parameters = backend.parameters() if whole else backend.parameters(is_of_adapter)
+    copies: Iterable[tuple[str, torch.Tensor]] = (
         (name.removeprefix(NAME_PREFIX), tensor.detach().to("cpu", copy=True)) for name, tensor in parameters
     )
+    copies = as_published(config, copies) if whole else copies
     cure = "start the same command again, or make it from the last checkpoint: versatune-ds export RUN"
 
     def write() -> None:
         try:
             if distributed.is_main():
-                _write_folder(copies, backend.model.lm.config, companions, folder, max_shard_bytes, cure)
+                _write_folder(copies, config, companions, folder, max_shard_bytes, cure)
         finally:
             for _ in parameters:  # the other ranks' part, and that of a rank 0 that could not write
                 pass
@@ -196,6 +199,8 @@ def export_checkpoint(
         rounded = merged_tensors(settings, dict(adapter_tensors(exact)), config.dtype)
         companions = companions._replace(adapter_of=None)
         config.tie_word_embeddings &= not holds_head(settings.source)
+    elif companions.adapter_of is None:
+        rounded = as_published(config, rounded)
     cure = "give another folder with --out if you like, then start the same command again"
     _write_folder(rounded, config, companions, folder, max_shard_bytes, cure)
 

@@ -2,7 +2,7 @@
 
 A model of a family without a row trains like any causal LM of transformers, unless its configuration alters
 its logits: that is refused, since the same field means different things (`logits_scaling` divides in Granite
-and multiplies in HyperCLOVA X). A new family is one row here and one in `tests/engine/test_families.py`.
+and multiplies in HyperCLOVA X). A new family is one row here and one in `tests/support/tiny_families.py`.
 
 What is not covered: layers of other shapes: families whose row is not `planned` have no memory plan.
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from versatune_ds.engine.model.shape import ModelShape
+from versatune_ds.engine.model.shape import Experts, ModelShape
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 
 
@@ -57,10 +57,17 @@ FAMILIES: dict[str, Family] = {
     "olmo3": Family(wide_norms=True),
     "gemma2": Family(norms=4, fp32_norms=True, softcap="final_logit_softcapping"),
     "gemma3_text": Family(norms=4, fp32_norms=True, head_norms=True, softcap="final_logit_softcapping"),
+    "qwen3_moe": Family(head_norms=True, experts="num_experts"),
+    "qwen2_moe": Family(planned=False, qkv_biases=True, experts="num_experts"),
+    "mixtral": Family(planned=False, experts="num_local_experts"),
+    "olmoe": Family(planned=False, wide_norms=True, experts="num_experts"),
     "cohere": Family(planned=False, logit_factor="logit_scale"),
     "cohere2": Family(planned=False, logit_factor="logit_scale"),
     "granite": Family(planned=False, logit_divisor="logits_scaling"),
 }
+MIXTURES = tuple(name for name, family in FAMILIES.items() if family.experts)
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""How families call the number of a layer's experts."""
 PLANNED = tuple(name for name, family in FAMILIES.items() if family.planned)
 
 LOGIT_FIELDS = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
@@ -107,6 +114,20 @@ def built_shape(config: Any, parameters: int, nonembedding: int) -> ModelShape:
     return _shape(config, (parameters, nonembedding))
 
 
+def _experts(config: Any, family: Family) -> Experts | None:
+    """The experts of a mixture. Which layers have them is said as Qwen does; the other families: all."""
+    if family.experts is None:
+        return None
+    dense, step = getattr(config, "mlp_only_layers", None) or [], getattr(config, "decoder_sparse_step", 1)
+    layers = [i for i in range(config.num_hidden_layers) if i not in dense and (i + 1) % step == 0]
+    return Experts(
+        count=getattr(config, family.experts),
+        active=config.num_experts_per_tok,
+        mlp=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+        layers=len(layers),
+    )
+
+
 def _shape(config: Any, counted: tuple[int, int] | None = None) -> ModelShape:
     family = FAMILIES.get(config.model_type, Family())
 
@@ -140,6 +161,7 @@ def _shape(config: Any, counted: tuple[int, int] | None = None) -> ModelShape:
         vocab=config.vocab_size,
         tied=bool(given("tie_word_embeddings")),
         vectors=tuple(vectors),
+        experts=_experts(config, family),
         norms=family.norms,
         fp32_norms=family.fp32_norms,
         query_key_norms=family.head_norms or family.wide_norms,

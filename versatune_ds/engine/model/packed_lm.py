@@ -5,7 +5,7 @@ come from rank 0, which alone reads them (docs/plan.md). The head module owns th
 ZeRO-3 a weight exists only inside the forward of the module it belongs to; it reuses the very Parameter of
 `lm_head`, so tied embeddings stay tied.
 
-What is not covered: output layers with a bias, and mixtures of experts; both are refused.
+What is not covered: output layers with a bias, which are refused.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.families import LogitRule, logit_rule
 from versatune_ds.engine.model.rope import rotate_by_sample
+from versatune_ds.engine.model.router import ROUTER, Routers, experts_of
 from versatune_ds.engine.model.source import TEXT_PART, check_files, holds_own_head, load_architecture
 from versatune_ds.engine.phases import LOSS, timed
 from versatune_ds.foundations import distributed
@@ -95,16 +96,22 @@ class PackedCausalLM(nn.Module):
         loss_backend: `model.loss_backend`.
         liger: what `apply_liger` did.
         logits_dtype: `model.logits_dtype`.
+        routers: of a mixture of experts.
 
     Raises:
         ConfigError: an output layer or a change of the logits that the loss cannot follow.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, loss_backend: str, liger: str = "off", logits_dtype: str = "fp32"
+        self,
+        lm: PreTrainedModel,
+        loss_backend: str,
+        liger: str = "off",
+        logits_dtype: str = "fp32",
+        routers: Routers | None = None,
     ) -> None:
         super().__init__()
-        self.liger = liger
+        self.liger, self.routers = liger, routers
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
@@ -113,14 +120,19 @@ class PackedCausalLM(nn.Module):
         rotate_by_sample(lm)
         self.lm: Any = lm
 
-    def hidden_states(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
-    ) -> torch.Tensor:
-        """Last hidden states [T, H] of a pack, samples kept apart.
+    def body(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        **options: Any,
+    ) -> Any:
+        """transformers' output of a pack, samples kept apart.
 
         No attention mask and no cache: only then does transformers isolate samples by their position ids.
         """
-        out = self.lm.base_model(
+        return self.lm.base_model(
             input_ids=input_ids.unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),
             attention_mask=None,
@@ -129,8 +141,8 @@ class PackedCausalLM(nn.Module):
             cu_seq_lens_k=cu_seqlens,
             max_length_q=max_seqlen,
             max_length_k=max_seqlen,
+            **options,
         )
-        return out.last_hidden_state.squeeze(0)
 
     def forward(
         self,
@@ -144,18 +156,26 @@ class PackedCausalLM(nn.Module):
         num_valid: int,
         normalizer: float,
         token_weight: torch.Tensor | None = None,
+        passes: int = 1,
     ) -> LossOutput:
         """Loss of one pack (see `data.collate.Batch` for shapes), divided by `normalizer`.
 
         Args:
             token_weight: floating [T]. Factor of each token in the loss, not in the sums; None: 1.
+            passes: packs of a step on this rank, over which the routers' loss is averaged.
         """
-        hidden = self.hidden_states(input_ids, position_ids, cu_seqlens, max_seqlen)
+        routers = self.routers if self.training else None
+        options = {} if routers is None else {"output_router_logits": True}
+        body = self.body(input_ids, position_ids, cu_seqlens, max_seqlen, **options)
+        hidden = body.last_hidden_state.squeeze(0)
         head = self.lm.get_output_embeddings()
         with timed(LOSS):
             out: LossOutput = head(
                 hidden, labels, sample_ids, num_samples, num_valid, normalizer, token_weight
             )
+        if routers is not None:
+            extra = routers.observe(body.router_logits, sample_ids >= 0)
+            out = out._replace(loss=out.loss + extra / passes)
         return out
 
 
@@ -187,7 +207,14 @@ def build_model(
     checkpoint_activations(lm, settings.activation_checkpointing)
     if settings.compile == "body":
         lm.base_model.compile()
-    return PackedCausalLM(lm, settings.loss_backend, liger, settings.logits_dtype)
+    routers = None
+    if experts_of(lm.config):
+        frozen = settings.router == "frozen" or settings.adapter is not None
+        routers = Routers(lm.config, 0.0 if frozen else settings.router_aux_loss)
+        for name, parameter in lm.named_parameters():
+            if settings.router == "frozen" and name.endswith(ROUTER):
+                parameter.requires_grad_(False)
+    return PackedCausalLM(lm, settings.loss_backend, liger, settings.logits_dtype, routers)
 
 
 def four_bits(settings: Model) -> dict[str, Any]:
@@ -243,6 +270,14 @@ def load_lm(settings: Model, seed: int, **options: Any) -> PreTrainedModel:
         ) from error
     lm: PreTrainedModel
     lm, info = loaded
+    if unused := sorted(info["unexpected_keys"]):
+        log.warning(
+            "%d weights of %s have no place in %s and are left out, of the export, too: %s ...",
+            len(unused),
+            settings.source,
+            type(lm).__name__,
+            ", ".join(unused[:3]),
+        )
     missing = set(info["missing_keys"])
     if lm.config.tie_word_embeddings:
         missing.discard("lm_head.weight")
@@ -250,7 +285,8 @@ def load_lm(settings: Model, seed: int, **options: Any) -> PreTrainedModel:
         names = ", ".join(sorted(missing | {str(key) for key in info["mismatched_keys"]})[:5])
         raise ConfigError(
             f"the model {settings.source} lacks {len(missing)} of the model's weights or has them in "
-            f"another shape ({names}); they would be random. Get the whole model, or set "
+            f"another shape ({names}); they would be random. Get the whole model (or, if only a head is "
+            "missing that is the embedding, set tie_word_embeddings: true in its config.json), or set "
             "model.weights: random"
         )
     return lm
@@ -295,9 +331,11 @@ def apply_liger(lm: PreTrainedModel, choice: str, device_type: str) -> str:
     if patch is None:
         return f"off (liger-kernel has no kernels for {model_type})"
     parameters = inspect.signature(patch).parameters
-    switches = {name: name in LIGER_PARTS for name, p in parameters.items() if isinstance(p.default, bool)}
+    # its SwiGLU of experts is for lists of them
+    wanted = [part for part in LIGER_PARTS if part != "swiglu" or not experts_of(lm.config)]
+    switches = {name: name in wanted for name, p in parameters.items() if isinstance(p.default, bool)}
     patch(model=lm, **switches)
-    parts = ", ".join(part for part in LIGER_PARTS if part in switches)
+    parts = ", ".join(part for part in wanted if part in switches)
     return f"{parts} (liger-kernel {importlib.metadata.version('liger-kernel')})"
 
 
@@ -317,7 +355,7 @@ def checkpoint_activations(lm: PreTrainedModel, policy: str | int) -> None:
         recompute._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
-def model_inputs(batch: Batch, normalizer: float) -> dict[str, Any]:
+def model_inputs(batch: Batch, normalizer: float, passes: int = 1) -> dict[str, Any]:
     """Keyword arguments of `PackedCausalLM.forward` for a batch on the model's device."""
     return {
         "input_ids": batch.input_ids,
@@ -329,6 +367,7 @@ def model_inputs(batch: Batch, normalizer: float) -> dict[str, Any]:
         "num_samples": len(batch.sample_domains),
         "num_valid": batch.supervised_tokens,
         "normalizer": normalizer,
+        "passes": passes,
     }
 
 

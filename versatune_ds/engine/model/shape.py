@@ -1,7 +1,8 @@
 """The shape of a decoder: parameter counts and FLOPs, without building it.
 
 With H hidden, M MLP width, d head size, n and k query and key-value heads, a layer holds attention
-2 H n d + 2 H k d, MLP 3 H M, and vectors: its norms and biases (`families.py` says which).
+2 H n d + 2 H k d, MLP 3 H M, and vectors: its norms and biases (`families.py` says which). In a mixture
+experts take the MLP's place, and the experts that a token does not reach do not count as N or N_all in FLOPs.
 
 FLOPs in two conventions, because numbers of other trainers are mostly in the second. The strict one counts
 useful work only. A step of T real tokens, S of them supervised, in samples of lengths L_i costs
@@ -25,12 +26,26 @@ embedding out of N_all, so a number from elsewhere is compared with neither befo
 Worked: 8B (N_all 8.03e9, 32 layers, A 4096) in full samples of 4,096 tokens, 10,471 tokens/s on an H200, is
 57.8 % in the common convention (54.6 GFLOPs a token) and 51.1 % in the strict one (48.2).
 
-What is not covered: hardware FLOPs (with recomputation), sliding-window attention, mixture of experts.
+What is not covered: hardware FLOPs (with recomputation), sliding-window attention.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Of a mixture: E experts of 3 H m parameters and a router of E H in a layer."""
+
+    count: int
+    """E."""
+    active: int
+    """Experts of a token."""
+    mlp: int
+    """m: width of one."""
+    layers: int
+    """Layers that have them; the others have an MLP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +68,7 @@ class ModelShape:
     """Embedding and head are one matrix."""
     vectors: tuple[int, ...]
     """Sizes of a layer's norms and biases."""
+    experts: Experts | None = None
     norms: int = 2
     """Norms of the hidden states in a layer."""
     fp32_norms: bool = False
@@ -74,9 +90,26 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one layer, by formula."""
+        """Parameters of one layer, by formula; of one with experts, if there is any."""
         attention = 2 * self.hidden * (self.query_width + self.kv_width)
-        return attention + 3 * self.hidden * self.mlp + sum(self.vectors)
+        return attention + (self._expert_parameters or self._mlp_parameters) + sum(self.vectors)
+
+    @property
+    def _mlp_parameters(self) -> int:
+        return 3 * self.hidden * self.mlp
+
+    @property
+    def _expert_parameters(self) -> int:
+        """Of a layer's experts and router; 0: it has none."""
+        return self.experts.count * self.hidden * (3 * self.experts.mlp + 1) if self.experts else 0
+
+    @property
+    def idle_parameters(self) -> int:
+        """Parameters of experts that a token does not reach."""
+        if self.experts is None:
+            return 0
+        idle = self.experts.count - self.experts.active
+        return self.experts.layers * idle * 3 * self.hidden * self.experts.mlp
 
     @property
     def head_parameters(self) -> int:
@@ -86,7 +119,11 @@ class ModelShape:
     @property
     def nonembedding_parameters(self) -> int:
         """N: all parameters but embedding and head, i.e. the layers and the last norm."""
-        return self.counted[1] if self.counted else self.layers * self.layer_parameters + self.hidden
+        if self.counted:
+            return self.counted[1]
+        dense = self.layers - self.experts.layers if self.experts else 0
+        other = dense * (self._mlp_parameters - self._expert_parameters)
+        return self.layers * self.layer_parameters + other + self.hidden
 
     @property
     def parameters(self) -> int:
@@ -105,7 +142,7 @@ class ModelShape:
             supervised_tokens: positions with a label.
             sum_squared_lengths: sum over samples of their length in tokens squared.
         """
-        linear = 6.0 * self.nonembedding_parameters * real_tokens
+        linear = 6.0 * (self.nonembedding_parameters - self.idle_parameters) * real_tokens
         head = 6.0 * self.head_parameters * supervised_tokens
         attention = 6.0 * self.layers * self.query_width * sum_squared_lengths
         return linear + head + attention
@@ -118,4 +155,4 @@ class ModelShape:
             pack_len: tokens of one pack.
         """
         attention = 12.0 * self.layers * self.query_width * pack_len
-        return (6.0 * self.parameters + attention) * slot_tokens
+        return (6.0 * (self.parameters - self.idle_parameters) + attention) * slot_tokens

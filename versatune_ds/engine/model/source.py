@@ -63,19 +63,18 @@ def check_files(settings: Model) -> None:
     Raises:
         ConfigError: a Git LFS pointer stands for a file, weights are missing, cut off or pickled.
     """
-    folder = Path(settings.source)
-    if not folder.is_dir():
-        return
     pretrained = settings.weights == "pretrained"
     suffixes = (*READ_SUFFIXES, ".safetensors") if pretrained else READ_SUFFIXES
-    pointers = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes and _is_pointer(path))
-    if pointers:
-        raise ConfigError(
-            f"model.source {folder}: {', '.join(pointers)}: a Git LFS pointer lies there instead of the "
-            "file; run git lfs pull in that folder"
-        )
-    if pretrained:
-        weight_map(folder)
+    for folder in map(Path, (settings.source, settings.tokenizer or settings.source)):
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        pointers = [path.name for path in files if path.suffix in suffixes and _is_pointer(path)]
+        if pointers:
+            raise ConfigError(
+                f"{folder}: {', '.join(pointers)}: a Git LFS pointer lies there, not the file; run git lfs "
+                "pull in that folder"
+            )
+    if pretrained and Path(settings.source).is_dir():
+        weight_map(Path(settings.source))
 
 
 def weight_map(folder: Path) -> dict[str, Path]:

@@ -27,7 +27,8 @@ from versatune_ds.domain.replay import resolve_schedule
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.checkpointing.folder import list_checkpoints
 from versatune_ds.engine.model.adapters import require_peft
-from versatune_ds.engine.model.families import logit_rule
+from versatune_ds.engine.model.families import EXPERT_FIELDS, MIXTURES, logit_rule
+from versatune_ds.engine.model.router import experts_of
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
 from versatune_ds.foundations.log import get_logger
@@ -191,9 +192,12 @@ def check_architecture(architecture: Any, tokenizer: Any, corpus: Corpus) -> Non
             "model.source holds quantised weights (quantization_config in its config.json), which cannot be "
             "trained; use the model's bf16 weights"
         )
-    if getattr(architecture, "router_aux_loss_coef", None) is not None:
+    if not experts_of(architecture) and any(
+        (getattr(architecture, key, 0) or 0) > 1 for key in EXPERT_FIELDS
+    ):
         raise ConfigError(
-            f"{architecture.model_type} is a mixture of experts; its router loss is not supported"
+            f"{architecture.model_type} is a mixture of experts whose routers are not known here; those of "
+            f"{', '.join(MIXTURES)} are"
         )
     if len(tokenizer) > architecture.vocab_size:
         raise ConfigError(
@@ -211,6 +215,25 @@ def check_architecture(architecture: Any, tokenizer: Any, corpus: Corpus) -> Non
             longest,
             positions,
         )
+
+
+def check_router(settings: Model, architecture: Any) -> None:
+    """Refuse settings of routers that would do nothing.
+
+    Args:
+        settings: `model` section.
+        architecture: the transformers config of the model.
+    """
+    given = {"router": settings.router != "train", "router_aux_loss": settings.router_aux_loss is not None}
+    names = " and ".join(f"model.{name}" for name, is_given in given.items() if is_given)
+    if names and not experts_of(architecture):
+        raise ConfigError(f"{names}: {architecture.model_type} has no routers; leave it out")
+    if names and settings.adapter is not None:
+        raise ConfigError(
+            f"{names}: with model.adapter routers are frozen like all of the model; leave it out"
+        )
+    if all(given.values()):
+        raise ConfigError("model.router frozen: routers that do not train need no model.router_aux_loss")
 
 
 def ignored_settings(config: Config) -> list[str]:
