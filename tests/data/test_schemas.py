@@ -29,6 +29,8 @@ def said(who: str, value: str) -> dict[str, str]:
     "row",
     [
         {"messages": [turn(role, content) for role, content in TURNS], "prompt": "ignored"},
+        {"messages": {"role": [role for role, _ in TURNS], "content": ["S", "Q", "A"]}},
+        {"conversations": {"value": ["Q", "A"], "from": ["human", "gpt"]}, "system": "S"},
         {"conversations": [said("system", "S"), said("human", "Q"), said("gpt", "A")]},
         {"conversations": [said("user", "Q"), said("assistant", "A")], "system": "S"},
         {"instruction": "Q", "output": "A", "system": "S"},

@@ -83,16 +83,20 @@ class RowSchema:
                 return format
         return None
 
+    def read_columns(self, format: str) -> set[str]:
+        """All columns that a row of this format is asked for; others are not used."""
+        required, optional = FORMATS[format]
+        wanted = {self.column(name) for name in (*required, *optional)} | set(UNSUPPORTED_IN_ROWS)
+        return wanted | ({self.domain_column} if self.domain_column else set())
+
     def needed_columns(self, names: list[str]) -> list[str] | None:
         """Of a table's columns those that are read; None (all) when no format fits, for the error text."""
         format = self.detect(names)
         if format is None:
             return None
-        required, optional = FORMATS[format]
-        wanted = {self.column(name) for name in (*required, *optional)} | set(UNSUPPORTED_IN_ROWS)
-        wanted |= {self.domain_column} if self.domain_column else set()
+        wanted = self.read_columns(format)
         needed = [name for name in names if name in wanted]
-        return needed if all(self.column(name) in needed for name in required) else None
+        return needed if all(self.column(name) in needed for name in FORMATS[format][0]) else None
 
     def domain_of(self, row: Mapping[str, Any]) -> str:
         """The row's domain.
@@ -185,7 +189,7 @@ class RowSchema:
     def _turns(
         self, row: Mapping[str, Any], name: str, role: str, content: str, roles: Mapping[str, str]
     ) -> list[tuple[str, str]]:
-        turns = self._value(row, name)
+        turns = transposed(self._value(row, name))
         if not isinstance(turns, list):
             raise _wrong_type(self.column(name), turns, "a list of turns")
         result = []
@@ -297,6 +301,15 @@ class RowSchema:
             return np.array(values, dtype=np.int64)
         except OverflowError:
             raise BadRow(Reason.INVALID_TOKEN, f"{column} holds a number beyond 64 bits") from None
+
+
+def transposed(value: Any) -> Any:
+    """A struct of equally long lists, as `datasets` stores a list of structs, as that list; else `value`."""
+    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
+        return value
+    if len({len(column) for column in value.values()}) != 1:
+        return value
+    return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
 
 
 def _names(row: Mapping[str, Any]) -> str:
