@@ -109,7 +109,7 @@ class Source(Section):
     """One set of raw files (or a hub data set)."""
 
     path: str | list[str]
-    """File, folder, glob, or a list of these; `hub:owner/name` for a hub data set (extra `hub`)."""
+    """File, folder, glob, URL (s3://, hf://, ...), or a list of these; `hub:owner/name` (extra `hub`)."""
     domain: str | None = None
     """Domain of every row; give this or `domain_column`."""
     domain_column: str | None = None
@@ -119,7 +119,7 @@ class Source(Section):
     columns: dict[str, str] = {}
     """Our column name -> the file's column name, e.g. `{prompt: question, completion: answer}`."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a folder that holds several; `train+test` stands for both."""
 
     @model_validator(mode="after")
     def _check(self) -> Source:

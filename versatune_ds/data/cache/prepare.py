@@ -49,6 +49,7 @@ from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.encoder import EncodeSettings, EncodeTask
 from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.data.encode.workers import EncodeWorkers, refuse_unguarded_import
+from versatune_ds.data.rows.remote import file_stamp
 from versatune_ds.domain.reference import initial_weights
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.constants import RESOLVED_CONFIG_FILE
@@ -123,7 +124,8 @@ def _prepare(config: Config, progress: bool) -> PreparedData:
             made = {unit.key for unit in missing}
             _make(config, encoder, missing, hashes, progress)
     reports = tuple(
-        UnitReport(u.split, u.folder, read_unit(u.folder), u.key not in made, u.ignored) for u in units
+        UnitReport(u.split, u.folder, read_unit(u.folder), u.key not in made, u.ignored, u.other_splits)
+        for u in units
     )
     return PreparedData(_open_all(config, units), reports)
 
@@ -246,7 +248,7 @@ def _make(
             done = sum(writer.progress.samples)
             logger.info("going on with %s after %d samples", ", ".join(writer.unit.domains), done)
     files = [file for unit in units for file, _, _ in unit.files]
-    total = sum(os.path.getsize(file.path) for file in files if file.kind != "hub")
+    total = sum(file_stamp(file.path)[0] for file in files if file.kind != "hub")
     count = config.data.num_workers or len(os.sched_getaffinity(0))
     if count == 1 or (total < INLINE_BYTES and not any(file.kind == "hub" for file in files)):
         count = 0

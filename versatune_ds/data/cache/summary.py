@@ -31,7 +31,8 @@ class UnitReport:
     manifest: dict[str, Any]
     reused: bool
     ignored: tuple[str, ...]
-    """What lies beside the sources' files and is not read (`FoundFiles.ignored`)."""
+    """What lies beside the sources' files and is not read (`FoundFiles`), as the next one."""
+    other_splits: tuple[str, ...]
 
 
 def summary_lines(reports: Sequence[UnitReport]) -> Iterator[str]:
@@ -64,6 +65,10 @@ def summary_lines(reports: Sequence[UnitReport]) -> Iterator[str]:
                 f"note: {report.split}: {len(report.ignored)} beside the data not read (other kinds of file, "
                 f"names that begin with . or _): {shown}"
             )
+        notes += [f"note: {report.split}: splits not read in {text}" for text in report.other_splits]
+        if unused := unit.get("unused_columns"):
+            about = f"{report.split} {', '.join(unit['domains'])}"
+            notes.append(f"note: {about}: columns not used: {', '.join(unused)}")
         if unit["rejected"]:
             notes.append(f"rejected rows of {report.split}: {report.folder / REJECTED_FILE}")
     yield from in_columns(rows)

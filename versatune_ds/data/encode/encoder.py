@@ -65,6 +65,8 @@ class BlockResult:
     """What became of a block."""
 
     rows: int = 0
+    columns: dict[str, None] = field(default_factory=dict)
+    """Names that the rows have, in the order found."""
     samples: dict[str, SampleArrays] = field(default_factory=dict)
     """By domain."""
     problems: list[Problem] = field(default_factory=list)
@@ -126,6 +128,7 @@ class _BlockEncoder:
             try:
                 if isinstance(found, BadRow):
                     raise found
+                self.result.columns |= dict.fromkeys(found)
                 row.domain = schema.domain_of(found)
                 row.content = schema.parse(found, self.task.format)
                 good.append(row)

@@ -21,6 +21,7 @@ class Reason(str, Enum):
     ROW_TOO_LARGE = "row_too_large"
     INVALID_UTF8 = "invalid_utf8"
     INVALID_JSON = "invalid_json"
+    INVALID_CSV = "invalid_csv"
     DUPLICATE_KEY = "duplicate_key"
     NOT_AN_OBJECT = "not_an_object"
     # The row against its schema.

@@ -110,6 +110,7 @@ class RowSchema:
         value = row.get(self.domain_column)
         if not isinstance(value, str):
             found = f"is {kind_of(value)}" if self.domain_column in row else "is missing"
+            found += " without a name in the file's metadata (class labels)" if type(value) is int else ""
             raise BadRow(
                 Reason.UNKNOWN_DOMAIN,
                 f"the domain column {self.domain_column!r} {found}; allowed: {', '.join(self.domains)}",
