@@ -47,7 +47,7 @@ from versatune_ds.data.cache.units import (
 )
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.encoder import EncodeSettings, EncodeTask
-from versatune_ds.data.encode.tokenizer import load_tokenizer
+from versatune_ds.data.encode.tokenizer import embedding_rows, load_tokenizer
 from versatune_ds.data.encode.workers import EncodeWorkers, refuse_unguarded_import
 from versatune_ds.data.rows.remote import file_stamp
 from versatune_ds.domain.reference import initial_weights
@@ -110,7 +110,7 @@ def prepare(config: Config, *, progress: bool = True) -> PreparedData:
 def _prepare(config: Config, progress: bool) -> PreparedData:
     cache_dir = config.data.cache_dir
     _make_writable(cache_dir)
-    encoder = ChatEncoder.build(load_tokenizer(config), config.data.chat_template)
+    encoder = ChatEncoder.build(load_tokenizer(config), config.data.chat_template, embedding_rows(config))
     hashes = SourceHashes(cache_dir)
     units = find_units(config, encoder, hashes.update)
     _warn_about_shared_files(units)
@@ -148,7 +148,7 @@ def open_caches(
         StateError: a cache is missing, was made from other files or settings, or is damaged.
         DataError: a source file is missing; a domain with weight has no training data.
     """
-    encoder = ChatEncoder.build(load_tokenizer(config), config.data.chat_template)
+    encoder = ChatEncoder.build(load_tokenizer(config), config.data.chat_template, embedding_rows(config))
     units = find_units(config, encoder, SourceHashes(config.data.cache_dir).look_up)
     command = _prepare_command(config, config_path)
     for unit in units:
@@ -240,7 +240,7 @@ def _make(
         pack_len=config.batch.pack_len,
         overlong=config.data.overlong,
         stop_at_bad_row=config.data.on_bad_row == "error",
-        dtype=token_dtype(encoder.vocab_size),
+        dtype=token_dtype(encoder.num_ids),
     )
     writers = [UnitWriter(unit, settings.dtype, hashes) for unit in units]
     for writer in writers:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from versatune_ds.data.encode.templating import ChatRenderer, RenderedChat
-from versatune_ds.data.encode.tokenizer import warn_once
+from versatune_ds.data.encode.tokenizer import require_rows, warn_once
 from versatune_ds.data.rows.reasons import BadRow, Reason
 from versatune_ds.data.rows.schemas import Conversation, TokenRow
 from versatune_ds.foundations.errors import ConfigError
@@ -70,6 +70,9 @@ class ChatEncoder:
     tokenizer_json: str
     template: ChatRenderer
     vocab_size: int
+    """Entries of the tokenizer."""
+    num_ids: int
+    """Ids that a sample may hold: rows of the model's embedding, or up to the tokenizer's last one."""
     split_special_tokens: bool = False
     stop_id: int = field(init=False)
     """The token that ends an assistant turn."""
@@ -82,13 +85,18 @@ class ChatEncoder:
         self.stop_id = ids[0]
 
     @classmethod
-    def build(cls, tokenizer: Any, name: str) -> ChatEncoder:
+    def build(cls, tokenizer: Any, name: str, rows: int | None = None) -> ChatEncoder:
         """The encoder of a loaded tokenizer with `data.chat_template: name`.
+
+        Args:
+            rows: of the model's embedding, where they are known.
 
         Raises:
             ConfigError: no usable template: unknown, broken, without a stop token, or one that rewrites what
-                it rendered before when turns are added.
+                it rendered before when turns are added; or an id of the tokenizer has no row.
         """
+        if rows is not None:
+            require_rows(tokenizer, rows)
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -96,6 +104,7 @@ class ChatEncoder:
             tokenizer_json=backend.to_str(),
             template=ChatRenderer.of(tokenizer, name),
             vocab_size=len(tokenizer),
+            num_ids=rows or max(tokenizer.get_vocab().values()) + 1,  # ids may have holes
             split_special_tokens=bool(getattr(tokenizer, "split_special_tokens", False)),
         )
         encoder._check_against(tokenizer)
@@ -119,6 +128,8 @@ class ChatEncoder:
 
         backend = tokenizers.Tokenizer.from_str(self.tokenizer_json)
         backend.encode_special_tokens = self.split_special_tokens
+        # Offsets with the spaces that belong to a token, so that one across the start of a turn is seen.
+        backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
         return backend
 
     def encode(self, conversations: Sequence[Conversation]) -> list[EncodedSample | BadRow]:
@@ -145,11 +156,11 @@ class ChatEncoder:
         Raises:
             BadRow: a token id is not in the vocabulary, or nothing is supervised.
         """
-        bad = np.flatnonzero((row.tokens < 0) | (row.tokens >= self.vocab_size))
+        bad = np.flatnonzero((row.tokens < 0) | (row.tokens >= self.num_ids))
         if bad.size:
             raise BadRow(
                 Reason.INVALID_TOKEN,
-                f"input_ids[{bad[0]}] is {row.tokens[bad[0]]}; allowed: 0 .. {self.vocab_size - 1}",
+                f"input_ids[{bad[0]}] is {row.tokens[bad[0]]}; allowed: 0 .. {self.num_ids - 1}",
             )
         if not row.mask[1:].any():
             raise BadRow(
@@ -165,14 +176,15 @@ class ChatEncoder:
         mask = np.zeros(len(tokens), dtype=np.bool_)
         for start, end in rendered.spans:
             first = _first_token(encoding, start)
-            stop = _first_token(encoding, end, or_across=True)
-            if stop == 0 or tokens[stop - 1] != self.stop_id:
+            # Its token may reach over white space around it.
+            stop = _first_token(encoding, end - len(self.template.stop_text), or_across=True)
+            if stop == len(tokens) or tokens[stop] != self.stop_id:
                 return BadRow(
                     Reason.NO_STOP_TOKEN,
                     f"the stop token {self.template.stop_text} at the end of an assistant turn did not "
                     "become a token",
                 )
-            mask[first:stop] = True
+            mask[first : stop + 1] = True
         if not mask[1:].any():
             return BadRow(Reason.NOTHING_SUPERVISED, "no token is supervised")
         return EncodedSample(tokens, mask, rendered.has_special_text, rendered.was_rewritten)
@@ -198,7 +210,7 @@ class ChatEncoder:
 
     @functools.cached_property
     def _is_special(self) -> npt.NDArray[np.bool_]:
-        table = np.zeros(max(self.vocab_size, self.backend.get_vocab_size()), dtype=np.bool_)
+        table = np.zeros(self.num_ids, dtype=np.bool_)
         table[[self.backend.token_to_id(text) for text in self.template.special_texts]] = True
         return table
 

@@ -30,7 +30,12 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from versatune_ds.data.encode.tokenizer import BUILT_IN_TEMPLATES, special_texts, template_text
+from versatune_ds.data.encode.tokenizer import (
+    BUILT_IN_TEMPLATES,
+    added_texts,
+    special_texts,
+    template_text,
+)
 from versatune_ds.data.rows.reasons import BadRow, Reason, short
 from versatune_ds.data.rows.schemas import Conversation
 from versatune_ds.foundations.errors import ConfigError
@@ -98,7 +103,9 @@ class ChatRenderer:
     variables: dict[str, Any]
     """The tokenizer's special tokens by their role."""
     special_texts: list[str]
-    """Texts of all special tokens."""
+    """Texts of all special tokens, the longest first; the stop token is one, also if it is not flagged so."""
+    added_texts: list[str] = field(default_factory=list)
+    """Texts of all added tokens."""
     stop_text: str = field(init=False)
     """Text of the token that ends an assistant turn."""
 
@@ -108,9 +115,8 @@ class ChatRenderer:
     @classmethod
     def of(cls, tokenizer: Any, name: str) -> ChatRenderer:
         """The template of a loaded tokenizer that `data.chat_template: name` chooses."""
-        return cls(
-            template_text(tokenizer, name), dict(tokenizer.special_tokens_map), special_texts(tokenizer)
-        )
+        text, variables = template_text(tokenizer, name), dict(tokenizer.special_tokens_map)
+        return cls(text, variables, special_texts(tokenizer), added_texts(tokenizer))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
@@ -246,12 +252,15 @@ class ChatRenderer:
         _, found, tail = text.rpartition(_PROBE)
         if not found:
             raise ConfigError("the chat template leaves out responses; use another data.chat_template")
-        specials = "|".join(map(re.escape, self.special_texts))
-        match = re.match(rf"\s*({specials})", tail) if specials else None
-        if match is None:
+        for texts in filter(None, (self.special_texts, self.added_texts)):
+            if match := re.match(rf"\s*({'|'.join(map(re.escape, texts))})", tail):
+                break
+        else:
             raise ConfigError(
                 f"the chat template puts no stop token after the assistant's text (found {short(tail)}), so "
                 "a model trained with it would never stop. Use a built-in data.chat_template "
                 f"({', '.join(BUILT_IN_TEMPLATES)}), or let the template write eos_token there"
             )
-        return match.group(1)
+        if match[1] not in self.special_texts:
+            self.special_texts = sorted([*self.special_texts, match[1]], key=len, reverse=True)
+        return match[1]
