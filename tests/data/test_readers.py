@@ -167,6 +167,11 @@ def test_links_that_lead_back_do_not_repeat_files(tmp_path: Path) -> None:
         (None, "missing.jsonl", "no such file"),
         (None, "*.jsonl", "no file matches"),
         ("data.pkl", "data.pkl", "cannot be read; allowed: .jsonl"),
+        (
+            "a.orc",
+            "a.orc",
+            r"""python -c "import pandas; pandas.read_orc\('\S*a.orc'\).to_json\('\S*a.jsonl', orient=""",
+        ),
         ("readme.txt", ".", "no data file found"),
         ("a.parquet.gz", "a.parquet.gz", "cannot be read"),
     ],

@@ -51,13 +51,14 @@ def load_tokenizer(config: Config) -> Any:
 
 def embedding_rows(config: Config) -> int | None:
     """Token ids that the model has an embedding for; None where `model.source` has no config that tells."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     model = config.model
     try:
         architecture = AutoConfig.from_pretrained(model.source, trust_remote_code=model.trust_remote_code)
-        return int(architecture.get_text_config().vocab_size)
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError):
+        return int(architecture.get_text_config(decoder=True).vocab_size)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, StrictDataclassError):
         return None
 
 

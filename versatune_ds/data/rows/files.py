@@ -25,6 +25,9 @@ EXTENSIONS = {
 }  # fmt: skip
 TABLES = ("parquet", "arrow")
 """Kinds with typed columns and a compression of their own."""
+CONVERTED_BY_PANDAS = {
+    ".xlsx": "read_excel", ".xls": "read_excel", ".ods": "read_excel", ".orc": "read_orc", ".xml": "read_xml",
+}  # fmt: skip
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 ALLOWED_FILES = (
     "allowed: .jsonl, .ndjson, .json, .csv, .tsv (each also with .gz, .zst, .bz2 or .xz), .parquet and .arrow"
@@ -121,7 +124,11 @@ def _find(pattern: str, split: str) -> FoundFiles:
         return _in_folder(folder, [path for path in paths if path not in hidden], hidden, split)
     files = {path: _input_file(path) for path in paths}
     if files.get(pattern, True) is None:  # named outright
-        raise DataError(f"files of this kind cannot be read; {ALLOWED_FILES}", path=pattern)
+        stem, extension = os.path.splitext(pattern)
+        reader = CONVERTED_BY_PANDAS.get(extension.lower())
+        command = f"pandas.{reader}({pattern!r}).to_json({stem + '.jsonl'!r}, orient='records', lines=True)"
+        cure = f'; convert it once: python -c "import pandas; {command}"' if reader else ""
+        raise DataError(f"files of this kind cannot be read; {ALLOWED_FILES}{cure}", path=pattern)
     unknown = tuple(path for path, file in files.items() if file is None)
     return FoundFiles(tuple(file for file in files.values() if file), unknown)
 
