@@ -98,6 +98,7 @@ MADE_FILES: dict[str, tuple[str | bytes | Callable[[], bytes], Outcome]] = {
     "object.json": (json.dumps({"all": pairs(3)}, indent=1), Outcome(None, "begins with an object; allowed: a list")),
     "object_on_a_line.json": (json.dumps({"all": pairs(3)}), Outcome(None, "found the columns all", line=1)),
     "uneven_columns.json": ('{"prompt": ["a", "b"], "completion": ["x"]}', Outcome(None, r"different lengths \(prompt 2, completion 1\)")),
+    "bad_cell.json": ('{"prompt": ["a", ""], "completion": ["x", "y"]}', Outcome(1, "the prompt .* is empty", row=2, rejected={"empty_prompt": 1})),
     "comma.jsonl": (f"{GOOD[0]},\n{GOOD[1]}", Outcome(1, "a comma after the object; remove it", line=1, rejected={"invalid_json": 1})),
     "comma_inside.jsonl": (GOOD[0] + '\n{"prompt": "a", "completion": "b",}', Outcome(1, "a comma in front of }; remove it", line=2, rejected={"invalid_json": 1})),
     "two_on_a_line.jsonl": (f"{GOOD[0]} {GOOD[1]}\n{GOOD[2]}", Outcome(1, "two objects on one line", line=1, rejected={"invalid_json": 1})),

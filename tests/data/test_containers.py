@@ -62,6 +62,7 @@ def columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
         ("split.json", json.dumps({"columns": ["prompt", "completion"], "index": [0, 1], "data": [list(row.values()) for row in ROWS]}), ROWS),
         ("table.json", json.dumps({"schema": {"fields": []}, "data": ROWS}), ROWS),
         ("wrapped.json", json.dumps({"version": "1.0", "data": ROWS}, indent=1), ROWS),
+        ("tagged_chat.json", json.dumps(CHATS[0] | {"tags": ["a", "b"]}), [CHATS[0] | {"tags": ["a", "b"]}]),
         # one row each, whose values are lists or objects
         ("chat.json", json.dumps(CHATS[0]), CHATS[:1]),
         ("token_row.json", json.dumps(TOKENS[0]), TOKENS[:1]),
@@ -263,8 +264,8 @@ dataset_info:
     dtype:
       class_label:
         names:
-          '0': law
           '1': code
+          '0': law
 ---
 """
 
