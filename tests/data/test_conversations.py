@@ -343,6 +343,7 @@ OFF = [
     *({name: value} for name in ("weight", "loss", "train", "training", "trainable", "train_on_turn", "loss_mask", "step_loss_mask") for value in (0, False, 0.0, "false", "0")),
     *({name: value} for name in ("masked", "ignore_loss") for value in (1, True, "true")),
     {"loss": False, "train": False, "loss_mask": 0, "weight": 1},
+    {"train": False, "weight": 0.5},
 ]  # fmt: skip
 
 

@@ -247,16 +247,15 @@ class CacheWriter:
     def append(self, domain_folder: str, source_index: int, samples: SampleArrays) -> None:
         """Write samples behind those that are there."""
         n = len(samples.lengths)
-        weights, kept = f"{domain_folder}/{WEIGHTS[0]}", f"{domain_folder}/mask.bin"
-        if samples.weights is not None or weights in self._sizes:
+        name, masks = f"{domain_folder}/{WEIGHTS[0]}", f"{domain_folder}/mask.bin"
+        if samples.weights is not None or name in self._sizes:
             if (
-                weights not in self._sizes and kept in self._sizes
-            ):  # the first: what came before has its mask's
-                for mask in _parts(self.folder / kept, "u1"):
-                    self._write(weights, mask.astype("<f4").data)
-            self._write(
-                weights, (samples.mask if samples.weights is None else samples.weights).astype("<f4").data
-            )
+                name not in self._sizes and masks in self._sizes
+            ):  # the first: those before it have their masks
+                for mask in _parts(self.folder / masks, "u1"):
+                    self._write(name, mask.astype(WEIGHTS[1]).data)
+            weights = samples.mask if samples.weights is None else samples.weights
+            self._write(name, weights.astype(WEIGHTS[1]).data)
         for name, values in (
             ("tokens.bin", samples.tokens),
             ("mask.bin", samples.mask),
