@@ -311,7 +311,7 @@ def test_class_labels_out_of_range_or_null_and_numbers_without_names(tmp_path: P
     config = data_config(
         tmp_path, tokenizer, [{"path": str(tmp_path / "b.parquet"), "domain_column": "topic"}]
     )
-    with pytest.raises(DataError, match="is a number without a name in the file's metadata"):
+    with pytest.raises(DataError, match="is a number, and the file's metadata hold no name for it"):
         prepare(config)
 
 

@@ -110,7 +110,10 @@ class RowSchema:
         value = row.get(self.domain_column)
         if not isinstance(value, str):
             found = f"is {kind_of(value)}" if self.domain_column in row else "is missing"
-            found += " without a name in the file's metadata (class labels)" if type(value) is int else ""
+            if type(value) is int:
+                found += (
+                    ", and the file's metadata hold no name for it (class labels); write the name instead"
+                )
             raise BadRow(
                 Reason.UNKNOWN_DOMAIN,
                 f"the domain column {self.domain_column!r} {found}; allowed: {', '.join(self.domains)}",
