@@ -112,7 +112,7 @@ class RowSchema:
             found = f"is {kind_of(value)}" if self.domain_column in row else "is missing"
             if type(value) is int:
                 found += (
-                    ", and the file's metadata hold no name for it (class labels); write the name instead"
+                    ", and the file's metadata hold no name for it (class labels); write names"
                 )
             raise BadRow(
                 Reason.UNKNOWN_DOMAIN,
