@@ -14,11 +14,12 @@ from prepared import byte_level_tokenizer, qwen_like_tokenizer
 from tokenizers import AddedToken, Tokenizer, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from versatune_ds.data.chat.conversation import Conversation, to_train
 from versatune_ds.data.encode import chat_encoder
 from versatune_ds.data.encode.chat_encoder import ChatEncoder, stop_token
 from versatune_ds.data.encode.tokenizer import set_chat_template, template_text
 from versatune_ds.data.rows.reasons import BadRow, Reason
-from versatune_ds.data.rows.schemas import Conversation, TokenRow
+from versatune_ds.data.rows.schemas import TokenRow
 from versatune_ds.foundations.errors import ConfigError
 
 # In the manner of the official templates, none of which marks the assistant's turns.
@@ -87,7 +88,7 @@ def encode(encoder: ChatEncoder, *conversations: Conversation) -> list[Any]:
 
 
 def messages(conversation: Conversation) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in conversation.turns]
+    return [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
 
 
 def supervised_runs(encoder: ChatEncoder, sample: Any) -> list[str]:
@@ -301,10 +302,17 @@ def test_rows_refused_one_by_one() -> None:
 
 
 def test_turns_that_a_template_changes_are_told() -> None:
+    """An error if they are trained on, unless thoughts are dropped; a count if they are context only."""
     encoder = ChatEncoder.build(qwen(QWEN3), "tokenizer")
-    thinking = (("user", "Q"), ("assistant", "<think>\nhm\n</think>\n\nOne."), *TWO_ROUNDS.turns[2:])
-    (sample,) = encode(encoder, Conversation(thinking))
+    thinking = Conversation(
+        (("user", "Q"), ("assistant", "<think>\nhm\n</think>\n\nOne."), *TWO_ROUNDS.turns[2:])
+    )
+    (bad,) = encode(encoder, thinking)
+    assert bad.reason == Reason.LOST_TEXT and "'hm'" in bad.message and "data.reasoning: drop" in bad.message
+    (sample,) = encode(encoder, to_train(thinking, "drop", "all_turns"))
     assert supervised_runs(encoder, sample)[0] == "One.<|im_end|>"
+    (sample,) = encode(encoder, to_train(thinking, "keep", "last_turn"))
+    assert supervised_runs(encoder, sample) == ["<think>\n\n</think>\n\nFour.<|im_end|>"]
     assert sample.was_rewritten
     assert not encode(encoder, TWO_ROUNDS)[0].was_rewritten
 

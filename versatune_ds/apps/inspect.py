@@ -24,13 +24,13 @@ from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.cache.units import SourceHashes, find_units
+from versatune_ds.data.chat.conversation import Conversation, to_train
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.tokenizer import embedding_rows, load_tokenizer
 from versatune_ds.data.plan.packing import pack_all
 from versatune_ds.data.rows.files import InputFile
 from versatune_ds.data.rows.readers import decode_block, read_blocks
 from versatune_ds.data.rows.reasons import BadRow
-from versatune_ds.data.rows.schemas import Conversation
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 from versatune_ds.report.page import MarkedText, Page, PageSection, Stretch, Table, to_text
 
@@ -183,6 +183,7 @@ def _kinds(
                 content = schema.parse(row, formats[file.path])
                 if not isinstance(content, Conversation):
                     continue
+                content = to_train(content, config.data.reasoning, config.data.train_on)
                 kinds, (sample,) = token_kinds(encoder, content), encoder.encode([content])
             except BadRow:
                 continue

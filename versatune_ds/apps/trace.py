@@ -18,18 +18,18 @@ import numpy as np
 import numpy.typing as npt
 
 from versatune_ds.config.schema import Config, Source
+from versatune_ds.data.chat.conversation import Conversation, to_train
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.tokenizer import embedding_rows, load_tokenizer
 from versatune_ds.data.rows.files import InputFile, find_files
 from versatune_ds.data.rows.readers import decode_block, read_blocks
 from versatune_ds.data.rows.reasons import BadRow
-from versatune_ds.data.rows.schemas import Conversation, RowSchema
+from versatune_ds.data.rows.schemas import RowSchema
 from versatune_ds.foundations.errors import ConfigError, DataError
 from versatune_ds.report.page import Fold, MarkedText, Page, PageSection, Stretch, Table
 
 TEXT, THOUGHT, TOOL = "", "thought", "tool result"
 """What a token is."""
-TOOL_ROLES = ("tool", "function", "ipython", "observation")
 THOUGHTS = re.compile(
     r"<think>.*?</think>|\[THINK\].*?\[/THINK\]|<\|channel\|>analysis.*?(?=<\|end)", re.DOTALL
 )
@@ -46,11 +46,11 @@ def token_kinds(encoder: ChatEncoder, conversation: Conversation) -> list[str]:
     for match in THOUGHTS.finditer(text):
         kinds[slice(*match.span())] = THOUGHT
     at = 0
-    for role, content in conversation.turns:
-        found = text.find(content.strip(), at)
+    for turn in conversation.turns:
+        found = text.find(turn.content.strip(), at)
         if found >= 0:
-            at = found + len(content.strip())
-            kinds[found:at] = TOOL if role in TOOL_ROLES else kinds[found:at]
+            at = found + len(turn.content.strip())
+            kinds[found:at] = TOOL if turn.role == "tool" else kinds[found:at]
     offsets = encoder.backend.encode(text, add_special_tokens=False).offsets
     return [str(kinds[start]) for start, _ in offsets]
 
@@ -84,7 +84,8 @@ def trace(config: Config, row: str, *, domain: str | None = None) -> Page:
         about = f"domain {schema.domain_of(found)}, format {format or 'unknown'}"
         content = schema.parse(found, format)
         if isinstance(content, Conversation):
-            turns = [MarkedText(role, [Stretch(escape(text))]) for role, text in content.turns]
+            content = to_train(content, config.data.reasoning, config.data.train_on)
+            turns = [MarkedText(turn.role, [Stretch(escape(turn.content))]) for turn in content.turns]
             sections.append(PageSection("read", "as read", about, texts=turns))
             (sample,) = encoder.encode([content])
             if isinstance(sample, BadRow):
@@ -96,7 +97,7 @@ def trace(config: Config, row: str, *, domain: str | None = None) -> Page:
     except BadRow as error:
         said = f"{error.message} ({error.reason.value})"
         return Page(place, [*sections, PageSection("rejected", "not trained on", said)])
-    weights = sample.mask.astype(float)
+    weights = (sample.mask if sample.weights is None else sample.weights).astype(float)
     runs = marked_runs(sample.tokens, weights, kinds, tokenizer)
     sections.append(PageSection("rendered", "as rendered", texts=[MarkedText("", runs)]))
     texts = tokenizer.convert_ids_to_tokens(sample.tokens.tolist())

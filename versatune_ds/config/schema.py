@@ -23,7 +23,7 @@ from versatune_ds.config.section import Section
 from versatune_ds.config.weights import Domains, Weights
 
 DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized"]
-ChatTemplate = Literal["tokenizer", "chatml", "alpaca", "llama2", "llama3"]
+ChatTemplate = Literal["tokenizer", "chatml", "hermes", "alpaca", "llama2", "llama3"]
 DEFAULT_COLLECTIVE_TIMEOUT_S = 1800.0
 
 
@@ -111,6 +111,11 @@ class Data(Section):
     """Held-out sources; evaluated per domain, and the `probe` loss source."""
     chat_template: ChatTemplate = "tokenizer"
     """How conversations become text: the tokenizer's own template, or a built-in one for base models."""
+    reasoning: Literal["keep", "mask", "drop"] = "keep"
+    """Thoughts of the assistant: trained on, context only, or left out."""
+    train_on: Literal["all_turns", "last_turn", "flagged"] = "all_turns"
+    """Which assistant turns are trained on, but for those that flags in the data switch off: all, the last,
+    or those only that a flag or weight switches on."""
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
     """What to do with a sample longer than `batch.pack_len`; always counted and reported."""
     on_bad_row: Literal["error", "skip"] = "error"

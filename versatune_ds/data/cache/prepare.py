@@ -41,6 +41,7 @@ from versatune_ds.data.cache.units import (
     SourceHashes,
     Unit,
     find_units,
+    is_outdated,
     read_unit,
     unit_lock,
     why_missing,
@@ -188,7 +189,14 @@ def _open_all(config: Config, units: Sequence[Unit]) -> dict[str, list[TokenCach
     names = config.domains.names
     caches: dict[str, list[TokenCache | None]] = {split: [None] * len(names) for split in SPLITS}
     for unit in units:
-        for name, domain in read_unit(unit.folder)["domains"].items():
+        manifest = read_unit(unit.folder)
+        if is_outdated(manifest):
+            logger.warning(
+                "%s was prepared by an earlier version, which ignored weights and flags of turns, thoughts "
+                "in fields of their own and system prompts in columns; `versatune-ds prepare` reads them",
+                unit.folder,
+            )
+        for name, domain in manifest["domains"].items():
             cache = TokenCache.open(unit.folder / domain["folder"])
             if cache.fingerprint != domain["fingerprint"]:
                 raise StateError(f"{cache.folder}: not the cache that {UNIT_FILE} was written for")
@@ -202,6 +210,12 @@ def _is_sound(unit: Unit) -> bool:
         return False
     try:
         manifest = read_unit(unit.folder)
+        if is_outdated(manifest):
+            logger.info(
+                "%s: prepared by an earlier version, which read less of a row; it is made again", unit.folder
+            )
+            shutil.rmtree(unit.folder)
+            return False
         check_file(unit.folder / REJECTED_FILE, manifest["rejected_file"], full=True)
         for domain in manifest["domains"].values():
             TokenCache.open(unit.folder / domain["folder"]).verify(full=True)
@@ -241,6 +255,8 @@ def _make(
         overlong=config.data.overlong,
         stop_at_bad_row=config.data.on_bad_row == "error",
         dtype=token_dtype(encoder.num_ids),
+        reasoning=config.data.reasoning,
+        train_on=config.data.train_on,
     )
     writers = [UnitWriter(unit, settings.dtype, hashes) for unit in units]
     for writer in writers:

@@ -19,6 +19,11 @@ _NOTES = {
     "pieces_dropped": "pieces without supervised tokens dropped",
     "special_text": "with the text of a special token in a message",
     "rewritten": "with a message that the chat template changed",
+    "json_text": "with messages as JSON text",
+    "untrained": "with assistant turns that are context only, by flags or data.train_on",
+    "weighted": "with weights other than 0 and 1",
+    "flags_elsewhere": "with weights on turns that are not the assistant's, which have no effect",
+    "unread_variables": "with chat_template_kwargs that the chat template does not read",
 }
 
 

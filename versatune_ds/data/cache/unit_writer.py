@@ -25,7 +25,14 @@ from versatune_ds.data.cache.cache import (
     file_entry,
     manifest_fingerprint,
 )
-from versatune_ds.data.cache.units import REJECTED_FILE, UNIT_FILE, SourceFiles, SourceHashes, Unit
+from versatune_ds.data.cache.units import (
+    REJECTED_FILE,
+    ROWS_VERSION,
+    UNIT_FILE,
+    SourceFiles,
+    SourceHashes,
+    Unit,
+)
 from versatune_ds.data.encode.encoder import BlockResult, EncodeTask, Problem
 from versatune_ds.data.rows import blocks
 from versatune_ds.data.rows.files import InputFile
@@ -196,6 +203,7 @@ class UnitWriter:
         unit = {
             "schema_version": CACHE_SCHEMA_VERSION,
             "key": self.unit.key,
+            "rows_version": ROWS_VERSION,
             "inputs": self.unit.inputs,
             "sources": sources,
             "domains": domains,

@@ -13,14 +13,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from versatune_ds.config.schema import Config, Source
+from versatune_ds.config.schema import Config, Data, Source
 from versatune_ds.data.cache.cache import CACHE_SCHEMA_VERSION, read_manifest
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.rows.files import InputFile, find_files
@@ -35,6 +35,9 @@ logger = get_logger(__name__)
 
 PREPARE_VERSION = 2
 """Part of every key: raise it when the same input gives other tokens, masks or rejections."""
+ROWS_VERSION = 3
+"""Of what is read of a row, written into units: raise it when more is. `prepare` makes units of an earlier
+one again, under the same key, and says so; training takes them, with a warning."""
 SPLITS = ("train", "eval")
 UNIT_FILE = "unit.json"
 REJECTED_FILE = "rejected.jsonl"
@@ -130,6 +133,12 @@ def _source_files(name: str, source: Source, hash_file: Callable[[InputFile], st
 def _unit_inputs(
     config: Config, encoder: ChatEncoder, domains: Sequence[str], sources: Sequence[SourceFiles]
 ) -> dict[str, Any]:
+    # Settings that came later stand here where they are not the default: older caches keep their keys.
+    later = {
+        f"data.{name}": getattr(config.data, name)
+        for name in ("reasoning", "train_on")
+        if getattr(config.data, name) != Data.model_fields[name].default
+    }
     return {
         "versions": [CACHE_SCHEMA_VERSION, PREPARE_VERSION],
         "domains": list(domains),
@@ -137,6 +146,7 @@ def _unit_inputs(
         "batch.pack_len": config.batch.pack_len,
         "data.overlong": config.data.overlong,
         "data.on_bad_row": config.data.on_bad_row,
+        **later,
         "sources": [
             {
                 "domain": member.source.domain,
@@ -239,6 +249,11 @@ def _hash(file: InputFile) -> str:
             return sha256_stream(stream)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", path=file.path) from None
+
+
+def is_outdated(manifest: Mapping[str, Any]) -> bool:
+    """Whether an earlier version read less of the rows: flags, weights, thoughts, system prompts, calls."""
+    return bool(manifest.get("rows_version", 2) < ROWS_VERSION)
 
 
 def read_unit(folder: Path) -> dict[str, Any]:

@@ -313,6 +313,7 @@ def model_inputs(batch: Batch, normalizer: float) -> dict[str, Any]:
         "num_samples": len(batch.sample_domains),
         "num_valid": batch.supervised_tokens,
         "normalizer": normalizer,
+        "token_weight": batch.token_weight,
     }
 
 
