@@ -15,6 +15,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from prepared import data_config, pairs, write_jsonl
+from transformers import AutoTokenizer
 
 from versatune_ds.data.cache.prepare import open_caches, prepare
 from versatune_ds.data.rows import blocks as block_limits
@@ -426,6 +427,31 @@ def test_what_keeps_a_url_from_being_read_is_said_with_its_cure(
         DataError, match=r"memory://d/a.jsonl: cannot be read \(RuntimeError: no credentials\); check"
     ):
         list(read_blocks(file))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_nulls_in_calls_are_values_in_json_and_absent_fields_in_tables(
+    tmp_path: Path, tokenizer: Path, name: str
+) -> None:
+    def call(**arguments: Any) -> dict[str, Any]:
+        function = {"name": "rain", "arguments": arguments}
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": function}],
+        }
+
+    rows = [{"messages": [{"role": "user", "content": "Q"}, call(where="Oslo", unit=None)]}]
+    if name == "a.jsonl":
+        write_jsonl(tmp_path / name, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    config = data_config(tmp_path, tokenizer, tmp_path / name, names=("law",), chat_template="hermes")
+    cache = prepare(config).caches["train"][0]
+    assert cache is not None
+    text = AutoTokenizer.from_pretrained(tokenizer).decode(cache.sample(0)[0].tolist())
+    assert '"where": "Oslo"' in text
+    assert ('"unit": null' in text) == (name == "a.jsonl")
 
 
 # What is not used is named once.
