@@ -454,6 +454,18 @@ def test_nulls_in_calls_are_values_in_json_and_absent_fields_in_tables(
     assert ('"unit": null' in text) == (name == "a.jsonl")
 
 
+def test_cells_of_a_csv_hold_lists_and_objects_as_json(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.csv").write_text('input_ids,labels\n"[5, 6, 7]","[-100, 6, 7]"\n')
+    chat = json.dumps(CHATS[0]["messages"]).replace('"', '""')
+    (tmp_path / "b.csv").write_text(f'id;messages\n1;"{chat}"\n')
+    sources = [{"path": str(tmp_path / f"{name}.csv"), "domain": "law"} for name in "ab"]
+    cache = prepare(data_config(tmp_path, tokenizer, sources, names=("law",))).caches["train"][0]
+    assert cache is not None
+    assert cache.sample(0)[0].tolist() == [5, 6, 7]
+    text = AutoTokenizer.from_pretrained(tokenizer).decode(cache.sample(1)[0].tolist())
+    assert text.startswith("<|im_start|>user\nQ<|im_end|>")
+
+
 # What is not used is named once.
 
 

@@ -329,7 +329,7 @@ class RowSchema:
         self, row: Mapping[str, Any], name: str, allowed: tuple[type, ...] = (int,)
     ) -> npt.NDArray[Any]:
         """int64[n]; float64[n] where floats are allowed."""
-        values = self._value(row, name)
+        values = from_json_text(self._value(row, name), "[")
         column = self.column(name)
         if not isinstance(values, list):
             raise wrong_type(column, values, "a list of integers")
