@@ -138,7 +138,7 @@ MADE_FILES: dict[str, tuple[str | bytes | Callable[[], bytes], Outcome]] = {
     "invisible.jsonl": (GOOD[0] + '\n{"prompt": "Q", "completion": "\\u200b\\u200d"}', Outcome(1, "invisible characters only", line=2, rejected={"empty_response": 1})),
     "null_cells.parquet": (parquet({"prompt": ["a", None, "c"], "completion": ["x", "y", None]}), Outcome(1, "prompt is null", row=2, rejected={"null_field": 2})),
     "nested.parquet": (parquet({"messages": [NESTED, None, []]}), Outcome(1, "messages is null", row=2, rejected={"null_field": 1, "no_assistant_turn": 1})),
-    "bytes.parquet": (parquet({"prompt": [b"a", b"\xff"], "completion": ["x", "y"]}), Outcome(1, "bytes ff at byte 0 .* not UTF-8", row=2, rejected={"invalid_utf8": 1})),
+    "bytes.parquet": (parquet({"prompt": [b"a", b"\xff"], "completion": ["x", "y"]}), Outcome(1, r"prompt is bytes: '\\xff'; it must be a string", row=2, rejected={"wrong_type": 1})),
     "no_rows.parquet": (parquet({"prompt": pa.array([], pa.string()), "completion": pa.array([], pa.string())}), Outcome(None, "holds no row")),
     "cut.parquet": (parquet({"prompt": ["a"], "completion": ["b"]})[:-9], Outcome(None, "cannot be read as Parquet")),
     "flipped.parquet": (damaged_parquet, Outcome(512, "cannot be read as Parquet", row=513, rejected={"damaged_file": 1})),

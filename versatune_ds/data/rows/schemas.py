@@ -120,9 +120,7 @@ class RowSchema:
         if not isinstance(value, str):
             found = f"is {kind_of(value)}" if self.domain_column in row else "is missing"
             if type(value) is int:
-                found += (
-                    ", and the file's metadata hold no name for it (class labels); write names"
-                )
+                found += ", and the file's metadata hold no name for it (class labels); write names"
             raise BadRow(
                 Reason.UNKNOWN_DOMAIN,
                 f"the domain column {self.domain_column!r} {found}; allowed: {', '.join(self.domains)}",
