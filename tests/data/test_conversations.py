@@ -449,6 +449,7 @@ def test_variables_of_the_row_reach_the_template() -> None:
         thought_off | {"chat_template_kwargs": '{"enable_thinking": false}'},
     ):
         assert "<think>\n\n</think>\n\n4" in whole(row, template) and texts(row, template) == ["4"]
+    assert texts(thought_off) == ["4"]  # its prompt holds an empty thought, the turn does not
     with pytest.raises(BadRow, match="messages"):
         parse(chat(user(), says(), chat_template_kwargs={"messages": []}))
 

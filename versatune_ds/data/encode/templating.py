@@ -26,7 +26,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ def _tojson(
     )
 
 
-class Span(NamedTuple):
+class TrainedSpan(NamedTuple):
     """Characters of an assistant turn that is trained on, its stop token included."""
 
     start: int
@@ -97,7 +97,7 @@ class RenderedChat:
     """A conversation as text, and what of it is trained on."""
 
     text: str
-    spans: list[Span]
+    spans: list[TrainedSpan]
     context: list[tuple[int, int]]
     """(start, end) of characters within spans that are not trained on after all."""
     has_special_text: bool
@@ -229,7 +229,7 @@ class ChatRenderer:
             special_text = special_text or any(text in written for text in self.special_texts)
         text = self.render(chat)
         text, starts = self._take_marks(text, turns) if self._marks_turns else (text, {})
-        spans: list[Span] = []
+        spans: list[TrainedSpan] = []
         context: list[tuple[int, int]] = []
         changed = False
         for i, turn in enumerate(turns):
@@ -269,17 +269,21 @@ class ChatRenderer:
         return text, dict(zip(said, starts, strict=True))
 
     def _start_by_prefix(self, chat: Conversation, i: int, text: str) -> int:
-        prompt = self.render(chat, i, add_generation_prompt=True)
-        if not text.startswith(prompt):
-            raise BadRow(
-                Reason.REFUSED_BY_TEMPLATE,
-                f"the chat template renders what comes before turn {i + 1} in another way once the turn "
-                "is there, so the supervised part cannot be told. Set data.chat_template to a built-in "
-                "template, or use a template with {% generation %} blocks",
-            )
-        return len(prompt)
+        # Qwen3's `enable_thinking: false` writes an empty thought into the prompt that turns need not have.
+        for variables in (chat.variables, {}):
+            prompt = self.render(replace(chat, variables=variables), i, add_generation_prompt=True)
+            if text.startswith(prompt):
+                return len(prompt)
+            if not chat.variables:
+                break
+        raise BadRow(
+            Reason.REFUSED_BY_TEMPLATE,
+            f"the chat template renders what comes before turn {i + 1} in another way once the turn "
+            "is there, so the supervised part cannot be told. Set data.chat_template to a built-in "
+            "template, or use a template with {% generation %} blocks",
+        )
 
-    def _close(self, chat: Conversation, i: int, start: int, text: str) -> Span:
+    def _close(self, chat: Conversation, i: int, start: int, text: str) -> TrainedSpan:
         """A turn goes from its start to the end of the first stop token; its text holds none of its own.
 
         Between the two stands all that it says, perhaps with something between the parts. What is missing
@@ -320,9 +324,11 @@ class ChatRenderer:
                 f"the chat template puts no stop token {self.stop_text} right after a response (found "
                 f"{short(text[start : start + 50])}). Use a built-in data.chat_template",
             )
-        return Span(start, found + len(self.stop_text), 1.0 if turn.weight is None else turn.weight)
+        return TrainedSpan(start, found + len(self.stop_text), 1.0 if turn.weight is None else turn.weight)
 
-    def _context(self, chat: Conversation, turn: Turn, span: Span, text: str) -> Iterator[tuple[int, int]]:
+    def _context(
+        self, chat: Conversation, turn: Turn, span: TrainedSpan, text: str
+    ) -> Iterator[tuple[int, int]]:
         """Parts of a turn that are not trained on: thoughts, if they are masked; the end of an open turn."""
         written = text[span.start : span.end - len(self.stop_text)]
         if turn.is_open:
