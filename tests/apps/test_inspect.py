@@ -107,6 +107,42 @@ def test_pieces_of_a_sample_know_what_their_tokens_are(tmp_path: Path) -> None:
     assert "thought: " in text
 
 
+def test_calls_results_thoughts_and_weights_of_a_row(tmp_path: Path) -> None:
+    qwen_like_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    call = {"type": "function", "function": {"name": "rain", "arguments": {"where": "Oslo"}}}
+    chat = [
+        {"role": "user", "content": "Rain?"},
+        {
+            "role": "assistant",
+            "reasoning_content": "look",
+            "content": "",
+            "tool_calls": [call],
+            "weight": 0.5,
+        },
+        {"role": "tool", "content": "heavy rain"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    row = {"messages": chat, "tools": [{"type": "function", "function": {"name": "rain", "parameters": {}}}]}
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    options = {"names": ("law",), "chat_template": "hermes", "pack_len": 2048}
+    config = data_config(tmp_path, tmp_path / "tokenizer", path, **options)
+    prepare(config)
+    followed = "\n".join(to_lines(trace(config, "1"), io.StringIO()))
+    for part in (
+        "format messages, tools rain",
+        "--- assistant, weight 0.5, thoughts\nlook\n",
+        '--- assistant, weight 0.5, call\n{"name": "rain", "arguments": {"where": "Oslo"}}',
+        "--- tool\nheavy rain",
+    ):
+        assert part in followed
+    for text in (followed, shown(config)):
+        assert "[[0.5: thought: " in text
+        assert "((tool result: heavy rain))" in text
+        assert "[[Yes.<|im_end|>]]" in text
+    masked = data_config(tmp_path, tmp_path / "tokenizer", path, reasoning="mask", **options)
+    assert "((thought: <think>\nlook\n</think>" in "\n".join(to_lines(trace(masked, "1"), io.StringIO()))
+
+
 def test_weights_are_shown() -> None:
     runs = [
         Stretch("a", "", 1.0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,8 @@ MADE_FILES: dict[str, tuple[str | bytes | Callable[[], bytes], Outcome]] = {
     "comma_inside.jsonl": (GOOD[0] + '\n{"prompt": "a", "completion": "b",}', Outcome(1, "a comma in front of }; remove it", line=2, rejected={"invalid_json": 1})),
     "two_on_a_line.jsonl": (f"{GOOD[0]} {GOOD[1]}\n{GOOD[2]}", Outcome(1, "two objects on one line", line=1, rejected={"invalid_json": 1})),
     "python.jsonl": (f"{GOOD[0]}\n{pairs(1)[0]}", Outcome(1, "single quotes.*json.dumps", line=2, rejected={"invalid_json": 1})),
+    "xz.jsonl": (lzma.compress(LINES.encode()), Outcome(None, r"the content is xz \(.xz\), not text")),
+    "list_on_a_line.jsonl": (f"[{GOOD[0]}, {GOOD[1]}]", Outcome(None, r"found a list: .*name the file \.json\)", line=1)),
     "list.jsonl": ("[\n" + ",\n".join(GOOD[:2]) + "\n]", Outcome(1, "a list over several lines; name the file .json", line=1, rejected={"invalid_json": 3})),
     "lines.json": (LINES, Outcome(20, None)),
     "no_list.json": ("3", Outcome(None, "allowed: a list of objects")),
@@ -135,7 +138,7 @@ MADE_FILES: dict[str, tuple[str | bytes | Callable[[], bytes], Outcome]] = {
     "invisible.jsonl": (GOOD[0] + '\n{"prompt": "Q", "completion": "\\u200b\\u200d"}', Outcome(1, "invisible characters only", line=2, rejected={"empty_response": 1})),
     "null_cells.parquet": (parquet({"prompt": ["a", None, "c"], "completion": ["x", "y", None]}), Outcome(1, "prompt is null", row=2, rejected={"null_field": 2})),
     "nested.parquet": (parquet({"messages": [NESTED, None, []]}), Outcome(1, "messages is null", row=2, rejected={"null_field": 1, "no_assistant_turn": 1})),
-    "bytes.parquet": (parquet({"prompt": [b"a", b"\xff"], "completion": ["x", "y"]}), Outcome(1, "bytes ff at byte 0 .* not UTF-8", row=2, rejected={"invalid_utf8": 1})),
+    "bytes.parquet": (parquet({"prompt": [b"a", b"\xff"], "completion": ["x", "y"]}), Outcome(1, r"prompt is bytes: '\\xff'; it must be a string", row=2, rejected={"wrong_type": 1})),
     "no_rows.parquet": (parquet({"prompt": pa.array([], pa.string()), "completion": pa.array([], pa.string())}), Outcome(None, "holds no row")),
     "cut.parquet": (parquet({"prompt": ["a"], "completion": ["b"]})[:-9], Outcome(None, "cannot be read as Parquet")),
     "flipped.parquet": (damaged_parquet, Outcome(512, "cannot be read as Parquet", row=513, rejected={"damaged_file": 1})),

@@ -15,6 +15,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from prepared import data_config, pairs, write_jsonl
+from transformers import AutoTokenizer
 
 from versatune_ds.data.cache.prepare import open_caches, prepare
 from versatune_ds.data.rows import blocks as block_limits
@@ -117,7 +118,7 @@ def test_bytes_are_text_also_inside_of_turns(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "a.parquet")
     good, bad = rows_of(tmp_path / "a.parquet")
     assert good == {"prompt": "Hi?", "messages": [{"role": "user", "content": "caf\u00e9"}]}
-    assert bad.reason == "invalid_utf8"
+    assert bad == {"prompt": "Hi?", "messages": [{"role": "assistant", "content": b"\xff"}]}
 
 
 # Folders.
@@ -311,7 +312,7 @@ def test_class_labels_out_of_range_or_null_and_numbers_without_names(tmp_path: P
     config = data_config(
         tmp_path, tokenizer, [{"path": str(tmp_path / "b.parquet"), "domain_column": "topic"}]
     )
-    with pytest.raises(DataError, match="is a number without a name in the file's metadata"):
+    with pytest.raises(DataError, match="is a number, and the file's metadata hold no name for it"):
         prepare(config)
 
 
@@ -426,6 +427,43 @@ def test_what_keeps_a_url_from_being_read_is_said_with_its_cure(
         DataError, match=r"memory://d/a.jsonl: cannot be read \(RuntimeError: no credentials\); check"
     ):
         list(read_blocks(file))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_nulls_in_calls_are_values_in_json_and_absent_fields_in_tables(
+    tmp_path: Path, tokenizer: Path, name: str
+) -> None:
+    def call(**arguments: Any) -> dict[str, Any]:
+        function = {"name": "rain", "arguments": arguments}
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": function}],
+        }
+
+    rows = [{"messages": [{"role": "user", "content": "Q"}, call(where="Oslo", unit=None)]}]
+    if name == "a.jsonl":
+        write_jsonl(tmp_path / name, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    config = data_config(tmp_path, tokenizer, tmp_path / name, names=("law",), chat_template="hermes")
+    cache = prepare(config).caches["train"][0]
+    assert cache is not None
+    text = AutoTokenizer.from_pretrained(tokenizer).decode(cache.sample(0)[0].tolist())
+    assert '"where": "Oslo"' in text
+    assert ('"unit": null' in text) == (name == "a.jsonl")
+
+
+def test_cells_of_a_csv_hold_lists_and_objects_as_json(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.csv").write_text('input_ids,labels\n"[5, 6, 7]","[-100, 6, 7]"\n')
+    chat = json.dumps(CHATS[0]["messages"]).replace('"', '""')
+    (tmp_path / "b.csv").write_text(f'id;messages\n1;"{chat}"\n')
+    sources = [{"path": str(tmp_path / f"{name}.csv"), "domain": "law"} for name in "ab"]
+    cache = prepare(data_config(tmp_path, tokenizer, sources, names=("law",))).caches["train"][0]
+    assert cache is not None
+    assert cache.sample(0)[0].tolist() == [5, 6, 7]
+    text = AutoTokenizer.from_pretrained(tokenizer).decode(cache.sample(1)[0].tolist())
+    assert text.startswith("<|im_start|>user\nQ<|im_end|>")
 
 
 # What is not used is named once.

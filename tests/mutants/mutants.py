@@ -35,6 +35,9 @@ FILES = {
     "sinks": "versatune_ds/observability/sinks.py",
     "throughput": "versatune_ds/observability/throughput.py",
     "records": "versatune_ds/observability/records.py",
+    "repositories": "versatune_ds/data/rows/repositories.py",
+    "tables": "versatune_ds/data/rows/tables.py",
+    "units": "versatune_ds/data/cache/units.py",
     "templating": "versatune_ds/data/encode/templating.py",
     "chat encoder": "versatune_ds/data/encode/chat_encoder.py",
     "collate": "versatune_ds/data/collate.py",
@@ -75,6 +78,7 @@ TESTS = {
     "sinks": "tests/observability/test_sinks.py",
     "throughput": "tests/observability/test_throughput.py",
     "records": "tests/observability/test_records.py",
+    "containers": "tests/data/test_containers.py",
     "templating": "tests/data/test_templating.py",
     "collate": "tests/data/test_collate.py",
     "loader": "tests/data/test_loader.py",
@@ -1078,30 +1082,30 @@ fault(
 fault(
     "the stop token is not supervised (by heads)",
     "chat encoder",
-    "mask[anchor + count : stop + 1] = True",
-    "mask[anchor + count : stop] = True",
+    "weights[anchor + count : stop + 1] = weight",
+    "weights[anchor + count : stop] = weight",
     MASKS,
 )
 fault(
     "the stop token is not supervised (by offsets)",
     "chat encoder",
-    "mask[first:stop] = True",
-    "mask[first : stop - 1] = True",
+    "weights[first : stop + 1] = weight",
+    "weights[first:stop] = weight",
     ACROSS + "[False]",
     SAME_MASKS,
 )
 fault(
     "one token too many is supervised (by offsets)",
     "chat encoder",
-    "mask[first:stop] = True",
-    "mask[first : stop + 1] = True",
+    "weights[first : stop + 1] = weight",
+    "weights[first : stop + 2] = weight",
     SAME_MASKS,
 )
 fault(
     "the first token of a turn is not supervised (by heads)",
     "chat encoder",
-    "mask[anchor + count : stop + 1] = True",
-    "mask[anchor + count + 1 : stop + 1] = True",
+    "weights[anchor + count : stop + 1] = weight",
+    "weights[anchor + count + 1 : stop + 1] = weight",
     MASKS,
 )
 fault(
@@ -1119,10 +1123,33 @@ fault(
     "templating::test_a_head_that_ends_within_a_word_is_not_trusted",
 )
 fault(
+    "splits that were not asked for are read, too",
+    "repositories",
+    "for part in wanted for name in splits[part]",
+    "for part in splits for name in splits[part]",
+    "containers::test_splits_are_told_from_names[names2-train-read2-test (1), validation (1)]",
+    "containers::test_a_saved_data_set_dict_is_read_by_its_splits",
+)
+fault(
+    "a class label gets the name of the one before it",
+    "tables",
+    "else names[value]",
+    "else names[value - 1]",
+    "containers::test_class_labels_are_read_by_name[schema]",
+    "containers::test_class_labels_are_read_by_name[README.md]",
+)
+fault(
+    "names of class labels beside a file are no part of the key",
+    "units",
+    "*([file.labels] if file.labels else [])",
+    "*([])",
+    "containers::test_class_labels_are_read_by_name[README.md]",
+)
+fault(
     "pre-tokenised rows may name ids beyond the vocabulary",
     "chat encoder",
-    "(row.tokens >= self.vocab_size)",
-    "(row.tokens > self.vocab_size)",
+    "(row.tokens >= self.num_ids)",
+    "(row.tokens > self.num_ids)",
     "templating::test_pre_tokenised_rows_are_checked",
 )
 fault(

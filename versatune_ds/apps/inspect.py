@@ -28,7 +28,7 @@ from versatune_ds.data.chat.conversation import Conversation, to_train
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.tokenizer import embedding_rows, load_tokenizer
 from versatune_ds.data.plan.packing import pack_all
-from versatune_ds.data.rows.files import InputFile
+from versatune_ds.data.rows.files import TABLES, InputFile
 from versatune_ds.data.rows.readers import decode_block, read_blocks
 from versatune_ds.data.rows.reasons import BadRow
 from versatune_ds.foundations.errors import ConfigError, unknown_name
@@ -180,7 +180,7 @@ def _kinds(
         schema = unit.schema(source.source)
         for place, row in _rows(file, numbers):
             try:
-                content = schema.parse(row, formats[file.path])
+                content = schema.parse(row, formats[file.path], drop_nulls=file.kind in TABLES)
                 if not isinstance(content, Conversation):
                     continue
                 content = to_train(content, config.data.reasoning, config.data.train_on)

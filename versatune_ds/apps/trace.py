@@ -11,17 +11,17 @@ import functools
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from versatune_ds.config.schema import Config, Source
-from versatune_ds.data.chat.conversation import Conversation, to_train
+from versatune_ds.data.chat.conversation import Conversation, Turn, to_train
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.tokenizer import embedding_rows, load_tokenizer
-from versatune_ds.data.rows.files import InputFile, find_files
+from versatune_ds.data.rows.files import TABLES, InputFile, find_files
 from versatune_ds.data.rows.readers import decode_block, read_blocks
 from versatune_ds.data.rows.reasons import BadRow
 from versatune_ds.data.rows.schemas import RowSchema
@@ -31,7 +31,7 @@ from versatune_ds.report.page import Fold, MarkedText, Page, PageSection, Stretc
 TEXT, THOUGHT, TOOL = "", "thought", "tool result"
 """What a token is."""
 THOUGHTS = re.compile(
-    r"<think>.*?</think>|\[THINK\].*?\[/THINK\]|<\|channel\|>analysis.*?(?=<\|end)", re.DOTALL
+    r"<(think|thinking)>.*?</\1>|\[THINK\].*?\[/THINK\]|<\|channel\|>analysis.*?(?=<\|end)", re.DOTALL
 )
 
 
@@ -47,10 +47,12 @@ def token_kinds(encoder: ChatEncoder, conversation: Conversation) -> list[str]:
         kinds[slice(*match.span())] = THOUGHT
     at = 0
     for turn in conversation.turns:
-        found = text.find(turn.content.strip(), at)
-        if found >= 0:
-            at = found + len(turn.content.strip())
-            kinds[found:at] = TOOL if turn.role == "tool" else kinds[found:at]
+        said = TOOL if turn.role == "tool" else TEXT
+        for part, kind in ((turn.reasoning.strip(), THOUGHT), (turn.content.strip(), said)):
+            found = text.find(part, at)
+            if part and found >= 0:
+                at = found + len(part)
+                kinds[found:at] = kind or kinds[found:at]
     offsets = encoder.backend.encode(text, add_special_tokens=False).offsets
     return [str(kinds[start]) for start, _ in offsets]
 
@@ -82,11 +84,16 @@ def trace(config: Config, row: str, *, domain: str | None = None) -> Page:
         if isinstance(found, BadRow):
             raise found
         about = f"domain {schema.domain_of(found)}, format {format or 'unknown'}"
-        content = schema.parse(found, format)
+        content = schema.parse(found, format, drop_nulls=file.kind in TABLES)
         if isinstance(content, Conversation):
             content = to_train(content, config.data.reasoning, config.data.train_on)
-            turns = [MarkedText(turn.role, [Stretch(escape(turn.content))]) for turn in content.turns]
-            sections.append(PageSection("read", "as read", about, texts=turns))
+            offered = [str(tool.get("function", tool).get("name")) for tool in content.tools]
+            about += f", tools {', '.join(offered)}" if offered else ""
+            about += (
+                f", template variables {json.dumps(dict(content.variables))}" if content.variables else ""
+            )
+            turns = [text for turn in content.turns for text in _turn_texts(turn)]
+            sections.append(PageSection("read", "as read", escape(about), texts=turns))
             (sample,) = encoder.encode([content])
             if isinstance(sample, BadRow):
                 raise sample
@@ -111,6 +118,19 @@ def trace(config: Config, row: str, *, domain: str | None = None) -> Page:
     return Page(
         place, [*sections, PageSection("tokens", f"as {len(rows):,} tokens", folds=[Fold("all", table)])]
     )
+
+
+def _turn_texts(turn: Turn) -> Iterator[MarkedText]:
+    """What was read of a turn."""
+    about = [turn.role, *([f"weight {turn.weight:g}"] if turn.weight is not None else [])]
+    title = ", ".join([*about, *turn.about.values(), *(["continued"] if turn.is_open else [])])
+    if turn.reasoning:
+        yield MarkedText(f"{title}, thoughts", [Stretch(escape(turn.reasoning))])
+    if turn.content or not turn.calls:
+        yield MarkedText(escape(title), [Stretch(escape(turn.content))])
+    for call in turn.calls:
+        text = json.dumps(call["function"], ensure_ascii=False)
+        yield MarkedText(f"{title}, call", [Stretch(escape(text))])
 
 
 def _find(config: Config, name: str, domain: str | None) -> tuple[InputFile, Source]:

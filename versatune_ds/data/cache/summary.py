@@ -68,7 +68,7 @@ def summary_lines(reports: Sequence[UnitReport]) -> Iterator[str]:
             shown = ", ".join(report.ignored[:3]) + (", ..." if len(report.ignored) > 3 else "")
             notes.append(
                 f"note: {report.split}: {len(report.ignored)} beside the data not read (other kinds of file, "
-                f"names that begin with . or _): {shown}"
+                f"metadata, names that begin with . or _): {shown}"
             )
         notes += [f"note: {report.split}: splits not read in {text}" for text in report.other_splits]
         if unused := unit.get("unused_columns"):

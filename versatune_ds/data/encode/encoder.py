@@ -133,7 +133,7 @@ class _BlockEncoder:
                     raise found
                 self.result.columns |= dict.fromkeys(found)
                 row.domain = schema.domain_of(found)
-                row.content = schema.parse(found, self.task.format, drop_nulls=block.arrow is not None)
+                row.content = schema.parse(found, self.task.format, drop_nulls=bool(block.arrow))
                 if isinstance(row.content, Conversation):
                     row.content = to_train(row.content, self.settings.reasoning, self.settings.train_on)
                 good.append(row)

@@ -57,7 +57,7 @@ def _size(item: bytes | dict[str, Any] | BadRow) -> int:
 def _text_rows(stream: io.BufferedReader, file: InputFile) -> Iterator[tuple[Any, int | None]]:
     """(a row or its text, line on which it begins if it is none itself); b"" for a blank line."""
     try:
-        head = stream.peek(4)[:4]
+        head = stream.peek(8)[:8]
         _refuse_foreign_content(head, file)
         if head.startswith(b"\xef\xbb\xbf"):
             stream.read(3)
@@ -78,7 +78,7 @@ def _text_rows(stream: io.BufferedReader, file: InputFile) -> Iterator[tuple[Any
 
 def _refuse_foreign_content(head: bytes, file: InputFile) -> None:
     """Content that is not text: say so once instead of one complaint per line."""
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head == b"\x00\x00\xfe\xff":
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
         raise FileDamage(
             Reason.WRONG_ENCODING,
             "the file begins with a UTF-16 or UTF-32 byte-order mark; only UTF-8 is allowed. Convert it, "
@@ -89,7 +89,9 @@ def _refuse_foreign_content(head: bytes, file: InputFile) -> None:
         (b"\x28\xb5\x2f\xfd", "zstd (.zst)"),
         (b"PAR1", "Parquet (.parquet)"),
         (b"PK\x03\x04", "zip (unpack it)"),
-        (b"BZh", "bzip2 (unpack it)"),
+        (b"BZh", "bzip2 (.bz2)"),
+        (b"\xfd7zXZ", "xz (.xz)"),
+        (b"ARROW1", "Arrow (.arrow)"),
     ):
         if head.startswith(magic):
             found = f"{file.compression} with {name} inside" if file.compression else name
@@ -358,7 +360,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
     except ValueError as error:  # an integer with thousands of digits
         raise BadRow(Reason.INVALID_JSON, f"not readable as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise BadRow(
-            Reason.NOT_AN_OBJECT, f"found {kind_of(value)}: {short(value)}; a row must be an object {{...}}"
-        )
+        cure = " (a list of rows: name the file .json)" if value and isinstance(value, list) else ""
+        found = f"found {kind_of(value)}: {short(value)}"
+        raise BadRow(Reason.NOT_AN_OBJECT, f"{found}; a row must be an object {{...}}{cure}")
     return value

@@ -91,7 +91,9 @@ def file_stamp(path: str) -> list[Any]:
         files, name = _file_system(path)
         with _asking(path):
             files.invalidate_cache()
-            return [files.size(name) or 0, files.ukey(name)]
+            info = files.info(name)
+            # fsspec's own mark of a web page is its address
+            return [info.get("size") or 0, files.ukey(name), info.get("ETag") or info.get("Last-Modified")]
     try:
         stat = os.stat(path)
     except OSError as error:
@@ -112,11 +114,12 @@ def find_remote(pattern: str) -> tuple[str, list[str]]:
             folder, found = "", [path for path in files.glob(name) if not files.isdir(path)]
             if not found:
                 raise DataError("no file matches; check the pattern", path=pattern)
+        elif not pattern.endswith("/") and files.isfile(name):  # asked first: a web server would send it all
+            return "", [pattern]
         elif files.isdir(name):
             folder, found = files.unstrip_protocol(name).rstrip("/"), files.find(name)
         else:
-            files.info(name)
-            return "", [pattern]
+            raise FileNotFoundError
         return folder, sorted(map(files.unstrip_protocol, found))
 
 

@@ -119,7 +119,8 @@ class RowSchema:
         value = row.get(self.domain_column)
         if not isinstance(value, str):
             found = f"is {kind_of(value)}" if self.domain_column in row else "is missing"
-            found += " without a name in the file's metadata (class labels)" if type(value) is int else ""
+            if type(value) is int:
+                found += ", and the file's metadata hold no name for it (class labels); write names"
             raise BadRow(
                 Reason.UNKNOWN_DOMAIN,
                 f"the domain column {self.domain_column!r} {found}; allowed: {', '.join(self.domains)}",
@@ -326,7 +327,7 @@ class RowSchema:
         self, row: Mapping[str, Any], name: str, allowed: tuple[type, ...] = (int,)
     ) -> npt.NDArray[Any]:
         """int64[n]; float64[n] where floats are allowed."""
-        values = self._value(row, name)
+        values = from_json_text(self._value(row, name), "[")
         column = self.column(name)
         if not isinstance(values, list):
             raise wrong_type(column, values, "a list of integers")

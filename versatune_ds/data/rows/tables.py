@@ -138,9 +138,12 @@ def _arrow_row(batch: Any) -> dict[str, Any] | BadRow:
 
 
 def _as_text(value: Any) -> Any:
-    """`value` with all bytes in it as text."""
+    """`value` with the bytes in it as text; those that are none stay, e.g. an image beside the text."""
     if isinstance(value, bytes):
-        return value.decode("utf-8")
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
     if isinstance(value, list):
         return [_as_text(item) for item in value]
     return {name: _as_text(item) for name, item in value.items()} if isinstance(value, dict) else value
