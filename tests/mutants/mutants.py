@@ -38,6 +38,10 @@ FILES = {
     "repositories": "versatune_ds/data/rows/repositories.py",
     "tables": "versatune_ds/data/rows/tables.py",
     "units": "versatune_ds/data/cache/units.py",
+    "conversation": "versatune_ds/data/chat/conversation.py",
+    "flags": "versatune_ds/data/chat/flags.py",
+    "turns": "versatune_ds/data/chat/turns.py",
+    "cache": "versatune_ds/data/cache/cache.py",
     "templating": "versatune_ds/data/encode/templating.py",
     "chat encoder": "versatune_ds/data/encode/chat_encoder.py",
     "collate": "versatune_ds/data/collate.py",
@@ -80,6 +84,9 @@ TESTS = {
     "records": "tests/observability/test_records.py",
     "containers": "tests/data/test_containers.py",
     "templating": "tests/data/test_templating.py",
+    "conversations": "tests/data/test_conversations.py",
+    "cache": "tests/data/test_cache.py",
+    "weighted loop": "tests/engine/test_weighted_loop.py",
     "collate": "tests/data/test_collate.py",
     "loader": "tests/data/test_loader.py",
     "planner": "tests/data/test_planner.py",
@@ -210,7 +217,7 @@ fault("the first pack ends a step", "loop", "is_last=i == len(batches) - 1)", "i
 fault(
     "losses are divided by all tokens, not the supervised ones",
     "loop",
-    "normalizer = plan.supervised_tokens /",
+    "normalizer = plan.loss_weight /",
     "normalizer = plan.tokens /",
     PLAIN,
 )
@@ -357,7 +364,13 @@ fault(
 FLAGS = "statistics::test_what_one_rank_says_is_true_for_all_and_nothing_else"
 SUMS = "statistics::test_sums_equal_the_reference_over_micro_batches"
 fault("a flag needs all ranks", "statistics", "bool(n > 0)", "bool(n == 3)", FLAGS)
-fault("flags are shifted by one", "statistics", "buffer[count + 1 :]", "buffer[count : -1]", FLAGS)
+fault(
+    "flags are shifted by one",
+    "statistics",
+    "buffer[count + 1 : count + len(said)]",
+    "buffer[count : count + len(said) - 1]",
+    FLAGS,
+)
 fault("sums are not cleared", "statistics", "        self._sums.zero_()\n", "", SUMS)
 fault(
     "a NaN is found again in the step after",
@@ -394,7 +407,7 @@ fault(
     "(~torch.isfinite(loss).any())",
     "statistics::test_infinite_losses_whose_sums_are_finite_are_found",
 )
-fault("the last micro-batch counts alone", "statistics", "self._sums += torch", "self._sums = torch", SUMS)
+fault("the last micro-batch counts alone", "statistics", "self._sums += sums", "self._sums = sums", SUMS)
 fault(
     "ranks agree when one does",
     "distributed",
@@ -1111,8 +1124,8 @@ fault(
 fault(
     "only the last turn is supervised",
     "templating",
-    "            starts.append(len(prompt))\n        return starts",
-    "            starts.append(len(prompt))\n        return starts[-1:]",
+    "if not turn.is_trained:",
+    "if not turn.is_trained or turn is not turns[-1]:",
     MASKS,
 )
 fault(
@@ -1160,6 +1173,112 @@ fault(
     "templating::test_pre_tokenised_rows_are_checked",
 )
 
+# --- conversations and weights ------------------------------------------------------------------------------
+
+WEIGHED = "weighted loop::test_steps_are_those_of_weighed_losses_and_both_losses_are_written_down"
+LEFT_OUT = "conversations::test_tools_and_calls_that_the_template_leaves_out_are_errors"
+fault(
+    "the weight of a row is no factor",
+    "conversation",
+    "weight = factor * (unsaid if",
+    "weight = (unsaid if",
+    "conversations::test_a_weight_of_the_row_is_a_factor",
+)
+fault(
+    "turns without a flag are trained on beside flagged ones",
+    "conversation",
+    'unsaid = 0.0 if train_on == "flagged"',
+    'unsaid = 1.0 if train_on == "flagged"',
+    "conversations::test_which_turns_are_trained_on",
+)
+fault(
+    "masked means trained on",
+    "flags",
+    "value = 1 - value if",
+    "value = value if",
+    "conversations::test_a_turn_switched_off_is_context",
+)
+fault(
+    "a fraction outweighs a flag that switches off",
+    "flags",
+    "    if 0 in found.values():\n        return 0.0\n",
+    "",
+    "conversations::test_a_turn_switched_off_is_context",
+)
+fault(
+    "parallel calls are turns of their own",
+    "turns",
+    "is_bare = turn.calls and",
+    "is_bare = False and",
+    "conversations::test_parallel_calls_in_turns_of_their_own_are_one_turn",
+)
+fault(
+    "text that the template leaves out is no error",
+    "templating",
+    "                lost = part[0]\n",
+    "",
+    LEFT_OUT,
+    "conversations::test_thoughts_that_the_template_cannot_render_are_an_error_with_a_cure",
+)
+fault(
+    "tools that the template leaves out are no error",
+    "templating",
+    "if isinstance(name, str) and name not in text:",
+    "if False:",
+    LEFT_OUT,
+)
+fault(
+    "the result of a call without a stop token is trained on",
+    "templating",
+    "not following or following not in written or following in said",
+    "True",
+    "conversations::test_a_call_without_a_stop_token_trains_no_result",
+)
+fault(
+    "an open turn learns to stop",
+    "templating",
+    "if turn.is_open:",
+    "if False:",
+    "conversations::test_an_open_turn_has_no_stop_token_to_learn",
+)
+fault(
+    "masked thoughts are trained on",
+    "templating",
+    "if not chat.masks_thoughts:",
+    "if chat.masks_thoughts:",
+    "conversations::test_thoughts_in_the_text_are_kept_masked_or_dropped",
+)
+fault(
+    "weights that begin in a later block stand at the first tokens",
+    "cache",
+    "if name not in self._sizes and masks in self._sizes:",
+    "if False:",
+    "cache::test_weights_begin_where_the_first_ones_come",
+)
+fault(
+    "the weight of a first token counts in the sum",
+    "cache",
+    "weights[a + 1 : b]",
+    "weights[a:b]",
+    "cache::test_weights_begin_where_the_first_ones_come",
+)
+fault(
+    "weights are not shifted",
+    "collate",
+    "np.append(weights[1:], np.float32(0))",
+    "weights",
+    "collate::test_weights_stand_at_the_positions_that_predict",
+    WEIGHED,
+)
+fault(
+    "a weighed loss is divided by the number of its tokens",
+    "planner",
+    "        if corpus.has_weights\n",
+    "        if False\n",
+    "planner::test_weights_of_tokens_change_the_normaliser_and_nothing_else",
+    WEIGHED,
+)
+
 # --- packs and batches --------------------------------------------------------------------------------------
 
 PACK = "collate::test_a_pack_of_two_samples_and_padding"
@@ -1196,8 +1315,8 @@ fault(
 fault(
     "the mask of the first sample counts for all",
     "collate",
-    "supervised[end - length : end] = mask",
-    "supervised[: len(mask)] = mask",
+    "weights[end - length : end] = mask",
+    "weights[: len(mask)] = mask",
     PACK,
 )
 fault(

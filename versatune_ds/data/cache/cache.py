@@ -249,9 +249,7 @@ class CacheWriter:
         n = len(samples.lengths)
         name, masks = f"{domain_folder}/{WEIGHTS[0]}", f"{domain_folder}/mask.bin"
         if samples.weights is not None or name in self._sizes:
-            if (
-                name not in self._sizes and masks in self._sizes
-            ):  # the first: those before it have their masks
+            if name not in self._sizes and masks in self._sizes:  # what came before has its masks
                 for mask in _parts(self.folder / masks, "u1"):
                     self._write(name, mask.astype(WEIGHTS[1]).data)
             weights = samples.mask if samples.weights is None else samples.weights
