@@ -66,6 +66,7 @@ setup(
         "pydantic>=2.7",
         "pyyaml>=6.0",
         "pyarrow>=15.0",
+        "fsspec>=2024.2",
         "zstandard>=0.22",
         "filelock>=3.13",
         "tqdm>=4.66",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -82,13 +83,30 @@ def turns(*pairs: tuple[str, Any]) -> str:
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in pairs]})
 
 
+def arrow_stream() -> bytes:
+    sink = pa.BufferOutputStream()
+    table = pa.Table.from_pylist(pairs(3))
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
 NESTED = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 MADE_FILES: dict[str, tuple[str | bytes | Callable[[], bytes], Outcome]] = {
     "cut.json": ("[" + ",\n".join(GOOD)[:-5], Outcome(19, "middle of row 20", line=20, row=20, rejected={"truncated_file": 1})),
     "cut_after_comma.json": ("[" + GOOD[0] + ",", Outcome(1, "without ]", row=2, line=1, rejected={"truncated_file": 1})),
     "cut_line.jsonl": (LINES[:-9], Outcome(19, "cut off", line=20, rejected={"invalid_json": 1})),
-    "object.json": (json.dumps({"data": pairs(3)}, indent=1), Outcome(None, "begins with an object; allowed: a list")),
-    "object_on_a_line.json": (json.dumps({"data": pairs(3)}), Outcome(None, "found the columns data", line=1)),
+    "object.json": (json.dumps({"all": pairs(3)}, indent=1), Outcome(None, "begins with an object; allowed: a list")),
+    "object_on_a_line.json": (json.dumps({"all": pairs(3)}), Outcome(None, "found the columns all", line=1)),
+    "uneven_columns.json": ('{"prompt": ["a", "b"], "completion": ["x"]}', Outcome(None, r"different lengths \(prompt 2, completion 1\)")),
+    "bad_cell.json": ('{"prompt": ["a", ""], "completion": ["x", "y"]}', Outcome(1, "the prompt .* is empty", row=2, rejected={"empty_prompt": 1})),
+    "comma.jsonl": (f"{GOOD[0]},\n{GOOD[1]}", Outcome(1, "a comma after the object; remove it", line=1, rejected={"invalid_json": 1})),
+    "comma_inside.jsonl": (GOOD[0] + '\n{"prompt": "a", "completion": "b",}', Outcome(1, "a comma in front of }; remove it", line=2, rejected={"invalid_json": 1})),
+    "two_on_a_line.jsonl": (f"{GOOD[0]} {GOOD[1]}\n{GOOD[2]}", Outcome(1, "two objects on one line", line=1, rejected={"invalid_json": 1})),
+    "python.jsonl": (f"{GOOD[0]}\n{pairs(1)[0]}", Outcome(1, "single quotes.*json.dumps", line=2, rejected={"invalid_json": 1})),
+    "xz.jsonl": (lzma.compress(LINES.encode()), Outcome(None, r"the content is xz \(.xz\), not text")),
+    "list_on_a_line.jsonl": (f"[{GOOD[0]}, {GOOD[1]}]", Outcome(None, r"found a list: .*name the file \.json\)", line=1)),
+    "list.jsonl": ("[\n" + ",\n".join(GOOD[:2]) + "\n]", Outcome(1, "a list over several lines; name the file .json", line=1, rejected={"invalid_json": 3})),
     "lines.json": (LINES, Outcome(20, None)),
     "no_list.json": ("3", Outcome(None, "allowed: a list of objects")),
     "other_values.json": (f"[{GOOD[0]}, 5, null, [1], {GOOD[1]}]", Outcome(2, "found a number: 5", line=1, row=2, rejected={"not_an_object": 3})),
@@ -120,13 +138,23 @@ MADE_FILES: dict[str, tuple[str | bytes | Callable[[], bytes], Outcome]] = {
     "invisible.jsonl": (GOOD[0] + '\n{"prompt": "Q", "completion": "\\u200b\\u200d"}', Outcome(1, "invisible characters only", line=2, rejected={"empty_response": 1})),
     "null_cells.parquet": (parquet({"prompt": ["a", None, "c"], "completion": ["x", "y", None]}), Outcome(1, "prompt is null", row=2, rejected={"null_field": 2})),
     "nested.parquet": (parquet({"messages": [NESTED, None, []]}), Outcome(1, "messages is null", row=2, rejected={"null_field": 1, "no_assistant_turn": 1})),
-    "bytes.parquet": (parquet({"prompt": [b"a"], "completion": ["x"]}), Outcome(None, "prompt is bytes", row=1)),
+    "bytes.parquet": (parquet({"prompt": [b"a", b"\xff"], "completion": ["x", "y"]}), Outcome(1, r"prompt is bytes: '\\xff'; it must be a string", row=2, rejected={"wrong_type": 1})),
     "no_rows.parquet": (parquet({"prompt": pa.array([], pa.string()), "completion": pa.array([], pa.string())}), Outcome(None, "holds no row")),
     "cut.parquet": (parquet({"prompt": ["a"], "completion": ["b"]})[:-9], Outcome(None, "cannot be read as Parquet")),
     "flipped.parquet": (damaged_parquet, Outcome(512, "cannot be read as Parquet", row=513, rejected={"damaged_file": 1})),
     "text.parquet": (LINES, Outcome(None, "cannot be read as Parquet")),
     "empty.parquet": ("", Outcome(None, "the file is empty")),
-    "data.csv": ("prompt,completion\na,b\n", Outcome(None, "cannot be read; allowed: .jsonl")),
+    "data.txt": ("prompt,completion\na,b\n", Outcome(None, "cannot be read; allowed: .jsonl")),
+    "header.csv": ("prompt,completion\n\n", Outcome(None, "holds no row")),
+    "twice.csv": ("prompt,completion,prompt\na,b,c\n", Outcome(None, "column 'prompt' stands twice")),
+    "cells.csv": ('prompt,completion\n"a\n,",x\n\nb,y,z\nc,z\n', Outcome(2, "found 3 cells, the header names 2 columns", line=5, row=2, rejected={"invalid_csv": 1})),
+    "quote.tsv": ('prompt\tcompletion\na\t"x" y\nb\tz\n', Outcome(1, "not valid TSV: '\t' expected after '\"'", line=2, row=1, rejected={"invalid_csv": 1})),
+    "open_quote.csv": ('prompt,completion\na,x\nb,"y\nc,z\n', Outcome(1, "a quote in front of a text is not closed", line=3, row=2, rejected={"truncated_file": 1})),
+    "latin.csv": ("prompt,completion\na,x\nb,caf\u00e9\n".encode("latin-1"), Outcome(1, "bytes e9 at byte 4 of the row", line=3, row=2, rejected={"invalid_utf8": 1})),
+    "utf16.csv": ("prompt,completion\na,x\n".encode("utf-16"), Outcome(None, "UTF-16.*iconv")),
+    "empty.csv": ("", Outcome(None, "the file is empty")),
+    "cut.arrow": (arrow_stream()[:-8], Outcome(3, "no end mark: it was cut off", row=4, rejected={"truncated_file": 1})),
+    "text.arrow": (LINES, Outcome(None, "cannot be read as Arrow")),
 }  # fmt: skip
 
 
@@ -196,12 +224,12 @@ def test_skip_goes_on_with_the_other_files_of_a_source(tmp_path: Path, tokenizer
     (tmp_path / "data" / "a.jsonl").touch()
     (tmp_path / "data" / "b.parquet").write_bytes(b"PAR1 no")
     write_jsonl(tmp_path / "data" / "c.jsonl", pairs(3))
-    (tmp_path / "data" / "notes.csv").write_text("x")
+    (tmp_path / "data" / "notes.txt").write_text("x")
     write_jsonl(tmp_path / "data" / "_draft.jsonl", pairs(2))
     prepared = prepare(data_config(tmp_path, tokenizer, tmp_path / "data", on_bad_row="skip"))
     check_prepared(prepared, Outcome(3, None, rejected={"empty_file": 1, "damaged_file": 1}))
     assert "2 beside the data not read" in prepared.table()
-    assert all(name in prepared.table() for name in ("notes.csv", "_draft.jsonl"))
+    assert all(name in prepared.table() for name in ("notes.txt", "_draft.jsonl"))
 
 
 def test_every_source_needs_a_sample_even_if_the_domain_has_others(tmp_path: Path, tokenizer: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import sys
 from pathlib import Path
@@ -55,6 +56,22 @@ def test_round_trip(tmp_path: Path) -> None:
         cache.sample(4)
     with pytest.raises(IndexError):
         cache.sample(-1)
+
+
+def test_weights_begin_where_the_first_ones_come(tmp_path: Path) -> None:
+    """A block without, one with, one without; sums leave out the first token of a sample."""
+    writer = CacheWriter(tmp_path, "<u4", {})
+    writer.append("law", 0, samples(SAMPLES[:2], 1))
+    weighted = samples(SAMPLES[2:3], 3)
+    writer.append("law", 0, dataclasses.replace(weighted, weights=np.array([0.5, 0.25], dtype="<f4")))
+    writer.append("law", 1, samples(SAMPLES[3:], 7))
+    writer.sync()
+    writer.finish_domain("law", {"domain": "law", "sources": SOURCES})
+    cache = TokenCache.open(tmp_path / "law")
+    cache.verify(full=True)
+    assert [cache.sample(i)[1].tolist() for i in range(3)] == [[0, 1, 1], [1], [0.5, 0.25]]
+    assert cache.weight_sums is not None and cache.weight_sums.tolist() == [2, 0, 0.25, 1]
+    assert cache.sample(3)[1].dtype == np.float32
 
 
 def test_a_cache_can_be_sent_to_another_process(tmp_path: Path) -> None:

@@ -18,12 +18,14 @@ PAD = 9
 class Source:
     """A token cache in memory: samples as (tokens, mask) lists."""
 
-    def __init__(self, *samples: tuple[list[int], list[int]]) -> None:
+    dtype: type = bool
+
+    def __init__(self, *samples: tuple[list[int], list[float]]) -> None:
         self.samples = samples
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, mask = self.samples[index]
-        return np.array(tokens, np.uint32), np.array(mask, bool)
+        return np.array(tokens, np.uint32), np.array(mask, self.dtype)
 
 
 def pack(*samples: tuple[int, int, int]) -> Pack:
@@ -50,6 +52,17 @@ def test_a_pack_of_two_samples_and_padding() -> None:
     int64 = {"input_ids", "labels", "position_ids"}
     for name in expected:
         assert getattr(batch, name).dtype == (torch.int64 if name in int64 else torch.int32), name
+
+
+def test_weights_stand_at_the_positions_that_predict() -> None:
+    """A sample with weights beside one with a mask; the weight of a first token never counts."""
+    plain, weighted = Source(([5, 6], [1, 1])), Source(([7, 8, 9], [3, 0, 0.5]))
+    weighted.dtype = np.float32
+    batch = collate(pack((0, 0, 2), (1, 0, 3)), [plain, weighted], pack_len=6, pad_id=PAD)
+    assert batch.labels.tolist() == [6, -100, -100, 9, -100, -100]
+    assert batch.token_weight is not None and batch.token_weight.dtype == torch.float32
+    assert batch.token_weight.tolist() == [1, 0, 0, 0.5, 0, 0]
+    assert collate(pack((0, 0, 2)), [plain], pack_len=6, pad_id=PAD).token_weight is None
 
 
 def test_a_full_pack_has_no_padding_segment() -> None:

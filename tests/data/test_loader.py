@@ -54,7 +54,8 @@ def open_loader(
 def same(one: list[Batch], other: list[Batch]) -> bool:
     """Whether two lists hold equal batches."""
     return len(one) == len(other) and all(
-        torch.equal(torch.as_tensor(vars(a)[name]), torch.as_tensor(vars(b)[name]))
+        vars(a)[name] is vars(b)[name] is None
+        or torch.equal(torch.as_tensor(vars(a)[name]), torch.as_tensor(vars(b)[name]))
         for a, b in zip(one, other, strict=True)
         for name in vars(a)
     )

@@ -330,10 +330,24 @@ def test_a_corpus_over_caches_has_nothing_where_there_is_no_cache() -> None:
         lengths = np.array([3, 4], np.int32)
         supervised = np.array([2, 3], np.int32)
         fingerprint = "abc"
+        weight_sums = None
 
     corpus = Corpus.from_caches([None, Cache()], ["law", "code"])
     assert (corpus.names, corpus.fingerprints) == (("law", "code"), ("", "abc"))
     assert (corpus.num_samples, corpus.num_tokens, corpus.num_supervised) == ((0, 2), (0, 7), (0, 5))
+
+
+def test_weights_of_tokens_change_the_normaliser_and_nothing_else() -> None:
+    lengths = [np.full(8, 50, np.int32), np.full(9, 40, np.int32)]
+    plain = Corpus(lengths, lengths)
+    weighted = Corpus(lengths, lengths, weight_sums=[None, np.arange(9) / 10])
+    settings = PlannerSettings(pack_len=200, packs_per_step=2)
+    one, other = (plan_step(c, settings, PlannerState.initial(2), [0.5, 0.5]) for c in (plain, weighted))
+    assert one.loss_weight == one.supervised_tokens
+    packed = [(d, s) for pack in other.packs for d, s in zip(pack.domains, pack.samples, strict=True)]
+    assert packed == [(d, s) for pack in one.packs for d, s in zip(pack.domains, pack.samples, strict=True)]
+    assert other.loss_weight == pytest.approx(sum(s / 10 if d else 50 for d, s in packed))
+    assert other.supervised_tokens == one.supervised_tokens != other.loss_weight
 
 
 # --- the real corpus --------------------------------------------------------------------------------

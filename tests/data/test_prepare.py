@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,26 @@ def test_pretokenised_rows_are_taken_as_they_are(tmp_path: Path, tokenizer: Path
     tokens, mask = cache.sample(0)
     assert (tokens.tolist(), mask.tolist()) == ([5, 6, 7, 8], [True, False, True, True])
     assert cache.supervised.tolist() == [2], "labels are shifted: nothing predicts the first token"
+
+
+def test_ids_are_held_against_the_embedding_before_the_work(
+    tmp_path: Path, tokenizer: Path, encoded_blocks: list[Any]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tokenizer, model)
+    rows = [{"input_ids": [5, 6, 70_000], "labels": [5, 6, 70_000]}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    config = {"model_type": "llama", "vocab_size": 70_001}
+    (model / "config.json").write_text(json.dumps(config))
+    cache = prepare(data_config(tmp_path, model, path)).caches["train"][0]
+    assert cache is not None
+    assert cache.sample(0)[0].tolist() == [5, 6, 70_000]
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    encoded_blocks.clear()
+    for verb in (prepare, open_caches):
+        with pytest.raises(ConfigError, match=r"tokenizer has ids up to 3\d\d .* embedding has 300 rows"):
+            verb(data_config(tmp_path, model, write_jsonl(path, pairs(3))))
+    assert not encoded_blocks
 
 
 def test_a_hub_data_set_is_asked_for_once_and_trained_on_without_the_hub(

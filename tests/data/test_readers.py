@@ -141,13 +141,13 @@ def test_rows_that_are_no_json_objects(text: str, reason: Reason) -> None:
 
 def test_folders_and_globs_give_sorted_files_and_name_what_they_ignore(tmp_path: Path) -> None:
     hidden = (".hidden.jsonl", "_SUCCESS", ".cache/d.jsonl", "sub/_old/e.jsonl", "sub/_f.jsonl")
-    for name in ("b.jsonl", "a.json.gz", "sub/c.parquet", "notes.csv", *hidden):
+    for name in ("b.jsonl", "a.json.gz", "sub/c.parquet", "notes.txt", *hidden):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     found = find_files(str(tmp_path))
     assert [Path(f.path).name for f in found.files] == ["a.json.gz", "b.jsonl", "c.parquet"]
     names = [path.removeprefix(f"{tmp_path}/") for path in found.ignored]
-    assert sorted(names) == [".cache/", ".hidden.jsonl", "_SUCCESS", "notes.csv", "sub/_f.jsonl", "sub/_old/"]
+    assert sorted(names) == [".cache/", ".hidden.jsonl", "_SUCCESS", "notes.txt", "sub/_f.jsonl", "sub/_old/"]
     globbed = find_files([str(tmp_path / "**" / "*.parquet"), str(tmp_path / "b*")])
     assert [Path(f.path).name for f in globbed.files] == ["c.parquet", "b.jsonl"]
     outright = find_files([str(tmp_path / "sub" / "_f.jsonl"), str(tmp_path / "sub" / "_old")])
@@ -166,7 +166,12 @@ def test_links_that_lead_back_do_not_repeat_files(tmp_path: Path) -> None:
     [
         (None, "missing.jsonl", "no such file"),
         (None, "*.jsonl", "no file matches"),
-        ("data.csv", "data.csv", "cannot be read; allowed: .jsonl"),
+        ("data.pkl", "data.pkl", "cannot be read; allowed: .jsonl"),
+        (
+            "a.orc",
+            "a.orc",
+            r"""python -c "import pandas; pandas.read_orc\('\S*a.orc'\).to_json\('\S*a.jsonl', orient=""",
+        ),
         ("readme.txt", ".", "no data file found"),
         ("a.parquet.gz", "a.parquet.gz", "cannot be read"),
     ],

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from versatune_ds.data.chat.conversation import Conversation
 from versatune_ds.data.rows.reasons import BadRow, Reason
-from versatune_ds.data.rows.schemas import Conversation, RowSchema, TokenRow
+from versatune_ds.data.rows.schemas import RowSchema, TokenRow
 
 TURNS = (("system", "S"), ("user", "Q"), ("assistant", "A"))
 
@@ -29,6 +30,8 @@ def said(who: str, value: str) -> dict[str, str]:
     "row",
     [
         {"messages": [turn(role, content) for role, content in TURNS], "prompt": "ignored"},
+        {"messages": {"role": [role for role, _ in TURNS], "content": ["S", "Q", "A"]}},
+        {"conversations": {"value": ["Q", "A"], "from": ["human", "gpt"]}, "system": "S"},
         {"conversations": [said("system", "S"), said("human", "Q"), said("gpt", "A")]},
         {"conversations": [said("user", "Q"), said("assistant", "A")], "system": "S"},
         {"instruction": "Q", "output": "A", "system": "S"},
@@ -44,17 +47,17 @@ def test_formats_are_told_apart_and_give_one_conversation(row: dict[str, Any]) -
 
 def test_alpaca_input_follows_the_instruction() -> None:
     row = parse({"instruction": "Add.", "input": "1, 2", "output": "3"})
-    assert row.turns[0] == ("user", "Add.\n\n1, 2")
+    assert row.turns[0][:2] == ("user", "Add.\n\n1, 2")
 
 
 def test_columns_are_mapped_also_inside_turns() -> None:
-    assert parse({"q": "Q", "a": "A"}, columns={"prompt": "q", "completion": "a"}).turns[1] == (
+    assert parse({"q": "Q", "a": "A"}, columns={"prompt": "q", "completion": "a"}).turns[1][:2] == (
         "assistant",
         "A",
     )
     row = {"chat": [{"who": "user", "says": "Q"}, {"who": "assistant", "says": "A"}]}
     columns = {"messages": "chat", "role": "who", "content": "says"}
-    assert parse(row, columns=columns).turns == TURNS[1:]
+    assert parse(row, columns=columns) == Conversation(TURNS[1:])
 
 
 def test_pretokenized_rows_by_labels_or_mask() -> None:
@@ -70,6 +73,7 @@ def test_pretokenized_rows_by_labels_or_mask() -> None:
 ANSWER = turn("assistant", "A")
 CHAT = [turn("user", "Q"), ANSWER]
 PADDED = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+CALL = {"type": "function", "function": {"name": "w", "arguments": {}}}
 BAD_ROWS: list[tuple[dict[str, Any], Reason]] = [
     ({"instruction": "Q"}, Reason.MISSING_FIELD),
     ({"question": "Q"}, Reason.MISSING_FIELD),
@@ -93,11 +97,13 @@ BAD_ROWS: list[tuple[dict[str, Any], Reason]] = [
     ({"messages": ["hi"]}, Reason.WRONG_TYPE),
     ({"messages": [turn("user", 5), ANSWER]}, Reason.WRONG_TYPE),
     ({"messages": [turn("user", None), ANSWER]}, Reason.NULL_FIELD),
-    ({"messages": [turn("user", [{"type": "text", "text": "Q"}]), ANSWER]}, Reason.WRONG_TYPE),
+    ({"messages": [turn("user", [{"type": "image", "image": "x"}]), ANSWER]}, Reason.UNSUPPORTED_FIELD),
+    ({"messages": [turn("user", [5]), ANSWER]}, Reason.WRONG_TYPE),
     ({"messages": [{"content": "Q"}, ANSWER]}, Reason.MISSING_FIELD),
     ({"messages": [turn("robot", "Q"), ANSWER]}, Reason.UNKNOWN_ROLE),
-    ({"messages": [turn("tool", "Q"), ANSWER]}, Reason.UNKNOWN_ROLE),
-    ({"messages": [turn("user", "Q"), turn("assistant", "A", tool_calls=[{}])]}, Reason.UNSUPPORTED_FIELD),
+    ({"messages": [turn("user", "Q"), turn("assistant", "A", tool_calls=[{}])]}, Reason.MISSING_FIELD),
+    ({"messages": [turn("user", "Q", tool_calls=[CALL]), ANSWER]}, Reason.UNSUPPORTED_FIELD),
+    ({"messages": [turn("user", "Q"), turn("assistant", None, tool_calls=[])]}, Reason.NULL_FIELD),
     ({"messages": [turn("user", "Q")]}, Reason.NO_ASSISTANT_TURN),
     ({"messages": []}, Reason.NO_ASSISTANT_TURN),
     ({"messages": [turn("user", "Q"), turn("assistant", "")]}, Reason.EMPTY_RESPONSE),

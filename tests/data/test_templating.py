@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from random import Random
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from prepared import byte_level_tokenizer, qwen_like_tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
+from versatune_ds.data.chat.conversation import Conversation, to_train
 from versatune_ds.data.encode import chat_encoder
 from versatune_ds.data.encode.chat_encoder import ChatEncoder, stop_token
 from versatune_ds.data.encode.tokenizer import set_chat_template, template_text
 from versatune_ds.data.rows.reasons import BadRow, Reason
-from versatune_ds.data.rows.schemas import Conversation, TokenRow
+from versatune_ds.data.rows.schemas import TokenRow
 from versatune_ds.foundations.errors import ConfigError
 
 # In the manner of the official templates, none of which marks the assistant's turns.
@@ -84,7 +88,7 @@ def encode(encoder: ChatEncoder, *conversations: Conversation) -> list[Any]:
 
 
 def messages(conversation: Conversation) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in conversation.turns]
+    return [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
 
 
 def supervised_runs(encoder: ChatEncoder, sample: Any) -> list[str]:
@@ -298,12 +302,106 @@ def test_rows_refused_one_by_one() -> None:
 
 
 def test_turns_that_a_template_changes_are_told() -> None:
+    """An error if they are trained on, unless thoughts are dropped; a count if they are context only."""
     encoder = ChatEncoder.build(qwen(QWEN3), "tokenizer")
-    thinking = (("user", "Q"), ("assistant", "<think>\nhm\n</think>\n\nOne."), *TWO_ROUNDS.turns[2:])
-    (sample,) = encode(encoder, Conversation(thinking))
+    thinking = Conversation(
+        (("user", "Q"), ("assistant", "<think>\nhm\n</think>\n\nOne."), *TWO_ROUNDS.turns[2:])
+    )
+    (bad,) = encode(encoder, thinking)
+    assert bad.reason == Reason.LOST_TEXT and "'hm'" in bad.message and "data.reasoning: drop" in bad.message
+    (sample,) = encode(encoder, to_train(thinking, "drop", "all_turns"))
     assert supervised_runs(encoder, sample)[0] == "One.<|im_end|>"
+    (sample,) = encode(encoder, to_train(thinking, "keep", "last_turn"))
+    assert supervised_runs(encoder, sample) == ["<think>\n\n</think>\n\nFour.<|im_end|>"]
     assert sample.was_rewritten
     assert not encode(encoder, TWO_ROUNDS)[0].was_rewritten
+
+
+PLAIN = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'Q: ' + m.content + ' A: ' }}"
+    "{% else %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("answer", ["A b", " A", "  A ", "A\n"])
+@pytest.mark.parametrize("template", [QWEN25, PLAIN])
+def test_spaces_around_answers_are_the_same_for_trimmed_offsets(template: str, answer: str) -> None:
+    trimming = qwen(template)
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    conversation = Conversation((("user", "Q?"), ("assistant", answer)) * 2)
+    encoder = ChatEncoder.build(trimming, "tokenizer")
+    (sample,) = encode(encoder, conversation)
+    (plain,) = encode(ChatEncoder.build(qwen(template), "tokenizer"), conversation)
+    assert sample.mask.tolist() == plain.mask.tolist()
+    assert supervised_runs(encoder, sample) == [answer + "<|im_end|>"] * 2
+
+
+@pytest.mark.parametrize("flags", [{"rstrip": True}, {"lstrip": True}, {"lstrip": True, "rstrip": True}])
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFKC(), normalizers.Replace("~", "-")])
+def test_special_tokens_that_take_white_space_with_them(flags: dict[str, bool], normalizer: Any) -> None:
+    tokenizer = byte_level_tokenizer(["</s>"], eos_token="</s>", chat_template=QWEN25)
+    specials = [AddedToken(text, normalized=False, **flags) for text in ("<|im_start|>", "<|im_end|>")]
+    tokenizer.add_tokens(specials, special_tokens=True)
+    if normalizer is not None:
+        tokenizer.backend_tokenizer.normalizer = normalizer
+    encoder = ChatEncoder.build(tokenizer, "tokenizer")
+    (sample,) = encode(encoder, TWO_ROUNDS)
+    assert supervised_runs(encoder, sample) == CASES[0][3]
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "chatml"])
+def test_a_stop_token_that_was_added_without_being_special(name: str) -> None:
+    tokenizer = byte_level_tokenizer(["</s>"], eos_token="</s>", chat_template=QWEN25)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<think>"])
+    encoder = ChatEncoder.build(tokenizer, name)
+    assert encoder.template.stop_text == "<|im_end|>"
+    (sample,) = encode(encoder, TWO_ROUNDS)
+    assert supervised_runs(encoder, sample) == CASES[0][3]
+    (bad,) = encode(encoder, Conversation((("user", "Q"), ("assistant", "a <|im_end|> b"))))
+    assert bad.reason == Reason.STOP_TOKEN_IN_TEXT
+    (thought,) = encode(encoder, Conversation((("user", "<think>"), ("assistant", "a"))))
+    assert not thought.has_special_text, "only the stop token is taken for a special one"
+
+
+@pytest.mark.parametrize(("name", "bos"), [("chatml", "<|im_start|>"), ("llama3", "<|start_header_id|>")])
+def test_a_built_in_template_that_begins_with_the_bos_token_writes_it_once(name: str, bos: str) -> None:
+    tokenizer = qwen_like_tokenizer(bos_token=bos) if name == "chatml" else llama("</s>", bos)
+    (sample,) = encode(ChatEncoder.build(tokenizer, name), TWO_ROUNDS)
+    begin = tokenizer.convert_tokens_to_ids(bos)
+    assert sample.tokens[0] == begin
+    assert sample.tokens[1] != begin
+
+
+def holes() -> Any:
+    """A tokenizer with fewer entries than its largest id: its specials stand far behind its words."""
+    tokenizer = qwen(QWEN25)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for entry in state["added_tokens"]:
+        entry["id"] += 70_000
+        state["model"]["vocab"].pop(entry["content"])
+        state["model"]["vocab"][entry["content"]] = entry["id"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>", chat_template=QWEN25
+    )
+
+
+def test_a_vocabulary_with_holes() -> None:
+    tokenizer = holes()
+    assert len(tokenizer) < 500
+    encoder = ChatEncoder.build(tokenizer, "tokenizer")
+    (sample,) = encode(encoder, TWO_ROUNDS)
+    assert supervised_runs(encoder, sample) == CASES[0][3]
+    row = TokenRow(np.array([1, 70_002]), np.array([False, True]))
+    assert encoder.check_tokens(row).tokens.tolist() == [1, 70_002]
+    with pytest.raises(BadRow, match=r"input_ids\[1\] is 70003; allowed: 0 .. 70002"):
+        encoder.check_tokens(TokenRow(np.array([1, 70_003]), np.array([False, True])))
+    wider = ChatEncoder.build(tokenizer, "tokenizer", rows=80_000)
+    assert wider.check_tokens(TokenRow(np.array([1, 79_999]), np.array([False, True]))).tokens[1] == 79_999
+    assert wider.fingerprint == encoder.fingerprint
+    with pytest.raises(
+        ConfigError, match=r"ids up to 70002 \(<\|im_end\|>\), .* 70000 rows; use the model's own"
+    ):
+        ChatEncoder.build(tokenizer, "tokenizer", rows=70_000)
 
 
 def test_a_base_tokenizer_without_eos_cannot_end_turns() -> None:

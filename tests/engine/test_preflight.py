@@ -83,6 +83,9 @@ def test_max_epochs_must_last_for_all_steps(steps, enough):
             preflight.check_supply(*check)
 
 
+TOKENIZER = SimpleNamespace(get_vocab=lambda: {f"t{i}": i for i in range(100)})
+
+
 def architecture(**more):
     return SimpleNamespace(**({"model_type": "x", "vocab_size": 100, "max_position_embeddings": 64} | more))
 
@@ -95,21 +98,21 @@ def architecture(**more):
         ({"final_logit_softcapping": 30.0}, "change their logits"),
         ({"n_routed_experts": 8}, "mixture of experts whose routers are not known here"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
-        ({"vocab_size": 99}, "100 entries and the model's embedding 99"),
+        ({"vocab_size": 99}, r"ids up to 99 \(t99\), and the model's embedding has 99 rows"),
     ],
 )
 def test_models_that_would_train_wrongly_are_refused(more, message):
     with pytest.raises(ConfigError, match=message):
-        preflight.check_architecture(architecture(**more), range(100), corpus(1, 1))
+        preflight.check_architecture(architecture(**more), TOKENIZER, corpus(1, 1))
 
 
 def test_samples_beyond_the_positions_are_told(monkeypatch):
     told = []
     monkeypatch.setattr(preflight.log, "warning", lambda text, *args: told.append(text % args))
     neutral = architecture(logit_scale=1.0, logits_scaling=1.0, final_logit_softcapping=None)
-    preflight.check_architecture(neutral, range(100), corpus(1, 1, length=64))
+    preflight.check_architecture(neutral, TOKENIZER, corpus(1, 1, length=64))
     assert not told
-    preflight.check_architecture(neutral, range(100), corpus(1, 1, length=65))
+    preflight.check_architecture(neutral, TOKENIZER, corpus(1, 1, length=65))
     assert "65 tokens" in told[0] and "64 positions" in told[0]
 
 

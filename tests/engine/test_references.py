@@ -277,5 +277,5 @@ def test_another_vocabulary_is_refused(folder, tmp_path):
     small = tiny_model(tmp_path / "tight", qwen_like_tokenizer(), b"w")
     raw = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps({**raw, "vocab_size": 100}))
-    with pytest.raises(ConfigError, match="embedding 100"):
+    with pytest.raises(ConfigError, match="embedding has 100 rows"):
         measure(config, str(small), None)

@@ -37,6 +37,20 @@ def test_sums_equal_the_reference_over_micro_batches():
     assert again.flags == Flags() and not again.sums.values.any()  # reduce starts anew
 
 
+def test_weighted_and_plain_losses_are_told_apart():
+    """Two samples of domains 1 and 0, padding behind them; then a pack without weights."""
+    statistics = StepStatistics(2, CPU)
+    out = output([3.0, 4.0], [2, 1])
+    out.token_loss = torch.tensor([1.0, 2.0, 4.0, 0.0, 0.0])
+    ids, weight = torch.tensor([0, 0, 1, 1, -1]), torch.tensor([0.5, 2.0, 0.25, 0.0, 0.0])
+    statistics.add(out, torch.tensor([1, 0]), ids, weight)
+    statistics.add(output([5.0], [2]), torch.tensor([0]))
+    totals = statistics.reduce()
+    assert totals.weighted.tolist() == [[1.0 + 5.0, 4.5], [0.25 + 2.0, 2.5]]
+    assert totals.sums.mean_loss().tolist() == [9.0 / 3, 3.0 / 2]
+    assert not statistics.reduce().weighted.any()
+
+
 def test_a_nan_marks_the_step_and_no_other_domain():
     statistics = StepStatistics(2, CPU)
     statistics.add(output([1.0, float("nan"), 3.0], [1, 1, 1]), torch.tensor([0, 1, 0]))

@@ -169,6 +169,7 @@ def test_every_dependency_is_carried_or_left_to_the_host_on_purpose():
         "tqdm",
         "jinja2",
         "httpx",
+        "fsspec",
     }
     left_out = set(
         re.findall(r"[\w-]+(?= \()", script[script.index("# What a host") : script.index("runtime=")])

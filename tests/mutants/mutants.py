@@ -39,6 +39,13 @@ FILES = {
     "sinks": "versatune_ds/observability/sinks.py",
     "throughput": "versatune_ds/observability/throughput.py",
     "records": "versatune_ds/observability/records.py",
+    "repositories": "versatune_ds/data/rows/repositories.py",
+    "tables": "versatune_ds/data/rows/tables.py",
+    "units": "versatune_ds/data/cache/units.py",
+    "conversation": "versatune_ds/data/chat/conversation.py",
+    "flags": "versatune_ds/data/chat/flags.py",
+    "turns": "versatune_ds/data/chat/turns.py",
+    "cache": "versatune_ds/data/cache/cache.py",
     "templating": "versatune_ds/data/encode/templating.py",
     "chat encoder": "versatune_ds/data/encode/chat_encoder.py",
     "collate": "versatune_ds/data/collate.py",
@@ -81,7 +88,11 @@ TESTS = {
     "sinks": "tests/observability/test_sinks.py",
     "throughput": "tests/observability/test_throughput.py",
     "records": "tests/observability/test_records.py",
+    "containers": "tests/data/test_containers.py",
     "templating": "tests/data/test_templating.py",
+    "conversations": "tests/data/test_conversations.py",
+    "cache": "tests/data/test_cache.py",
+    "weighted loop": "tests/engine/test_weighted_loop.py",
     "collate": "tests/data/test_collate.py",
     "loader": "tests/data/test_loader.py",
     "planner": "tests/data/test_planner.py",
@@ -212,7 +223,7 @@ fault("the first pack ends a step", "loop", "is_last=i == len(batches) - 1)", "i
 fault(
     "losses are divided by all tokens, not the supervised ones",
     "loop",
-    "normalizer = plan.supervised_tokens /",
+    "normalizer = plan.loss_weight /",
     "normalizer = plan.tokens /",
     PLAIN,
 )
@@ -359,7 +370,13 @@ fault(
 FLAGS = "statistics::test_what_one_rank_says_is_true_for_all_and_nothing_else"
 SUMS = "statistics::test_sums_equal_the_reference_over_micro_batches"
 fault("a flag needs all ranks", "statistics", "bool(n > 0)", "bool(n == 3)", FLAGS)
-fault("flags are shifted by one", "statistics", "buffer[count + 1 :]", "buffer[count : -1]", FLAGS)
+fault(
+    "flags are shifted by one",
+    "statistics",
+    "buffer[count + 1 :], np.cumsum",
+    "buffer[count:], np.cumsum",
+    FLAGS,
+)
 fault("sums are not cleared", "statistics", "        self._sums.zero_()\n", "", SUMS)
 fault(
     "a NaN is found again in the step after",
@@ -396,7 +413,7 @@ fault(
     "(~torch.isfinite(loss).any())",
     "statistics::test_infinite_losses_whose_sums_are_finite_are_found",
 )
-fault("the last micro-batch counts alone", "statistics", "self._sums += torch", "self._sums = torch", SUMS)
+fault("the last micro-batch counts alone", "statistics", "self._sums += sums", "self._sums = sums", SUMS)
 fault(
     "ranks agree when one does",
     "distributed",
@@ -628,7 +645,7 @@ fault(
 fault(
     "frozen routers are still balanced",
     "model",
-    '0.0 if settings.router == "frozen" else settings.router_aux_loss',
+    "0.0 if frozen else settings.router_aux_loss",
     "settings.router_aux_loss",
     "router::test_frozen_routers_train_nothing_and_add_nothing",
 )
@@ -1178,37 +1195,37 @@ fault(
 fault(
     "the stop token is not supervised (by heads)",
     "chat encoder",
-    "mask[anchor + count : stop + 1] = True",
-    "mask[anchor + count : stop] = True",
+    "weights[anchor + count : stop + 1] = weight",
+    "weights[anchor + count : stop] = weight",
     MASKS,
 )
 fault(
     "the stop token is not supervised (by offsets)",
     "chat encoder",
-    "mask[first:stop] = True",
-    "mask[first : stop - 1] = True",
+    "weights[first : stop + 1] = weight",
+    "weights[first:stop] = weight",
     ACROSS + "[False]",
     SAME_MASKS,
 )
 fault(
     "one token too many is supervised (by offsets)",
     "chat encoder",
-    "mask[first:stop] = True",
-    "mask[first : stop + 1] = True",
+    "weights[first : stop + 1] = weight",
+    "weights[first : stop + 2] = weight",
     SAME_MASKS,
 )
 fault(
     "the first token of a turn is not supervised (by heads)",
     "chat encoder",
-    "mask[anchor + count : stop + 1] = True",
-    "mask[anchor + count + 1 : stop + 1] = True",
+    "weights[anchor + count : stop + 1] = weight",
+    "weights[anchor + count + 1 : stop + 1] = weight",
     MASKS,
 )
 fault(
     "only the last turn is supervised",
     "templating",
-    "            starts.append(len(prompt))\n        return starts",
-    "            starts.append(len(prompt))\n        return starts[-1:]",
+    "if not turn.is_trained:",
+    "if not turn.is_trained or turn is not turns[-1]:",
     MASKS,
 )
 fault(
@@ -1219,10 +1236,33 @@ fault(
     "templating::test_a_head_that_ends_within_a_word_is_not_trusted",
 )
 fault(
+    "splits that were not asked for are read, too",
+    "repositories",
+    "for part in wanted for name in splits[part]",
+    "for part in splits for name in splits[part]",
+    "containers::test_splits_are_told_from_names[names2-train-read2-test (1), validation (1)]",
+    "containers::test_a_saved_data_set_dict_is_read_by_its_splits",
+)
+fault(
+    "a class label gets the name of the one before it",
+    "tables",
+    "else names[value]",
+    "else names[value - 1]",
+    "containers::test_class_labels_are_read_by_name[schema]",
+    "containers::test_class_labels_are_read_by_name[README.md]",
+)
+fault(
+    "names of class labels beside a file are no part of the key",
+    "units",
+    "*([file.labels] if file.labels else [])",
+    "*([])",
+    "containers::test_class_labels_are_read_by_name[README.md]",
+)
+fault(
     "pre-tokenised rows may name ids beyond the vocabulary",
     "chat encoder",
-    "(row.tokens >= self.vocab_size)",
-    "(row.tokens > self.vocab_size)",
+    "(row.tokens >= self.num_ids)",
+    "(row.tokens > self.num_ids)",
     "templating::test_pre_tokenised_rows_are_checked",
 )
 fault(
@@ -1231,6 +1271,112 @@ fault(
     "if not row.mask[1:].any():",
     "if not row.mask.any():",
     "templating::test_pre_tokenised_rows_are_checked",
+)
+
+# --- conversations and weights ------------------------------------------------------------------------------
+
+WEIGHED = "weighted loop::test_steps_are_those_of_weighed_losses_and_both_losses_are_written_down"
+LEFT_OUT = "conversations::test_tools_and_calls_that_the_template_leaves_out_are_errors"
+fault(
+    "the weight of a row is no factor",
+    "conversation",
+    "weight = factor * (unsaid if",
+    "weight = (unsaid if",
+    "conversations::test_a_weight_of_the_row_is_a_factor",
+)
+fault(
+    "turns without a flag are trained on beside flagged ones",
+    "conversation",
+    'unsaid = 0.0 if train_on == "flagged"',
+    'unsaid = 1.0 if train_on == "flagged"',
+    "conversations::test_which_turns_are_trained_on",
+)
+fault(
+    "masked means trained on",
+    "flags",
+    "value = 1 - value if",
+    "value = value if",
+    "conversations::test_a_turn_switched_off_is_context",
+)
+fault(
+    "a fraction outweighs a flag that switches off",
+    "flags",
+    "    if 0 in found.values():\n        return 0.0\n",
+    "",
+    "conversations::test_a_turn_switched_off_is_context",
+)
+fault(
+    "parallel calls are turns of their own",
+    "turns",
+    "is_bare = turn.calls and",
+    "is_bare = False and",
+    "conversations::test_parallel_calls_in_turns_of_their_own_are_one_turn",
+)
+fault(
+    "text that the template leaves out is no error",
+    "templating",
+    "                lost = part[0]\n",
+    "",
+    LEFT_OUT,
+    "conversations::test_thoughts_that_the_template_cannot_render_are_an_error_with_a_cure",
+)
+fault(
+    "tools that the template leaves out are no error",
+    "templating",
+    "if isinstance(name, str) and name not in text:",
+    "if False:",
+    LEFT_OUT,
+)
+fault(
+    "the result of a call without a stop token is trained on",
+    "templating",
+    "not following or following not in written or following in said",
+    "True",
+    "conversations::test_a_call_without_a_stop_token_trains_no_result",
+)
+fault(
+    "an open turn learns to stop",
+    "templating",
+    "if turn.is_open:",
+    "if False:",
+    "conversations::test_an_open_turn_has_no_stop_token_to_learn",
+)
+fault(
+    "masked thoughts are trained on",
+    "templating",
+    "if not chat.masks_thoughts:",
+    "if chat.masks_thoughts:",
+    "conversations::test_thoughts_in_the_text_are_kept_masked_or_dropped",
+)
+fault(
+    "weights that begin in a later block stand at the first tokens",
+    "cache",
+    "if name not in self._sizes and masks in self._sizes:",
+    "if False:",
+    "cache::test_weights_begin_where_the_first_ones_come",
+)
+fault(
+    "the weight of a first token counts in the sum",
+    "cache",
+    "weights[a + 1 : b]",
+    "weights[a:b]",
+    "cache::test_weights_begin_where_the_first_ones_come",
+)
+fault(
+    "weights are not shifted",
+    "collate",
+    "np.append(weights[1:], np.float32(0))",
+    "weights",
+    "collate::test_weights_stand_at_the_positions_that_predict",
+    WEIGHED,
+)
+fault(
+    "a weighed loss is divided by the number of its tokens",
+    "planner",
+    "        if corpus.has_weights\n",
+    "        if False\n",
+    "planner::test_weights_of_tokens_change_the_normaliser_and_nothing_else",
+    WEIGHED,
 )
 
 # --- packs and batches --------------------------------------------------------------------------------------
@@ -1269,8 +1415,8 @@ fault(
 fault(
     "the mask of the first sample counts for all",
     "collate",
-    "supervised[end - length : end] = mask",
-    "supervised[: len(mask)] = mask",
+    "weights[end - length : end] = mask",
+    "weights[: len(mask)] = mask",
     PACK,
 )
 fault(

@@ -60,7 +60,7 @@ def run_case(case: str, model: Path, device: torch.device) -> dict[str, torch.Te
         spikes=SpikeGuard(None, 10),
     )
     batches = [collate(pack, [cases.Samples()] * 2, pack_len, 0) for pack in cases.packs(layout)]
-    plan = SimpleNamespace(step=0, supervised_tokens=sum(batch.supervised_tokens for batch in batches))
+    plan = SimpleNamespace(step=0, loss_weight=sum(batch.supervised_tokens for batch in batches))
     out: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         if step == 2 and "nan" in words:

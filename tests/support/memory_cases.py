@@ -156,7 +156,7 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
     mine = rank_packs(packs, distributed.rank(), distributed.world_size())
     batches = [collate(pack, [source, source], length, 0) for pack in mine]
     plan = SimpleNamespace(
-        step=0, supervised_tokens=sum(b.supervised_tokens for b in batches) * distributed.world_size()
+        step=0, loss_weight=sum(b.supervised_tokens for b in batches) * distributed.world_size()
     )
     out: dict[str, Any] = {"ranks": distributed.world_size()}
 

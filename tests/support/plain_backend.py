@@ -171,7 +171,7 @@ def plain_run(config: Path, *overrides: str, disturb: Disturb | None = None) -> 
 
 
 class Steps:
-    """The same training by hand: every sample alone, summed losses over their number, torch's AdamW.
+    """The same training by hand: every sample alone, weighed losses over their weights, torch's AdamW.
 
     Args:
         run: whose first weights and samples are taken.
@@ -198,21 +198,25 @@ class Steps:
         tokens, mask = cache.sample(index)
         ids = torch.from_numpy(tokens.astype(np.int64))
         logits = self.model(ids.unsqueeze(0)).logits[0, :-1]
-        return cross_entropy(logits, ids[1:], reduction="none")[torch.from_numpy(mask[1:].copy())]
+        return cross_entropy(logits, ids[1:], reduction="none")[torch.from_numpy(mask[1:] > 0)]
 
     def step(self, samples: Sequence[tuple[int, int]], rate: float) -> SimpleNamespace:
         """One optimizer step; sums by domain before it, and the gradient's norm."""
-        sums, counts = (np.zeros(len(self.run.train)) for _ in range(2))
+        sums, counts, weighted, weights = (np.zeros(len(self.run.train)) for _ in range(4))
         total = torch.zeros(())
         for domain, index in samples:
             losses = self.losses(self.run.train[domain], index)
-            total = total + losses.sum()
+            mask = self.run.train[domain].sample(index)[1][1:]
+            weight = torch.from_numpy(mask[mask > 0].astype(np.float64))
+            total = total + (losses * weight).sum()
+            weighted[domain] += float((losses.detach() * weight).sum())
+            weights[domain] += float(weight.sum())
             sums[domain] += float(losses.detach().double().sum())
             counts[domain] += len(losses)
-        (total / counts.sum()).backward()
+        (total / weights.sum()).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return SimpleNamespace(sums=sums, counts=counts, norm=float(norm))
+        return SimpleNamespace(sums=sums, counts=counts, norm=float(norm), weighted=weighted, weights=weights)

@@ -121,7 +121,7 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
     sources = [Samples(), Samples()]
     batches = [collate(pack, sources, PACK_LEN, 0) for pack in mine]
     everything = [collate(pack, sources, PACK_LEN, 0) for pack in chosen]
-    plan = SimpleNamespace(step=0, supervised_tokens=sum(batch.supervised_tokens for batch in everything))
+    plan = SimpleNamespace(step=0, loss_weight=sum(batch.supervised_tokens for batch in everything))
     out = {}
     for step in ("first", "poisoned", "second") if "nan" in words else ("first", "second"):
         if step == "poisoned":

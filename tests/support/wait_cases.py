@@ -86,7 +86,7 @@ def main() -> None:
     )
     sources = [cases.Samples(), cases.Samples()]
     batches = [collate(pack, sources, cases.PACK_LEN, 0) for pack in cases.packs(cases.PACKED)]
-    plan = SimpleNamespace(step=0, supervised_tokens=sum(batch.supervised_tokens for batch in batches))
+    plan = SimpleNamespace(step=0, loss_weight=sum(batch.supervised_tokens for batch in batches))
 
     def take(steps: int) -> None:
         for _ in range(steps):

@@ -1,12 +1,13 @@
-"""`versatune-ds inspect`: prepared samples as text, their supervised part marked; lengths and packs.
+"""`versatune-ds inspect`: prepared samples with what is trained on marked, lengths and packs; or one raw row.
 
-What is not covered: raw rows, and rows that were rejected (rejected.jsonl in the cache has those).
+What is not covered: lists of rejected rows (rejected.jsonl in the cache has those).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from versatune_ds.foundations.constants import EXIT_OK
 
@@ -17,8 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "inspect",
         help="show prepared samples with the supervised part marked, length statistics and packs",
         description=(
-            "Show what training will see: samples with the supervised part in green (in [[ ]] when the "
-            "output is not a terminal or NO_COLOR is set), length statistics per domain, and packs."
+            "Show what training will see: samples with the supervised part in green, thoughts in magenta and "
+            "results of tools in cyan (in [[ ]] and (( )) when the output is not a terminal or NO_COLOR is "
+            "set), length statistics per domain, and packs. With --row, one raw row on its way to token ids."
         ),
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings; see configs/")
@@ -26,25 +28,36 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--samples", type=_count, default=3, metavar="N", help="samples per domain (3)")
     parser.add_argument("--packs", type=_count, default=2, metavar="N", help="packs to show (2)")
     parser.add_argument(
+        "--row",
+        metavar="[FILE:]N",
+        help="follow line or row N of a file (default: the first) from its raw text to its token ids",
+    )
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page instead")
+    parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print everything to standard output."""
-    from versatune_ds.apps.inspect import inspect
+    """Print everything to standard output, or write the page and print its path."""
+    from versatune_ds.apps.inspect import inspect, to_lines
+    from versatune_ds.apps.trace import trace
     from versatune_ds.config.load import load_config
+    from versatune_ds.report.page import to_html
 
     config = load_config(args.config, args.overrides)
-    for line in inspect(
-        config,
-        sys.stdout,
-        domain=args.domain,
-        samples=args.samples,
-        packs=args.packs,
-        config_path=args.config,
-    ):
+    if args.row is not None:
+        page = trace(config, args.row, domain=args.domain)
+    else:
+        page = inspect(
+            config, domain=args.domain, samples=args.samples, packs=args.packs, config_path=args.config
+        )
+    if args.html is not None:
+        args.html.write_text(to_html(page), encoding="utf-8")
+        print(args.html)
+        return EXIT_OK
+    for line in to_lines(page, sys.stdout):
         print(line)
     return EXIT_OK
 

@@ -23,7 +23,7 @@ from versatune_ds.config.section import Section
 from versatune_ds.config.weights import Domains, Weights
 
 DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized"]
-ChatTemplate = Literal["tokenizer", "chatml", "alpaca", "llama2", "llama3"]
+ChatTemplate = Literal["tokenizer", "chatml", "hermes", "alpaca", "llama2", "llama3"]
 DEFAULT_COLLECTIVE_TIMEOUT_S = 1800.0
 
 
@@ -113,7 +113,7 @@ class Source(Section):
     """One set of raw files (or a hub data set)."""
 
     path: str | list[str]
-    """File, folder, glob, or a list of these; `hub:owner/name` for a hub data set (extra `hub`)."""
+    """File, folder, glob, URL (s3://, hf://, ...), or a list of these; `hub:owner/name` (extra `hub`)."""
     domain: str | None = None
     """Domain of every row; give this or `domain_column`."""
     domain_column: str | None = None
@@ -123,7 +123,7 @@ class Source(Section):
     columns: dict[str, str] = Field({})
     """Our column name -> the file's column name, e.g. `{prompt: question, completion: answer}`."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a folder that holds several; `train+test` stands for both."""
 
     @model_validator(mode="after")
     def _check(self) -> Source:
@@ -143,6 +143,11 @@ class Data(Section):
     """Held-out sources; evaluated per domain, and the `probe` loss source."""
     chat_template: ChatTemplate = "tokenizer"
     """How conversations become text: the tokenizer's own template, or a built-in one for base models."""
+    reasoning: Literal["keep", "mask", "drop"] = "keep"
+    """Thoughts of the assistant: trained on, context only, or left out."""
+    train_on: Literal["all_turns", "last_turn", "flagged"] = "all_turns"
+    """Which assistant turns are trained on, but for those that flags in the data switch off: all, the last,
+    or those only that a flag or weight switches on."""
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
     """What to do with a sample longer than `batch.pack_len`; always counted and reported."""
     on_bad_row: Literal["error", "skip"] = "error"

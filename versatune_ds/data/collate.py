@@ -27,8 +27,8 @@ from versatune_ds.foundations.errors import DataError
 class TokenSource(Protocol):
     """What collate reads of a domain's token cache."""
 
-    def sample(self, index: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
-        """(tokens uint32[n], mask bool[n]); mask marks the tokens to be predicted."""
+    def sample(self, index: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[Any]]:
+        """(tokens uint32[n], mask bool[n]); mask marks the tokens to be predicted, or float32[n]: weighs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,7 @@ class Batch:
         max_seqlen: length of the longest segment, padding included.
         num_tokens: real tokens, without padding.
         supervised_tokens: labels that are not IGNORE_INDEX.
+        token_weight: float32[T], factor of each label in the loss, 0 without one; None: 1.
     """
 
     input_ids: torch.Tensor
@@ -59,6 +60,7 @@ class Batch:
     max_seqlen: int
     num_tokens: int
     supervised_tokens: int
+    token_weight: torch.Tensor | None = None
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
@@ -92,7 +94,8 @@ def collate(pack: Pack, sources: Sequence[TokenSource | None], pack_len: int, pa
     lengths = pack.lengths.astype(np.int64)
     ends = np.cumsum(lengths)
     tokens = np.full(pack_len, pad_id, dtype=np.int64)
-    supervised = np.zeros(pack_len, dtype=np.bool_)
+    weights = np.zeros(pack_len, dtype=np.float32)
+    has_weights = False
     for domain, sample, end, length in zip(pack.domains, pack.samples, ends, lengths, strict=True):
         source = sources[domain]
         if source is None:
@@ -104,11 +107,14 @@ def collate(pack: Pack, sources: Sequence[TokenSource | None], pack_len: int, pa
                 f"{length}; the token cache has changed, prepare it again and start a new run"
             )
         tokens[end - length : end] = sample_tokens
-        supervised[end - length : end] = mask
+        weights[end - length : end] = mask
+        has_weights |= mask.dtype != np.bool_
 
+    supervised = weights > 0
     labels = np.full(pack_len, IGNORE_INDEX, dtype=np.int64)
     labels[:-1][supervised[1:]] = tokens[1:][supervised[1:]]
     labels[ends - 1] = IGNORE_INDEX
+    token_weight = np.where(labels != IGNORE_INDEX, np.append(weights[1:], np.float32(0)), np.float32(0))
 
     segments, segment_samples = lengths, np.arange(num_samples)
     if num_tokens < pack_len:
@@ -125,4 +131,5 @@ def collate(pack: Pack, sources: Sequence[TokenSource | None], pack_len: int, pa
         max_seqlen=int(segments.max()),
         num_tokens=num_tokens,
         supervised_tokens=int((labels != IGNORE_INDEX).sum()),
+        token_weight=torch.from_numpy(token_weight) if has_weights else None,
     )

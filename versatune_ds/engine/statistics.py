@@ -38,6 +38,10 @@ class Flags(NamedTuple):
 NO_FLAGS = Flags()
 
 
+WEIGHTED_LOSS, WEIGHT = range(2)
+"""Rows of `StepTotals.weighted`."""
+
+
 class StepTotals(NamedTuple):
     """What all ranks together know about a step."""
 
@@ -47,6 +51,8 @@ class StepTotals(NamedTuple):
     """What any rank has said."""
     routers: npt.NDArray[np.float64] | None = None
     """What `Routers.take` gave, added up; None without routers."""
+    weighted: npt.NDArray[np.float64] | None = None
+    """float64[2, k]: per domain the sum of weight x loss (nats), and of weights, over all labels."""
 
 
 class StepStatistics:
@@ -63,14 +69,23 @@ class StepStatistics:
         if routers is not None:
             routers.take()  # what a rehearsal has left
         self._sums = torch.zeros(NUM_ROWS, num_domains, dtype=torch.float64, device=device)
+        self._weighted = torch.zeros(2, num_domains, dtype=torch.float64, device=device)
         self._nonfinite = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, out: LossOutput, sample_domains: torch.Tensor) -> None:
+    def add(
+        self,
+        out: LossOutput,
+        sample_domains: torch.Tensor,
+        sample_ids: torch.Tensor | None = None,
+        token_weight: torch.Tensor | None = None,
+    ) -> None:
         """Add a micro-batch; no host synchronisation, fixed summation order.
 
         Args:
-            out: `sample_loss` float64[S] in nats, `sample_tokens` int64[S].
+            out: `sample_loss` float64[S] in nats, `sample_tokens` int64[S], `token_loss` float32[T].
             sample_domains: int[S], the domain id of each sample.
+            sample_ids: int[T], the sample of each position, -1 in padding; with `token_weight`.
+            token_weight: float[T], 0 without a label; None: all weights are 1.
         """
         loss, tokens = out.sample_loss.double(), out.sample_tokens.double()
         self._nonfinite += (~torch.isfinite(loss).all()).double()
@@ -81,25 +96,41 @@ class StepStatistics:
         rows[SumRow.LOSS_SQ] = loss * loss
         rows[SumRow.LOSS_TOKENS] = loss * tokens
         rows[SumRow.TOKENS_SQ] = tokens * tokens
-        of_domain = sample_domains.unsqueeze(0) == torch.arange(
-            self.num_domains, device=sample_domains.device
-        ).unsqueeze(1)  # [k, S]
+        domains = torch.arange(self.num_domains, device=sample_domains.device).unsqueeze(1)
+        of_domain = sample_domains.unsqueeze(0) == domains  # [k, S]
         per_sample = torch.stack(rows).unsqueeze(1)  # [m, 1, S]
         # where, not a product with 0/1: a NaN of one domain must not reach the others
-        self._sums += torch.where(of_domain, per_sample, 0.0).sum(-1)
+        sums = torch.where(of_domain, per_sample, 0.0).sum(-1)
+        self._sums += sums
+        if token_weight is None or sample_ids is None:
+            self._weighted += sums[SumRow.LOSS_SUM : SumRow.TOKENS + 1]
+            return
+        of_position = (sample_domains[sample_ids.clamp(min=0)] == domains) & (sample_ids >= 0)  # [k, T]
+        weight = token_weight.double()
+        per_token = torch.stack([weight * out.token_loss.double(), weight]).unsqueeze(1)  # [2, 1, T]
+        self._weighted += torch.where(of_position, per_token, 0.0).sum(-1)
 
     def reduce(self, flags: Flags = NO_FLAGS) -> StepTotals:
         """Sum over ranks and start anew. The one collective, and the one wait of the host, of a step."""
         # filled on the device: a copy from the host would wait for it
         votes = [torch.full_like(self._nonfinite, float(flag)) for flag in flags]
+        first = torch.stack([self._nonfinite, *votes])
         counts = [] if self.routers is None else [self.routers.take()]
-        packed = torch.cat([self._sums.flatten(), torch.stack([self._nonfinite, *votes]), *counts])
+        packed = torch.cat([self._sums.flatten(), first, self._weighted.flatten(), *counts])
         buffer = distributed.all_reduce_sum(packed).cpu().numpy()
         self._sums.zero_()
+        self._weighted.zero_()
         self._nonfinite.zero_()
         count = self._sums.numel()
         sums = buffer[:count].reshape(NUM_ROWS, self.num_domains)
         finite = buffer[count] == 0 and bool(np.isfinite(sums).all())
-        said, routers = np.split(buffer[count + 1 :], [len(flags)])
+        said, weighted, routers = np.split(
+            buffer[count + 1 :], np.cumsum([len(flags), self._weighted.numel()])
+        )
         agreed = Flags(*(bool(n > 0) for n in said))
-        return StepTotals(DomainSums(sums) if finite else None, agreed, routers if counts else None)
+        return StepTotals(
+            DomainSums(sums) if finite else None,
+            agreed,
+            routers if counts else None,
+            weighted.reshape(2, self.num_domains) if finite else None,
+        )

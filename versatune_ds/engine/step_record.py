@@ -11,7 +11,7 @@ from versatune_ds.engine.phases import DATA_WAIT, PROBE, REDUCTION, WEIGHT_UPDAT
 from versatune_ds.engine.run import Components
 from versatune_ds.engine.statistics import StepTotals
 from versatune_ds.foundations import distributed
-from versatune_ds.observability.records import StepRecord
+from versatune_ds.observability.records import StepRecord, ratio
 from versatune_ds.observability.throughput import mfu, peak_memory_gib
 
 
@@ -35,6 +35,7 @@ def record_step(
         return
     names, sums, routers = run.table.names, totals.sums, run.backend.model.routers
     none = dict.fromkeys(names)
+    weighted = totals.weighted if run.prepared.corpus.has_weights else None
     units = ("samples", "tokens", "supervised_tokens")
     lengths = [pack.lengths.astype("int64") for pack in plan.packs]
     step_s = times.age_s()
@@ -57,6 +58,10 @@ def record_step(
         supervised_tokens=plan.supervised_tokens,
         samples=plan.num_samples,
         domain_loss=none if sums is None else run.table.by_name(sums.mean_loss()),
+        weighted_loss=ratio(*weighted.sum(1)) if weighted is not None else None,
+        domain_weighted_loss=None
+        if weighted is None
+        else {name: ratio(*of_domain) for name, of_domain in zip(names, weighted.T, strict=True)},
         domain_supervised_tokens=dict(zip(names, plan.trained.supervised_tokens, strict=True)),
         weights=run.table.by_name(plan.weights),
         weight_unit=run.config.domains.weight_unit,

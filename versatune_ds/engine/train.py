@@ -154,11 +154,11 @@ def run_step(run: Components, step: int, stop: StopRequest) -> Flags:
 def accumulate(run: Components, plan: StepPlan, batches: list[Batch]) -> list[torch.Tensor]:
     """Forward and backward over this rank's packs; returns the per-sample losses, still on the device.
 
-    The loss of every pack is divided by the supervised tokens of the whole step over all ranks. The backend
+    The loss of every pack is divided by the weight of all labels of the step over all ranks. The backend
     then averages gradients over the ranks that share out the packs, hence the factor of their number.
     """
     backend = run.backend
-    normalizer = plan.supervised_tokens / backend.ranks.dp.size
+    normalizer = plan.loss_weight / backend.ranks.dp.size
     sample_losses = []
     for i, batch in enumerate(batches):
         place = plan.step + 1, f"of pack {i + 1} of {len(batches)}"
@@ -166,7 +166,7 @@ def accumulate(run: Components, plan: StepPlan, batches: list[Batch]) -> list[to
             on_device = batch.to(backend.device, non_blocking=True)
             out = backend.forward(**model_inputs(on_device, normalizer, len(batches)))
         with phase(STATISTICS, *place):
-            run.statistics.add(out, on_device.sample_domains)
+            run.statistics.add(out, on_device.sample_domains, on_device.sample_ids, on_device.token_weight)
         with phase(BACKWARD, *place):
             backend.backward(out.loss, is_last=i == len(batches) - 1)
         sample_losses.append(out.sample_loss)

@@ -101,6 +101,11 @@ class StepRecord:
     """Nats per supervised token of this step; None for a domain without supervised tokens in it."""
     domain_supervised_tokens: Mapping[str, int]
     """Supervised tokens of this step."""
+    weighted_loss: float | None = None
+    """What the step's gradient is of: sum of weight x loss over sum of weights, in nats; None for data
+    without weights, where it is `loss`."""
+    domain_weighted_loss: Mapping[str, float | None] | None = None
+    """The same by domain."""
     weights: Mapping[str, float]
     """Domain weights this step's batch was planned with."""
     weight_unit: str = "samples"

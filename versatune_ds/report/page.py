@@ -56,6 +56,25 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stretch:
+    """A stretch of a `MarkedText`."""
+
+    text: str
+    kind: str = ""
+    """`thought`, `tool result`, or empty."""
+    weight: float | None = None
+    """What its tokens count in the loss, 0: context; None: it is no sample."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MarkedText:
+    """A sample's text, coloured by what is trained on."""
+
+    title: str
+    runs: Sequence[Stretch]
+
+
+@dataclasses.dataclass(frozen=True)
 class Fold:
     """A part that is shown on a click: a table or a text as it is."""
 
@@ -74,6 +93,7 @@ class PageSection:
     pictures: Sequence[Picture] = ()
     panels: Sequence[Picture] = ()
     """Small pictures, several in a row."""
+    texts: Sequence[MarkedText] = ()
     tables: Sequence[Table] = ()
     has_legend: bool = False
     """Show the page's legend here too."""

@@ -298,6 +298,7 @@ class SyntheticSamples:
         self.lengths = chosen.clip(8, pack_len).astype(np.int32)
         wanted = np.round(self.lengths * supervised)
         self.supervised = wanted.clip(1, self.lengths - 1).astype(np.int32)
+        self.weight_sums = None
         self.fingerprint = f"synthetic {domain} {vocab_size} {pack_len} {supervised}"
         self._domain, self._vocab_size = domain, vocab_size
 

@@ -61,7 +61,7 @@ def samples_by_domain(path: Path, num_domains: int) -> list[StoredSamples]:
 
 
 class StoredSamples:
-    """One domain's samples of such a file, in the shape of a token cache.
+    """One domain's samples of such a file, in the shape of a token cache; without weights.
 
     Args:
         name: of the file.
@@ -81,6 +81,7 @@ class StoredSamples:
         self._masks = [rows["labels"][i] != IGNORE_INDEX for i in mine]
         self.lengths = np.array([len(tokens) for tokens in self._tokens], np.int32)
         self.supervised = np.array([mask.sum() for mask in self._masks], np.int32)
+        self.weight_sums = None
         self.fingerprint = f"{name} {domain} {len(self.lengths)} {int(self.lengths.sum())}"
 
     def sample(self, index: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:

@@ -7,6 +7,9 @@ A cache is a folder:
     offsets.bin        int64[n + 1]             sample i is tokens[offsets[i] : offsets[i + 1]]
     lengths.bin        int32[n]                 tokens per sample
     supervised.bin     int32[n]                 supervised tokens per sample, counted on shifted labels
+    weights.bin        float32[N]               factor of the token in the loss, 0 where it is not supervised;
+                                                only there if one is neither 0 nor 1
+    weight_sums.bin    float64[n]               sum of these per sample, on shifted labels; with weights.bin
     source_index.bin   int32[n]                 which of the manifest's sources the sample comes from
     source_number.bin  int64[n]                 its line or row there, from 1
     manifest.json      sizes and SHA-256 of these, sources, counts, and a hash of the manifest itself
@@ -22,6 +25,7 @@ What is not covered: what goes into a cache and when it is out of date (`prepare
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -50,6 +54,8 @@ APPENDED = {
     "source_number.bin": "<i8",
 }
 OFFSETS = ("offsets.bin", "<i8")
+WEIGHTS = ("weights.bin", "<f4")
+WEIGHT_SUMS = ("weight_sums.bin", "<f8")
 REMEDY = "run `versatune-ds prepare` again: it builds damaged caches anew"
 
 
@@ -78,6 +84,10 @@ class TokenCache:
         self._tokens = self._map("tokens.bin", manifest["tokens_dtype"])
         self._mask = self._map("mask.bin", "u1").view(np.bool_)
         self._offsets = self._map(*OFFSETS)
+        has_weights = WEIGHTS[0] in manifest["files"]
+        self.weight_sums: npt.NDArray[np.float64] | None = self._map(*WEIGHT_SUMS) if has_weights else None
+        """float64[n], sum of the weights of each sample's labels; None: all weights are 1."""
+        self._weights = self._map(*WEIGHTS) if has_weights else self._mask
         self._source_index = self._map("source_index.bin", "<i4")
         self._source_number = self._map("source_number.bin", "<i8")
 
@@ -97,14 +107,14 @@ class TokenCache:
     def __len__(self) -> int:
         return int(self.manifest["samples"])
 
-    def sample(self, i: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
-        """Sample i: tokens uint32[len] and mask bool[len] (True: supervised).
+    def sample(self, i: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[Any]]:
+        """Sample i: tokens uint32[len] and mask bool[len] (True: supervised), or float32[len] weights.
 
         Raises:
             IndexError: there is no sample i.
         """
         start, stop = self._bounds(i)
-        return self._tokens[start:stop].astype(np.uint32), self._mask[start:stop]
+        return self._tokens[start:stop].astype(np.uint32), self._weights[start:stop]
 
     def source_of(self, i: int) -> tuple[str, int]:
         """(path, line or row from 1) that sample i came from, as it was called at preparation time."""
@@ -204,6 +214,8 @@ class SampleArrays:
     source_number: npt.NDArray[np.int64]
     digests: npt.NDArray[np.uint64]
     """uint64[n, 2]: hash of the prompt (all but the last response) and of the whole row."""
+    weights: npt.NDArray[np.float32] | None = None
+    """As many as tokens; None: those of the mask."""
 
 
 class CacheWriter:
@@ -235,6 +247,13 @@ class CacheWriter:
     def append(self, domain_folder: str, source_index: int, samples: SampleArrays) -> None:
         """Write samples behind those that are there."""
         n = len(samples.lengths)
+        name, masks = f"{domain_folder}/{WEIGHTS[0]}", f"{domain_folder}/mask.bin"
+        if samples.weights is not None or name in self._sizes:
+            if name not in self._sizes and masks in self._sizes:  # what came before has its masks
+                for mask in _parts(self.folder / masks, "u1"):
+                    self._write(name, mask.astype(WEIGHTS[1]).data)
+            weights = samples.mask if samples.weights is None else samples.weights
+            self._write(name, weights.astype(WEIGHTS[1]).data)
         for name, values in (
             ("tokens.bin", samples.tokens),
             ("mask.bin", samples.mask),
@@ -289,6 +308,9 @@ class CacheWriter:
             "conflicting": conflicting,
             "files": {name: file_entry(folder / name) for name in (*APPENDED, OFFSETS[0])},
         }
+        if (folder / WEIGHTS[0]).exists():
+            _write_weight_sums(folder)
+            manifest["files"] |= {name: file_entry(folder / name) for name in (WEIGHTS[0], WEIGHT_SUMS[0])}
         manifest["fingerprint"] = manifest_fingerprint(manifest)
         write_json_atomic(folder / MANIFEST_FILE, manifest)
         return manifest
@@ -319,6 +341,17 @@ def _write_offsets(folder: Path) -> tuple[int, int]:
         file.flush()
         os.fsync(file.fileno())
     return samples, total
+
+
+def _write_weight_sums(folder: Path) -> None:
+    """weight_sums.bin from weights.bin; a sample's first token is no label."""
+    weights = np.memmap(folder / WEIGHTS[0], dtype=WEIGHTS[1], mode="r")
+    offsets = np.fromfile(folder / OFFSETS[0], dtype=OFFSETS[1])
+    sums = [float(weights[a + 1 : b].sum(dtype=np.float64)) for a, b in itertools.pairwise(offsets)]
+    with open(folder / WEIGHT_SUMS[0], "wb") as file:
+        file.write(np.array(sums, dtype=WEIGHT_SUMS[1]).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def count_repeats(path: Path) -> tuple[int, int]:

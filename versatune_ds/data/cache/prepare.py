@@ -41,14 +41,16 @@ from versatune_ds.data.cache.units import (
     SourceHashes,
     Unit,
     find_units,
+    is_outdated,
     read_unit,
     unit_lock,
     why_missing,
 )
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.encoder import EncodeSettings, EncodeTask
-from versatune_ds.data.encode.tokenizer import load_tokenizer
+from versatune_ds.data.encode.tokenizer import embedding_rows, load_tokenizer
 from versatune_ds.data.encode.workers import EncodeWorkers, refuse_unguarded_import
+from versatune_ds.data.rows.remote import file_stamp
 from versatune_ds.domain.reference import initial_weights
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.constants import RESOLVED_CONFIG_FILE
@@ -109,7 +111,7 @@ def prepare(config: Config, *, progress: bool = True) -> PreparedData:
 def _prepare(config: Config, progress: bool) -> PreparedData:
     cache_dir = config.data.cache_dir
     _make_writable(cache_dir)
-    encoder = ChatEncoder.build(load_tokenizer(config), config.data.chat_template)
+    encoder = ChatEncoder.build(load_tokenizer(config), config.data.chat_template, embedding_rows(config))
     hashes = SourceHashes(cache_dir)
     units = find_units(config, encoder, hashes.update)
     _warn_about_shared_files(units)
@@ -123,7 +125,8 @@ def _prepare(config: Config, progress: bool) -> PreparedData:
             made = {unit.key for unit in missing}
             _make(config, encoder, missing, hashes, progress)
     reports = tuple(
-        UnitReport(u.split, u.folder, read_unit(u.folder), u.key not in made, u.ignored) for u in units
+        UnitReport(u.split, u.folder, read_unit(u.folder), u.key not in made, u.ignored, u.other_splits)
+        for u in units
     )
     return PreparedData(_open_all(config, units), reports)
 
@@ -146,7 +149,7 @@ def open_caches(
         StateError: a cache is missing, was made from other files or settings, or is damaged.
         DataError: a source file is missing; a domain with weight has no training data.
     """
-    encoder = ChatEncoder.build(load_tokenizer(config), config.data.chat_template)
+    encoder = ChatEncoder.build(load_tokenizer(config), config.data.chat_template, embedding_rows(config))
     units = find_units(config, encoder, SourceHashes(config.data.cache_dir).look_up)
     command = _prepare_command(config, config_path)
     for unit in units:
@@ -186,7 +189,14 @@ def _open_all(config: Config, units: Sequence[Unit]) -> dict[str, list[TokenCach
     names = config.domains.names
     caches: dict[str, list[TokenCache | None]] = {split: [None] * len(names) for split in SPLITS}
     for unit in units:
-        for name, domain in read_unit(unit.folder)["domains"].items():
+        manifest = read_unit(unit.folder)
+        if is_outdated(manifest):
+            logger.warning(
+                "%s was prepared by an earlier version, which ignored weights and flags of turns, thoughts "
+                "in fields of their own and system prompts in columns; `versatune-ds prepare` reads them",
+                unit.folder,
+            )
+        for name, domain in manifest["domains"].items():
             cache = TokenCache.open(unit.folder / domain["folder"])
             if cache.fingerprint != domain["fingerprint"]:
                 raise StateError(f"{cache.folder}: not the cache that {UNIT_FILE} was written for")
@@ -200,6 +210,12 @@ def _is_sound(unit: Unit) -> bool:
         return False
     try:
         manifest = read_unit(unit.folder)
+        if is_outdated(manifest):
+            logger.info(
+                "%s: prepared by an earlier version, which read less of a row; it is made again", unit.folder
+            )
+            shutil.rmtree(unit.folder)
+            return False
         check_file(unit.folder / REJECTED_FILE, manifest["rejected_file"], full=True)
         for domain in manifest["domains"].values():
             TokenCache.open(unit.folder / domain["folder"]).verify(full=True)
@@ -238,7 +254,9 @@ def _make(
         pack_len=config.batch.pack_len,
         overlong=config.data.overlong,
         stop_at_bad_row=config.data.on_bad_row == "error",
-        dtype=token_dtype(encoder.vocab_size),
+        dtype=token_dtype(encoder.num_ids),
+        reasoning=config.data.reasoning,
+        train_on=config.data.train_on,
     )
     writers = [UnitWriter(unit, settings.dtype, hashes) for unit in units]
     for writer in writers:
@@ -246,7 +264,7 @@ def _make(
             done = sum(writer.progress.samples)
             logger.info("going on with %s after %d samples", ", ".join(writer.unit.domains), done)
     files = [file for unit in units for file, _, _ in unit.files]
-    total = sum(os.path.getsize(file.path) for file in files if file.kind != "hub")
+    total = sum(file_stamp(file.path)[0] for file in files if file.kind != "hub")
     count = config.data.num_workers or len(os.sched_getaffinity(0))
     if count == 1 or (total < INLINE_BYTES and not any(file.kind == "hub" for file in files)):
         count = 0

@@ -19,6 +19,11 @@ _NOTES = {
     "pieces_dropped": "pieces without supervised tokens dropped",
     "special_text": "with the text of a special token in a message",
     "rewritten": "with a message that the chat template changed",
+    "json_text": "with messages as JSON text",
+    "untrained": "with assistant turns that are context only, by flags or data.train_on",
+    "weighted": "with weights other than 0 and 1",
+    "flags_elsewhere": "with weights on turns that are not the assistant's, which have no effect",
+    "unread_variables": "with chat_template_kwargs that the chat template does not read",
 }
 
 
@@ -31,7 +36,8 @@ class UnitReport:
     manifest: dict[str, Any]
     reused: bool
     ignored: tuple[str, ...]
-    """What lies beside the sources' files and is not read (`FoundFiles.ignored`)."""
+    """What lies beside the sources' files and is not read (`FoundFiles`), as the next one."""
+    other_splits: tuple[str, ...]
 
 
 def summary_lines(reports: Sequence[UnitReport]) -> Iterator[str]:
@@ -62,8 +68,12 @@ def summary_lines(reports: Sequence[UnitReport]) -> Iterator[str]:
             shown = ", ".join(report.ignored[:3]) + (", ..." if len(report.ignored) > 3 else "")
             notes.append(
                 f"note: {report.split}: {len(report.ignored)} beside the data not read (other kinds of file, "
-                f"names that begin with . or _): {shown}"
+                f"metadata, names that begin with . or _): {shown}"
             )
+        notes += [f"note: {report.split}: splits not read in {text}" for text in report.other_splits]
+        if unused := unit.get("unused_columns"):
+            about = f"{report.split} {', '.join(unit['domains'])}"
+            notes.append(f"note: {about}: columns not used: {', '.join(unused)}")
         if unit["rejected"]:
             notes.append(f"rejected rows of {report.split}: {report.folder / REJECTED_FILE}")
     yield from in_columns(rows)

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +25,27 @@ from versatune_ds.data.cache.cache import (
     file_entry,
     manifest_fingerprint,
 )
-from versatune_ds.data.cache.units import REJECTED_FILE, UNIT_FILE, SourceFiles, SourceHashes, Unit
+from versatune_ds.data.cache.units import (
+    REJECTED_FILE,
+    ROWS_VERSION,
+    UNIT_FILE,
+    SourceFiles,
+    SourceHashes,
+    Unit,
+)
 from versatune_ds.data.encode.encoder import BlockResult, EncodeTask, Problem
 from versatune_ds.data.rows import blocks
 from versatune_ds.data.rows.files import InputFile
 from versatune_ds.data.rows.readers import decode_block, read_blocks
-from versatune_ds.data.rows.reasons import NEVER_FATAL, WHOLE_FILE, BadRow
+from versatune_ds.data.rows.reasons import NEVER_FATAL, WHOLE_FILE, BadRow, short
+from versatune_ds.data.rows.schemas import RowSchema
 from versatune_ds.foundations.errors import DataError
 from versatune_ds.foundations.files import folder_name, fsync_dir, write_json_atomic
 
 JOURNAL_FILE = "journal.json"
 JOURNAL_EVERY_S = 5.0
+MAX_UNUSED = 50
+"""Columns that are named as not used; rows may have keys without end."""
 MAX_EXAMPLES = 3
 """Rejected rows that the error of a source without samples shows."""
 
@@ -54,6 +64,8 @@ class _Progress:
     rejected: dict[str, Counter[str]]
     """By domain, then reason."""
     examples: list[str]
+    unused: list[str]
+    """Columns that no row format asks for, in the order found, at most `MAX_UNUSED`."""
 
     def __post_init__(self) -> None:
         self.next = (self.next[0], self.next[1])
@@ -76,7 +88,7 @@ class UnitWriter:
         self.partial = unit.cache_dir / f"{unit.key}.partial"
         self.files = unit.files
         count = len(self.files)
-        self.progress = _Progress((0, 0), [None] * count, [0] * count, [0] * count, {}, {}, [])
+        self.progress = _Progress((0, 0), [None] * count, [0] * count, [0] * count, {}, {}, [], [])
         self.is_resumed = False
         self.last_sync = time.monotonic()
         self.writer = CacheWriter(self.partial / "unit", dtype, self._read_journal())
@@ -111,12 +123,23 @@ class UnitWriter:
             if file.kind == "hub":
                 file = dataclasses.replace(file, revision=digest)
             schema = self.unit.schema(source.source)
-            for j, block in enumerate(read_blocks(file, schema.needed_columns)):
+
+            def select(names: list[str], schema: RowSchema = schema) -> list[str] | None:
+                self._note_unused(schema, schema.detect(names), names)
+                return schema.needed_columns(names)
+
+            for j, block in enumerate(read_blocks(file, select)):
                 if progress.formats[i] is None:  # the first row that fits one decides
                     rows = (row for _, row in decode_block(file, block) if not isinstance(row, BadRow))
                     progress.formats[i] = next(filter(None, map(schema.detect, rows)), None)
                 if (i, j) >= progress.next:
                     yield i, j, EncodeTask(file, schema, progress.formats[i], block)
+
+    def _note_unused(self, schema: RowSchema, format: str | None, names: Iterable[str]) -> None:
+        if format is not None:
+            noted, used = self.progress.unused, schema.read_columns(format)
+            new = [short(name)[1:-1] or "(no name)" for name in names if name not in used]
+            noted += [name for name in dict.fromkeys(new) if name not in noted][: MAX_UNUSED - len(noted)]
 
     def add(self, file_index: int, block_index: int, result: BlockResult) -> None:
         """Append a block's result.
@@ -128,6 +151,7 @@ class UnitWriter:
         if fatal := next((problem for problem in result.problems if problem.is_fatal), None):
             raise _stopping_error(file, source, fatal)
         progress = self.progress
+        self._note_unused(self.unit.schema(source.source), progress.formats[file_index], result.columns)
         for domain, samples in result.samples.items():
             self.writer.append(self._folders[domain], file_index, samples)
             progress.samples[file_index] += len(samples.lengths)
@@ -179,12 +203,15 @@ class UnitWriter:
         unit = {
             "schema_version": CACHE_SCHEMA_VERSION,
             "key": self.unit.key,
+            "rows_version": ROWS_VERSION,
             "inputs": self.unit.inputs,
             "sources": sources,
             "domains": domains,
             "rejected": {name: dict(sorted(n.items())) for name, n in sorted(progress.rejected.items())},
             "rejected_file": file_entry(self.writer.folder / REJECTED_FILE),
         }
+        if progress.unused:
+            unit["unused_columns"] = progress.unused
         unit["fingerprint"] = manifest_fingerprint(unit)
         write_json_atomic(self.writer.folder / UNIT_FILE, unit)
         for entry in domains.values():

@@ -13,27 +13,31 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from versatune_ds.config.schema import Config, Source
+from versatune_ds.config.schema import Config, Data, Source
 from versatune_ds.data.cache.cache import CACHE_SCHEMA_VERSION, read_manifest
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.rows.files import InputFile, find_files
 from versatune_ds.data.rows.hub import hub_revision
+from versatune_ds.data.rows.remote import file_stamp, is_url, open_file
 from versatune_ds.data.rows.schemas import RowSchema
 from versatune_ds.foundations.errors import DataError, StateError
-from versatune_ds.foundations.files import canonical_hash, sha256_file, write_json_atomic
+from versatune_ds.foundations.files import canonical_hash, sha256_stream, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 
 logger = get_logger(__name__)
 
 PREPARE_VERSION = 2
 """Part of every key: raise it when the same input gives other tokens, masks or rejections."""
+ROWS_VERSION = 3
+"""Of what is read of a row, written into units: raise it when more is. `prepare` makes units of an earlier
+one again, under the same key, and says so; training takes them, with a warning."""
 SPLITS = ("train", "eval")
 UNIT_FILE = "unit.json"
 REJECTED_FILE = "rejected.jsonl"
@@ -50,7 +54,8 @@ class SourceFiles:
     files: tuple[tuple[InputFile, str], ...]
     """Each with the hash of its content."""
     ignored: tuple[str, ...]
-    """See `FoundFiles.ignored`."""
+    """See `FoundFiles`, as the next one."""
+    other_splits: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ class Unit:
         """What lies beside the files of the sources and is not read."""
         return tuple(name for source in self.sources for name in source.ignored)
 
+    @property
+    def other_splits(self) -> tuple[str, ...]:
+        """Splits in the folders of the sources that are not read."""
+        return tuple(text for source in self.sources for text in source.other_splits)
+
     def schema(self, source: Source) -> RowSchema:
         """How rows of `source` are read."""
         return RowSchema(source.format, source.columns, source.domain, source.domain_column, self.domains)
@@ -116,12 +126,19 @@ def _source_files(name: str, source: Source, hash_file: Callable[[InputFile], st
         found = find_files(source.path, source.split)
     except DataError as error:
         raise DataError(f"{error.reason} ({name})", path=error.path) from None
-    return SourceFiles(name, source, tuple((file, hash_file(file)) for file in found.files), found.ignored)
+    files = tuple((file, hash_file(file)) for file in found.files)
+    return SourceFiles(name, source, files, found.ignored, found.other_splits)
 
 
 def _unit_inputs(
     config: Config, encoder: ChatEncoder, domains: Sequence[str], sources: Sequence[SourceFiles]
 ) -> dict[str, Any]:
+    # Settings that came later stand here where they are not the default: older caches keep their keys.
+    later = {
+        f"data.{name}": getattr(config.data, name)
+        for name in ("reasoning", "train_on")
+        if getattr(config.data, name) != Data.model_fields[name].default
+    }
     return {
         "versions": [CACHE_SCHEMA_VERSION, PREPARE_VERSION],
         "domains": list(domains),
@@ -129,13 +146,17 @@ def _unit_inputs(
         "batch.pack_len": config.batch.pack_len,
         "data.overlong": config.data.overlong,
         "data.on_bad_row": config.data.on_bad_row,
+        **later,
         "sources": [
             {
                 "domain": member.source.domain,
                 "domain_column": member.source.domain_column,
                 "format": member.source.format,
                 "columns": dict(member.source.columns),
-                "files": [[file.kind, file.compression, digest] for file, digest in member.files],
+                "files": [
+                    [file.kind, file.compression, digest, *([file.labels] if file.labels else [])]
+                    for file, digest in member.files
+                ],
             }
             for member in sources
         ],
@@ -177,7 +198,7 @@ class SourceHashes:
             known = self._known(file)
             if known is not None and file.kind != "hub":
                 return known
-            stamp = file_stamp(file)
+            stamp = _stamp(file)
             digest = _hub_commit(file, known) if file.kind == "hub" else _hash(file)
             write_json_atomic(self.path, self._read() | {self._name(file): [stamp, digest]})
         return digest
@@ -192,10 +213,12 @@ class SourceHashes:
 
     def _known(self, file: InputFile) -> str | None:
         entry = self._read().get(self._name(file))
-        return entry[1] if entry is not None and entry[0] == file_stamp(file) else None
+        return entry[1] if entry is not None and entry[0] == _stamp(file) else None
 
     def _name(self, file: InputFile) -> str:
-        return f"{file.path}@{file.split}" if file.kind == "hub" else os.path.abspath(file.path)
+        if file.kind == "hub":
+            return f"{file.path}@{file.split}"
+        return file.path if is_url(file.path) else os.path.abspath(file.path)
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -215,22 +238,22 @@ def _hub_commit(file: InputFile, known: str | None) -> str:
         return known
 
 
-def file_stamp(file: InputFile) -> list[int]:
-    """Size and times (ns) of a file; any write changes it. Empty for hub data sets, which have commits."""
-    if file.kind == "hub":
-        return []
-    try:
-        stat = os.stat(file.path)
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", path=file.path) from None
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+def _stamp(file: InputFile) -> list[Any]:
+    """What any write changes (`file_stamp`). Empty for hub data sets, which have commits."""
+    return [] if file.kind == "hub" else file_stamp(file.path)
 
 
 def _hash(file: InputFile) -> str:
     try:
-        return sha256_file(Path(file.path))
+        with open_file(file.path) as stream:
+            return sha256_stream(stream)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", path=file.path) from None
+
+
+def is_outdated(manifest: Mapping[str, Any]) -> bool:
+    """Whether an earlier version read less of the rows: flags, weights, thoughts, system prompts, calls."""
+    return bool(manifest.get("rows_version", 2) < ROWS_VERSION)
 
 
 def read_unit(folder: Path) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from versatune_ds.data.chat.conversation import Conversation, Turn
 from versatune_ds.data.encode.templating import ChatRenderer, RenderedChat
-from versatune_ds.data.encode.tokenizer import warn_once
+from versatune_ds.data.encode.tokenizer import require_rows, warn_once
 from versatune_ds.data.rows.reasons import BadRow, Reason
-from versatune_ds.data.rows.schemas import Conversation, TokenRow
+from versatune_ds.data.rows.schemas import TokenRow
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import canonical_hash
 
@@ -53,12 +54,14 @@ class EncodedSample:
     Attributes:
         tokens: uint32[n].
         mask: bool[n], True where the token is supervised.
+        weights: float32[n], factor of each token in the loss, 0 where it is not supervised; None: 1 or 0.
         has_special_text: a prompt holds the text of a special token, which became that token.
-        was_rewritten: the template changed the text of a turn.
+        was_rewritten: the template changed the text of a turn that is context only.
     """
 
     tokens: npt.NDArray[np.uint32]
     mask: npt.NDArray[np.bool_]
+    weights: npt.NDArray[np.float32] | None = None
     has_special_text: bool = False
     was_rewritten: bool = False
 
@@ -70,6 +73,9 @@ class ChatEncoder:
     tokenizer_json: str
     template: ChatRenderer
     vocab_size: int
+    """Entries of the tokenizer."""
+    num_ids: int
+    """Ids that a sample may hold: rows of the model's embedding, or up to the tokenizer's last one."""
     split_special_tokens: bool = False
     stop_id: int = field(init=False)
     """The token that ends an assistant turn."""
@@ -82,13 +88,18 @@ class ChatEncoder:
         self.stop_id = ids[0]
 
     @classmethod
-    def build(cls, tokenizer: Any, name: str) -> ChatEncoder:
+    def build(cls, tokenizer: Any, name: str, rows: int | None = None) -> ChatEncoder:
         """The encoder of a loaded tokenizer with `data.chat_template: name`.
+
+        Args:
+            rows: of the model's embedding, where they are known.
 
         Raises:
             ConfigError: no usable template: unknown, broken, without a stop token, or one that rewrites what
-                it rendered before when turns are added.
+                it rendered before when turns are added; or an id of the tokenizer has no row.
         """
+        if rows is not None:
+            require_rows(tokenizer, rows)
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -96,6 +107,7 @@ class ChatEncoder:
             tokenizer_json=backend.to_str(),
             template=ChatRenderer.of(tokenizer, name),
             vocab_size=len(tokenizer),
+            num_ids=rows or max(tokenizer.get_vocab().values()) + 1,  # ids may have holes
             split_special_tokens=bool(getattr(tokenizer, "split_special_tokens", False)),
         )
         encoder._check_against(tokenizer)
@@ -119,6 +131,8 @@ class ChatEncoder:
 
         backend = tokenizers.Tokenizer.from_str(self.tokenizer_json)
         backend.encode_special_tokens = self.split_special_tokens
+        # Offsets with the spaces that belong to a token, so that one across the start of a turn is seen.
+        backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
         return backend
 
     def encode(self, conversations: Sequence[Conversation]) -> list[EncodedSample | BadRow]:
@@ -145,37 +159,64 @@ class ChatEncoder:
         Raises:
             BadRow: a token id is not in the vocabulary, or nothing is supervised.
         """
-        bad = np.flatnonzero((row.tokens < 0) | (row.tokens >= self.vocab_size))
+        bad = np.flatnonzero((row.tokens < 0) | (row.tokens >= self.num_ids))
         if bad.size:
             raise BadRow(
                 Reason.INVALID_TOKEN,
-                f"input_ids[{bad[0]}] is {row.tokens[bad[0]]}; allowed: 0 .. {self.vocab_size - 1}",
+                f"input_ids[{bad[0]}] is {row.tokens[bad[0]]}; allowed: 0 .. {self.num_ids - 1}",
             )
+        for place, tokens, mask in (
+            ("ends", row.tokens[::-1], row.mask[::-1]),
+            ("begins", row.tokens, row.mask),
+        ):
+            run = int(np.argmin(np.append(tokens == tokens[0], False)))
+            is_end = place == "begins" or tokens[0] in (self.stop_id, self._eos_id) or mask[0]
+            if tokens[0] in self._padding_ids and (run > 1 or not is_end):
+                raise BadRow(
+                    Reason.INVALID_ATTENTION_MASK,
+                    f"input_ids {place} with {run} times the token {tokens[0]}, which is padding. Take it "
+                    "off: every token of a row is seen by those after it",
+                )
         if not row.mask[1:].any():
             raise BadRow(
                 Reason.NOTHING_SUPERVISED,
                 "no token is supervised (the first one never is: nothing comes before it)",
             )
-        return EncodedSample(row.tokens.astype(np.uint32), row.mask)
+        return EncodedSample(row.tokens.astype(np.uint32), row.mask, row.weights)
+
+    @functools.cached_property
+    def _eos_id(self) -> int | None:
+        eos = self.template.variables.get("eos_token")
+        return None if eos is None else self.backend.token_to_id(str(eos))
+
+    @functools.cached_property
+    def _padding_ids(self) -> set[int | None]:
+        """Tokens that rows are padded with: the pad token, or one that ends a text."""
+        pad = self.template.variables.get("pad_token")
+        pad_id = None if pad is None else self.backend.token_to_id(str(pad))
+        return {pad_id, self._eos_id, self.stop_id} - {None}
 
     # Tokens and mask.
 
     def _with_mask(self, rendered: RenderedChat, encoding: Any) -> EncodedSample | BadRow:
         tokens = np.array(encoding.ids, dtype=np.uint32)
-        mask = np.zeros(len(tokens), dtype=np.bool_)
-        for start, end in rendered.spans:
+        weights = np.zeros(len(tokens), dtype=np.float32)
+        for start, end, weight in rendered.spans:
             first = _first_token(encoding, start)
-            stop = _first_token(encoding, end, or_across=True)
-            if stop == 0 or tokens[stop - 1] != self.stop_id:
+            # Its token may reach over white space around it.
+            stop = _first_token(encoding, end - len(self.template.stop_text), or_across=True)
+            if stop == len(tokens) or tokens[stop] != self.stop_id:
                 return BadRow(
                     Reason.NO_STOP_TOKEN,
                     f"the stop token {self.template.stop_text} at the end of an assistant turn did not "
                     "become a token",
                 )
-            mask[first:stop] = True
-        if not mask[1:].any():
+            weights[first : stop + 1] = weight
+        for start, end in rendered.context:
+            weights[_first_token(encoding, start, or_across=True) : _first_token(encoding, end)] = 0
+        if not weights[1:].any():
             return BadRow(Reason.NOTHING_SUPERVISED, "no token is supervised")
-        return EncodedSample(tokens, mask, rendered.has_special_text, rendered.was_rewritten)
+        return _sample(tokens, weights, rendered)
 
     # The same without offsets of whole texts, which make tokenising a third slower.
 
@@ -198,7 +239,7 @@ class ChatEncoder:
 
     @functools.cached_property
     def _is_special(self) -> npt.NDArray[np.bool_]:
-        table = np.zeros(max(self.vocab_size, self.backend.get_vocab_size()), dtype=np.bool_)
+        table = np.zeros(self.num_ids, dtype=np.bool_)
         table[[self.backend.token_to_id(text) for text in self.template.special_texts]] = True
         return table
 
@@ -217,52 +258,52 @@ class ChatEncoder:
         samples = {}
         for (i, plan), encoding in zip(plans.items(), whole, strict=True):
             tokens = np.array(encoding.ids, dtype=np.uint32)
-            mask = self._mask_by_heads(plan, tokens, [next(encoded_heads) for _ in plan.heads])
-            if mask is not None:
-                samples[i] = EncodedSample(tokens, mask, False, plan.item.was_rewritten)
+            weights = self._weights_by_heads(plan, tokens, [next(encoded_heads) for _ in plan.heads])
+            if weights is not None:
+                samples[i] = _sample(tokens, weights, plan.item)
         return samples
 
     def _plan_heads(self, item: RenderedChat) -> _HeadPlan | None:
-        if item.has_special_text:
+        if item.has_special_text or item.context:
             return None
         found = [match.span() for match in self._template_specials.finditer(item.text)]
         number_of_end = {end: number for number, (_, end) in enumerate(found)}
         turns, heads = [], []
-        for start, end in item.spans:
+        for start, end, weight in item.spans:
             before = bisect.bisect_right(found, start, key=lambda span: span[1]) - 1
             anchor = found[before][1] if before >= 0 else 0
             following = found[before + 1][0]  # at the latest the turn's own stop token
             if start - anchor > MAX_HEAD_CHARS or end not in number_of_end or following < start:
                 return None
-            turns.append((before, start - anchor, number_of_end[end]))
+            turns.append((before, start - anchor, number_of_end[end], weight))
             heads.append(item.text[anchor : min(start + HEAD_LOOKAHEAD_CHARS, following)])
         return _HeadPlan(item, len(found), turns, heads)
 
-    def _mask_by_heads(
+    def _weights_by_heads(
         self, plan: _HeadPlan, tokens: npt.NDArray[np.uint32], heads: Sequence[Any]
-    ) -> npt.NDArray[np.bool_] | None:
-        """The mask, or None where the head does not settle it."""
+    ) -> npt.NDArray[np.float32] | None:
+        """The weights, or None where the head does not settle them."""
         specials = np.flatnonzero(self._is_special[tokens])
         if len(specials) != plan.num_specials:
             return None
-        mask = np.zeros(len(tokens), dtype=np.bool_)
-        for (before, skip, last), head in zip(plan.turns, heads, strict=True):
+        weights = np.zeros(len(tokens), dtype=np.float32)
+        for (before, skip, last, weight), head in zip(plan.turns, heads, strict=True):
             anchor = int(specials[before]) + 1 if before >= 0 else 0
             count = _first_token(head, skip)
             stop = int(specials[last])
             is_same = head.ids[:count] == tokens[anchor : anchor + count].tolist()
             if count == len(head) or not is_same or tokens[stop] != self.stop_id or anchor + count > stop:
                 return None
-            mask[anchor + count : stop + 1] = True
-        return mask
+            weights[anchor + count : stop + 1] = weight
+        return weights
 
     def _check_against(self, tokenizer: Any) -> None:
         """Ids equal those of the tokenizer's own method, on a conversation of two rounds."""
-        turns: tuple[tuple[str, str], ...] = (
-            ("user", "A b\nc?"),
-            ("assistant", " Yes, 1 2."),
-            ("user", "\u00e9\u4e2d"),
-            ("assistant", "No."),
+        turns: tuple[Turn, ...] = (
+            Turn("user", "A b\nc?"),
+            Turn("assistant", " Yes, 1 2."),
+            Turn("user", "\u00e9\u4e2d"),
+            Turn("assistant", "No."),
         )
         sample = self.encode([Conversation(turns)])[0]
         if isinstance(sample, BadRow):  # a template may take single rounds only; rows then decide
@@ -271,7 +312,7 @@ class ChatEncoder:
         if isinstance(sample, BadRow):
             raise ConfigError(f"the chat template cannot be trained with: {sample}")
         expected = tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in turns],
+            [{"role": turn.role, "content": turn.content} for turn in turns],
             chat_template=self.template.text,
             tokenize=True,
             return_dict=False,
@@ -287,9 +328,18 @@ class ChatEncoder:
 class _HeadPlan:
     item: RenderedChat
     num_specials: int
-    turns: list[tuple[int, int, int]]
-    """Per turn: number of the special token before it, characters in between, number of its stop token."""
+    turns: list[tuple[int, int, int, float]]
+    """Per turn: number of the special token before it, characters in between, number of its stop token, and
+    its weight."""
     heads: list[str]
+
+
+def _sample(
+    tokens: npt.NDArray[np.uint32], weights: npt.NDArray[np.float32], item: RenderedChat
+) -> EncodedSample:
+    mask = weights > 0
+    fractions = weights if (weights[mask] != 1).any() else None
+    return EncodedSample(tokens, mask, fractions, item.has_special_text, item.was_rewritten)
 
 
 def _first_token(encoding: Any, at: int, *, or_across: bool = False) -> int:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.data.cache.cache import SampleArrays
+from versatune_ds.data.chat.conversation import Conversation, Turn, to_train
 from versatune_ds.data.encode.chat_encoder import ChatEncoder, EncodedSample
 from versatune_ds.data.rows.blocks import Block, RowPlace
 from versatune_ds.data.rows.files import InputFile
 from versatune_ds.data.rows.readers import decode_block
 from versatune_ds.data.rows.reasons import NEVER_FATAL, BadRow, Reason, short
-from versatune_ds.data.rows.schemas import Conversation, RowSchema, TokenRow
+from versatune_ds.data.rows.schemas import RowSchema, TokenRow
 
 EXCERPT_CHARS = 200
 NO_DOMAIN = "(unknown)"
@@ -35,6 +36,8 @@ class EncodeSettings:
     overlong: str
     stop_at_bad_row: bool
     dtype: str
+    reasoning: str = "keep"
+    train_on: str = "all_turns"
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,14 @@ class BlockResult:
     """What became of a block."""
 
     rows: int = 0
+    columns: dict[str, None] = field(default_factory=dict)
+    """Names that the rows have, in the order found."""
     samples: dict[str, SampleArrays] = field(default_factory=dict)
     """By domain."""
     problems: list[Problem] = field(default_factory=list)
     """In the order of the rows."""
     notes: dict[str, Counter[str]] = field(default_factory=dict)
-    """By domain: rows, truncated, split, pieces_dropped, special_text, rewritten."""
+    """By domain: rows, and what `cache/summary.py` names."""
 
 
 @dataclass(eq=False)
@@ -126,8 +131,11 @@ class _BlockEncoder:
             try:
                 if isinstance(found, BadRow):
                     raise found
+                self.result.columns |= dict.fromkeys(found)
                 row.domain = schema.domain_of(found)
-                row.content = schema.parse(found, self.task.format)
+                row.content = schema.parse(found, self.task.format, drop_nulls=bool(block.arrow))
+                if isinstance(row.content, Conversation):
+                    row.content = to_train(row.content, self.settings.reasoning, self.settings.train_on)
                 good.append(row)
             except BadRow as error:
                 self._reject(row, error)
@@ -149,12 +157,22 @@ class _BlockEncoder:
             except BadRow as error:
                 self._reject(row, error)
                 continue
-            if sample.has_special_text:
-                self._note(row, "special_text")
-            if sample.was_rewritten:
-                self._note(row, "rewritten")
+            for what in self._worth_a_note(content, sample):
+                self._note(row, what)
             for piece in self._fit(row, sample):
                 yield row, piece
+
+    def _worth_a_note(self, content: Conversation | TokenRow, sample: EncodedSample) -> Iterator[str]:
+        if sample.has_special_text:
+            yield "special_text"
+        if sample.was_rewritten:
+            yield "rewritten"
+        if isinstance(content, Conversation):
+            yield from sorted(content.notes)
+            if any(name not in self.settings.encoder.template.text for name in content.variables):
+                yield "unread_variables"
+        elif content.weights is not None:
+            yield "weighted"
 
     def _fit(self, row: _Row, sample: EncodedSample) -> list[EncodedSample]:
         """The sample, or what `data.overlong` makes of one that does not fit a pack."""
@@ -168,7 +186,11 @@ class _BlockEncoder:
             self._reject(row, error, is_fatal=policy == "error")
             return []
         pieces = [
-            EncodedSample(sample.tokens[i : i + limit], sample.mask[i : i + limit])
+            EncodedSample(
+                sample.tokens[i : i + limit],
+                sample.mask[i : i + limit],
+                None if sample.weights is None else sample.weights[i : i + limit],
+            )
             for i in range(0, limit if policy == "truncate" else size, limit)
         ]
         kept = [piece for piece in pieces if piece.mask[1:].any()]
@@ -191,17 +213,31 @@ def _join(items: Sequence[tuple[_Row, EncodedSample]], dtype: str) -> SampleArra
         supervised=np.array([np.count_nonzero(s.mask[1:]) for s in samples], dtype="<i4"),
         source_number=np.array([row.place.number for row, _ in items], dtype="<i8"),
         digests=np.array([_digests(row.content) for row in rows], dtype="<u8"),
+        weights=None
+        if all(s.weights is None for s in samples)
+        else np.concatenate([s.mask.astype("<f4") if s.weights is None else s.weights for s in samples]),
     )
 
 
 def _digests(row: Conversation | TokenRow) -> tuple[int, int]:
     """Hashes of the prompt (all before the last response) and of the whole row."""
     if isinstance(row, TokenRow):
-        prompt, rest = row.tokens[~row.mask].tobytes(), row.tokens.tobytes() + row.mask.tobytes()
+        mask = row.mask if row.weights is None else row.weights
+        prompt, rest = row.tokens[~row.mask].tobytes(), row.tokens.tobytes() + mask.tobytes()
     else:
-        last = max(i for i, (role, _) in enumerate(row.turns) if role == "assistant")
-        turns = [f"{role} {len(content)} {content}".encode() for role, content in row.turns]
+        last = max(i for i, turn in enumerate(row.turns) if turn.role == "assistant")
+        turns = [
+            f"{turn.role} {len(turn.content)} {turn.content}{_beside(turn)}".encode() for turn in row.turns
+        ]
         prompt, rest = b"".join(turns[:last]), b"".join(turns[last:])
+        if row.tools or row.variables:
+            prompt += repr((row.tools, row.variables)).encode()
     first = hashlib.blake2b(prompt, digest_size=8).digest()
     whole = hashlib.blake2b(first + rest, digest_size=8).digest()
     return int.from_bytes(first, "little"), int.from_bytes(whole, "little")
+
+
+def _beside(turn: Turn) -> str:
+    """What a turn says beside its text; nothing where it says nothing."""
+    said = (turn.reasoning, turn.calls, turn.weight if turn.role == "assistant" else None, turn.is_open)
+    return "" if said == ("", (), None, False) else repr(said)

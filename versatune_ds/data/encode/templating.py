@@ -10,10 +10,14 @@ In both cases a turn ends with its stop token, which is always supervised; what 
 (the newline after <|im_end|>) is not. The stop token is found by rendering: the first special token after the
 text of a last assistant turn.
 
-Templates that drop or rewrite earlier turns (Qwen3 removes their <think> blocks) work as long as what comes
-before a turn stays a prefix; turns whose text was changed are counted.
+A turn that is trained on must be there whole: a template that leaves out part of its text, thoughts or calls,
+or a row's tools, makes a bad row that says what is lost. Of turns that are context only (Qwen3 removes their
+<think> blocks), and of prompts, changes are counted.
 
-What is not covered: tools, and tokens (`chat_encoder.py`).
+Templates differ in what they call thoughts, whether arguments are objects or JSON text, and whether a turn
+without text has the content none or ''; each is given what its text asks for.
+
+What is not covered: tokens (`chat_encoder.py`).
 """
 
 from __future__ import annotations
@@ -21,18 +25,24 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from versatune_ds.data.encode.tokenizer import BUILT_IN_TEMPLATES, special_texts, template_text
+from versatune_ds.data.chat.conversation import TAGS, THOUGHTS, Conversation, Turn
+from versatune_ds.data.chat.turns import REASONING
+from versatune_ds.data.encode.tokenizer import (
+    BUILT_IN_TEMPLATES,
+    added_texts,
+    special_texts,
+    template_text,
+)
 from versatune_ds.data.rows.reasons import BadRow, Reason, short
-from versatune_ds.data.rows.schemas import Conversation
 from versatune_ds.foundations.errors import ConfigError
 
 _GENERATION_TAG = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
@@ -74,16 +84,26 @@ def _tojson(
     )
 
 
+class TrainedSpan(NamedTuple):
+    """Characters of an assistant turn that is trained on, its stop token included."""
+
+    start: int
+    end: int
+    weight: float = 1.0
+
+
 @dataclass(frozen=True)
 class RenderedChat:
-    """A conversation as text; `spans` are (start, end) characters of what is trained on."""
+    """A conversation as text, and what of it is trained on."""
 
     text: str
-    spans: list[tuple[int, int]]
+    spans: list[TrainedSpan]
+    context: list[tuple[int, int]]
+    """(start, end) of characters within spans that are not trained on after all."""
     has_special_text: bool
     """A prompt holds the text of a special token."""
     was_rewritten: bool
-    """The template changed the text of a turn."""
+    """The template changed the text of a turn that is context only."""
 
 
 @dataclass
@@ -98,7 +118,9 @@ class ChatRenderer:
     variables: dict[str, Any]
     """The tokenizer's special tokens by their role."""
     special_texts: list[str]
-    """Texts of all special tokens."""
+    """Texts of all special tokens, the longest first; the stop token is one, also if it is not flagged so."""
+    added_texts: list[str] = field(default_factory=list)
+    """Texts of all added tokens."""
     stop_text: str = field(init=False)
     """Text of the token that ends an assistant turn."""
 
@@ -108,33 +130,62 @@ class ChatRenderer:
     @classmethod
     def of(cls, tokenizer: Any, name: str) -> ChatRenderer:
         """The template of a loaded tokenizer that `data.chat_template: name` chooses."""
-        return cls(
-            template_text(tokenizer, name), dict(tokenizer.special_tokens_map), special_texts(tokenizer)
-        )
+        text, variables = template_text(tokenizer, name), dict(tokenizer.special_tokens_map)
+        return cls(text, variables, special_texts(tokenizer), added_texts(tokenizer))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
 
-    def render(self, turns: Sequence[tuple[str, str]], add_generation_prompt: bool = False) -> str:
-        """The conversation as text, with marks where the template has {% generation %}.
+    def render(self, chat: Conversation, end: int | None = None, add_generation_prompt: bool = False) -> str:
+        """The conversation, or its first turns, as text, with marks where the template has {% generation %}.
 
         Raises:
             BadRow: the template refuses these messages.
         """
         compiled = self._compiled
-        try:
-            text: str = compiled.render(
-                messages=[{"role": role, "content": content} for role, content in turns],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.variables,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise BadRow(
-                Reason.REFUSED_BY_TEMPLATE, f"the chat template refuses the messages: {error}"
-            ) from None
-        return text
+        has_calls = any(turn.calls for turn in chat.turns[:end])
+        for as_text in (False, True):  # arguments of calls as objects; as JSON text, if they are refused
+            try:
+                text: str = compiled.render(
+                    messages=[self.message(turn, as_text) for turn in chat.turns[:end]],
+                    tools=list(chat.tools) or None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **(self.variables | dict(chat.variables)),
+                )
+                return text
+            except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+                if as_text or not has_calls:
+                    raise BadRow(
+                        Reason.REFUSED_BY_TEMPLATE, f"the chat template refuses the messages: {error}"
+                    ) from None
+        raise AssertionError
+
+    def message(self, turn: Turn, arguments_as_text: bool = False) -> dict[str, Any]:
+        """What the template sees of a turn."""
+        role = turn.role
+        if role == "developer" and "developer" not in self.text:
+            role = "system"
+        content = None if turn.calls and not turn.content and self._asks_for_none else turn.content
+        message: dict[str, Any] = {"role": role, "content": content, **turn.about}
+        if turn.reasoning:
+            message[self._reasoning_name] = turn.reasoning
+        if turn.calls:
+            message["tool_calls"] = [dict(call) for call in turn.calls]
+        for call in message.get("tool_calls", ()) if arguments_as_text else ():
+            arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            call["function"] = call["function"] | {"arguments": arguments}
+        return message
+
+    @functools.cached_property
+    def _reasoning_name(self) -> str:
+        """The field of thoughts that the template reads."""
+        known = (name for name in REASONING if re.search(rf"""[.'"]{name}\b""", self.text))
+        return next(known, REASONING[0])
+
+    @functools.cached_property
+    def _asks_for_none(self) -> bool:
+        return re.search(r"\bnone\b", self.text, re.IGNORECASE) is not None
 
     @functools.cached_property
     def _compiled(self) -> jinja2.Template:
@@ -155,42 +206,52 @@ class ChatRenderer:
     def _special_prefixes(self) -> tuple[str, ...]:
         return tuple(sorted({text[:2] for text in self.special_texts}))
 
-    def render_spans(self, conversation: Conversation) -> RenderedChat:
+    def render_spans(self, chat: Conversation) -> RenderedChat:
         """The conversation with what its assistant turns span.
 
         Raises:
-            BadRow: it cannot be rendered, or its supervised part cannot be told.
+            BadRow: it cannot be rendered, its supervised part cannot be told, or part of it is lost.
         """
-        turns = conversation.turns
+        turns = chat.turns
         special_text = False
-        for i, (role, content) in enumerate(turns):
-            if not any(prefix in content for prefix in self._special_prefixes):
+        for i, turn in enumerate(turns):
+            written = turn.content
+            if turn.reasoning or turn.calls:
+                written = "\n".join((written, turn.reasoning, *map(_written, turn.calls)))
+            if not any(prefix in written for prefix in self._special_prefixes):
                 continue
-            if role == "assistant" and self.stop_text in content:
+            if turn.is_trained and self.stop_text in written:
                 raise BadRow(
                     Reason.STOP_TOKEN_IN_TEXT,
                     f"the response (turn {i + 1}) holds the text of the stop token {self.stop_text}; "
                     "the model would stop there. Remove it",
                 )
-            special_text = special_text or any(text in content for text in self.special_texts)
-        text = self.render(turns)
-        if self._marks_turns:
-            text, starts = self._take_marks(text)
-        else:
-            starts = self._starts_by_prefix(turns, text)
-        responses = [content for role, content in turns if role == "assistant"]
-        if len(starts) != len(responses):
-            raise BadRow(
-                Reason.REFUSED_BY_TEMPLATE,
-                f"the template marks {len(starts)} assistant turns, the conversation has {len(responses)}; "
-                "every one is trained on. Use another data.chat_template",
-            )
-        spans = self._close(starts, responses, text)
-        changed = any(content.strip() not in text for _, content in turns)
-        return RenderedChat(text, spans, special_text, changed)
+            special_text = special_text or any(text in written for text in self.special_texts)
+        text = self.render(chat)
+        text, starts = self._take_marks(text, turns) if self._marks_turns else (text, {})
+        spans: list[TrainedSpan] = []
+        context: list[tuple[int, int]] = []
+        changed = False
+        for i, turn in enumerate(turns):
+            if not turn.is_trained:
+                changed = changed or turn.content.strip() not in text
+                continue
+            start = starts[i] if starts else self._start_by_prefix(chat, i, text)
+            span = self._close(chat, i, start, text)
+            spans.append(span)
+            context += self._context(chat, turn, span, text)
+        for tool in chat.tools:
+            name = tool.get("function", tool).get("name")
+            if isinstance(name, str) and name not in text:
+                raise BadRow(
+                    Reason.LOST_TEXT,
+                    f"the chat template leaves out the row's tools ({short(name)}); use one that has a place "
+                    "for tools, such as data.chat_template: hermes, or take them out",
+                )
+        return RenderedChat(text, spans, context, special_text, changed)
 
-    def _take_marks(self, marked: str) -> tuple[str, list[int]]:
-        """Text without marks, and where each marked turn begins; parts of one turn count as one."""
+    def _take_marks(self, marked: str, turns: Sequence[Turn]) -> tuple[str, dict[int, int]]:
+        """Text without marks, and where each assistant turn begins; parts of one turn count as one."""
         text = ""
         starts: list[int] = []
         for part in _MARK.split(marked):
@@ -198,47 +259,93 @@ class ChatRenderer:
                 text += part
             elif part == _Marks.START and (not starts or self.stop_text in text[starts[-1] :]):
                 starts.append(len(text))
-        return text, starts
+        said = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        if len(starts) != len(said):
+            raise BadRow(
+                Reason.REFUSED_BY_TEMPLATE,
+                f"the template marks {len(starts)} assistant turns, the conversation has {len(said)}. Use "
+                "another data.chat_template",
+            )
+        return text, dict(zip(said, starts, strict=True))
 
-    def _starts_by_prefix(self, turns: Sequence[tuple[str, str]], text: str) -> list[int]:
-        starts = []
-        for i, (role, _) in enumerate(turns):
-            if role != "assistant":
-                continue
-            prompt = self.render(turns[:i], add_generation_prompt=True)
-            if not text.startswith(prompt):
-                raise BadRow(
-                    Reason.REFUSED_BY_TEMPLATE,
-                    f"the chat template renders what comes before turn {i + 1} in another way once the turn "
-                    "is there, so the supervised part cannot be told. Set data.chat_template to a built-in "
-                    "template, or use a template with {% generation %} blocks",
-                )
-            starts.append(len(prompt))
-        return starts
+    def _start_by_prefix(self, chat: Conversation, i: int, text: str) -> int:
+        # Qwen3's `enable_thinking: false` writes an empty thought into the prompt that turns need not have.
+        for variables in (chat.variables, {}):
+            prompt = self.render(replace(chat, variables=variables), i, add_generation_prompt=True)
+            if text.startswith(prompt):
+                return len(prompt)
+            if not chat.variables:
+                break
+        raise BadRow(
+            Reason.REFUSED_BY_TEMPLATE,
+            f"the chat template renders what comes before turn {i + 1} in another way once the turn "
+            "is there, so the supervised part cannot be told. Set data.chat_template to a built-in "
+            "template, or use a template with {% generation %} blocks",
+        )
 
-    def _close(self, starts: Sequence[int], responses: Sequence[str], text: str) -> list[tuple[int, int]]:
-        """A turn goes from its start to the end of the first stop token; responses hold none of their own.
+    def _close(self, chat: Conversation, i: int, start: int, text: str) -> TrainedSpan:
+        """A turn goes from its start to the end of the first stop token; its text holds none of its own.
 
-        Between the two stands the response, perhaps with something in front or shortened from the front. If
-        it does not, the stop token belongs to a later turn.
+        Between the two stands all that it says, perhaps with something between the parts. What is missing
+        is lost, or the stop token belongs to a later turn.
         """
-        spans = []
-        for start, response in zip(starts, responses, strict=True):
-            found = text.find(self.stop_text, start)
-            written, given = text[start : max(found, start)].strip(), response.strip()
-            if found < 0 or not (written.endswith(given[-16:]) or given.endswith(written[-16:])):
-                raise BadRow(
-                    Reason.NO_STOP_TOKEN,
-                    f"the chat template puts no stop token {self.stop_text} right after a response (found "
-                    f"{short(text[start : start + 50])}). Use a built-in data.chat_template",
-                )
-            spans.append((start, found + len(self.stop_text)))
-        return spans
+        turn = chat.turns[i]
+        found = text.find(self.stop_text, start)
+        written, at = text[start : max(found, start)], 0
+        lost = None
+        for part in _parts(turn):
+            place = min((p for form in part if (p := written.find(form, at)) >= 0), default=-1)
+            if place < 0:
+                lost = part[0]
+                break
+            at = place if turn.calls else place + len(part[0])
+        if lost is not None:
+            raise BadRow(
+                Reason.LOST_TEXT,
+                f"the chat template leaves out part of the response (turn {i + 1}): {short(lost)}. Use a "
+                "template that renders it (data.chat_template: hermes has places for thoughts and calls), or "
+                "if it is thoughts, set data.reasoning: drop, or data.train_on: last_turn where the last "
+                "turn keeps them",
+            )
+        is_stopped = found >= 0
+        if (
+            turn.calls
+        ):  # what it says last is no text: a stop token follows it, and not only the turn after it
+            following = chat.turns[i + 1].content.strip() if i + 1 < len(chat.turns) else ""
+            said = "".join(map(_written, turn.calls))
+            is_stopped = self.stop_text in _MARK.sub("", self.render(chat, i + 1))[start:] and (
+                not following or following not in written or following in said
+            )
+        elif not written.strip().endswith(turn.content.strip()[-16:]):
+            is_stopped = False
+        if not is_stopped:
+            raise BadRow(
+                Reason.NO_STOP_TOKEN,
+                f"the chat template puts no stop token {self.stop_text} right after a response (found "
+                f"{short(text[start : start + 50])}). Use a built-in data.chat_template",
+            )
+        return TrainedSpan(start, found + len(self.stop_text), 1.0 if turn.weight is None else turn.weight)
+
+    def _context(
+        self, chat: Conversation, turn: Turn, span: TrainedSpan, text: str
+    ) -> Iterator[tuple[int, int]]:
+        """Parts of a turn that are not trained on: thoughts, if they are masked; the end of an open turn."""
+        written = text[span.start : span.end - len(self.stop_text)]
+        if turn.is_open:
+            yield span.start + len(written.rstrip()), span.end
+        if not chat.masks_thoughts:
+            return
+        for match in THOUGHTS.finditer(written):
+            if TAGS.sub("", match[0]).strip():
+                yield span.start + match.start(), span.start + match.end()
+        if turn.reasoning and (at := written.find(turn.reasoning.strip())) >= 0:
+            end = at + len(turn.reasoning.strip())
+            yield span.start + at, span.start + end
 
     def _find_stop_text(self) -> str:
-        turns = [("user", "versatune probe question"), ("assistant", _PROBE)]
+        chat = Conversation((Turn("user", "versatune probe question"), Turn("assistant", _PROBE)))
         try:
-            text = _MARK.sub("", self.render(turns))
+            text = _MARK.sub("", self.render(chat))
         except BadRow as error:
             raise ConfigError(f"the chat template does not render a simple conversation: {error}") from None
         except jinja2.TemplateSyntaxError as error:
@@ -246,12 +353,43 @@ class ChatRenderer:
         _, found, tail = text.rpartition(_PROBE)
         if not found:
             raise ConfigError("the chat template leaves out responses; use another data.chat_template")
-        specials = "|".join(map(re.escape, self.special_texts))
-        match = re.match(rf"\s*({specials})", tail) if specials else None
-        if match is None:
+        for texts in filter(None, (self.special_texts, self.added_texts)):
+            if match := re.match(rf"\s*({'|'.join(map(re.escape, texts))})", tail):
+                break
+        else:
             raise ConfigError(
                 f"the chat template puts no stop token after the assistant's text (found {short(tail)}), so "
                 "a model trained with it would never stop. Use a built-in data.chat_template "
                 f"({', '.join(BUILT_IN_TEMPLATES)}), or let the template write eos_token there"
             )
-        return match.group(1)
+        if match[1] not in self.special_texts:
+            self.special_texts = sorted([*self.special_texts, match[1]], key=len, reverse=True)
+        return match[1]
+
+
+def _written(call: Mapping[str, Any]) -> str:
+    return json.dumps(call["function"], ensure_ascii=False)
+
+
+def _parts(turn: Turn) -> Iterator[tuple[str, ...]]:
+    """What of a turn must stand in its text, in this order, each in one of these forms.
+
+    Thoughts within the text and the text around them may be set apart in another way; text in arguments of
+    calls may be escaped as in JSON. Calls have no order among their names and arguments.
+    """
+    for text in (turn.reasoning, *TAGS.split(turn.content)):
+        if text.strip():
+            yield (text.strip(),)
+    for call in turn.calls:
+        yield (call["function"]["name"],)
+        for leaf in _leaves(call["function"]["arguments"]):
+            if (text := str(leaf).strip()) and not isinstance(leaf, bool | float | None):
+                yield text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    else:
+        yield value

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ from versatune_ds.foundations.log import get_logger
 logger = get_logger(__name__)
 
 BUILT_IN_TEMPLATES = tuple(name for name in get_args(ChatTemplate) if name != "tokenizer")
+_BOS = "{{- bos_token or '' -}}\n"
 _END_OF_TURN = re.compile(r"\{%- set end_of_turn = (.+?) -%\}")
 
 
@@ -47,11 +49,38 @@ def load_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
+def embedding_rows(config: Config) -> int | None:
+    """Token ids that the model has an embedding for; None where `model.source` has no config that tells."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    model = config.model
+    try:
+        architecture = AutoConfig.from_pretrained(model.source, trust_remote_code=model.trust_remote_code)
+        return int(architecture.get_text_config(decoder=True).vocab_size)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, StrictDataclassError):
+        return None
+
+
+def require_rows(tokenizer: Any, rows: int) -> None:
+    """Every id of the tokenizer must have a row of the embedding.
+
+    Raises:
+        ConfigError: naming ids and rows.
+    """
+    text, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        raise ConfigError(
+            f"the tokenizer has ids up to {largest} ({text}), and the model's embedding has {rows} rows; use "
+            "the model's own tokenizer, or a model with a larger embedding"
+        )
+
+
 def template_text(tokenizer: Any, name: str) -> str:
     """The Jinja text of a built-in template, or of the tokenizer's own one for the name `tokenizer`.
 
     A built-in template whose stop token is not in the vocabulary uses the tokenizer's eos token instead, and
-    says so.
+    says so; one that begins with the text of the bos token does not write it twice.
 
     Raises:
         ConfigError: the name is unknown, the tokenizer has no template, or it has no eos token.
@@ -71,8 +100,10 @@ def template_text(tokenizer: Any, name: str) -> str:
     text = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text("utf-8").rstrip("\n")
     match = _END_OF_TURN.search(text)
     assert match is not None, name
+    if tokenizer.bos_token and f"'{tokenizer.bos_token}" in text:
+        text = text.replace(_BOS, "", 1)
     stop = match.group(1).strip("'")
-    if stop in special_texts(tokenizer):
+    if stop in added_texts(tokenizer):
         return text
     if tokenizer.eos_token is None:
         raise ConfigError(
@@ -82,7 +113,7 @@ def template_text(tokenizer: Any, name: str) -> str:
     if stop == "eos_token":
         return text
     warn_once(
-        f"the {name} template ends turns with {stop}, which is not a special token of this tokenizer; its "
+        f"the {name} template ends turns with {stop}, which is not an added token of this tokenizer; its "
         f"eos token {tokenizer.eos_token} is used instead"
     )
     return text.replace(match.group(0), "{%- set end_of_turn = eos_token -%}")
@@ -104,8 +135,17 @@ def set_chat_template(tokenizer: Any, name: str) -> None:
 
 
 def special_texts(tokenizer: Any) -> list[str]:
-    """Texts of all tokens that are cut out of text before it is tokenised as words, eos included."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    """Texts of all special tokens, eos included; they are cut out of text before it is tokenised as words."""
+    return _longest_first(tokenizer, [t for t in tokenizer.added_tokens_decoder.values() if t.special])
+
+
+def added_texts(tokenizer: Any) -> list[str]:
+    """`special_texts`, and those that were added without being flagged special: they are cut out, too."""
+    return _longest_first(tokenizer, tokenizer.added_tokens_decoder.values())
+
+
+def _longest_first(tokenizer: Any, tokens: Iterable[Any]) -> list[str]:
+    texts = {token.content for token in tokens}
     if tokenizer.eos_token is not None:
-        added.add(str(tokenizer.eos_token))
-    return sorted(added, key=lambda text: (-len(text), text))
+        texts.add(str(tokenizer.eos_token))
+    return sorted(texts, key=lambda text: (-len(text), text))

@@ -32,6 +32,8 @@ class SampleSource(Protocol):
     """int32[n], supervised tokens of each sample, counted on shifted labels."""
     fingerprint: str
     """Hash of the content."""
+    weight_sums: npt.NDArray[np.float64] | None
+    """float64[n], sum of the weights of these; None: all weights are 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,8 @@ class Corpus:
     Attributes:
         lengths: per domain int32[n], tokens of each sample.
         supervised: per domain int32[n], supervised tokens of each sample, counted on shifted labels.
+        weight_sums: per domain float64[n], sum of the weights of each sample's supervised tokens, or None
+            where all are 1; () for none.
         names: k domain names, for messages.
         fingerprints: k content hashes; computed from the lengths where none are given.
     """
@@ -49,6 +53,7 @@ class Corpus:
     supervised: Sequence[npt.NDArray[np.int32]]
     names: tuple[str, ...] = ()
     fingerprints: tuple[str, ...] = ()
+    weight_sums: Sequence[npt.NDArray[np.float64] | None] = ()
     _checked: set[tuple[int, WeightUnit]] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
@@ -70,7 +75,18 @@ class Corpus:
             supervised=[none if cache is None else cache.supervised for cache in caches],
             names=tuple(names),
             fingerprints=tuple("" if cache is None else cache.fingerprint for cache in caches),
+            weight_sums=[None if cache is None else cache.weight_sums for cache in caches],
         )
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether some token counts more or less than others in the loss."""
+        return any(sums is not None for sums in self.weight_sums)
+
+    def loss_weight(self, domain: int, sample: int) -> float:
+        """Sum of the weights of a sample's supervised tokens; their number where all weights are 1."""
+        sums = self.weight_sums[domain] if self.weight_sums else None
+        return float(self.supervised[domain][sample] if sums is None else sums[sample])
 
     @functools.cached_property
     def num_samples(self) -> tuple[int, ...]:

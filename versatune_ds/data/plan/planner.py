@@ -58,6 +58,8 @@ class StepPlan:
         max_wait_steps: largest number of steps that a sample in the packs has waited since it was drawn.
         exhausted: ids of domains that have reached `max_epochs`.
         pack_len: slots in a pack.
+        loss_weight: sum of the weights of all labels in the packs, the loss's normaliser; without weights,
+            their number.
         state_after: state to plan the next step from.
     """
 
@@ -70,6 +72,7 @@ class StepPlan:
     max_wait_steps: int
     exhausted: tuple[int, ...]
     pack_len: int
+    loss_weight: float
     state_after: PlannerState
 
     @property
@@ -89,7 +92,7 @@ class StepPlan:
 
     @property
     def supervised_tokens(self) -> int:
-        """Supervised tokens in the packs, counted on shifted labels: the loss's normaliser."""
+        """Supervised tokens in the packs, counted on shifted labels."""
         return sum(self.trained.supervised_tokens)
 
     @property
@@ -284,6 +287,9 @@ def plan_step(
         max_wait_steps=max(state.step - step for _, _, _, _, step in packed),
         exhausted=tuple(i for i in range(k) if streams[i].remaining <= 0 and corpus.num_samples[i]),
         pack_len=settings.pack_len,
+        loss_weight=math.fsum(corpus.loss_weight(domain, sample) for domain, sample, *_ in packed)
+        if corpus.has_weights
+        else sum(trained.supervised_tokens),
         state_after=state_after,
     )
 

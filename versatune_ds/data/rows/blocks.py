@@ -1,6 +1,6 @@
 """Blocks of raw rows, what one process hands to another, and the place of a row.
 
-What is not covered: how files become blocks (`json_rows.py`, `parquet.py`, `hub.py`).
+What is not covered: how files become blocks (`json_rows.py`, `csv_rows.py`, `tables.py`, `hub.py`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Block:
     items: tuple[Any, ...] = ()
     """Per row: bytes of JSON (b"" is a blank line), a dict, or a BadRow. Empty for an Arrow block."""
     lines: tuple[int, ...] = ()
-    """JSON lists: the line on which each row begins."""
+    """Where rows are not lines: the line on which each begins; 0: not known."""
     arrow: bytes = b""
-    """Parquet: the rows as an Arrow IPC stream."""
+    """Parquet, Arrow: the rows as an Arrow IPC stream."""
     num_rows: int = 0
     consumed: int = 0
     """Bytes of the file read so far, for the progress bar."""

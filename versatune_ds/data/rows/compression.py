@@ -1,11 +1,13 @@
-"""Unpacking compressed files: gzip and zstd, with all rows before a cut, and a cut that is noticed.
+"""Unpacking gzip, zstd, bzip2 and xz files, with all rows before a cut, and a cut that is noticed.
 
-What is not covered: Parquet, which has its own compression.
+What is not covered: Parquet and Arrow, which have their own compression.
 """
 
 from __future__ import annotations
 
+import bz2
 import io
+import lzma
 import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -20,7 +22,7 @@ def unpack(raw: BinaryIO, compression: str, buffer_bytes: int) -> io.BufferedRea
 
     Args:
         raw: the file, at its beginning.
-        compression: `.gz`, `.zst` or nothing.
+        compression: one of `files.COMPRESSIONS` or nothing.
         buffer_bytes: read ahead.
 
     Raises (from the stream's methods):
@@ -29,6 +31,10 @@ def unpack(raw: BinaryIO, compression: str, buffer_bytes: int) -> io.BufferedRea
     stream: Any = raw
     if compression == ".gz":
         stream = _Unpacker(raw, ".gz", lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS), zlib.error)
+    elif compression == ".bz2":
+        stream = _Unpacker(raw, ".bz2", bz2.BZ2Decompressor, OSError)
+    elif compression == ".xz":
+        stream = _Unpacker(raw, ".xz", lzma.LZMADecompressor, lzma.LZMAError)
     elif compression == ".zst":
         import zstandard
 
@@ -38,7 +44,7 @@ def unpack(raw: BinaryIO, compression: str, buffer_bytes: int) -> io.BufferedRea
 
 
 class _Unpacker(io.RawIOBase):
-    """Unpacks gzip members or zstd frames, one after the other.
+    """Unpacks gzip members, or frames or streams of the others, one after the other.
 
     Unlike the libraries' own streams it hands out all that could be unpacked before it complains of an early
     end (`gzip` loses the rest of its buffer, zstandard's stream does not notice).

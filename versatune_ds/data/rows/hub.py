@@ -13,6 +13,7 @@ from versatune_ds.data.rows import blocks
 from versatune_ds.data.rows.blocks import Block
 from versatune_ds.data.rows.files import HUB_PREFIX, InputFile
 from versatune_ds.data.rows.reasons import FileDamage, Reason
+from versatune_ds.data.rows.tables import by_name
 from versatune_ds.foundations.errors import ConfigError, DataError
 
 
@@ -21,7 +22,10 @@ def hub_blocks(file: InputFile) -> Iterator[Block]:
     load_dataset = _datasets().load_dataset
     name, first = file.path.removeprefix(HUB_PREFIX), 1
     try:
-        rows = iter(load_dataset(name, split=file.split, streaming=True, revision=file.revision or None))
+        data = load_dataset(name, split=file.split, streaming=True, revision=file.revision or None)
+        features = (getattr(data, "features", None) or {}).items()
+        labels = {column: list(feature.names) for column, feature in features if hasattr(feature, "names")}
+        rows = (by_name(row, labels) for row in data)
         while items := tuple(islice(rows, blocks.BLOCK_ROWS // 2)):
             yield Block(first, items, num_rows=len(items))
             first += len(items)

@@ -1,6 +1,9 @@
-"""Rows of JSON text: lines, or the elements of a list, cut without parsing; and one row parsed.
+"""Rows of text files: JSON lines and JSON lists cut without parsing, JSON columns; and one row parsed.
 
-What is not covered: what a row must hold (`schemas.py`).
+A file of columns, `{"prompt": [...], "completion": [...]}` or what pandas writes, is read whole: it takes
+several times its size of memory.
+
+What is not covered: CSV (`csv_rows.py`), and what a row must hold (`schemas.py`).
 """
 
 from __future__ import annotations
@@ -14,18 +17,19 @@ from typing import Any, BinaryIO
 from versatune_ds.data.rows import blocks
 from versatune_ds.data.rows.blocks import Block
 from versatune_ds.data.rows.compression import unpack
+from versatune_ds.data.rows.csv_rows import csv_rows
 from versatune_ds.data.rows.files import InputFile
 from versatune_ds.data.rows.reasons import BadRow, FileDamage, Reason, kind_of, not_utf8, short
 from versatune_ds.foundations.errors import DataError
 
 
 def text_blocks(raw: BinaryIO, file: InputFile) -> Iterator[Block]:
-    """Blocks of an opened JSON file (see `readers.read_blocks`)."""
+    """Blocks of an opened JSON, CSV or TSV file (see `readers.read_blocks`)."""
     stream = unpack(raw, file.compression, blocks.READ_BYTES)  # closes `raw` when it goes
     rows = _text_rows(stream, file)
     first, is_done = 1, False
     while not is_done:
-        items: list[bytes | BadRow] = []
+        items: list[bytes | dict[str, Any] | BadRow] = []
         lines: list[int] = []
         size, damage = 0, None
         try:
@@ -33,7 +37,7 @@ def text_blocks(raw: BinaryIO, file: InputFile) -> Iterator[Block]:
                 item, line = next(rows)
                 items.append(item)
                 lines += [] if line is None else [line]
-                size += len(item) if isinstance(item, bytes) else 0
+                size += _size(item)
         except StopIteration:
             is_done = True
         except FileDamage as error:
@@ -43,16 +47,26 @@ def text_blocks(raw: BinaryIO, file: InputFile) -> Iterator[Block]:
         first += len(items)
 
 
-def _text_rows(stream: io.BufferedReader, file: InputFile) -> Iterator[tuple[bytes | BadRow, int | None]]:
-    """(text of a row, line on which it begins in a list); b"" for a blank line, so that places stay right."""
+def _size(item: bytes | dict[str, Any] | BadRow) -> int:
+    """Bytes of a row, or about so many."""
+    if isinstance(item, dict):
+        return sum(len(value) for value in item.values() if isinstance(value, str))
+    return len(item) if isinstance(item, bytes) else 0
+
+
+def _text_rows(stream: io.BufferedReader, file: InputFile) -> Iterator[tuple[Any, int | None]]:
+    """(a row or its text, line on which it begins if it is none itself); b"" for a blank line."""
     try:
-        head = stream.peek(4)[:4]
+        head = stream.peek(8)[:8]
         _refuse_foreign_content(head, file)
         if head.startswith(b"\xef\xbb\xbf"):
             stream.read(3)
-        is_list = file.kind == "json" and not _is_json_lines(stream)
+        if file.kind in ("csv", "tsv"):
+            rows: Iterator[tuple[Any, int | None]] = csv_rows(stream, file)
+        else:
+            rows = _line_rows(stream) if file.kind == "jsonl" else _json_rows(stream)
         is_empty = True
-        for item, line in _ListScanner(stream).rows() if is_list else _line_rows(stream):
+        for item, line in rows:
             is_empty = is_empty and item == b""
             yield item, line
     except OSError as error:
@@ -64,7 +78,7 @@ def _text_rows(stream: io.BufferedReader, file: InputFile) -> Iterator[tuple[byt
 
 def _refuse_foreign_content(head: bytes, file: InputFile) -> None:
     """Content that is not text: say so once instead of one complaint per line."""
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head == b"\x00\x00\xfe\xff":
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
         raise FileDamage(
             Reason.WRONG_ENCODING,
             "the file begins with a UTF-16 or UTF-32 byte-order mark; only UTF-8 is allowed. Convert it, "
@@ -75,28 +89,82 @@ def _refuse_foreign_content(head: bytes, file: InputFile) -> None:
         (b"\x28\xb5\x2f\xfd", "zstd (.zst)"),
         (b"PAR1", "Parquet (.parquet)"),
         (b"PK\x03\x04", "zip (unpack it)"),
-        (b"BZh", "bzip2 (unpack it)"),
+        (b"BZh", "bzip2 (.bz2)"),
+        (b"\xfd7zXZ", "xz (.xz)"),
+        (b"ARROW1", "Arrow (.arrow)"),
     ):
         if head.startswith(magic):
             found = f"{file.compression} with {name} inside" if file.compression else name
             raise FileDamage(Reason.DAMAGED_FILE, f"the content is {found}, not text; name the file so")
 
 
-def _is_json_lines(stream: io.BufferedReader) -> bool:
-    """Is a .json file JSON Lines in truth: does its first line hold one whole object?
-
-    Looks ahead without moving; a first line longer than the buffer that begins with `{` counts as one.
-    """
+def _json_rows(stream: io.BufferedReader) -> Iterator[tuple[Any, int | None]]:
+    """Rows of a .json file: a list, JSON Lines in truth, or columns; looks ahead without moving."""
     ahead = stream.peek(blocks.READ_BYTES).lstrip()
+    line, newline, rest = ahead.partition(b"\n")
     if not ahead.startswith(b"{"):
-        return False
-    line, newline, _ = ahead.partition(b"\n")
-    if not newline and len(ahead) > blocks.READ_BYTES // 2:
-        return True
+        return _ListScanner(stream).rows()
+    is_line = _parsed(line) is not None
+    if not (is_line and rest.strip()) and (newline or is_line or _BEGINS_LIKE_COLUMNS.match(ahead)):
+        data = stream.read()
+        stream = io.BufferedReader(io.BytesIO(data), blocks.READ_BYTES)  # type: ignore[arg-type]
+        if (rows := column_rows(_parsed(data))) is not None:
+            return ((row, 0) for row in rows)
+    return _line_rows(stream) if is_line or not newline else _ListScanner(stream).rows()
+
+
+# A first value that is a list of texts or lists, or pandas' object by row number.
+_BEGINS_LIKE_COLUMNS = re.compile(rb'\{\s*"[^"\\]*"\s*:\s*(?:\[\s*["\[]|\{\s*"0"\s*:)')
+_WRAPPERS = ("data", "rows", "examples", "samples", "records")
+_ROW_NAMES = ("messages", "conversations", "prompt", "instruction", "input_ids")
+
+
+def _parsed(text: bytes) -> Any:
+    """The object that a text is; None for any other."""
     try:
-        return isinstance(json.loads(line), dict)
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        return False
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def column_rows(value: dict[str, Any] | None) -> list[Any] | None:
+    """The rows of an object that holds a whole table; None if it is none, but a row.
+
+    Known are lists by column, pandas' `orient` columns, split and table, and a list of rows under a name that
+    says so. A list of turns or of token ids is no column: each of its elements would have to be a list.
+
+    Raises:
+        FileDamage: columns of different lengths.
+    """
+    for name in _WRAPPERS:
+        rows = (value or {}).get(name)
+        if not value or not isinstance(rows, list) or any(name in value for name in _ROW_NAMES):
+            continue
+        if rows and all(isinstance(row, dict) for row in rows):
+            return rows
+        names = value.get("columns")
+        if isinstance(names, list) and all(isinstance(row, list) and len(row) == len(names) for row in rows):
+            return [dict(zip(names, row, strict=True)) for row in rows]
+    if not value:
+        return None
+    columns = value
+    if all(isinstance(column, dict) and all(key.isdigit() for key in column) for column in value.values()):
+        keys = {key: None for column in value.values() for key in column}
+        columns = {name: [column.get(key) for key in keys] for name, column in value.items()}
+    cells = [cell for column in columns.values() if isinstance(column, list) for cell in column]
+    turns = (isinstance(cell, dict) and not {"role", "from"}.isdisjoint(cell) for cell in cells)
+    if not all(isinstance(column, list) for column in columns.values()) or any(turns):
+        return None
+    if not any(isinstance(cell, (str, list)) for cell in cells):
+        return None
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{short(name)[1:-1]} {length}" for name, length in list(lengths.items())[:8])
+        raise FileDamage(
+            Reason.DAMAGED_FILE, f"columns of different lengths ({found}); each needs one cell per row"
+        )
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _line_rows(stream: io.BufferedReader) -> Iterator[tuple[bytes | BadRow, None]]:
@@ -171,7 +239,8 @@ class _ListScanner:
             what = "an object" if first == b"{" else f"{first!r}"
             raise FileDamage(
                 Reason.DAMAGED_FILE,
-                f"the file begins with {what}; allowed: a list of objects [{{...}}, ...], or JSON Lines",
+                f"the file begins with {what}; allowed: a list of objects [{{...}}, ...], JSON Lines, "
+                'or columns {"prompt": [...], "completion": [...]}',
                 line=1,
             )
         self.position += 1
@@ -254,6 +323,24 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _cause(error: json.JSONDecodeError) -> str:
+    """What most often stands behind an error, and the cure."""
+    before, rest = error.doc[: error.pos].rstrip(), error.doc[error.pos :].strip()
+    if error.msg == "Extra data" and rest == ",":
+        return " (a comma after the object; remove it: JSON Lines needs none)"
+    if error.msg == "Extra data" and rest.startswith("{"):
+        return " (two objects on one line; give each a line of its own)"
+    if before.endswith(",") and rest[:1] in ("}", "]"):
+        return f" (a comma in front of {rest[0]}; remove it)"
+    if rest.startswith("'"):
+        return " (texts in single quotes, as Python prints them; write rows with json.dumps)"
+    if error.doc.strip() in ("[", "]"):
+        return " (a list over several lines; name the file .json)"
+    if error.msg.startswith("Unterminated string"):
+        return " (the row is cut off or a quote is missing)"
+    return " (the row is cut off)" if error.pos >= len(error.doc) - 1 else ""
+
+
 def parse_json(data: bytes) -> dict[str, Any]:
     """One row from its JSON text.
 
@@ -265,18 +352,15 @@ def parse_json(data: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise not_utf8(error) from None
     except json.JSONDecodeError as error:
-        at_end = " (the row is cut off)" if error.pos >= len(error.doc) - 1 else ""
-        if error.msg.startswith("Unterminated string"):
-            at_end = " (the row is cut off or a quote is missing)"
         raise BadRow(
-            Reason.INVALID_JSON, f"not valid JSON: {error.msg} at character {error.pos + 1}{at_end}"
+            Reason.INVALID_JSON, f"not valid JSON: {error.msg} at character {error.pos + 1}{_cause(error)}"
         ) from None
     except RecursionError:
         raise BadRow(Reason.INVALID_JSON, "nested too deeply to be read as JSON") from None
     except ValueError as error:  # an integer with thousands of digits
         raise BadRow(Reason.INVALID_JSON, f"not readable as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise BadRow(
-            Reason.NOT_AN_OBJECT, f"found {kind_of(value)}: {short(value)}; a row must be an object {{...}}"
-        )
+        cure = " (a list of rows: name the file .json)" if value and isinstance(value, list) else ""
+        found = f"found {kind_of(value)}: {short(value)}"
+        raise BadRow(Reason.NOT_AN_OBJECT, f"{found}; a row must be an object {{...}}{cure}")
     return value

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from versatune_ds.data.rows.blocks import Block, RowPlace
-from versatune_ds.data.rows.files import InputFile
+from versatune_ds.data.rows.files import TABLES, InputFile
 from versatune_ds.data.rows.hub import hub_blocks
 from versatune_ds.data.rows.json_rows import parse_json, text_blocks
-from versatune_ds.data.rows.parquet import arrow_rows, parquet_blocks
 from versatune_ds.data.rows.reasons import WHOLE_FILE, BadRow, Reason
-from versatune_ds.foundations.errors import DataError
+from versatune_ds.data.rows.remote import open_file
+from versatune_ds.data.rows.tables import arrow_rows, by_name, table_blocks
 
 
 def read_blocks(
@@ -31,21 +31,17 @@ def read_blocks(
 
     Args:
         file: from `find_files`.
-        select: Parquet: given all column names, those to read (None: all).
+        select: Parquet and Arrow: given all column names, those to read (None: all).
 
     Raises:
         DataError: the file cannot be opened.
-        ConfigError: a hub data set without `datasets` installed.
+        ConfigError: a hub data set without `datasets` installed, a URL without the package of its protocol.
     """
     if file.kind == "hub":
         yield from hub_blocks(file)
         return
-    try:
-        raw = open(file.path, "rb")  # noqa: SIM115  (closed below)
-    except OSError as error:
-        raise DataError(f"cannot be opened: {error.strerror or error}", path=file.path) from None
-    with raw:
-        yield from parquet_blocks(raw, select) if file.kind == "parquet" else text_blocks(raw, file)
+    with open_file(file.path) as raw:
+        yield from table_blocks(raw, file.kind, select) if file.kind in TABLES else text_blocks(raw, file)
 
 
 def decode_block(file: InputFile, block: Block) -> Iterator[tuple[RowPlace, dict[str, Any] | BadRow]]:
@@ -62,10 +58,12 @@ def decode_block(file: InputFile, block: Block) -> Iterator[tuple[RowPlace, dict
                 item = parse_json(item)
             except BadRow as error:
                 item = error
+        if isinstance(item, dict) and file.labels:
+            item = by_name(item, dict(file.labels))
         if file.kind == "jsonl" or (file.kind == "json" and not block.lines):
             yield RowPlace(number, line=number), item
         else:
-            yield RowPlace(number, line=block.lines[i] if block.lines else None, row=number), item
+            yield RowPlace(number, line=(block.lines[i] or None) if block.lines else None, row=number), item
     if block.damage is not None:
         number = block.first + block.num_rows
         is_whole = block.damage.reason == Reason.EMPTY_FILE or number == 1

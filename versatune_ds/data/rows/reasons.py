@@ -5,6 +5,8 @@ What is not covered: where the row stands (`blocks.RowPlace`), and whether it st
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
@@ -21,6 +23,7 @@ class Reason(str, Enum):
     ROW_TOO_LARGE = "row_too_large"
     INVALID_UTF8 = "invalid_utf8"
     INVALID_JSON = "invalid_json"
+    INVALID_CSV = "invalid_csv"
     DUPLICATE_KEY = "duplicate_key"
     NOT_AN_OBJECT = "not_an_object"
     # The row against its schema.
@@ -45,6 +48,9 @@ class Reason(str, Enum):
     STOP_TOKEN_IN_TEXT = "stop_token_in_text"
     NO_STOP_TOKEN = "no_stop_token"
     NOTHING_SUPERVISED = "nothing_supervised"
+    LOST_TEXT = "lost_text"
+    # By `data.train_on` and flags, whatever `data.on_bad_row` says.
+    SWITCHED_OFF = "switched_off"
     # By `data.overlong`, whatever `data.on_bad_row` says.
     OVERLONG = "overlong"
     OVERLONG_NOTHING_LEFT = "overlong_nothing_left"
@@ -52,7 +58,7 @@ class Reason(str, Enum):
 
 WHOLE_FILE = (Reason.EMPTY_FILE, Reason.DAMAGED_FILE, Reason.TRUNCATED_FILE, Reason.WRONG_ENCODING)
 """Reasons that concern a file, or the rest of it from a place on, and not one row."""
-NEVER_FATAL = (Reason.OVERLONG, Reason.OVERLONG_NOTHING_LEFT)
+NEVER_FATAL = (Reason.SWITCHED_OFF, Reason.OVERLONG, Reason.OVERLONG_NOTHING_LEFT)
 """Reasons that no setting of `data.on_bad_row` stops at."""
 
 
@@ -112,3 +118,37 @@ def short(value: Any, limit: int = 60) -> str:
         except (RecursionError, ValueError):
             text = f"<{type(value).__name__}>"
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def wrong_type(place: str, value: Any, wanted: str) -> BadRow:
+    """What to say of a value of another type than `wanted`."""
+    return BadRow(Reason.WRONG_TYPE, f"{place} is {kind_of(value)}: {short(value)}; it must be {wanted}")
+
+
+def column_names(row: Iterable[str]) -> str:
+    """The first names of a row's fields, for error texts."""
+    return ", ".join(short(name, 40)[1:-1] for name in list(row)[:12]) or "none"
+
+
+def from_json_text(value: Any, beginnings: str) -> Any:
+    """The value that a text is the JSON of, if it begins with one of these characters; else `value`."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in tuple(beginnings):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def refuse_surrogates(place: str, value: str) -> None:
+    """Raise BadRow where a text holds half of a surrogate pair: it is no text."""
+    if value.isascii():
+        return
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(
+            Reason.LONE_SURROGATE,
+            f"{place} holds half of a surrogate pair ({value[error.start]!a}) at character "
+            f"{error.start + 1}; that is no text",
+        ) from None

@@ -3,9 +3,9 @@
 A file has one format: the named one, or the first of `FORMATS` whose required columns a row of the file has
 (the first such row decides). `columns` maps these names to the file's own ones, also inside the turns of
 messages and sharegpt (`role`, `content`, `from`, `value`). Other columns are not looked at. Types are strict:
-nothing is turned into text.
+nothing is turned into text, but for results of tools.
 
-What is not covered: tools, images, and preference pairs.
+What is not covered: what stands in a turn (`data/chat`), images, and preference pairs.
 """
 
 from __future__ import annotations
@@ -17,45 +17,54 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from versatune_ds.data.rows.reasons import BadRow, Reason, kind_of, short
+from versatune_ds.data.chat.conversation import Conversation, Turn
+from versatune_ds.data.chat.flags import OF_ROWS, with_row_flags
+from versatune_ds.data.chat.turns import merged, read_tools, read_turns, read_variables
+from versatune_ds.data.rows.reasons import (
+    BadRow,
+    Reason,
+    column_names,
+    from_json_text,
+    kind_of,
+    refuse_surrogates,
+    short,
+    wrong_type,
+)
 from versatune_ds.foundations.constants import IGNORE_INDEX
 from versatune_ds.foundations.errors import unknown_name
 from versatune_ds.foundations.text import is_blank
 
-# Required and optional columns, in the order of detection: the more specific first.
+MASKS = ("supervised_mask", "loss_mask", "assistant_masks", "assistant_mask", "completion_mask")
+"""Columns with a number for each token: 0 (context) to 1 (trained on)."""
+SYSTEM = ("system", "system_prompt", "system_message")
+TOOLS = ("tools", "functions")
+VARIABLES = ("chat_template_kwargs", "template_kwargs", "enable_thinking")
+BESIDE_TURNS = (*SYSTEM, *TOOLS, *VARIABLES)
+# Required and optional columns, in the order of detection: the more specific first. All may have `OF_ROWS`.
 FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ()),
-    "sharegpt": (("conversations",), ("system",)),
-    "pretokenized": (("input_ids",), ("labels", "supervised_mask", "attention_mask")),
-    "alpaca": (("instruction", "output"), ("input", "system")),
-    "prompt_completion": (("prompt", "completion"), ("system",)),
-}
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
+    "messages": (("messages",), BESIDE_TURNS),
+    "sharegpt": (("conversations",), BESIDE_TURNS),
+    "pretokenized": (("input_ids",), ("labels", *MASKS, "attention_mask")),
+    "alpaca": (("instruction", "output"), ("input", *BESIDE_TURNS)),
+    "prompt_completion": (("prompt", "completion"), BESIDE_TURNS),
 }
 # What carries meaning that we would lose in silence; absent, null and empty are fine.
-UNSUPPORTED_IN_TURNS = ("tool_calls", "function_call")
-UNSUPPORTED_IN_ROWS = ("tools", "functions", "history")
+UNSUPPORTED_IN_ROWS = ("history", "images", "videos", "audios")
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """(role, content) turns; roles are `ROLES`, at least one turn is the assistant's."""
-
-    turns: tuple[tuple[str, str], ...]
+_Read = tuple[list[Turn], list[Any], set[str]]
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A row that came with token ids: int64[n] and bool[n] (True: trained on)."""
+    """A row that came with token ids."""
 
     tokens: npt.NDArray[np.int64]
+    """int64[n]."""
     mask: npt.NDArray[np.bool_]
+    """bool[n], True: trained on."""
+    weights: npt.NDArray[np.float32] | None = None
+    """float32[n], factors in the loss; None: 1 where trained on."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +92,20 @@ class RowSchema:
                 return format
         return None
 
+    def read_columns(self, format: str) -> set[str]:
+        """All columns that a row of this format is asked for; others are not used."""
+        required, optional = FORMATS[format]
+        wanted = {self.column(name) for name in (*required, *optional, *OF_ROWS)} | set(UNSUPPORTED_IN_ROWS)
+        return wanted | ({self.domain_column} if self.domain_column else set())
+
     def needed_columns(self, names: list[str]) -> list[str] | None:
         """Of a table's columns those that are read; None (all) when no format fits, for the error text."""
         format = self.detect(names)
         if format is None:
             return None
-        required, optional = FORMATS[format]
-        wanted = {self.column(name) for name in (*required, *optional)} | set(UNSUPPORTED_IN_ROWS)
-        wanted |= {self.domain_column} if self.domain_column else set()
+        wanted = self.read_columns(format)
         needed = [name for name in names if name in wanted]
-        return needed if all(self.column(name) in needed for name in required) else None
+        return needed if all(self.column(name) in needed for name in FORMATS[format][0]) else None
 
     def domain_of(self, row: Mapping[str, Any]) -> str:
         """The row's domain.
@@ -106,6 +119,8 @@ class RowSchema:
         value = row.get(self.domain_column)
         if not isinstance(value, str):
             found = f"is {kind_of(value)}" if self.domain_column in row else "is missing"
+            if type(value) is int:
+                found += ", and the file's metadata hold no name for it (class labels); write names"
             raise BadRow(
                 Reason.UNKNOWN_DOMAIN,
                 f"the domain column {self.domain_column!r} {found}; allowed: {', '.join(self.domains)}",
@@ -114,8 +129,13 @@ class RowSchema:
             raise BadRow(Reason.UNKNOWN_DOMAIN, unknown_name("domain", short(value)[1:-1], self.domains))
         return value
 
-    def parse(self, row: Mapping[str, Any], format: str | None) -> Conversation | TokenRow:
+    def parse(
+        self, row: Mapping[str, Any], format: str | None, *, drop_nulls: bool = False
+    ) -> Conversation | TokenRow:
         """Check a row against the format of its file.
+
+        Args:
+            drop_nulls: fields of calls and tools that are null stand for none, as in rows of tables.
 
         Raises:
             BadRow: the row cannot be used.
@@ -124,7 +144,7 @@ class RowSchema:
             raise self._unknown_columns(row)
         if self.format == "auto" and not any(self.column(name) in row for name in FORMATS[format][0]):
             return self._parse_other(row, format)
-        return self._parse_as(row, format)
+        return self._parse_as(row, format, drop_nulls)
 
     def _parse_other(self, row: Mapping[str, Any], format: str) -> Conversation | TokenRow:
         """A row with none of the format's columns: is it another format's (and then, is it at all sound)?"""
@@ -137,7 +157,9 @@ class RowSchema:
             f"found a row of format {other}; the file's first rows are {format}. Use one format per file",
         )
 
-    def _parse_as(self, row: Mapping[str, Any], format: str) -> Conversation | TokenRow:
+    def _parse_as(
+        self, row: Mapping[str, Any], format: str, drop_nulls: bool = False
+    ) -> Conversation | TokenRow:
         for name in UNSUPPORTED_IN_ROWS:
             if row.get(name):
                 raise BadRow(
@@ -145,75 +167,87 @@ class RowSchema:
                 )
         if format == "pretokenized":
             return self._token_row(row)
-        turns = getattr(self, f"_{format}")(row)
+        turns, masks, notes = getattr(self, f"_{format}")(row, drop_nulls)
+        if any(turn.weight and turn.role != "assistant" for turn in turns):
+            notes |= {"flags_elsewhere"}
+        weight, turns = with_row_flags(row, turns, masks, self.column)
+        turns = [*self._system(row, turns), *merged(turns)]
         _check_turns(turns)
-        return Conversation(tuple(turns))
+        given = ((name, row.get(self.column(name))) for name in TOOLS)
+        tools = [tool for name, value in given for tool in read_tools(value, self.column(name), drop_nulls)]
+        variables: dict[str, Any] = {}
+        for name in VARIABLES:
+            value = row.get(self.column(name))
+            if name == "enable_thinking":
+                value = None if value is None else {name: value}
+            variables |= read_variables(value, self.column(name), drop_nulls)
+        return Conversation(tuple(turns), tuple(tools), variables, weight, frozenset(notes))
 
     def _unknown_columns(self, row: Mapping[str, Any]) -> BadRow:
         known = "; ".join(f"{name}: {' + '.join(required)}" for name, (required, _) in FORMATS.items())
         return BadRow(
             Reason.UNKNOWN_COLUMNS,
-            f"found the columns {_names(row)}, which fit no format ({known}). Map them in the source, e.g. "
-            "`columns: {prompt: question, completion: answer}`",
+            f"found the columns {column_names(row)}, which fit no format ({known}). Map them in the "
+            "source, e.g. `columns: {prompt: question, completion: answer}`",
         )
 
-    # One method per format: the turns, types checked.
+    # One method per format: (turns, their field `mask`, what is to be counted), types checked.
 
-    def _messages(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
-        return self._turns(row, "messages", "role", "content", {role: role for role in ROLES})
+    def _messages(self, row: Mapping[str, Any], drop_nulls: bool) -> _Read:
+        return self._turns(row, "messages", ("role", "from"), ("content", "value"), drop_nulls)
 
-    def _sharegpt(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
-        turns = self._turns(row, "conversations", "from", "value", SHAREGPT_ROLES)
-        return self._system(row) + turns
+    def _sharegpt(self, row: Mapping[str, Any], drop_nulls: bool) -> _Read:
+        return self._turns(row, "conversations", ("from", "role"), ("value", "content"), drop_nulls)
 
-    def _alpaca(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def _alpaca(self, row: Mapping[str, Any], drop_nulls: bool) -> _Read:
         prompt = self._text(row, "instruction")
         extra = self._text(row, "input", optional=True)
         response = self._text(row, "output")
         if not is_blank(extra):
             prompt = extra if is_blank(prompt) else f"{prompt}\n\n{extra}"
-        return [*self._system(row), ("user", prompt), ("assistant", response)]
+        return [Turn("user", prompt), Turn("assistant", response)], [], set()
 
-    def _prompt_completion(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
-        prompt, response = self._text(row, "prompt"), self._text(row, "completion")
-        return [*self._system(row), ("user", prompt), ("assistant", response)]
+    def _prompt_completion(self, row: Mapping[str, Any], drop_nulls: bool) -> _Read:
+        """Texts, or as TRL has it lists of messages; of these the completion is trained on."""
+        turns: list[Turn] = []
+        masks: list[Any] = []
+        for name, role in (("prompt", "user"), ("completion", "assistant")):
+            if isinstance(transposed(row.get(self.column(name))), list):
+                part, said, _ = self._turns(row, name, ("role", "from"), ("content", "value"), drop_nulls)
+                if name == "prompt":
+                    part = [t._replace(weight=0.0) if t.role == "assistant" else t for t in part]
+            else:
+                part, said = [Turn(role, self._text(row, name))], [None]
+            turns, masks = turns + part, masks + said
+        return turns, masks, set()
 
-    def _system(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
-        text = self._text(row, "system", optional=True)
-        return [] if is_blank(text) else [("system", text)]
+    def _system(self, row: Mapping[str, Any], turns: Sequence[Turn]) -> list[Turn]:
+        """The system text that stands in a column, unless the first turn says the same."""
+        texts = {self._text(row, name, optional=True) for name in SYSTEM} - {""}
+        texts = {text for text in texts if not is_blank(text)}
+        if len(texts) > 1:
+            raise BadRow(Reason.UNSUPPORTED_FIELD, f"{' and '.join(SYSTEM)} differ; give one system text")
+        return [Turn("system", text) for text in texts if [text] != [turn.content for turn in turns[:1]]]
 
     def _turns(
-        self, row: Mapping[str, Any], name: str, role: str, content: str, roles: Mapping[str, str]
-    ) -> list[tuple[str, str]]:
-        turns = self._value(row, name)
-        if not isinstance(turns, list):
-            raise _wrong_type(self.column(name), turns, "a list of turns")
-        result = []
-        for i, turn in enumerate(turns):
-            where = f"{self.column(name)}[{i}]"
-            if not isinstance(turn, dict):
-                wanted = f"an object with {self.column(role)} and {self.column(content)}"
-                raise _wrong_type(where, turn, wanted)
-            for unsupported in UNSUPPORTED_IN_TURNS:
-                if turn.get(unsupported):
-                    raise BadRow(
-                        Reason.UNSUPPORTED_FIELD,
-                        f"{where}.{unsupported} is set; it is not supported. Remove it",
-                    )
-            speaker = self._text(turn, role, where=where)
-            if speaker not in roles:
-                raise BadRow(
-                    Reason.UNKNOWN_ROLE,
-                    f"{where}.{self.column(role)} is {short(speaker)}; allowed: {', '.join(roles)}",
-                )
-            result.append((roles[speaker], self._text(turn, content, where=where)))
-        return result
+        self,
+        row: Mapping[str, Any],
+        name: str,
+        role_names: Sequence[str],
+        content_names: Sequence[str],
+        drop_nulls: bool,
+    ) -> _Read:
+        value = self._value(row, name)
+        turns = transposed(from_json_text(value, "["))
+        names = [(self.column(names[0]), *names) for names in (role_names, content_names)]
+        read, masks = read_turns(turns, self.column(name), names[0], names[1], drop_nulls)
+        return read, masks, {"json_text"} if isinstance(value, str) else set()
 
     def _value(self, row: Mapping[str, Any], name: str, where: str = "") -> Any:
         column = self.column(name)
         place = f"{where}.{column}" if where else column
         if column not in row:
-            found = f"{place} is missing (found: {_names(row)})"
+            found = f"{place} is missing (found: {column_names(row)})"
             raise BadRow(Reason.MISSING_FIELD, f"{found}; give it, or map `columns`")
         if row[column] is None:
             raise BadRow(Reason.NULL_FIELD, f"{place} is null; a value is needed")
@@ -226,45 +260,50 @@ class RowSchema:
         value = self._value(row, name, where)
         place = f"{where}.{column}" if where else column
         if not isinstance(value, str):
-            raise _wrong_type(place, value, "a string")
-        if not value.isascii():
-            _refuse_surrogates(place, value)
+            raise wrong_type(place, value, "a string")
+        refuse_surrogates(place, value)
         return value
 
     # Pre-tokenised rows.
 
     def _token_row(self, row: Mapping[str, Any]) -> TokenRow:
-        tokens = self._integers(row, "input_ids")
+        tokens = self._numbers(row, "input_ids")
         if tokens.size == 0:
             raise BadRow(Reason.EMPTY_RESPONSE, f"{self.column('input_ids')} is an empty list")
         self._refuse_padding(row, len(tokens))
-        given = [name for name in ("labels", "supervised_mask") if row.get(self.column(name)) is not None]
+        given = [name for name in ("labels", *MASKS) if row.get(self.column(name)) is not None]
+        factor, _ = with_row_flags(
+            {k: v for k, v in row.items() if not isinstance(v, list)}, [], [], self.column
+        )
         if len(given) != 1:
             found = "both are given" if given else "neither is given"
             raise BadRow(
                 Reason.MISSING_FIELD,
                 f"{found}; one of {self.column('labels')} and {self.column('supervised_mask')} is needed",
             )
-        values = self._per_token(row, given[0], len(tokens), allow_bool=given[0] == "supervised_mask")
         column = self.column(given[0])
         if given[0] == "labels":
-            mask = values != IGNORE_INDEX
+            labels = self._per_token(row, "labels", len(tokens))
+            values = np.where(labels != IGNORE_INDEX, 1.0, 0.0)
             allowed = f"{IGNORE_INDEX} or the token at the same position (labels are not shifted)"
-            bad = np.flatnonzero(mask & (values != tokens))
+            bad = np.flatnonzero((values > 0) & (labels != tokens))
         else:
-            mask = values == 1
-            allowed = "0 or 1 (false or true)"
-            bad = np.flatnonzero((values != 0) & (values != 1))
+            labels = values = self._per_token(row, given[0], len(tokens), (int, bool, float))
+            allowed = "0 to 1 (false or true)"
+            bad = np.flatnonzero(~((values >= 0) & (values <= 1)))
         if bad.size:
-            raise BadRow(Reason.INVALID_LABEL, f"{column}[{bad[0]}] is {values[bad[0]]}; allowed: {allowed}")
-        return TokenRow(tokens, mask)
+            raise BadRow(Reason.INVALID_LABEL, f"{column}[{bad[0]}] is {labels[bad[0]]}; allowed: {allowed}")
+        weights = (values * (1.0 if factor is None else factor)).astype(np.float32)
+        if not weights.any() and values.any():
+            raise BadRow(Reason.SWITCHED_OFF, "the row has the weight 0")
+        return TokenRow(tokens, weights > 0, weights if (weights[weights > 0] != 1).any() else None)
 
     def _refuse_padding(self, row: Mapping[str, Any], num_tokens: int) -> None:
         """Samples are packed one behind the other: padding in a row would be context like any other token."""
         column = self.column("attention_mask")
         if row.get(column) is None:
             return
-        values = self._per_token(row, "attention_mask", num_tokens, allow_bool=True)
+        values = self._per_token(row, "attention_mask", num_tokens, (int, bool))
         bad = np.flatnonzero(values != 1)
         if bad.size:
             raise BadRow(
@@ -274,9 +313,9 @@ class RowSchema:
             )
 
     def _per_token(
-        self, row: Mapping[str, Any], name: str, num_tokens: int, allow_bool: bool
-    ) -> npt.NDArray[np.int64]:
-        values = self._integers(row, name, allow_bool)
+        self, row: Mapping[str, Any], name: str, num_tokens: int, allowed: tuple[type, ...] = (int,)
+    ) -> npt.NDArray[Any]:
+        values = self._numbers(row, name, allowed)
         if len(values) != num_tokens:
             found = f"{self.column(name)} has {len(values)} entries"
             raise BadRow(
@@ -284,49 +323,41 @@ class RowSchema:
             )
         return values
 
-    def _integers(self, row: Mapping[str, Any], name: str, allow_bool: bool = False) -> npt.NDArray[np.int64]:
-        values = self._value(row, name)
+    def _numbers(
+        self, row: Mapping[str, Any], name: str, allowed: tuple[type, ...] = (int,)
+    ) -> npt.NDArray[Any]:
+        """int64[n]; float64[n] where floats are allowed."""
+        values = from_json_text(self._value(row, name), "[")
         column = self.column(name)
         if not isinstance(values, list):
-            raise _wrong_type(column, values, "a list of integers")
-        allowed = (int, bool) if allow_bool else (int,)
+            raise wrong_type(column, values, "a list of integers")
         for i, value in enumerate(values):
             if type(value) not in allowed:
-                raise _wrong_type(f"{column}[{i}]", value, "an integer")
+                raise wrong_type(f"{column}[{i}]", value, "a number" if float in allowed else "an integer")
         try:
-            return np.array(values, dtype=np.int64)
+            return np.array(values, dtype=np.float64 if float in allowed else np.int64)
         except OverflowError:
             raise BadRow(Reason.INVALID_TOKEN, f"{column} holds a number beyond 64 bits") from None
 
 
-def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(short(name, 40)[1:-1] for name in list(row)[:12]) or "none"
+def transposed(value: Any) -> Any:
+    """A struct of equally long lists, as `datasets` stores a list of structs, as that list; else `value`."""
+    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
+        return value
+    if len({len(column) for column in value.values()}) != 1:
+        return value
+    return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
 
 
-def _wrong_type(place: str, value: Any, wanted: str) -> BadRow:
-    return BadRow(Reason.WRONG_TYPE, f"{place} is {kind_of(value)}: {short(value)}; it must be {wanted}")
-
-
-def _refuse_surrogates(place: str, value: str) -> None:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(
-            Reason.LONE_SURROGATE,
-            f"{place} holds half of a surrogate pair ({value[error.start]!a}) at character "
-            f"{error.start + 1}; that is no text",
-        ) from None
-
-
-def _check_turns(turns: Sequence[tuple[str, str]]) -> None:
-    """At least one assistant turn; only a system turn may be empty."""
-    if not any(role == "assistant" for role, _ in turns):
-        found = ", ".join(role for role, _ in turns[:8]) or "no turn at all"
+def _check_turns(turns: Sequence[Turn]) -> None:
+    """At least one assistant turn; only system turns, results and turns with calls may be empty."""
+    if not any(turn.role == "assistant" for turn in turns):
+        found = ", ".join(turn.role for turn in turns[:8]) or "no turn at all"
         raise BadRow(Reason.NO_ASSISTANT_TURN, f"no assistant turn, so nothing to train on (found: {found})")
-    for i, (role, content) in enumerate(turns):
-        if role == "system" or not is_blank(content):
+    for i, turn in enumerate(turns):
+        if turn.role in ("system", "developer", "tool") or turn.calls or not is_blank(turn.content):
             continue
-        found = "white space or invisible characters only" if content else "empty"
-        if role == "assistant":
+        found = "white space or invisible characters only" if turn.content else "empty"
+        if turn.role == "assistant":
             raise BadRow(Reason.EMPTY_RESPONSE, f"the response (turn {i + 1}) is {found}")
         raise BadRow(Reason.EMPTY_PROMPT, f"the prompt (turn {i + 1}) is {found}")

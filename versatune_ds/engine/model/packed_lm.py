@@ -368,6 +368,7 @@ def model_inputs(batch: Batch, normalizer: float, passes: int = 1) -> dict[str, 
         "num_valid": batch.supervised_tokens,
         "normalizer": normalizer,
         "passes": passes,
+        "token_weight": batch.token_weight,
     }
 
 

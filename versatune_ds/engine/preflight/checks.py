@@ -21,6 +21,7 @@ from versatune_ds.config.schema import Config, Model
 from versatune_ds.config.weights import Weights
 from versatune_ds.data.cache.cache import check_file
 from versatune_ds.data.cache.prepare import open_caches
+from versatune_ds.data.encode.tokenizer import require_rows
 from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, supply
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.replay import resolve_schedule
@@ -199,12 +200,7 @@ def check_architecture(architecture: Any, tokenizer: Any, corpus: Corpus) -> Non
             f"{architecture.model_type} is a mixture of experts whose routers are not known here; those of "
             f"{', '.join(MIXTURES)} are"
         )
-    if len(tokenizer) > architecture.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} entries and the model's embedding "
-            f"{architecture.vocab_size}; use the "
-            "model's own tokenizer, or a model with a larger embedding"
-        )
+    require_rows(tokenizer, architecture.vocab_size)
     positions = getattr(architecture, "max_position_embeddings", None)
     longest = max((int(lengths.max()) for lengths in corpus.lengths if len(lengths)), default=0)
     if positions is not None and longest > positions:

@@ -1,0 +1,279 @@
+"""Turns, tools and template variables as they stand in rows, in the spellings of the tools that wrote them.
+
+OpenAI's messages, ShareGPT's conversations, and what TRL, LLaMA-Factory, ms-swift and FastChat add to them:
+roles by many names, parts of text, calls as objects or as JSON text, thoughts in fields of their own.
+
+What is not covered: columns (`rows/schemas.py`), and parts that are not text (refused).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from versatune_ds.data.chat.conversation import Turn
+from versatune_ds.data.chat.flags import weight_of
+from versatune_ds.data.rows.reasons import (
+    BadRow,
+    Reason,
+    column_names,
+    from_json_text,
+    refuse_surrogates,
+    short,
+    wrong_type,
+)
+from versatune_ds.foundations.text import is_blank
+
+CALL = "function_call"
+ALIASES = {
+    "system": ("system",),
+    "developer": ("developer",),
+    "user": ("user", "human", "prompter"),
+    "assistant": (
+        "assistant", "gpt", "chatgpt", "gpt4", "gpt_4", "bard", "bing", "claude", "gemini", "bot", "chatbot",
+        "ai", "model", "llm",
+    ),
+    "tool": (
+        "tool", "function", "ipython", "observation", "tool_response", "tool_result", "tool_results",
+        "tool_output", "function_response", "function_result", "function_output",
+    ),
+    CALL: ("function_call", "tool_call", "tool_calls", "functioncall"),
+}  # fmt: skip
+ROLES = {alias: role for role, aliases in ALIASES.items() for alias in aliases}
+"""In lower case, with `_` for a blank or dash."""
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thinking_content", "reasoning_text")
+OPEN = ("prefix", "partial", "continue")
+RESERVED = (
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "chat_template",
+)
+
+
+def read_turns(
+    values: Any, place: str, role_names: Sequence[str], content_names: Sequence[str], drop_nulls: bool
+) -> tuple[list[Turn], list[Any]]:
+    """(turns, the unclear field `mask` of each) of a list.
+
+    Args:
+        place: of the list, for error texts.
+        role_names, content_names: of a turn's fields; the first that is there and not null.
+        drop_nulls: in calls, fields that are null stand for none (a table's rows have all fields).
+
+    Raises:
+        BadRow: what a turn holds cannot be used.
+    """
+    if not isinstance(values, list):
+        raise wrong_type(place, values, "a list of turns")
+    turns, masks = [], []
+    for i, value in enumerate(values):
+        where = f"{place}[{i}]"
+        fields = from_json_text(value, "{")
+        if not isinstance(fields, dict):
+            raise wrong_type(where, value, f"an object with {role_names[0]} and {content_names[0]}")
+        turns.append(_read_turn(fields, where, role_names, content_names, drop_nulls))
+        masks.append(fields.get("mask"))
+    return turns, masks
+
+
+def _read_turn(
+    fields: Mapping[str, Any],
+    where: str,
+    role_names: Sequence[str],
+    content_names: Sequence[str],
+    drop_nulls: bool,
+) -> Turn:
+    name, speaker = _field(fields, where, role_names)
+    if not isinstance(speaker, str):
+        raise wrong_type(f"{where}.{name}", speaker, "a string")
+    role = ROLES.get(speaker.strip().lower().replace("-", "_").replace(" ", "_"))
+    if role is None:
+        raise BadRow(
+            Reason.UNKNOWN_ROLE,
+            f"{where}.{name} is {short(speaker)}; allowed: system, user, assistant, tool, developer, and "
+            "other names for them, such as human, gpt, function_call and observation",
+        )
+    calls = _read_calls(fields, where, drop_nulls)
+    if calls and role not in ("assistant", CALL):
+        raise BadRow(Reason.UNSUPPORTED_FIELD, f"{where} calls a tool, and is no assistant turn")
+    has_content = any(fields.get(key) is not None for key in content_names)
+    name, content = _field(fields, where, content_names) if has_content or not calls else ("", "")
+    text, thoughts = _read_content(content, f"{where}.{name}", is_result=role == "tool")
+    for key in REASONING if role == "assistant" else ():
+        if isinstance(value := fields.get(key), str | list):
+            thoughts.append(_read_content(value, f"{where}.{key}")[0])
+    if role == CALL:
+        role = "assistant"
+        if written := _calls_in_text(text, f"{where}.{name}"):
+            text, calls = "", written
+    return Turn(
+        role,
+        text,
+        "\n\n".join(dict.fromkeys(thought for thought in thoughts if not is_blank(thought))),
+        calls,
+        weight_of(fields, f"{where}."),
+        role == "assistant" and any(fields.get(key) is True for key in OPEN),
+        {key: fields[key] for key in ("name", "tool_call_id") if isinstance(fields.get(key), str)}
+        if role == "tool"
+        else {},
+    )
+
+
+def _field(fields: Mapping[str, Any], where: str, names: Sequence[str]) -> tuple[str, Any]:
+    """(name, value) of the first of these fields that is there."""
+    there = [name for name in names if name in fields]
+    if not there:
+        raise BadRow(
+            Reason.MISSING_FIELD,
+            f"{where}.{names[0]} is missing (found: {column_names(fields)}); give it, or map `columns`",
+        )
+    name = next((name for name in there if fields[name] is not None), there[0])
+    if fields[name] is None:
+        raise BadRow(Reason.NULL_FIELD, f"{where}.{name} is null; a value is needed")
+    return name, fields[name]
+
+
+def _read_content(value: Any, place: str, *, is_result: bool = False) -> tuple[str, list[str]]:
+    """(text, thoughts): parts of text joined as they are."""
+    if is_result and (isinstance(value, dict) or (isinstance(value, list) and not all(map(_is_part, value)))):
+        value = json.dumps(value, ensure_ascii=False)
+    parts = value if isinstance(value, list) else [value]
+    text: list[str] = []
+    thoughts: list[str] = []
+    for i, part in enumerate(parts):
+        where = f"{place}[{i}]" if isinstance(value, list) else place
+        if isinstance(value, list) and isinstance(part, dict):
+            kind = part.get("type") or "text"
+            key = "thinking" if kind in ("thinking", "reasoning") and "thinking" in part else "text"
+            if kind not in ("text", "input_text", "output_text", "thinking", "reasoning") or key not in part:
+                raise BadRow(
+                    Reason.UNSUPPORTED_FIELD,
+                    f"{where} is a part of type {short(kind)}; only parts of text can be trained on",
+                )
+            part, target = part[key], thoughts if kind in ("thinking", "reasoning") else text
+        else:
+            target = text
+        if not isinstance(part, str):
+            raise wrong_type(where, part, "a string, or a list of parts of text")
+        refuse_surrogates(where, part)
+        target.append(part)
+    return "".join(text), thoughts
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("text"), str))
+
+
+# Calls and tools.
+
+
+def _read_calls(fields: Mapping[str, Any], where: str, drop_nulls: bool) -> tuple[dict[str, Any], ...]:
+    given = from_json_text(fields.get("tool_calls"), "[{") or []
+    if not isinstance(given, list):
+        given = [given]
+    place = f"{where}.tool_calls"
+    if not given and (legacy := from_json_text(fields.get("function_call"), "{")):
+        given, place = [legacy], f"{where}.function_call"
+    return tuple(_read_call(call, f"{place}[{i}]", drop_nulls) for i, call in enumerate(given))
+
+
+def _read_call(call: Any, place: str, drop_nulls: bool) -> dict[str, Any]:
+    call = from_json_text(call, "{")
+    if not isinstance(call, dict):
+        raise wrong_type(place, call, "an object with a function")
+    function = from_json_text(call.get("function"), "{")
+    outer = {key: value for key, value in call.items() if value is not None and key != "function"}
+    if not isinstance(function, dict):
+        function, outer = outer, {key: outer[key] for key in ("id",) if key in outer}
+        function = {key: function[key] for key in ("name", "arguments", "parameters") if key in function}
+    name = function.get("name")
+    if not isinstance(name, str) or not name:
+        raise BadRow(Reason.MISSING_FIELD, f"{place} names no function (found: {column_names(call)})")
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except ValueError as error:
+            raise BadRow(Reason.INVALID_JSON, f"{place}: the arguments are no JSON ({error})") from None
+    arguments = {} if arguments is None else without_nulls(arguments) if drop_nulls else arguments
+    refuse_surrogates(place, json.dumps([name, arguments], ensure_ascii=False))
+    return {"type": "function", **outer, "function": {"name": name, "arguments": arguments}}
+
+
+def _calls_in_text(text: str, place: str) -> tuple[dict[str, Any], ...]:
+    """Calls that ShareGPT writes as JSON text; none where it is another text, which is then the response."""
+    value = from_json_text(text, "[{")
+    given = value if isinstance(value, list) else [value]
+    if not given or not all(
+        isinstance(call, dict) and ("name" in call or "function" in call) for call in given
+    ):
+        return ()
+    return tuple(_read_call(call, f"{place}[{i}]", False) for i, call in enumerate(given))
+
+
+def merged(turns: Iterable[Turn]) -> list[Turn]:
+    """Calls that stand in turns of their own join the assistant turn before them, as the model writes."""
+    result: list[Turn] = []
+    for turn in turns:
+        before = result[-1] if result else None
+        is_bare = turn.calls and not turn.content and not any("id" in call for call in turn.calls)
+        if is_bare and before and (before.role, before.weight) == (turn.role, turn.weight):
+            result[-1] = before._replace(
+                calls=before.calls + turn.calls, reasoning=before.reasoning or turn.reasoning
+            )
+        else:
+            result.append(turn)
+    return result
+
+
+def read_tools(value: Any, place: str, drop_nulls: bool) -> tuple[Any, ...]:
+    """The functions of a row: a list or JSON text; each as OpenAI's API takes it.
+
+    Raises:
+        BadRow: it is neither.
+    """
+    tools = from_json_text(value, "[{")
+    tools = [tools] if isinstance(tools, dict) and tools else tools or []
+    if isinstance(tools, str) and (is_blank(tools) or tools.strip() == "null"):
+        tools = []
+    if not isinstance(tools, list):
+        raise wrong_type(place, value, "a list of functions, or that as JSON text")
+    result = []
+    for i, tool in enumerate(tools):
+        tool = from_json_text(tool, "{")
+        if not isinstance(tool, dict):
+            raise wrong_type(f"{place}[{i}]", tool, "an object that describes a function")
+        tool = without_nulls(tool) if drop_nulls else tool
+        result.append(
+            tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
+        )
+    if result:
+        refuse_surrogates(place, json.dumps(result, ensure_ascii=False))
+    return tuple(result)
+
+
+def read_variables(value: Any, place: str, drop_nulls: bool) -> dict[str, Any]:
+    """Variables of the chat template.
+
+    Raises:
+        BadRow: it is no object, or holds a name that is not for rows to set.
+    """
+    variables = from_json_text(value, "{") or {}
+    if not isinstance(variables, dict):
+        raise wrong_type(place, value, "an object with variables of the chat template")
+    if taken := sorted(set(variables) & set(RESERVED)):
+        raise BadRow(Reason.UNSUPPORTED_FIELD, f"{place} sets {', '.join(taken)}, which a row cannot")
+    return {name: v for name, v in variables.items() if not (drop_nulls and v is None)}
+
+
+def without_nulls(value: Any) -> Any:
+    """`value` without fields that are null, at any depth."""
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return value
