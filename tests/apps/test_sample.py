@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from versatune_ds.apps import sample
-from versatune_ds.cli import sample as cli_sample
+from versatune_ds.cli.main import build_parser
 from versatune_ds.engine.model.families import planned_shape
 from versatune_ds.foundations.errors import DataError
 
@@ -359,9 +359,7 @@ def test_training_on_nothing_is_refused(texts: list[str], tmp_path: Path) -> Non
 
 
 def parse(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    cli_sample.add_parser(parser.add_subparsers())
-    return parser.parse_args(["sample", *words])
+    return build_parser().parse_args(["sample", *words])
 
 
 def test_verb_prints_files_and_next_command_then_says_already_there(

@@ -14,6 +14,7 @@ import functools
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -61,7 +62,7 @@ def inspect(
     domain: str | None = None,
     samples: int = 3,
     packs: int = 2,
-    config_path: str | None = None,
+    config_path: Path | None = None,
 ) -> Iterator[str]:
     """Lines about the prepared data of a configuration.
 

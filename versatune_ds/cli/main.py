@@ -65,7 +65,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"versatune-ds {__version__}")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in VERBS:
-        verb.add_parser(subparsers)
+        name = verb.__name__.rpartition(".")[2].replace("_", "-")
+        text = verb.__doc__ or ""
+        summary = text.partition("\n")[0].partition(": ")[2].removesuffix(".")
+        verb_parser = subparsers.add_parser(
+            name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        verb.add_arguments(verb_parser)
+        verb_parser.set_defaults(run=verb.run)
     return parser
 
 

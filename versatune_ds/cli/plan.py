@@ -1,6 +1,8 @@
-"""`versatune-ds plan`: memory of a run before anything is spent.
+"""`versatune-ds plan`: does a run fit, and which settings fit best.
 
-What is not covered: data, time and cost.
+Memory per GPU and host and checkpoint size of a run, from shapes alone; not data, time or cost. Without
+--zero, --checkpointing and --offload the settings that fit with the least extra work are chosen. Leaves with
+1 when the run does not fit.
 """
 
 from __future__ import annotations
@@ -10,32 +12,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+from versatune_ds.cli import at_least
 from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
 
 DEFAULT_PACKS = 128
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = subparsers.add_parser(
-        "plan",
-        help="does a run fit, and which settings fit best",
-        description=(
-            "Memory per GPU and host and checkpoint size of a run, from shapes alone. Without --zero, "
-            "--checkpointing and --offload the settings that fit with the least extra work are chosen. "
-            "Leaves with 1 when the run does not fit."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="NAME|FOLDER", help="shape as in bench, or a folder")
     what.add_argument("--config", type=Path, metavar="FILE", help="take everything from a run's settings")
-    parser.add_argument("--gpus", type=_positive, required=True, metavar="N")
+    parser.add_argument("--gpus", type=at_least(1), required=True, metavar="N")
     parser.add_argument("--gpu", required=True, metavar="NAME", help="h100-80g, a100-80g, ...")
-    parser.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="default: 8")
-    parser.add_argument("--seq-len", type=_positive, metavar="T", help="batch.pack_len; default: 8192")
+    parser.add_argument("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="default: 8")
+    parser.add_argument("--seq-len", type=at_least(1), metavar="T", help="batch.pack_len; default: 8192")
     parser.add_argument(
         "--packs-per-step",
-        type=_positive,
+        type=at_least(1),
         metavar="N",
         help=f"default: {DEFAULT_PACKS} or a bit more",
     )
@@ -46,7 +40,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--host-gib", type=float, default=1024.0, metavar="X", help="memory of a node (1024)")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --config")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,10 +90,3 @@ def _checkpointing(args: argparse.Namespace) -> str | int | None:
     from versatune_ds.foundations.errors import ConfigError
 
     raise ConfigError(f"--checkpointing {text}: give off, all, or every how many layers to recompute one")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: give 1 or more")
-    return value

@@ -57,8 +57,8 @@ def run_slices(
     slices: Sequence[Slice],
     limit_s: float | None,
     write: Callable[[list[dict[str, Any]]], None],
-) -> None:
-    """Measure slice after slice; every rank calls it.
+) -> bool:
+    """Measure slice after slice; every rank calls it. Returns whether all were measured, as far as it knows.
 
     Args:
         settings: what is measured.
@@ -80,6 +80,7 @@ def run_slices(
                 log.warning("slice of %d layers: %s", chosen.layers, outcome["slice"]["reason"])
             outcomes.append(outcome)
             write(outcomes)
+    return all(outcome["slice"]["status"] == "measured" for outcome in outcomes)
 
 
 def _run_slice(settings: BenchSettings, chosen: Slice, index: int, limit_s: float | None) -> dict[str, Any]:
