@@ -127,11 +127,16 @@ def to_markdown(page: Page) -> str:
     for section in page.sections:
         parts += [f"## {section.title}" if section.title else "", section.lead]
         for table in section.tables:
-            rows = [[label, *(_text(cell) for cell in cells)] for label, cells in table.rows]
-            lines = [table.head, ["---"] * len(table.head), *rows]
-            parts += [table.caption, "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+            parts += [table.caption, table_to_markdown(table)]
         parts += section.notes
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def table_to_markdown(table: Table) -> str:
+    """A table without its caption."""
+    rows = [[label, *(_text(cell) for cell in cells)] for label, cells in table.rows]
+    lines = [table.head, ["---"] * len(table.head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def to_text(table: Table) -> str:

@@ -47,7 +47,6 @@ STAGES = (
     Stage(2, "kernel", 0.2, run_kernel),
     Stage(3, "trainer", 0.5, run_comparison),
 )
-SIZES = ("auto", "tiny", "small")
 
 
 def run_evidence(folder: Path, minutes: float, numbers: Sequence[int], size: str) -> str:
