@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from versatune_ds.domain.json_input import numbers, read_object
+from versatune_ds.domain.json_input import numbers, read_object, require_format
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import DataError
 from versatune_ds.strategies.simplex import Vector
@@ -150,11 +150,6 @@ def read_knowledge(path: Path, setting: str) -> dict[str, Any]:
             "(versatune-ds detect writes one)",
             path=path,
         )
-    found = (raw.get("format", KNOWLEDGE_FORMAT), raw.get("version", KNOWLEDGE_VERSION))
-    if found != (KNOWLEDGE_FORMAT, KNOWLEDGE_VERSION):
-        raise DataError(
-            f"format {found[0]!r}, version {found[1]!r}; expected {KNOWLEDGE_FORMAT!r}, "
-            f"version {KNOWLEDGE_VERSION}",
-            path=path,
-        )
+    said = {"format": KNOWLEDGE_FORMAT, "version": KNOWLEDGE_VERSION, **raw}
+    require_format(said, KNOWLEDGE_FORMAT, KNOWLEDGE_VERSION, path, "versatune-ds detect writes one")
     return {**raw, "domains": numbers(raw["domains"], "domains", path)}
