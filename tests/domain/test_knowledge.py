@@ -81,7 +81,11 @@ def test_what_detect_writes_is_what_train_starts_from(write):
         ({"domains": {"law": "0.5", "code": 0.2, "other": 0.3}}, DataError, "finite number"),
         ('{"domains": {"law": NaN, "code": 0.5, "other": 0.5}}', DataError, "finite number"),
         ({"losses": {}}, DataError, "no key 'domains'.*detect writes one"),
-        ({"format": "versatune_ds.reference", "version": 1, "domains": {}}, DataError, "expected format 'versatune"),
+        (
+            {"format": "versatune_ds.reference", "version": 1, "domains": {}},
+            DataError,
+            "expected format 'versatune",
+        ),
         ({"version": 2, "domains": {}}, DataError, "version 2"),
         ('{"domains": {"law": 0.5,', DataError, "not JSON"),
     ],

@@ -1,4 +1,4 @@
-"""`versatune-ds study`: compare strategies over several seeds and write a page with tables and pictures.
+"""`versatune-ds study`: compare strategies over several seeds, with tables and a report.
 
 Pre-trains a small base model on a skewed mixture, fine-tunes it with every arm and seed by the trainer
 itself, and writes DIR/results/. Started again it keeps finished runs. See docs/study.md.

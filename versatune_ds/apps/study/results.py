@@ -11,7 +11,7 @@ Losses are held-out nats per supervised token, l(d) of domain d. For a run from 
 Intervals are 95 % t intervals of the mean over seeds; differences are taken seed by seed first. With five
 seeds they say how much the order of samples matters, not how another corpus or model would behave.
 
-What is not covered: training (`apps/study/run.py`), the page (`page`).
+What is not covered: training (`apps/study/run.py`), the tables (`tables`).
 """
 
 from __future__ import annotations
