@@ -21,6 +21,7 @@ from versatune_ds.apps.bench import fit, slices
 from versatune_ds.apps.bench import results as bench_results
 from versatune_ds.apps.bench import trainer as bench
 from versatune_ds.apps.bench.fit import DeviceMemory, Slice, choose_slices
+from versatune_ds.apps.bench.samples import random_samples
 from versatune_ds.apps.bench.settings import ZERO_FILE, BenchSettings, bench_config, check_settings
 from versatune_ds.apps.plan.memory import GIB
 from versatune_ds.cli.main import main
@@ -95,7 +96,7 @@ def test_eight_packs_a_step_leave_almost_no_padding():
     settings = BenchSettings(shape="tiny", activation_checkpointing="off")
     config = bench_config(settings, "model", ZERO_FILE)
     table = DomainTable(config.domains.names)
-    sources = [bench.SyntheticSamples(i, 4096, 8192, 0.5) for i in range(len(table))]
+    sources = [random_samples(i, 4096, 8192, 0.5) for i in range(len(table))]
     corpus, planner = Corpus.from_caches(sources, table.names), planner_settings(config, table)
     state, real, slot = PlannerState.initial(len(table)), 0, 0
     for _ in range(20):
