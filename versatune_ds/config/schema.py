@@ -260,7 +260,7 @@ class Weights(Section):
         return self
 
 
-class Batch(Section):
+class BatchSettings(Section):
     """The global batch; the same on every number of ranks."""
 
     pack_len: int = Field(8192, ge=8)
@@ -478,7 +478,7 @@ class Config(Section):
     data: Data
     domains: Domains
     weights: Weights = Weights()
-    batch: Batch
+    batch: BatchSettings
     optimizer: Optimizer = Optimizer()
     train: Train
     evaluation: Evaluation = Evaluation()
