@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from versatune_ds.config.schema import Metrics
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import ConfigError, StateError
+from versatune_ds.foundations.files import writing
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.records import EvalRecord, StepRecord, clean, json_line
 
@@ -52,13 +53,9 @@ class MetricsLog:
         self.lost_lines = 0
         """Lines that could not be written since the log was opened."""
         self._lost_in_a_row = 0
-        try:
+        with writing(self.path, "the run folder must be writable"):
             mode = "r+b" if self.path.exists() else "x+b"
             self._file = open(self.path, mode, buffering=0)  # noqa: SIM115 - lives as long as the log
-        except OSError as error:
-            raise StateError(
-                f"{self.path} cannot be written ({error.strerror}); the run folder must be writable"
-            ) from error
         self._end = self._repair_torn_line()
 
     def _repair_torn_line(self) -> int:
@@ -290,24 +287,15 @@ class Sinks:
 
     def step(self, record: StepRecord) -> None:
         """Record an optimizer step: metrics.jsonl and the trackers."""
-        line = record.to_json()
-        self._append(constants.METRICS_FILE, line)
-        for key in ("step", "unix_time_s"):
-            del line[key]
-        self._track("train", record.step, line)
+        self._record(constants.METRICS_FILE, "train", record.to_json())
 
     def evaluation(self, record: EvalRecord) -> None:
         """Record an evaluation: eval.jsonl and the trackers."""
-        line = record.to_json()
-        self._append(constants.EVAL_FILE, line)
-        for key in ("step", "unix_time_s"):
-            del line[key]
-        self._track("eval", record.step, line)
+        self._record(constants.EVAL_FILE, "eval", record.to_json())
 
     def weight_update(self, line: Mapping[str, Any]) -> None:
         """Record a weight update (`WeightUpdate.to_json()`): weights.jsonl and the trackers."""
-        self._append(constants.WEIGHTS_FILE, line)
-        self._track("weights", int(line["step"]), {key: line[key] for key in line if key != "step"})
+        self._record(constants.WEIGHTS_FILE, "weights", line)
 
     def skipped_step(self, line: Mapping[str, Any]) -> None:
         """Record what a skipped step was made of: skipped_steps.jsonl."""
@@ -336,12 +324,13 @@ class Sinks:
         if name in self._logs:
             self._logs[name].append(line)
 
-    def _track(self, prefix: str, step: int, line: Mapping[str, Any]) -> None:
-        if not self._trackers:
-            return
-        scalars = flatten(prefix, line)
+    def _record(self, name: str, prefix: str, line: Mapping[str, Any]) -> None:
+        """A line of a file, and its numbers by step for the trackers."""
+        self._append(name, line)
+        numbers = {key: value for key, value in line.items() if key not in ("step", "unix_time_s")}
+        scalars = flatten(prefix, numbers) if self._trackers else {}
         for tracker in self._trackers:
-            self._guard(tracker, functools.partial(tracker.log, step, scalars))
+            self._guard(tracker, functools.partial(tracker.log, line["step"], scalars))
 
     def _guard(self, tracker: Tracker, call: Callable[[], None]) -> None:
         """Run a tracker's call; its failure (network, disk) is reported once, counted, and survived."""
