@@ -21,10 +21,10 @@ from versatune_ds.apps.plan.plan import (
     CHECKPOINTING,
     OFFLOAD,
     Machine,
-    option,
-    options,
     compute_bound,
     make_plan,
+    option,
+    options,
     remedies,
 )
 from versatune_ds.cli.main import main
