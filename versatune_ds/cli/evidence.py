@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the stages and print the summary."""
     from versatune_ds.apps.evidence.command import run_evidence
-    from versatune_ds.apps.evidence.programs import end_children_when_asked_to_end
+    from versatune_ds.apps.programs import ending_with_programs
 
-    end_children_when_asked_to_end()
-    print(run_evidence(args.out, args.minutes, args.stage, args.size))
+    with ending_with_programs():
+        print(run_evidence(args.out, args.minutes, args.stage, args.size))
     return EXIT_OK

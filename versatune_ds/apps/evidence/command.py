@@ -23,8 +23,8 @@ import versatune_ds
 from versatune_ds.apps.evidence.comparison import run_comparison
 from versatune_ds.apps.evidence.correctness import run_correctness
 from versatune_ds.apps.evidence.kernel import run_kernel
-from versatune_ds.apps.evidence.programs import Deadline
 from versatune_ds.apps.evidence.record import KIND, Record, describe_machine
+from versatune_ds.apps.programs import Deadline
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import write_text_atomic
 

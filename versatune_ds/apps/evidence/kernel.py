@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from versatune_ds.apps.evidence.programs import Deadline, run_program
 from versatune_ds.apps.evidence.record import Record
+from versatune_ds.apps.programs import Deadline, run_program
 from versatune_ds.report.measures import number
 from versatune_ds.report.page import Table, table_to_markdown
 
