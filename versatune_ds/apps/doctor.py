@@ -20,21 +20,8 @@ from versatune_ds.engine.faults.stale_files import (
     locks,
     unused_buffers,
 )
-from versatune_ds.foundations.machine import installed
+from versatune_ds.foundations.machine import PACKAGES, installed
 
-PACKAGES = (
-    "versatune-ds",
-    "torch",
-    "transformers",
-    "deepspeed",
-    "accelerate",
-    "numpy",
-    "sentencepiece",
-    "safetensors",
-    "triton",
-    "flash-attn",
-    "liger-kernel",
-)
 LOW_DISK_GB = 20.0
 
 

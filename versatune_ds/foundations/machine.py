@@ -10,6 +10,12 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
+PACKAGES = (
+    *("versatune-ds", "torch", "triton", "transformers", "deepspeed", "accelerate", "flash-attn"),
+    *("liger-kernel", "numpy", "sentencepiece", "safetensors", "trl", "datasets", "pytest"),
+)
+"""Distributions that decide what a run or a measurement does; some are optional."""
+
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
     """Versions of those distributions that are installed, in the given order; nothing is imported."""

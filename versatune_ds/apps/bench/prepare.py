@@ -34,7 +34,7 @@ from versatune_ds.foundations.files import write_json_atomic
 from versatune_ds.foundations.machine import cpu_name, installed
 
 SIDES = ("prepare", "datasets")
-PACKAGES = ("versatune_ds", "tokenizers", "transformers", "datasets", "pyarrow")
+MEASURED = ("versatune_ds", "tokenizers", "transformers", "datasets", "pyarrow")
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
@@ -218,7 +218,7 @@ def describe_environment() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpu_count": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": installed(PACKAGES),
+        "versions": installed(MEASURED),
         "commit": git_commit(),
     }
 

@@ -23,15 +23,11 @@ from typing import Any
 
 from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.files import write_json_atomic
-from versatune_ds.foundations.machine import cpu_name, installed
+from versatune_ds.foundations.machine import PACKAGES, cpu_name, installed
 from versatune_ds.observability.records import clean
 
 SCHEMA_VERSION = 1
 KIND = "evidence"
-PACKAGES = (
-    "versatune-ds", "torch", "triton", "transformers", "deepspeed", "accelerate", "trl", "datasets",
-    "liger-kernel", "flash-attn", "pytest",
-)  # fmt: skip
 CARD = (
     "name", "driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.mem",
     "persistence_mode", "mig.mode.current",
