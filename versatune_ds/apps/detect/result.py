@@ -68,11 +68,10 @@ def aggregate_texts(
     warn_when_many("unparsable judgements", num_unparsable, len(judged.lines))
     probabilities = np.array([table.vector(line["probabilities"], "judgement") for line in placed])
     rounds = np.array([line["index"] for line in placed]) // detect.sequences
-    knowledge = aggregate(probabilities, rounds, detect.rounds, detect.seed)
     num_blank = sum(text.is_blank for text in texts.values())
     masses = [line["name_mass"] for line in judged.lines.values() if line["name_mass"] is not None]
     content = {
-        **knowledge.to_json(table),
+        **aggregate(table, probabilities, rounds, detect.rounds, detect.seed),
         "texts": {
             "generated": len(texts),
             "blank": num_blank,

@@ -223,7 +223,7 @@ class StudyWorkers:
                 )
         if jobs and jobs[0].kind == "base":  # what is trained from it belongs to it
             self._origin = fingerprints[jobs[0].name]
-        return [read_result(job.config.run.dir, job.kind, job.arm, job.seed, job.total_steps) for job in jobs]
+        return [read_result(job.config.run.dir, job.arm, job.seed, job.total_steps) for job in jobs]
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
