@@ -167,7 +167,7 @@ class TimedSteps(NamedTuple):
             "real": sum(plan.tokens for plan in self.plans),
             "slot": sum(plan.num_packs * plan.pack_len for plan in self.plans),
             "supervised": sum(plan.supervised_tokens for plan in self.plans),
-            "sum_squared_lengths": sum(squared_lengths(plan) for plan in self.plans),
+            "sum_squared_lengths": sum(plan.sum_squared_lengths for plan in self.plans),
         }
 
 
@@ -208,11 +208,6 @@ class Stepper:
         if self.run.backend.device.type == "cuda":
             torch.cuda.synchronize()
         distributed.barrier()
-
-
-def squared_lengths(plan: StepPlan) -> int:
-    """Sum over samples of their length squared."""
-    return sum(int((pack.lengths.astype(np.int64) ** 2).sum()) for pack in plan.packs)
 
 
 class RecordingSinks(Sinks):

@@ -39,6 +39,7 @@ from versatune_ds.apps.study.results import (
 from versatune_ds.data.cache.prepare import PreparedData, prepare
 from versatune_ds.data.rows.files import find_files
 from versatune_ds.data.rows.readers import decode_block, read_blocks
+from versatune_ds.domain.reference import REFERENCE_FORMAT, REFERENCE_VERSION
 from versatune_ds.engine.faults.signals import StopRequest
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import DataError, VersaTuneError
@@ -94,7 +95,8 @@ def run_study(study: Study) -> StudyRuns:
     with StopRequest() as stop, StudyWorkers(study, data_fingerprint(prepared), total, stop) as workers:
         workers.run([plan.base()])
         reference = reference_losses(workers.run(plan.references()))
-        write_json_atomic(study.dir / "reference.json", reference_file(reference))
+        for_runs_elsewhere = {"format": REFERENCE_FORMAT, "version": REFERENCE_VERSION, "losses": reference}
+        write_json_atomic(study.dir / "reference.json", for_runs_elsewhere)
         arms = workers.run(plan.arms(reference))
     return StudyRuns(
         reference=reference,
@@ -147,11 +149,6 @@ def data_fingerprint(prepared: PreparedData) -> str:
     """Hash of all prepared data."""
     caches = [cache for split in prepared.caches.values() for cache in split]
     return canonical_hash([None if cache is None else cache.fingerprint for cache in caches])
-
-
-def reference_file(reference: dict[str, float]) -> dict[str, Any]:
-    """reference.json, for runs outside of the study."""
-    return {"format": "versatune_ds.reference", "version": 1, "losses": reference}
 
 
 # --- workers ------------------------------------------------------------------------------------------------

@@ -93,6 +93,11 @@ class StepPlan:
         return sum(self.trained.supervised_tokens)
 
     @property
+    def sum_squared_lengths(self) -> int:
+        """Sum over samples of their tokens squared: what causal attention within samples costs by."""
+        return sum(int((pack.lengths.astype(np.int64) ** 2).sum()) for pack in self.packs)
+
+    @property
     def efficiency(self) -> float:
         """Real tokens over slots."""
         return self.tokens / (self.num_packs * self.pack_len)
