@@ -119,7 +119,7 @@ def slice_of(layers: int, step_s: float, **split_s: float) -> dict:
 
 SHAPE = ModelShape(
     family="none", hidden=4, mlp=8, layers=2, heads=2, kv_heads=2, head_size=4, vocab=50, tied=False,
-    vectors=(), head_norms=False,
+    vectors=(),
 )  # fmt: skip
 
 

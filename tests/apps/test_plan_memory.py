@@ -23,6 +23,15 @@ from versatune_ds.engine.model.shape import ModelShape
 TOLERANCE = 0.10
 QWEN2 = _qwen2(128, 352, 4, 4, 2, 2048)
 QWEN3 = {**_llama(96, 256, 5, 4, 2, 1536), "model_type": "qwen3", "head_dim": 32}
+ALTERNATING = {"head_dim": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
+GEMMA3 = {
+    **_llama(96, 256, 4, 4, 2, 1536),
+    **ALTERNATING,
+    "model_type": "gemma3_text",
+    "tie_word_embeddings": True,
+}
+OLMO3 = {**_llama(128, 352, 4, 4, 2, 2048), **ALTERNATING, "model_type": "olmo3"}
+PHI3 = {**_llama(128, 352, 4, 4, 2, 2048), "model_type": "phi3", "pad_token_id": 0}
 TIED = {**_llama(128, 352, 5, 4, 4, 2048), "tie_word_embeddings": True}
 
 
@@ -46,6 +55,10 @@ CASES = [
     (1, zero(2), "fp32", 2, TIED, 768),
     (1, zero(2, **OPTIMIZER_ON_HOST), "bf16", "off", QWEN2, 512),
     (1, zero(3), "bf16", "off", QWEN2, 256),
+    (1, zero(1), "fp32", "off", GEMMA3, 768),
+    (1, zero(1), "bf16", "off", GEMMA3, 768),
+    (1, zero(1), "fp32", "off", OLMO3, 768),
+    (1, zero(1), "bf16", "off", PHI3, 768),
     (2, zero(1), "fp32", "off", QWEN2, 768),
     (2, zero(2), "bf16", "off", QWEN2, 768),
     (2, zero(2), "bf16", "all", TIED, 768),
@@ -56,7 +69,8 @@ CASES = [
 PACKS_PER_RANK = 2
 NAMES = [
     f"ranks{ranks}-zero{settings['stage']}-{dtype}-recompute_{recompute}-offload_{read_offload(settings)}"
-    for ranks, settings, dtype, recompute, _, _ in CASES
+    f"-{shape['model_type']}"
+    for ranks, settings, dtype, recompute, shape, _ in CASES
 ]
 
 

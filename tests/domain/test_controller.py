@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from versatune_ds.config.schema import Domains, Weights
+from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.reference import ReferenceLosses, load_reference
 from versatune_ds.domain.statistics import DomainSums

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from versatune_ds.config.schema import Domains, Weights
+from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.history import Losses, domains_of, read_history, replay_history, sums_of
 from versatune_ds.domain.reference import load_reference

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from versatune_ds.config.schema import Domains
+from versatune_ds.config.weights import Domains
 from versatune_ds.domain.knowledge import aggregate, bootstrap_means, read_knowledge
 from versatune_ds.domain.reference import prior_weights
 from versatune_ds.domain.table import DomainTable

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from versatune_ds.config.schema import Domains, Weights
+from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.domain.reference import Fingerprints, initial_weights, load_reference, prior_weights
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import ConfigError, DataError

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from versatune_ds.config.schema import Domains, Weights
+from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.reference import load_reference
 from versatune_ds.domain.replay import schedule_from_weights_jsonl

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_families import FAMILY_CONFIGS, VOCAB_SIZE, family_model
 from torch.nn.attention import varlen
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig
 
 from versatune_ds.config.schema import Model
+from versatune_ds.engine.backend import deepspeed_backend
 from versatune_ds.engine.backend.deepspeed_backend import MAX_ISOLATION_LEAK
-from versatune_ds.engine.model import attention
-from versatune_ds.engine.model.attention import VARLEN, choose_attention, isolation_leak, varlen_attention
+from versatune_ds.engine.model import attention, packed_lm
+from versatune_ds.engine.model.attention import (
+    PROBE_TOKENS,
+    VARLEN,
+    choose_attention,
+    isolation_leak,
+    varlen_attention,
+)
 from versatune_ds.engine.model.packed_lm import PackedCausalLM, checkpoint_activations
+from versatune_ds.engine.model.rope import turning_length
 from versatune_ds.foundations.errors import ConfigError
 
+CPU = torch.device("cpu")
 SHAPE = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -37,10 +49,51 @@ def tiny(config_class=LlamaConfig, **more):
     return AutoModelForCausalLM.from_config(config_class(**SHAPE, **more), attn_implementation="sdpa")
 
 
-@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
-def test_hidden_states_of_a_sample_are_bit_equal_whatever_its_neighbour(config_class):
-    model = PackedCausalLM(tiny(config_class), "auto").eval()
-    assert isolation_leak(model, SHAPE["vocab_size"], torch.device("cpu")) == 0.0
+@pytest.mark.parametrize("kind", FAMILY_CONFIGS)
+def test_losses_of_a_sample_are_bit_equal_whatever_its_neighbour(kind):
+    """With a neighbour whose halves lie on the other side of the lengths that positions depend on."""
+    model = PackedCausalLM(family_model(kind), "auto").eval()
+    assert isolation_leak(model, VOCAB_SIZE, CPU, 14) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "turn"), [("llama, dynamic rope", 8), ("phi3, longrope", 8), ("ministral3", None)]
+)
+def test_positions_that_depend_on_length_would_be_found_out(monkeypatch, kind, turn):
+    """As transformers computes them, the longest sample chooses the frequencies of all."""
+    monkeypatch.setattr(packed_lm, "rotate_by_sample", lambda model: None)
+    model = PackedCausalLM(family_model(kind), "auto").eval()
+    assert turning_length(model.lm.config) == turn
+    assert isolation_leak(model, VOCAB_SIZE, CPU, turn or PROBE_TOKENS) == 0.0
+    leak = isolation_leak(model, VOCAB_SIZE, CPU, 2 * (turn or PROBE_TOKENS) - 2)
+    assert leak > MAX_ISOLATION_LEAK["bf16"] if turn else leak == 0.0
+
+
+def test_a_length_of_one_kind_of_layer_counts():
+    rope = {
+        "sliding_attention": {"rope_type": "default"},
+        "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 4096},
+    }
+    assert turning_length(SimpleNamespace(rope_parameters=rope, max_position_embeddings=131072)) == 4096
+    assert turning_length(SimpleNamespace(rope_parameters=None)) is None
+
+
+def test_a_run_probes_beyond_the_turning_length(monkeypatch):
+    """And no further than a sample can be, which is a pack."""
+    asked = []
+    monkeypatch.setattr(deepspeed_backend, "isolation_leak", lambda *given: asked.append(given[3:]) or 0.0)
+    for kind, pack_len in (("phi3, longrope", 32), ("phi3, longrope", 6), ("mistral", 32)):
+        backend = SimpleNamespace(
+            model=PackedCausalLM(family_model(kind), "auto"),
+            evaluating=contextlib.nullcontext,
+            forward=None,
+            device=CPU,
+        )
+        settings = SimpleNamespace(
+            batch=SimpleNamespace(pack_len=pack_len), model=SimpleNamespace(dtype="fp32")
+        )
+        deepspeed_backend.check_isolation(backend, settings)
+    assert asked == [(14,), (6,), ()]
 
 
 @pytest.mark.parametrize("policy", ["off", "all", 2])
@@ -50,7 +103,7 @@ def test_isolation_holds_with_recomputed_activations(policy):
     recomputed = [layer.gradient_checkpointing for layer in lm.model.layers]
     assert recomputed == {"off": [False, False], "all": [True, True], 2: [True, False]}[policy]
     model = PackedCausalLM(lm, "auto").train()
-    assert isolation_leak(model, SHAPE["vocab_size"], torch.device("cpu")) == 0.0
+    assert isolation_leak(model, SHAPE["vocab_size"], CPU) == 0.0
 
 
 @pytest.mark.parametrize(("policy", "calls"), [("off", [1, 1]), ("all", [2, 2]), (2, [2, 1])])
@@ -102,7 +155,7 @@ def test_a_model_that_mixes_samples_is_found_out():
         return forward(*args, attention_mask=torch.ones_like(kwargs["input_ids"]), **kwargs)
 
     body.forward = leaking
-    leak = isolation_leak(model, SHAPE["vocab_size"], torch.device("cpu"))
+    leak = isolation_leak(model, SHAPE["vocab_size"], CPU)
     assert leak > 10 * max(MAX_ISOLATION_LEAK.values())
 
 
@@ -124,20 +177,46 @@ def test_cuda_prefers_flash_attention_and_falls_back_aloud(monkeypatch):
     assert choose_attention(Model(source="x", dtype="fp32"), "cuda").implementation == "sdpa"
 
 
+def test_scores_that_a_model_caps_are_capped_or_refused(monkeypatch):
+    for flash, on_cuda in ((None, "eager"), (object(), "flash_attention_2")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, flash=flash: flash)
+        chosen = [
+            choose_attention(Model(source="x"), device, True).implementation for device in ("cpu", "cuda")
+        ]
+        assert chosen == ["eager", on_cuda]
+    assert choose_attention(Model(source="x", dtype="fp32"), "cuda", True).implementation == "eager"
+    for wanted in ("sdpa", "varlen"):
+        with pytest.raises(ConfigError, match=f"{wanted} would not cap"):
+            choose_attention(Model(source="x", attention=wanted), "cuda", caps_scores=True)
+    q = torch.zeros(1, 4, 8, 8)
+    options = {"cu_seq_lens_q": torch.tensor([0, 8]), "max_length_q": 8}
+    for extra in ({"softcap": 3.0}, {"s_aux": q}):
+        with pytest.raises(ConfigError, match="neither caps its scores nor has sinks"):
+            varlen_attention(torch.nn.Identity(), q, q, q, None, **options, **extra)
+
+
 def test_varlen_without_boundaries_is_an_error():
     q = torch.zeros(1, 4, 8, 8)
     with pytest.raises(ConfigError, match="samples would mix"):
         varlen_attention(torch.nn.Identity(), q, q, q, None)
 
 
-def by_samples(query, key, value, boundaries, scale):
-    """What torch's kernel computes on GPUs: causal attention per sample, grouped heads included."""
+def by_samples(query, key, value, boundaries, scale, window_size):
+    """What torch's kernel computes on GPUs: causal attention per sample, grouped heads included.
+
+    Args:
+        window_size: flash-attn's: as many keys before the query's own (-1: all), and after it.
+    """
+    assert window_size[1] == 0
     parts = []
     for start, end in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
         q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        mask = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        if window_size[0] >= 0:
+            mask = mask.triu(-window_size[0])
         parts.append(
             torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=True
+                q, k, v, attn_mask=mask, scale=scale, enable_gqa=True
             ).transpose(0, 1)
         )
     return torch.cat(parts)
@@ -146,8 +225,7 @@ def by_samples(query, key, value, boundaries, scale):
 def kernel_of_torch_2_11(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
 ):
-    assert window_size == (-1, 0)
-    return by_samples(query, key, value, cu_seq_q, scale)
+    return by_samples(query, key, value, cu_seq_q, scale, window_size)
 
 
 def kernel_of_torch_2_13(
@@ -167,10 +245,9 @@ def kernel_of_torch_2_13(
     block_table=None,
     num_splits=None,
 ):
-    assert window_size == (-1, 0)
     if not enable_gqa and query.size(1) != key.size(1):
         raise ValueError("Expect query and key/value to have the same number of heads")
-    return by_samples(query, key, value, cu_seq_q, scale)
+    return by_samples(query, key, value, cu_seq_q, scale, window_size)
 
 
 INSTALLED = inspect.signature(varlen.varlen_attn)
@@ -178,16 +255,20 @@ INSTALLED = inspect.signature(varlen.varlen_attn)
 
 def installed_kernel(*args, **kwargs):
     given = INSTALLED.bind(*args, **kwargs).arguments
-    return by_samples(given["query"], given["key"], given["value"], given["cu_seq_q"], given["scale"])
+    names = ("query", "key", "value", "cu_seq_q", "scale", "window_size")
+    return by_samples(*(given[name] for name in names))
 
 
 installed_kernel.__signature__ = INSTALLED  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("kernel", [kernel_of_torch_2_11, kernel_of_torch_2_13, installed_kernel])
-def test_varlen_calls_the_kernel_as_its_version_of_torch_wants(monkeypatch, kernel, kv_heads, compiled):
+def test_varlen_calls_the_kernel_as_its_version_of_torch_wants(
+    monkeypatch, kernel, kv_heads, compiled, window
+):
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     spec = importlib.util.spec_from_file_location("attention_of_this_torch", attention.__file__)
     anew = importlib.util.module_from_spec(spec)
@@ -195,12 +276,14 @@ def test_varlen_calls_the_kernel_as_its_version_of_torch_wants(monkeypatch, kern
     q = torch.randn(1, 4, 12, 8)
     k, v = torch.randn(2, 1, kv_heads, 12, 8).unbind()
     boundaries = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
-    options = {"scaling": 0.3, "cu_seq_lens_q": boundaries, "max_length_q": 6}
+    options = {"scaling": 0.3, "cu_seq_lens_q": boundaries, "max_length_q": 6, "sliding_window": window}
     torch.compiler.reset()
     call = torch.compile(anew.varlen_attention, backend="eager") if compiled else anew.varlen_attention
     out, weights = call(torch.nn.Identity(), q, k, v, None, **options)
     sample = torch.arange(3).repeat_interleave(boundaries.diff())
     mask = (sample[:, None] == sample) & torch.ones(12, 12, dtype=torch.bool).tril()
+    if window is not None:  # as transformers masks: `kv_idx > q_idx - sliding_window`
+        mask &= torch.arange(12) > torch.arange(12)[:, None] - window
     repeated = (x.repeat_interleave(4 // kv_heads, dim=1) for x in (k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(q, *repeated, attn_mask=mask, scale=0.3)
     torch.testing.assert_close(out, expected.transpose(1, 2))
@@ -224,7 +307,7 @@ def test_varlen_on_cuda_equals_the_block_diagonal_mask():
             LlamaConfig(**(SHAPE | more)), attn_implementation=name, dtype=torch.bfloat16
         )
         packed = PackedCausalLM(model.to(device), "auto").eval()
-        assert isolation_leak(packed, 64, device) <= MAX_ISOLATION_LEAK["cuda"]
+        assert isolation_leak(packed, 64, device) <= MAX_ISOLATION_LEAK["bf16"]
         n = 24
         ids = (torch.arange(2 * n, device=device) * 7) % 64
         labels = ids.roll(-1)

@@ -6,6 +6,8 @@ The reference is plain PyTorch: every sample alone in a row, summed token losses
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,8 @@ CASES = {
         "untied-packed-zero2-offload-nan",  # DeepSpeed compiles its CPU Adam on first use
         "untied-packed-zero3-offload-nan",
         *(f"untied-packed-zero{stage}-clip" for stage in range(4)),
+        *(f"lie-packed-zero{stage}" for stage in range(4)),
+        "wrapped-packed-zero3",
     ],
     4: ["untied-packed-zero3", "tied-unpacked-zero3-recompute", "untied-packed-zero1"],
 }
@@ -52,8 +56,19 @@ BF16_CASES = ["untied-packed-zero3-bf16", "tied-packed-zero1-bf16", "untied-pack
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    """Two tiny models with saved weights: `untied` (Llama) and `tied` (Qwen2)."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    """Tiny models with saved weights: `untied` (Llama), `tied` (Qwen2), and two that are not what they say.
+
+    `lie`: Llama whose configuration ties a head that the files hold; `wrapped`: Gemma 3 in a model of images,
+    beside it `wrapped_alone`, the same as a text model.
+    """
+    from tiny_families import image_text_model
+    from transformers import (
+        AutoModelForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
     folder = tmp_path_factory.mktemp("models")
     shape = {
@@ -69,6 +84,13 @@ def models(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).save_pretrained(folder / "untied")
     Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True)).save_pretrained(folder / "tied")
+    lie = shutil.copytree(folder / "untied", folder / "lie") / "config.json"
+    lie.write_text(json.dumps({**json.loads(lie.read_text()), "tie_word_embeddings": True}))
+    wrapped = image_text_model("gemma3", vocab_size=cases.VOCAB_SIZE)
+    wrapped.save_pretrained(folder / "wrapped")
+    alone = AutoModelForCausalLM.from_config(wrapped.config.text_config)
+    alone.model.load_state_dict(wrapped.model.language_model.state_dict())
+    alone.save_pretrained(folder / "wrapped_alone")
     return folder
 
 
@@ -103,7 +125,8 @@ def reference(models):
         from transformers import AutoModelForCausalLM
 
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[start]
-        model = AutoModelForCausalLM.from_pretrained(models / name, dtype=dtype)
+        folder = models / f"{name}_alone" if name == "wrapped" else models / name
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         model = model.float() if compute == "fp32" else model
         masters = {key: parameter.detach().float() for key, parameter in model.named_parameters()}
         optimizer = torch.optim.AdamW(

@@ -25,9 +25,7 @@ MAX_FILES = 12
 """Python files in a folder, besides `__init__.py`."""
 FULLER_FOLDERS = {"cli": 16}
 MAX_LINES = 450
-LONGER_FILES = {
-    "config/schema.py": 548,
-}
+LONGER_FILES: dict[str, int] = {}
 STORY_LINES = 253
 """Of `engine/train.py`."""
 

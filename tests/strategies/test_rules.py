@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from versatune_ds.config.schema import ScheduledWeights, Weights
+from versatune_ds.config.weights import ScheduledWeights, Weights
 from versatune_ds.strategies.rules import (
     NEEDED,
     STRATEGIES,

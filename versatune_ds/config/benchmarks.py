@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field
 
 from versatune_ds.config.load import read_yaml, validate_settings
-from versatune_ds.config.schema import Section
+from versatune_ds.config.section import Section
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 
 

@@ -4,58 +4,30 @@ A run is one YAML file validated into `Config`. Sections are frozen; unknown key
 a default is required. Settings are checked here once, alone and against each other, so that the rest of the
 code can trust them.
 
-What is not covered: how the file is read and how errors are worded (`config/load.py`), and what the
-DeepSpeed file may hold beyond the keys we own (`engine/backend/deepspeed_config.py`).
+What is not covered: the sections of the domains and their weights (`config/weights.py`) and of `versatune-ds
+detect` (`config/detection.py`), how the file is read and how errors are worded (`config/load.py`), and what
+the DeepSpeed file may hold beyond the keys we own (`engine/backend/deepspeed_config.py`).
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from versatune_ds.config.detection import Detect
 from versatune_ds.config.secrets import find_secret
-from versatune_ds.strategies.rules import NEEDED, STRATEGIES
+from versatune_ds.config.section import Section
+from versatune_ds.config.weights import Domains, Weights
 
 DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized"]
 ChatTemplate = Literal["tokenizer", "chatml", "alpaca", "llama2", "llama3"]
-WeightUnit = Literal["samples", "tokens", "supervised_tokens"]
-if TYPE_CHECKING:
-    StrategyName = str
-else:
-    StrategyName = Literal[tuple(STRATEGIES)]
-WEIGHT_SUM_TOLERANCE = 1e-3
-"""How far given shares may be from summing to 1 (rounded decimals); they are then scaled to sum to 1."""
 DEFAULT_COLLECTIVE_TIMEOUT_S = 1800.0
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, the docstring under a field is its description."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        validate_default=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-    )
-
-
-def require_shares(values: dict[str, float], what: str) -> None:
-    """Raise ValueError unless `values` are shares: each >= 0, together 1 (within the tolerance)."""
-    negative = [name for name, value in values.items() if value < 0]
-    if negative:
-        raise ValueError(f"{what}: {negative[0]} has the negative share {values[negative[0]]}")
-    total = sum(values.values())
-    if abs(total - 1.0) > WEIGHT_SUM_TOLERANCE:
-        raise ValueError(f"{what}: shares sum to {total:.6g}; they must sum to 1")
 
 
 class Run(Section):
@@ -116,7 +88,7 @@ class Source(Section):
     """Column that holds each row's domain name."""
     format: DataFormat = "auto"
     """Row schema; `auto` tells it from the columns, once per file."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field({})
     """Our column name -> the file's column name, e.g. `{prompt: question, completion: answer}`."""
     split: str = "train"
     """Split of a hub data set."""
@@ -135,7 +107,7 @@ class Data(Section):
 
     train: list[Source] = Field(min_length=1)
     """Training sources."""
-    eval: list[Source] = []
+    eval: list[Source] = Field([])
     """Held-out sources; evaluated per domain, and the `probe` loss source."""
     chat_template: ChatTemplate = "tokenizer"
     """How conversations become text: the tokenizer's own template, or a built-in one for base models."""
@@ -149,115 +121,6 @@ class Data(Section):
     """All nodes see one `cache_dir`: prepare once. False: every node has its own; prepare once on each."""
     num_workers: int | None = Field(None, ge=1)
     """Processes that tokenise; default: all cores."""
-
-
-class Domains(Section):
-    """The domains and the limits of their weights. A weight is a share of each global batch."""
-
-    names: list[str] = Field(min_length=1)
-    """Domain names; their order is the order of all tables."""
-    initial: Literal["uniform"] | dict[str, float] | Path = "uniform"
-    """Weights to start from: detected shares (sum 1), or the knowledge.json of `versatune-ds detect`."""
-    weight_unit: WeightUnit = "samples"
-    """What a weight is a share of: samples (as in the paper), tokens, or supervised tokens."""
-    min_weight: float = Field(0.0, ge=0, le=1)
-    """Floor of every weight, from the first batch on."""
-    max_weight: float = Field(1.0, gt=0, le=1)
-    """Cap of every weight, from the first batch on."""
-    max_relative_change: float | None = Field(None, gt=0)
-    """Largest relative change of a weight in one update; 0.5 keeps it within x0.5 .. x1.5. None: no limit."""
-    max_epochs: dict[str, float] | float | None = None
-    """Largest number of passes over a domain's data (one number, or one per domain); its surplus share is
-    spread over the other domains."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Domains:
-        k = len(self.names)
-        if self.min_weight * k > 1:
-            raise ValueError(f"min_weight {self.min_weight} x {k} domains is more than 1")
-        if self.max_weight * k < 1:
-            raise ValueError(f"max_weight {self.max_weight} x {k} domains is less than 1")
-        if isinstance(self.initial, dict):
-            require_shares(self.initial, "domains.initial")
-        return self
-
-
-class ScheduledWeights(Section):
-    """One entry of a manual schedule."""
-
-    step: int = Field(ge=0)
-    """Optimizer steps done when these weights begin to hold."""
-    weights: dict[str, float]
-    """Share of every domain; they sum to 1."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ScheduledWeights:
-        require_shares(self.weights, f"schedule at step {self.step}")
-        return self
-
-
-class Weights(Section):
-    """How domain weights move. Symbols as in docs/weights.md: l loss, lref reference loss, gamma, phi."""
-
-    strategy: StrategyName = "constant"
-    """`constant` keeps `domains.initial`; `uniform` and `inverse` ((1 - p) / Z) are static too; `manual`
-    follows `schedule`; `fostering`, `expansion`, `doremi` and `raw_loss` move with the losses."""
-    every_n_steps: int = Field(100, ge=1)
-    """Optimizer steps between updates, and the length of the loss window."""
-    form: Literal["linear", "exponential"] = "linear"
-    """fostering: w (1 + sigma gamma) / Z, or w exp(sigma gamma) / Z."""
-    sigma: float = Field(1.0, ge=0)
-    """fostering: strength of the learnable potential gamma."""
-    target: str | None = None
-    """expansion: the domain to grow."""
-    delta: float = Field(0.05, ge=0, le=1)
-    """expansion: growth of the target's weight per update while the gate is open."""
-    gate: Literal["relative", "absolute", "worst"] = "relative"
-    """expansion: open while mean phi <= epsilon gamma_e (relative), mean phi <= epsilon (absolute), or
-    max phi <= epsilon gamma_e (worst), over the domains other than the target e."""
-    epsilon: float = Field(1.0, ge=0)
-    """expansion: tolerance of the gate."""
-    eta: float = Field(1.0, ge=0)
-    """doremi: step size of the exponentiated gradient."""
-    smoothing: float = Field(1e-3, ge=0, le=1)
-    """doremi: share of the uniform distribution mixed in after each update."""
-    schedule: list[ScheduledWeights] | Path | None = None
-    """manual: weights by step, or the weights.jsonl of a run to replay."""
-    reference: dict[str, float] | Path | None = None
-    """Held-out reference loss lref per domain (nats per supervised token), or a reference.json."""
-    loss_unit: Literal["token", "byte"] = "token"
-    """Unit in which losses meet their reference. `token`: a reference of another tokenizer is refused.
-    `byte`: both sides are compared in bits per byte of supervised text; the tokenizers may differ."""
-    loss_source: Literal["train", "probe"] = "train"
-    """`train`: losses of the training steps of the window, free. `probe`: held-out losses, forward only."""
-    probe_samples: int = Field(64, ge=1)
-    """probe: held-out samples per domain."""
-    noise_z: float = Field(0.0, ge=0)
-    """Standard errors subtracted from a loss difference before it counts as gamma or phi; 0 is the paper."""
-    min_tokens: int = Field(1, ge=1)
-    """A domain with fewer supervised tokens in the window keeps its previous loss and gamma; phi is 0."""
-    shadow: bool = False
-    """Compute and log updates without applying them."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Weights:
-        lacking = [name for name in STRATEGIES[self.strategy].requires if not getattr(self, name)]
-        if lacking:
-            raise ValueError("; ".join(f"strategy {self.strategy} {NEEDED[name]}" for name in lacking))
-        if isinstance(self.schedule, list):
-            steps = [entry.step for entry in self.schedule]
-            if steps != sorted(set(steps)):
-                raise ValueError(f"schedule steps must rise: {steps}")
-        if isinstance(self.reference, dict) and self.loss_unit == "byte":
-            raise ValueError(
-                "loss_unit byte needs the bytes per token of the reference's own tokenizer: give a "
-                "reference.json of `versatune-ds reference`, or loss_unit: token"
-            )
-        if isinstance(self.reference, dict):
-            bad = [name for name, value in self.reference.items() if value <= 0]
-            if bad:
-                raise ValueError(f"reference loss of {bad[0]} is {self.reference[bad[0]]}: must be > 0")
-        return self
 
 
 class BatchSettings(Section):
@@ -369,89 +232,6 @@ class Metrics(Section):
     """Dense peak of one accelerator in TFLOP/s for MFU; default: known for common data-centre GPUs."""
 
 
-class Endpoint(Section):
-    """A server that speaks OpenAI's API (vLLM's, for one) and gives log-probabilities."""
-
-    url: str
-    """Base of the API, e.g. `http://host:8000/v1`; `/chat/completions` or `/completions` is added."""
-    model: str
-    """The model's name on that server."""
-    api: Literal["chat", "completions"] = "chat"
-    """`chat` for instruction-tuned judges; `completions` sends plain text."""
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the key; the key itself is written nowhere."""
-    top_logprobs: int = Field(20, ge=1)
-    """Most likely tokens to ask for at each position; the server may allow fewer."""
-    concurrency: int = Field(16, ge=1)
-    """Requests under way at the same time."""
-    timeout_s: float = Field(60.0, gt=0)
-    """Longest silence of the server within one request."""
-    retries: int = Field(6, ge=0)
-    """Further attempts of a request that found the server down, slow, busy or talking nonsense."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Endpoint:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("`url` must be http://HOST[:PORT]/v1 or https://...")
-        if "@" in parts.netloc or parts.query or parts.fragment:  # it is written into knowledge.json
-            raise ValueError("`url` must hold no credentials or query: name the key in `api_key_env`")
-        return self
-
-
-class JudgeSettings(Section):
-    """What tells the domain of a generated text."""
-
-    kind: Literal["classifier", "endpoint", "model"] = "classifier"
-    """`classifier`: a linear text classifier trained on the run's own prepared data, without model or
-    network. `endpoint`: a model behind an API. `model`: a local model, by the likelihood of each name."""
-    endpoint: Endpoint | None = None
-    """endpoint: the server."""
-    model: str | None = None
-    """model: folder or hub name of a causal LM, better an instruction-tuned one."""
-    batch_size: int = Field(8, ge=1)
-    """model: texts judged at a time on each rank."""
-    max_chars: int = Field(8000, ge=1)
-    """Characters of each text that the judge reads; longer ones are cut and counted."""
-
-    @model_validator(mode="after")
-    def _check(self) -> JudgeSettings:
-        if self.kind == "endpoint" and self.endpoint is None:
-            raise ValueError("kind endpoint needs a server: give `endpoint` with `url` and `model`")
-        if self.kind == "model" and self.model is None:
-            raise ValueError("kind model needs a local model: give its folder or hub name in `model`")
-        return self
-
-
-class Detect(Section):
-    """The base model's knowledge distribution (`versatune-ds detect`): VersaTune, phase 1."""
-
-    model: str | None = None
-    """Folder or hub name of the model to examine; default: `model.source`, with `model.weights`."""
-    sequences: int = Field(2000, ge=1)
-    """Texts to generate in each round."""
-    rounds: int = Field(5, ge=1)
-    """Rounds T: repetitions with other random numbers; how far they agree is reported."""
-    max_new_tokens: int = Field(2048, ge=1)
-    """Longest text in tokens (the paper's code: up to 16,000)."""
-    temperature: float = Field(1.0, gt=0)
-    """Divides the logits before sampling."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Sample from the smallest set of tokens with this probability; 1: from all."""
-    top_k: int = Field(0, ge=0)
-    """Sample from this many most likely tokens; 0: from all."""
-    repetition_penalty: float = Field(1.1, gt=0)
-    """Divides positive (multiplies negative) logits of tokens that stand in the text already; 1: none."""
-    batch_size: int = Field(32, ge=1)
-    """Texts generated at a time on each rank. It belongs to the random numbers: another one, other texts."""
-    generator: Literal["auto", "vllm", "transformers"] = "auto"
-    """`auto`: vLLM if it is installed, on CUDA, in a single process; else transformers."""
-    seed: int = Field(0, ge=0)
-    """Seed of the texts, of the classifier's folds and of the bootstrap."""
-    judge: JudgeSettings = JudgeSettings()
-    """What tells the domain of each text."""
-
-
 class Reference(Section):
     """`versatune-ds reference`: a model trained on each domain alone, to see how low its loss can get."""
 
@@ -486,7 +266,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
     detect: Detect = Detect()
-    deepspeed: dict[str, Any] | Path = {}
+    deepspeed: dict[str, Any] | Path = Field({})
     """DeepSpeed JSON file, or the same inline; without a `zero_optimization` key: ZeRO-3. Batch size,
     optimizer, precision and clipping come from this file's other sections and may not stand in it."""
 

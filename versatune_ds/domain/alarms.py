@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from versatune_ds.config.schema import Domains
+from versatune_ds.config.weights import Domains
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.strategies.rules import Mask
 from versatune_ds.strategies.simplex import Vector, entropy

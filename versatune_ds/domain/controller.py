@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from versatune_ds.config.schema import Domains, Weights
+from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.domain.alarms import reference_alarms, weight_alarms
 from versatune_ds.domain.reference import ReferenceLosses, initial_weights
 from versatune_ds.domain.replay import resolve_schedule

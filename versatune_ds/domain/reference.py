@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from versatune_ds.config.schema import Domains, Weights, require_shares
+from versatune_ds.config.weights import Domains, Weights, require_shares
 from versatune_ds.domain.json_input import numbers, read_object, require_format
 from versatune_ds.domain.knowledge import read_knowledge
 from versatune_ds.domain.table import DomainTable

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from versatune_ds.config.schema import Weights
+from versatune_ds.config.weights import Weights
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.strategies.rules import GateDecision, Mask
 from versatune_ds.strategies.simplex import Vector

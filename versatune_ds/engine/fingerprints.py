@@ -17,7 +17,7 @@ from typing import Any
 
 from versatune_ds.config.schema import Model
 from versatune_ds.data.cache.cache import TokenCache
-from versatune_ds.engine.model.packed_lm import load_architecture
+from versatune_ds.engine.model.source import load_architecture
 from versatune_ds.foundations.files import canonical_hash
 
 EDGE_BYTES = 1 << 20

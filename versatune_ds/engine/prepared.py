@@ -26,7 +26,7 @@ from versatune_ds.domain.reference import ReferenceLosses, load_reference
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
 from versatune_ds.engine.backend.ranks import Ranks
-from versatune_ds.engine.model.packed_lm import load_architecture
+from versatune_ds.engine.model.source import check_files, load_architecture
 from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.engine.preflight.consistency import code_and_settings, require_consistency
 from versatune_ds.engine.preflight.shared_files import check_shared_folder, open_caches_on_all_nodes
@@ -81,13 +81,15 @@ def prepare_run(config: Config, config_path: Path | None = None) -> Prepared:
     check_shared_folder(config.run.dir)
     preflight.check_trackers(config)
     table = DomainTable(config.domains.names)
+    architecture = load_architecture(config.model)
+    check_files(config.model)
     tokenizer = load_tokenizer(config)
     set_chat_template(tokenizer, config.data.chat_template)
     caches = open_caches_on_all_nodes(config, config_path)
     corpus = Corpus.from_caches(caches["train"], table.names)
     planner = planner_settings(config, table)
     corpus.check(planner)
-    preflight.check_architecture(load_architecture(config.model), tokenizer, corpus)
+    preflight.check_architecture(architecture, tokenizer, corpus)
     encoder = ChatEncoder.build(tokenizer, config.data.chat_template)
     prepared = Prepared(
         config=config,

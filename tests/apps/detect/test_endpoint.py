@@ -18,7 +18,7 @@ from versatune_ds.apps.detect.endpoint import (
     read_names,
     retry_after_s,
 )
-from versatune_ds.config.schema import Endpoint, JudgeSettings
+from versatune_ds.config.detection import Endpoint, JudgeSettings
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 
 NAMES = ["law", "medicine", "code"]

@@ -39,7 +39,7 @@ import httpx
 import numpy as np
 
 from versatune_ds.apps.detect.judge import PLAIN_ENDING, PROMPT_VERSION, Judgement, question
-from versatune_ds.config.schema import Endpoint
+from versatune_ds.config.detection import Endpoint
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 from versatune_ds.foundations.log import get_logger
 

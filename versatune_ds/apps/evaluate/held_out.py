@@ -36,7 +36,7 @@ from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.evaluate import HeldOut, evaluate_samples
 from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
-from versatune_ds.engine.model.packed_lm import load_architecture
+from versatune_ds.engine.model.source import load_architecture
 from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.engine.provenance import describe_hardware, describe_versions
 from versatune_ds.foundations import constants, distributed

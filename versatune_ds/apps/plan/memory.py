@@ -212,18 +212,20 @@ def memory_plan(shape: ModelShape, setup: Setup) -> MemoryPlan:
 def layer_activations(shape: ModelShape, setup: Setup) -> int:
     """Bytes that one layer keeps for backward when nothing is recomputed.
 
-    Per token: two norms (the input in fp32, the normalised one and the scaled one in `dtype`), q, k, v and
-    the attention output, and gate, activated gate, up and their product of the MLP. Beside them one fp32
+    Per token: its norms (the input in fp32, the normalised one, in fp32 for families that scale in it, else
+    in `dtype`, and the scaled one in `dtype`), q, k, v and the attention output, and gate, activated gate, up
+    and their product of the MLP. Beside them one fp32
     number per norm, and per head for attention.
     """
     s = setup.element
-    norm = shape.hidden * (FP32 + 2 * s)
+    normed = FP32 + (FP32 if shape.fp32_norms else s)
+    norm = shape.hidden * (normed + s)
     attention = 2 * (shape.query_width + shape.kv_width) * s
     mlp = 4 * shape.mlp * s
-    rest = FP32 * (2 + shape.heads)
-    if shape.head_norms:
-        rest += (shape.query_width + shape.kv_width) * (FP32 + s) + FP32 * (shape.heads + shape.kv_heads)
-    return setup.pack_len * (2 * norm + attention + mlp + rest)
+    rest = FP32 * (shape.norms + shape.heads)
+    if shape.query_key_norms:
+        rest += (shape.query_width + shape.kv_width) * normed + FP32 * (shape.heads + shape.kv_heads)
+    return setup.pack_len * (shape.norms * norm + attention + mlp + rest)
 
 
 def recomputed_layers(layers: int, policy: Checkpointing) -> int:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from versatune_ds.config.load import load_settings
-from versatune_ds.config.schema import Section, require_shares
+from versatune_ds.config.section import Section
+from versatune_ds.config.weights import require_shares
 
 Sections = dict[str, Any]
 """Sections of a run by name, each a mapping of its settings."""

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from versatune_ds.config.schema import WeightUnit
+from versatune_ds.config.weights import WeightUnit
 from versatune_ds.foundations.errors import ConfigError, DataError, unknown_name
 
 WEIGHT_UNITS: tuple[WeightUnit, ...] = get_args(WeightUnit)

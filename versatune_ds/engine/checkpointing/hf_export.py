@@ -29,7 +29,7 @@ from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.saved_shards import SavedWeights
 from versatune_ds.engine.checkpointing.folder import saved_state
 from versatune_ds.engine.model.dtypes import DTYPES
-from versatune_ds.engine.model.packed_lm import load_architecture
+from versatune_ds.engine.model.source import load_architecture
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import SaveError, VersaTuneError
 from versatune_ds.foundations.files import fsync_dir, fsync_tree, write_json_atomic
@@ -161,6 +161,8 @@ def export_checkpoint(
     """
     weights = SavedWeights(checkpoint, saved_state(checkpoint))
     config.dtype = DTYPES[dtype]
+    if NAME_PREFIX + "lm_head.weight" in weights:
+        config.tie_word_embeddings = False  # of a model whose configuration does not say what its files hold
     rounded = ((name.removeprefix(NAME_PREFIX), _rounded(weights[name], config.dtype)) for name in weights)
     cure = "give another folder with --out if you like, then start the same command again"
     _write_folder(rounded, config, companions, folder, max_shard_bytes, cure)

@@ -5,8 +5,8 @@ restart, which it does only without an attention mask and without a cache. On CU
 sample boundaries: flash-attn when it is installed, else torch's own. `isolation_leak` measures, on the real
 model, that a neighbour's tokens change nothing; a backend that leaks is an error, never a warning.
 
-What is not covered: sliding-window layers with a window shorter than a sample, and capped scores, on the
-varlen backend (both refused); sequence parallelism.
+What is not covered: capped scores (Gemma 2) and attention sinks on the varlen backend (both refused);
+sequence parallelism.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from versatune_kernels import LossOutput
 VARLEN = "versatune_varlen"
 NAMES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """Whether torch's kernel wants to be told of grouped heads; the one of torch 2.11 takes them as they are."""
-PROBE_SAMPLE_TOKENS = 16
+PROBE_TOKENS = 32
 
 
 class AttentionChoice(NamedTuple):
@@ -39,18 +39,24 @@ class AttentionChoice(NamedTuple):
     reason: str
 
 
-def choose_attention(settings: Model, device_type: str) -> AttentionChoice:
+def choose_attention(settings: Model, device_type: str, caps_scores: bool = False) -> AttentionChoice:
     """The attention implementation for a device.
 
     Args:
         settings: `model` section; `attention` names a backend or is `auto`.
         device_type: "cpu" or "cuda".
+        caps_scores: the model caps its attention scores, which only eager and flash_attention_2 do.
 
     Raises:
         ConfigError: the named backend cannot run here or cannot keep samples apart here.
     """
     flash = importlib.util.find_spec("flash_attn") is not None
     wanted = settings.attention
+    if caps_scores and wanted in ("sdpa", "varlen"):
+        raise ConfigError(f"model.attention {wanted} would not cap the scores, as this model does; use auto")
+    if caps_scores and wanted == "auto" and (device_type == "cpu" or settings.dtype == "fp32" or not flash):
+        reason = "scores are capped, which else only flash-attn does; quadratic in batch.pack_len"
+        return AttentionChoice("eager", reason)
     if device_type == "cpu":
         if wanted not in ("auto", "sdpa"):
             raise ConfigError(f"model.attention {wanted} needs CUDA; use auto or sdpa on CPUs")
@@ -106,10 +112,8 @@ def varlen_attention(
     boundaries, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     if boundaries is None or longest is None:
         raise ConfigError("varlen attention was called without sample boundaries: samples would mix")
-    if sliding_window is not None and sliding_window < longest:
-        raise ConfigError("varlen attention does not do sliding windows; use flash_attention_2")
-    if kwargs.get("softcap") is not None:
-        raise ConfigError("varlen attention does not cap its scores; use flash_attention_2")
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ConfigError("varlen attention neither caps its scores nor has sinks; use flash_attention_2")
     grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if NAMES_GROUPED_HEADS else {}
     out = varlen_attn(
         query[0].transpose(0, 1),
@@ -120,7 +124,7 @@ def varlen_attention(
         longest,
         longest,
         scale=scaling,
-        window_size=(-1, 0),
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),  # keys before the query's own
         **grouped,
     )
     assert isinstance(out, torch.Tensor)
@@ -128,40 +132,51 @@ def varlen_attention(
 
 
 @torch.no_grad()
-def isolation_leak(model: Callable[..., LossOutput], vocab_size: int, device: torch.device) -> float:
+def isolation_leak(
+    model: Callable[..., LossOutput],
+    vocab_size: int,
+    device: torch.device,
+    neighbour: int = PROBE_TOKENS,
+) -> float:
     """How much a neighbour in the pack changes a sample's token losses; 0 where samples are kept apart.
 
-    Two samples share a pack; the first one's tokens are replaced; the second one's losses are compared. All
-    ranks must call it together (under ZeRO-3 it gathers the model).
+    Two samples share a pack; the first one is replaced by two of half its length and other tokens; the losses
+    of the second one, which is no longer than these, are compared. All ranks must call it together (under
+    ZeRO-3 it gathers the model).
 
     Args:
         model: the DeepSpeed engine, or a `PackedCausalLM`.
         vocab_size: token ids are drawn below it.
         device: where the model computes.
+        neighbour: tokens of the first sample; between `turning_length` and twice as many, it shows positions
+            that depend on length.
 
     Returns:
         The largest absolute change over the largest loss.
     """
-    n = PROBE_SAMPLE_TOKENS
-    tokens = torch.arange(2 * n, device=device) % vocab_size
+    half = neighbour // 2
+    length = min(half, PROBE_TOKENS // 2)
+    tokens = torch.arange(neighbour + length, device=device) % vocab_size
     changed = tokens.clone()
-    changed[:n] = (changed[:n] + vocab_size // 2 + 1) % vocab_size
-    labels = tokens.roll(-1)
-    labels[n - 1], labels[2 * n - 1] = IGNORE_INDEX, IGNORE_INDEX
+    changed[:neighbour] = (changed[:neighbour] + vocab_size // 2 + 1) % vocab_size
 
-    def losses(ids: torch.Tensor) -> torch.Tensor:
+    def losses(ids: torch.Tensor, *lengths: int) -> torch.Tensor:
+        sizes = torch.tensor(lengths, device=device)
+        ends = sizes.cumsum(0)
+        labels = ids.roll(-1)
+        labels[ends - 1] = IGNORE_INDEX
         out = model(
             input_ids=ids,
-            position_ids=torch.arange(n, device=device).repeat(2),
+            position_ids=torch.cat([torch.arange(n, device=device) for n in lengths]),
             labels=labels,
-            sample_ids=torch.arange(2, device=device).repeat_interleave(n),
-            cu_seqlens=torch.tensor([0, n, 2 * n], dtype=torch.int32, device=device),
-            max_seqlen=n,
-            num_samples=2,
-            num_valid=2 * (n - 1),
+            sample_ids=torch.arange(len(lengths), device=device).repeat_interleave(sizes),
+            cu_seqlens=torch.cat([ends.new_zeros(1), ends]).int(),
+            max_seqlen=max(lengths),
+            num_samples=len(lengths),
+            num_valid=len(ids) - len(lengths),
             normalizer=1.0,
         )
-        return out.token_loss[n:]
+        return out.token_loss[neighbour:]
 
-    before, after = losses(tokens), losses(changed)
+    before, after = losses(tokens, neighbour, length), losses(changed, half, neighbour - half, length)
     return float((before - after).abs().max() / before.abs().max().clamp_min(1e-12))

@@ -4,14 +4,16 @@ A model of a family without a row trains like any causal LM of transformers, unl
 its logits: that is refused, since the same field means different things (`logits_scaling` divides in Granite
 and multiplies in HyperCLOVA X). A new family is one row here and one in `tests/engine/test_families.py`.
 
-What is not covered: mixtures of experts (refused by preflight), and layers of other shapes: families whose
-row is not `planned` have no memory plan.
+What is not covered: layers of other shapes: families whose row is not `planned` have no memory plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
 
 from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.foundations.errors import ConfigError, unknown_name
@@ -26,24 +28,37 @@ class Family(NamedTuple):
     """q, k and v have biases, and the output has none, whatever `attention_bias` says."""
     head_norms: bool = False
     """Norms of every head of q and k."""
-    head_size: int | None = None
-    """Where `head_dim` is not given, transformers' default; None: hidden size / heads."""
+    wide_norms: bool = False
+    """Norms of all of q and of all of k."""
+    norms: int = 2
+    """Norms of the hidden states in a layer."""
+    fp32_norms: bool = False
+    """Norms are scaled in fp32, for which their input is kept."""
     softcap: str | None = None
     """Logits become c tanh(logits / c), c the value of this field."""
     logit_factor: str | None = None
     """Logits are multiplied by the value of this field."""
     logit_divisor: str | None = None
     """Logits are divided by the value of this field."""
+    experts: str | None = None
+    """Its layers are mixtures of as many experts as this field says."""
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(),
+    "llama": Family(),  # SmolLM and SmolLM 2, too
+    "mistral": Family(),
+    "ministral": Family(),
+    "ministral3": Family(),
+    "smollm3": Family(),
+    "phi3": Family(),  # Phi 3, 3.5 and 4; q, k and v are one matrix, gate and up another
     "qwen2": Family(qkv_biases=True),  # Qwen2 and Qwen2.5
-    "qwen3": Family(head_norms=True, head_size=128),
+    "qwen3": Family(head_norms=True),
+    "olmo2": Family(wide_norms=True),
+    "olmo3": Family(wide_norms=True),
+    "gemma2": Family(norms=4, fp32_norms=True, softcap="final_logit_softcapping"),
+    "gemma3_text": Family(norms=4, fp32_norms=True, head_norms=True, softcap="final_logit_softcapping"),
     "cohere": Family(planned=False, logit_factor="logit_scale"),
     "cohere2": Family(planned=False, logit_factor="logit_scale"),
-    "gemma2": Family(planned=False, softcap="final_logit_softcapping"),
-    "gemma3_text": Family(planned=False, softcap="final_logit_softcapping"),
     "granite": Family(planned=False, logit_divisor="logits_scaling"),
 }
 PLANNED = tuple(name for name, family in FAMILIES.items() if family.planned)
@@ -57,25 +72,28 @@ REQUIRED = (
     "num_attention_heads",
     "vocab_size",
 )
-OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
 def planned_shape(config: Mapping[str, Any], origin: str) -> ModelShape:
-    """The shape of a model from its config.json.
+    """The shape of a model from its config.json; of a model of images and text, that of its text part.
 
     Args:
         origin: where it comes from, for error texts.
 
     Raises:
-        ConfigError: a family without a plan, or a number is missing.
+        ConfigError: a family without a plan, or a number is missing or cannot be.
     """
-    name = str(config.get("model_type"))
+    values = dict(config.get("text_config") or config)
+    name = str(values.pop("model_type", None))
     if name not in PLANNED:
         raise ConfigError(f"{origin}: {unknown_name('model family', name, PLANNED)}")
-    missing = [key for key in REQUIRED if not isinstance(config.get(key), int)]
+    missing = [key for key in REQUIRED if not isinstance(values.get(key), int)]
     if missing:
         raise ConfigError(f"{origin}: config.json lacks {', '.join(missing)}")
-    return _shape(name, config)
+    try:
+        return _shape(AutoConfig.for_model(name, **values))
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise ConfigError(f"{origin}: {error}") from error
 
 
 def built_shape(config: Any, parameters: int, nonembedding: int) -> ModelShape:
@@ -86,41 +104,45 @@ def built_shape(config: Any, parameters: int, nonembedding: int) -> ModelShape:
         parameters: all, a tied embedding and head once.
         nonembedding: all but the embedding and the head.
     """
-    values = {key: getattr(config, key, None) for key in (*REQUIRED, *OPTIONAL)}
-    return _shape(config.model_type, values, (parameters, nonembedding))
+    return _shape(config, (parameters, nonembedding))
 
 
-def _shape(name: str, config: Mapping[str, Any], counted: tuple[int, int] | None = None) -> ModelShape:
-    family = FAMILIES.get(name, Family())
-    hidden, mlp, heads = (
-        config["hidden_size"],
-        config["intermediate_size"] or 0,
-        config["num_attention_heads"],
-    )
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_size = config.get("head_dim") or family.head_size or hidden // heads
-    qkv = (heads * head_size, kv_heads * head_size, kv_heads * head_size)
-    vectors = [hidden, hidden]
+def _shape(config: Any, counted: tuple[int, int] | None = None) -> ModelShape:
+    family = FAMILIES.get(config.model_type, Family())
+
+    def given(name: str, default: Any = None) -> Any:
+        return getattr(config, name, None) or default
+
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    kv_heads = given("num_key_value_heads", heads)
+    head_size = given("head_dim", hidden // heads)
+    mlp = given("intermediate_size", 0)
+    query, key = heads * head_size, kv_heads * head_size
+    vectors = [hidden] * family.norms
     if family.qkv_biases:
-        vectors += qkv
-    elif config.get("attention_bias"):
-        vectors += (*qkv, hidden)
-    if config.get("mlp_bias"):
+        vectors += (query, key, key)
+    elif given("attention_bias"):
+        vectors += (query, key, key, hidden)
+    if given("mlp_bias"):
         vectors += (mlp, mlp, hidden)
     if family.head_norms:
         vectors += (head_size, head_size)
+    if family.wide_norms:
+        vectors += (query, key)
     return ModelShape(
-        family=name,
+        family=config.model_type,
         hidden=hidden,
         mlp=mlp,
-        layers=config["num_hidden_layers"],
+        layers=config.num_hidden_layers,
         heads=heads,
         kv_heads=kv_heads,
         head_size=head_size,
-        vocab=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings")),
+        vocab=config.vocab_size,
+        tied=bool(given("tie_word_embeddings")),
         vectors=tuple(vectors),
-        head_norms=family.head_norms,
+        norms=family.norms,
+        fp32_norms=family.fp32_norms,
+        query_key_norms=family.head_norms or family.wide_norms,
         counted=counted,
     )
 

@@ -23,7 +23,7 @@ import torch._dynamo  # zero.Init patches tensor constructors: dynamo must be lo
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from versatune_ds.config.schema import Model
@@ -31,10 +31,15 @@ from versatune_ds.data.collate import Batch
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.families import LogitRule, logit_rule
+from versatune_ds.engine.model.rope import rotate_by_sample
+from versatune_ds.engine.model.source import TEXT_PART, check_files, holds_own_head, load_architecture
 from versatune_ds.engine.phases import LOSS, timed
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.foundations.log import get_logger
 from versatune_kernels import LossOutput, linear_cross_entropy
+
+log = get_logger(__name__)
 
 LIGER_PARTS = ("rms_norm", "swiglu", "rope")
 """What `model.liger: auto` takes from liger-kernel, by the names of its switches."""
@@ -105,6 +110,7 @@ class PackedCausalLM(nn.Module):
             raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
         self.tied = lm.get_input_embeddings().weight is head.weight
         lm.set_output_embeddings(LossHead(head.weight, loss_backend, logits_dtype, logit_rule(lm.config)))
+        rotate_by_sample(lm)
         self.lm: Any = lm
 
     def hidden_states(
@@ -153,20 +159,6 @@ class PackedCausalLM(nn.Module):
         return out
 
 
-def load_architecture(settings: Model) -> Any:
-    """The transformers config of the model.
-
-    Raises:
-        ConfigError: no such folder or hub name, or no usable config.json there.
-    """
-    if settings.source.startswith((".", "/", "~")) and not Path(settings.source).is_dir():
-        raise ConfigError(f"model.source {settings.source} is not a folder; give a folder or a hub name")
-    try:
-        return AutoConfig.from_pretrained(settings.source, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"model.source {settings.source}: {error}") from error
-
-
 def build_model(
     settings: Model, attention: AttentionChoice, seed: int, device_type: str = "cpu"
 ) -> PackedCausalLM:
@@ -207,13 +199,27 @@ def load_lm(settings: Model, seed: int, **options: Any) -> PreTrainedModel:
         ConfigError: it cannot be loaded, or lacks weights.
     """
     options |= {"trust_remote_code": settings.trust_remote_code, "dtype": DTYPES[settings.dtype]}
+    config, folder = load_architecture(settings), Path(settings.source)
+    check_files(settings)
     torch.manual_seed(seed)
     try:
         if settings.weights == "random":
-            return AutoModelForCausalLM.from_config(load_architecture(settings), **options)
+            return AutoModelForCausalLM.from_config(config, **options)
+        if config.tie_word_embeddings and folder.is_dir() and holds_own_head(folder):
+            log.warning(
+                "%s says tie_word_embeddings: true, and its files hold a head of its own: it is trained and "
+                "exported as its files are, not tied",
+                folder,
+            )
+            config.tie_word_embeddings = False
         # safetensors or nothing: a pytorch_model.bin is a pickle, which could run code
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            settings.source, output_loading_info=True, use_safetensors=True, **options
+            settings.source,
+            config=config,
+            key_mapping=TEXT_PART,
+            output_loading_info=True,
+            use_safetensors=True,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise ConfigError(

@@ -53,8 +53,12 @@ class ModelShape:
     """Embedding and head are one matrix."""
     vectors: tuple[int, ...]
     """Sizes of a layer's norms and biases."""
-    head_norms: bool
-    """Norms of every head of q and k."""
+    norms: int = 2
+    """Norms of the hidden states in a layer."""
+    fp32_norms: bool = False
+    """They are scaled in fp32."""
+    query_key_norms: bool = False
+    """Norms of q and k."""
     counted: tuple[int, int] | None = None
     """Parameters of the built model: all, and all but embedding and head. None: by formula."""
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from versatune_ds.config.schema import Config, Weights
+from versatune_ds.config.schema import Config
+from versatune_ds.config.weights import Weights
 from versatune_ds.data.cache.cache import check_file
 from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, supply
@@ -155,6 +156,11 @@ def check_architecture(architecture: Any, tokenizer: Any, corpus: Corpus) -> Non
         ConfigError: naming the numbers.
     """
     logit_rule(architecture)
+    if getattr(architecture, "quantization_config", None):
+        raise ConfigError(
+            "model.source holds quantised weights (quantization_config in its config.json), which cannot be "
+            "trained; use the model's bf16 weights"
+        )
     if getattr(architecture, "router_aux_loss_coef", None) is not None:
         raise ConfigError(
             f"{architecture.model_type} is a mixture of experts; its router loss is not supported"

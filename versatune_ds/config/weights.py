@@ -1,0 +1,142 @@
+"""Settings of the domains and of how their weights move.
+
+What is not covered: the other sections, and whether every domain is named (`config/schema.py`); the rules
+themselves (`strategies/rules.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from versatune_ds.config.section import Section
+from versatune_ds.strategies.rules import NEEDED, STRATEGIES
+
+WeightUnit = Literal["samples", "tokens", "supervised_tokens"]
+if TYPE_CHECKING:
+    StrategyName = str
+else:
+    StrategyName = Literal[tuple(STRATEGIES)]
+WEIGHT_SUM_TOLERANCE = 1e-3
+"""How far given shares may be from summing to 1 (rounded decimals); they are then scaled to sum to 1."""
+
+
+def require_shares(values: dict[str, float], what: str) -> None:
+    """Raise ValueError unless `values` are shares: each >= 0, together 1 (within the tolerance)."""
+    negative = [name for name, value in values.items() if value < 0]
+    if negative:
+        raise ValueError(f"{what}: {negative[0]} has the negative share {values[negative[0]]}")
+    total = sum(values.values())
+    if abs(total - 1.0) > WEIGHT_SUM_TOLERANCE:
+        raise ValueError(f"{what}: shares sum to {total:.6g}; they must sum to 1")
+
+
+class Domains(Section):
+    """The domains and the limits of their weights. A weight is a share of each global batch."""
+
+    names: list[str] = Field(min_length=1)
+    """Domain names; their order is the order of all tables."""
+    initial: Literal["uniform"] | dict[str, float] | Path = "uniform"
+    """Weights to start from: detected shares (sum 1), or the knowledge.json of `versatune-ds detect`."""
+    weight_unit: WeightUnit = "samples"
+    """What a weight is a share of: samples (as in the paper), tokens, or supervised tokens."""
+    min_weight: float = Field(0.0, ge=0, le=1)
+    """Floor of every weight, from the first batch on."""
+    max_weight: float = Field(1.0, gt=0, le=1)
+    """Cap of every weight, from the first batch on."""
+    max_relative_change: float | None = Field(None, gt=0)
+    """Largest relative change of a weight in one update; 0.5 keeps it within x0.5 .. x1.5. None: no limit."""
+    max_epochs: dict[str, float] | float | None = None
+    """Largest number of passes over a domain's data (one number, or one per domain); its surplus share is
+    spread over the other domains."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Domains:
+        k = len(self.names)
+        if self.min_weight * k > 1:
+            raise ValueError(f"min_weight {self.min_weight} x {k} domains is more than 1")
+        if self.max_weight * k < 1:
+            raise ValueError(f"max_weight {self.max_weight} x {k} domains is less than 1")
+        if isinstance(self.initial, dict):
+            require_shares(self.initial, "domains.initial")
+        return self
+
+
+class ScheduledWeights(Section):
+    """One entry of a manual schedule."""
+
+    step: int = Field(ge=0)
+    """Optimizer steps done when these weights begin to hold."""
+    weights: dict[str, float]
+    """Share of every domain; they sum to 1."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduledWeights:
+        require_shares(self.weights, f"schedule at step {self.step}")
+        return self
+
+
+class Weights(Section):
+    """How domain weights move. Symbols as in docs/weights.md: l loss, lref reference loss, gamma, phi."""
+
+    strategy: StrategyName = "constant"
+    """`constant` keeps `domains.initial`; `uniform` and `inverse` ((1 - p) / Z) are static too; `manual`
+    follows `schedule`; `fostering`, `expansion`, `doremi` and `raw_loss` move with the losses."""
+    every_n_steps: int = Field(100, ge=1)
+    """Optimizer steps between updates, and the length of the loss window."""
+    form: Literal["linear", "exponential"] = "linear"
+    """fostering: w (1 + sigma gamma) / Z, or w exp(sigma gamma) / Z."""
+    sigma: float = Field(1.0, ge=0)
+    """fostering: strength of the learnable potential gamma."""
+    target: str | None = None
+    """expansion: the domain to grow."""
+    delta: float = Field(0.05, ge=0, le=1)
+    """expansion: growth of the target's weight per update while the gate is open."""
+    gate: Literal["relative", "absolute", "worst"] = "relative"
+    """expansion: open while mean phi <= epsilon gamma_e (relative), mean phi <= epsilon (absolute), or
+    max phi <= epsilon gamma_e (worst), over the domains other than the target e."""
+    epsilon: float = Field(1.0, ge=0)
+    """expansion: tolerance of the gate."""
+    eta: float = Field(1.0, ge=0)
+    """doremi: step size of the exponentiated gradient."""
+    smoothing: float = Field(1e-3, ge=0, le=1)
+    """doremi: share of the uniform distribution mixed in after each update."""
+    schedule: list[ScheduledWeights] | Path | None = None
+    """manual: weights by step, or the weights.jsonl of a run to replay."""
+    reference: dict[str, float] | Path | None = None
+    """Held-out reference loss lref per domain (nats per supervised token), or a reference.json."""
+    loss_unit: Literal["token", "byte"] = "token"
+    """Unit in which losses meet their reference. `token`: a reference of another tokenizer is refused.
+    `byte`: both sides are compared in bits per byte of supervised text; the tokenizers may differ."""
+    loss_source: Literal["train", "probe"] = "train"
+    """`train`: losses of the training steps of the window, free. `probe`: held-out losses, forward only."""
+    probe_samples: int = Field(64, ge=1)
+    """probe: held-out samples per domain."""
+    noise_z: float = Field(0.0, ge=0)
+    """Standard errors subtracted from a loss difference before it counts as gamma or phi; 0 is the paper."""
+    min_tokens: int = Field(1, ge=1)
+    """A domain with fewer supervised tokens in the window keeps its previous loss and gamma; phi is 0."""
+    shadow: bool = False
+    """Compute and log updates without applying them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Weights:
+        lacking = [name for name in STRATEGIES[self.strategy].requires if not getattr(self, name)]
+        if lacking:
+            raise ValueError("; ".join(f"strategy {self.strategy} {NEEDED[name]}" for name in lacking))
+        if isinstance(self.schedule, list):
+            steps = [entry.step for entry in self.schedule]
+            if steps != sorted(set(steps)):
+                raise ValueError(f"schedule steps must rise: {steps}")
+        if isinstance(self.reference, dict) and self.loss_unit == "byte":
+            raise ValueError(
+                "loss_unit byte needs the bytes per token of the reference's own tokenizer: give a "
+                "reference.json of `versatune-ds reference`, or loss_unit: token"
+            )
+        if isinstance(self.reference, dict):
+            bad = [name for name, value in self.reference.items() if value <= 0]
+            if bad:
+                raise ValueError(f"reference loss of {bad[0]} is {self.reference[bad[0]]}: must be > 0")
+        return self

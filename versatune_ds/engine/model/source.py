@@ -1,0 +1,128 @@
+"""What a model's folder is, before its weights are read: its configuration, and what its files hold.
+
+A model of images and text whose text part is a causal LM of its own (Gemma 3, Mistral 3) is trained as that
+text model. Whether embedding and head are tied is found in the files: transformers unties two matrices that
+differ, whatever the configuration says, but does not see it under ZeRO-3, where each rank compares nothing.
+
+What is not covered: the files behind a hub name, which are there only after transformers has loaded them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from versatune_ds.config.schema import Model
+from versatune_ds.foundations.errors import ConfigError
+
+TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
+"""Names of weights in a model of images and text, and in its text part alone; transformers' key_mapping."""
+READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+"""Of files that are read beside the weights."""
+ROWS = 4096
+"""Rows of two matrices that are compared at once."""
+
+
+def load_architecture(settings: Model) -> Any:
+    """The transformers config of the model, or of its text part.
+
+    Raises:
+        ConfigError: no such folder or hub name, no usable config.json there, or no causal LM.
+    """
+    source = settings.source
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise ConfigError(f"model.source {source} is not a folder; give a folder or a hub name")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
+        raise ConfigError(f"model.source {source}: {error}") from error
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        return config
+    known: Any = AutoModelForCausalLM._model_mapping
+    if type(text) not in known:
+        raise ConfigError(
+            f"model.source {source} is a {config.model_type} model of more than text, whose text part "
+            f"({text.model_type}) transformers cannot load alone; use a text model"
+        )
+    text.architectures = [known[type(text)].__name__]
+    text.tie_word_embeddings = config.tie_word_embeddings
+    text.quantization_config = getattr(config, "quantization_config", None)
+    return text
+
+
+def check_files(settings: Model) -> None:
+    """Refuse a model folder whose files cannot be what they are named.
+
+    Raises:
+        ConfigError: a Git LFS pointer stands for a file, weights are missing, cut off or pickled.
+    """
+    folder = Path(settings.source)
+    if not folder.is_dir():
+        return
+    pretrained = settings.weights == "pretrained"
+    suffixes = (*READ_SUFFIXES, ".safetensors") if pretrained else READ_SUFFIXES
+    pointers = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes and _is_pointer(path))
+    if pointers:
+        raise ConfigError(
+            f"model.source {folder}: {', '.join(pointers)}: a Git LFS pointer lies there instead of the "
+            "file; run git lfs pull in that folder"
+        )
+    if pretrained:
+        weight_map(folder)
+
+
+def weight_map(folder: Path) -> dict[str, Path]:
+    """The file of each tensor that transformers would load from `folder`, by name; all of them are opened.
+
+    Raises:
+        ConfigError: there are no safetensors, or one of the files is missing or cannot be opened.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [whole]
+    if not whole.is_file() and index.is_file():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    elif not whole.is_file() and any(folder.glob("*.bin")):
+        raise ConfigError(
+            f"model.source {folder} has its weights only in .bin files, pickles, which could run code; if "
+            'you trust them, write them as safetensors once: python -c "from transformers import '
+            f"AutoModelForCausalLM as A; A.from_pretrained('{folder}', use_safetensors=False, dtype='auto')"
+            f".save_pretrained('{folder}')\""
+        )
+    found: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                found |= dict.fromkeys(opened.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"model.source {folder}: {file.name} cannot be loaded ({error}); get it again, or set "
+                "model.weights: random"
+            ) from error
+    return found
+
+
+def holds_own_head(folder: Path) -> bool:
+    """Whether the weights of `folder` hold a head that is not its embedding."""
+    files = weight_map(folder)
+    names = [
+        next((n for n in files if n.endswith(end)), "") for end in ("embed_tokens.weight", "lm_head.weight")
+    ]
+    if not all(names):
+        return False
+    with safe_open(files[names[0]], "pt") as one, safe_open(files[names[1]], "pt") as other:
+        embedding, head = one.get_slice(names[0]), other.get_slice(names[1])
+        rows = embedding.get_shape()[0]
+        return embedding.get_shape() != head.get_shape() or not all(
+            torch.equal(embedding[i : i + ROWS], head[i : i + ROWS]) for i in range(0, rows, ROWS)
+        )
+
+
+def _is_pointer(path: Path) -> bool:
+    return path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs")
