@@ -7,7 +7,6 @@ deepspeed launch/bench.py with the same options. See docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import shlex
 import sys
@@ -111,12 +110,12 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.apps.bench.fit import choose_slices, device_memory
     from versatune_ds.apps.bench.settings import BenchSettings, check_settings
     from versatune_ds.apps.bench.slices import run_slices
+    from versatune_ds.config.load import validate_settings
     from versatune_ds.foundations import distributed
 
     args.data = None if args.data == "synthetic" else args.data
-    settings = BenchSettings.from_json(
-        {f.name: getattr(args, f.name) for f in dataclasses.fields(BenchSettings)}
-    )
+    given = {name: getattr(args, name) for name in BenchSettings.model_fields}
+    settings = validate_settings(BenchSettings, given, "bench")
     check_settings(settings)
     slices = choose_slices(settings, device_memory())
     write = functools.partial(write_results, args, settings, len(slices))
@@ -140,7 +139,7 @@ def write_results(
     known = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "environment": {"date": time.strftime("%Y-%m-%d"), "world_size": world_size},
-        "settings": dataclasses.asdict(settings),
+        "settings": settings.model_dump(mode="json"),
     }
     is_finished = len(outcomes) == num_slices
     result = result_of(outcomes, known, find_shape(settings.shape), is_finished=is_finished)

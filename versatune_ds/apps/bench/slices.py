@@ -17,7 +17,6 @@ What is not covered: measuring (`apps/bench/trainer.py`), and trying a failed sl
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -83,7 +82,7 @@ def run_slices(
 def _run_slice(settings: BenchSettings, chosen: Slice, index: int, limit_s: float | None) -> dict[str, Any]:
     """One process from start to end, and what came of it."""
     job = {
-        "settings": dataclasses.asdict(settings.with_checkpointing(chosen.checkpointing)),
+        "settings": settings.with_checkpointing(chosen.checkpointing).model_dump(mode="json"),
         "layers": chosen.layers,
         "starter": os.getpid(),
     }
@@ -136,7 +135,7 @@ def main(arguments: Sequence[str]) -> int:
     from versatune_ds.engine.backend.process_group import leave_process_group
 
     try:
-        outcome = bench.bench_slice(BenchSettings.from_json(job["settings"]), job["layers"])
+        outcome = bench.bench_slice(BenchSettings.model_validate(job["settings"]), job["layers"])
         outcome["slice"]["status"] = "measured"
     except Exception as error:
         if not isinstance(error, VersaTuneError):
