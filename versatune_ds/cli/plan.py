@@ -46,39 +46,25 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     from versatune_ds.apps.bench.shapes import find_shape
     from versatune_ds.apps.plan.gpus import find_gpu
+    from versatune_ds.apps.plan.memory import Setup, setup_fields
     from versatune_ds.apps.plan.plan import Machine, as_text, make_plan
-
-    machine = Machine(gpu=find_gpu(args.gpu), gpus_per_node=args.gpus_per_node, host_gib=args.host_gib)
-    settings, model = _settings(args)
-    chosen = {"zero_stage": args.zero, "checkpointing": _checkpointing(args), "offload": args.offload}
-    asked = {key: value for key, value in chosen.items() if value is not None}
-    setup = _setup({**settings, **asked}, args)
-    plan = make_plan(find_shape(model), setup, machine, search=not asked and args.config is None)
-    print(json.dumps(plan, indent=2) if args.json else as_text(plan))
-    return EXIT_FAILURE if plan["verdict"] == "does not fit" else EXIT_OK
-
-
-def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """(fields of `Setup`, model) of a run's settings, or of the defaults."""
-    if args.config is None:
-        return {}, args.model
-    from versatune_ds.apps.plan.memory import setup_fields
     from versatune_ds.config.load import load_config
-
-    config = load_config(args.config, args.overrides)
-    return setup_fields(config), config.model.source
-
-
-def _setup(fields: dict[str, Any], args: argparse.Namespace) -> Any:
-    """A `Setup` whose packs are shared evenly; what stands on the command line wins."""
-    from versatune_ds.apps.plan.memory import Setup
     from versatune_ds.data.plan.balance import check_world_size
 
-    fields = {"packs_per_step": -(-DEFAULT_PACKS // args.gpus) * args.gpus, **fields, "gpus": args.gpus}
-    given = {"pack_len": args.seq_len, "packs_per_step": args.packs_per_step, "dtype": args.dtype}
-    fields |= {key: value for key, value in given.items() if value is not None}
+    machine = Machine(gpu=find_gpu(args.gpu), gpus_per_node=args.gpus_per_node, host_gib=args.host_gib)
+    model = args.model
+    fields: dict[str, Any] = {"packs_per_step": -(-DEFAULT_PACKS // args.gpus) * args.gpus}
+    if args.config is not None:
+        config = load_config(args.config, args.overrides)
+        fields, model = setup_fields(config), config.model.source
+    chosen = {"zero_stage": args.zero, "checkpointing": _checkpointing(args), "offload": args.offload}
+    sizes = {"pack_len": args.seq_len, "packs_per_step": args.packs_per_step, "dtype": args.dtype}
+    fields |= {key: value for key, value in {**chosen, **sizes}.items() if value is not None}
     check_world_size(fields["packs_per_step"], args.gpus)
-    return Setup(**fields)
+    search = args.config is None and all(value is None for value in chosen.values())
+    plan = make_plan(find_shape(model), Setup(**fields, gpus=args.gpus), machine, search=search)
+    print(json.dumps(plan, indent=2) if args.json else as_text(plan))
+    return EXIT_FAILURE if plan["verdict"] == "does not fit" else EXIT_OK
 
 
 def _checkpointing(args: argparse.Namespace) -> str | int | None:
