@@ -17,10 +17,12 @@ import psutil
 import pytest
 import torch
 
+from versatune_ds.apps import programs
 from versatune_ds.apps.bench import fit, slices
 from versatune_ds.apps.bench import results as bench_results
 from versatune_ds.apps.bench import trainer as bench
 from versatune_ds.apps.bench.fit import DeviceMemory, Slice, choose_slices
+from versatune_ds.apps.bench.samples import random_samples
 from versatune_ds.apps.bench.settings import ZERO_FILE, BenchSettings, bench_config, check_settings
 from versatune_ds.apps.plan.memory import GIB
 from versatune_ds.cli.main import main
@@ -95,7 +97,7 @@ def test_eight_packs_a_step_leave_almost_no_padding():
     settings = BenchSettings(shape="tiny", activation_checkpointing="off")
     config = bench_config(settings, "model", ZERO_FILE)
     table = DomainTable(config.domains.names)
-    sources = [bench.SyntheticSamples(i, 4096, 8192, 0.5) for i in range(len(table))]
+    sources = [random_samples(i, 4096, 8192, 0.5) for i in range(len(table))]
     corpus, planner = Corpus.from_caches(sources, table.names), planner_settings(config, table)
     state, real, slot = PlannerState.initial(len(table)), 0, 0
     for _ in range(20):
@@ -243,7 +245,7 @@ def test_a_terminated_benchmark_takes_its_slice_along(monkeypatch):
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return started[-1]
 
-    monkeypatch.setattr(slices.subprocess, "Popen", start)
+    monkeypatch.setattr(programs.subprocess, "Popen", start)
     endless = Slice(4, "off", "fits", GIB, 2 * GIB)
     with pytest.raises(SystemExit):
         slices.run_slices(BenchSettings(shape="tiny"), [endless], None, lambda all_: None)
@@ -254,9 +256,9 @@ def test_ranks_of_a_slice_meet_on_a_port_of_their_own(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    found = [slices._environment(index) for index in range(2)]
+    found = [slices.own_port(index) for index in range(2)]
     assert [environment["MASTER_PORT"] for environment in found] == ["29501", "29502"]
-    assert not [environment for environment in found if "TORCHELASTIC_USE_AGENT_STORE" in environment]
+    assert {environment["TORCHELASTIC_USE_AGENT_STORE"] for environment in found} == {"False"}
 
 
 @pytest.mark.gpu

@@ -26,10 +26,10 @@ from versatune_ds.apps.evidence.cases import ARMS, CPU_CASES, GPU_CASES, choose_
 from versatune_ds.apps.evidence.command import find_checkout, run_evidence, summarise
 from versatune_ds.apps.evidence.kernel import run_kernel
 from versatune_ds.apps.evidence.profiling import TOP, longest, union_s
-from versatune_ds.apps.evidence.programs import Deadline, Ended, run_program
 from versatune_ds.apps.evidence.ratios import compare
 from versatune_ds.apps.evidence.record import LoadWatch, Record, ask_card, describe_machine, memory_gib
 from versatune_ds.apps.evidence.samples import read_rows, samples_by_domain, write_samples
+from versatune_ds.apps.programs import Deadline, Ended, run_program
 from versatune_ds.foundations.constants import IGNORE_INDEX
 from versatune_ds.foundations.errors import ConfigError
 
@@ -173,9 +173,9 @@ def test_a_command_that_is_asked_to_end_takes_its_program_along(tmp_path):
     )
     command = (
         "import sys\n"
-        "from versatune_ds.apps.evidence.programs import end_children_when_asked_to_end, run_program\n"
-        "end_children_when_asked_to_end()\n"
-        f"run_program([sys.executable, '-c', {program!r}], 600.0)\n"
+        "from versatune_ds.apps.programs import ending_with_programs, run_program\n"
+        "with ending_with_programs():\n"
+        f"    run_program([sys.executable, '-c', {program!r}], 600.0)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", command])
     while not (pid_file.is_file() and pid_file.read_text()):

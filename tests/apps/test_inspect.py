@@ -250,11 +250,8 @@ def test_the_command_line(config: Config, tmp_path: Path) -> None:
     write_resolved(config, tmp_path / "c.yaml")
 
     def call(verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = f"import argparse, sys; from versatune_ds.cli import {verb} as v"
-        command += "; p = argparse.ArgumentParser(); v.add_parser(p.add_subparsers())"
-        command += "; a = p.parse_args(sys.argv[1:]); sys.exit(a.run(a))"
         return subprocess.run(
-            [sys.executable, "-c", command, verb, *arguments],
+            [sys.executable, "-m", "versatune_ds.cli.main", verb, *arguments],
             capture_output=True,
             text=True,
             timeout=120,

@@ -21,10 +21,10 @@ from versatune_ds.apps.plan.plan import (
     CHECKPOINTING,
     OFFLOAD,
     Machine,
-    candidate,
-    candidates,
     compute_bound,
     make_plan,
+    option,
+    options,
     remedies,
 )
 from versatune_ds.cli.main import main
@@ -86,14 +86,14 @@ def test_offload_moves_states_to_the_host():
 
 
 def test_settings_that_fit_come_first_with_the_least_extra_work_of_all():
-    found = candidates(find_shape("qwen2.5-32b"), Setup(gpus=16), H100)
+    found = options(find_shape("qwen2.5-32b"), Setup(gpus=16), H100)
     best = found[0]
     assert best.verdict == "fits" and best.memory.peak <= 80e9
     fitting = [c for c in found if c.verdict == "fits"]
     assert found[: len(fitting)] == fitting
     offloads = [OFFLOAD.index(c.setup.offload) for c in fitting]
     assert offloads == sorted(offloads)
-    small = candidates(find_shape("qwen2.5-7b"), Setup(gpus=16, pack_len=2048), H100)
+    small = options(find_shape("qwen2.5-7b"), Setup(gpus=16, pack_len=2048), H100)
     recomputes = [CHECKPOINTING.index(c.setup.checkpointing) for c in small if c.setup.offload == "none"]
     assert recomputes == sorted(recomputes) and set(recomputes) == {0, 1, 2, 3}
     assert [c.setup.zero_stage for c in small[:3]] == sorted(c.setup.zero_stage for c in small[:3])
@@ -106,31 +106,31 @@ def test_between_fit_and_misfit_lies_tight():
     plan = memory_plan(shape, setup)
     for size, verdict in ((plan.peak, "fits"), (plan.tensors, "tight"), (plan.tensors - 1, "does not fit")):
         machine = dataclasses.replace(H100, gpu=H100.gpu._replace(memory_gb=size / 1e9))
-        assert candidate(shape, setup, machine).verdict == verdict
+        assert option(shape, setup, machine).verdict == verdict
     full = dataclasses.replace(H100, host_gib=1.0)
-    assert candidate(shape, setup, full).verdict == "does not fit"
+    assert option(shape, setup, full).verdict == "does not fit"
 
 
 def test_a_shorter_pack_is_a_remedy():
     setup, machine = Setup(gpus=1, packs_per_step=64, pack_len=65536), Machine(gpu=find_gpu("a100-40g"))
     shape = find_shape("qwen2.5-32b")
-    assert candidates(shape, setup, machine)[0].verdict != "fits"
+    assert options(shape, setup, machine)[0].verdict != "fits"
     (text,) = remedies(shape, setup, machine)  # activations of such a pack are too large for any number
     assert "batch.pack_len 16384 fits" in text
     for pack_len, fits in ((32768, False), (16384, True)):
-        best = candidates(shape, dataclasses.replace(setup, pack_len=pack_len), machine)[0]
+        best = options(shape, dataclasses.replace(setup, pack_len=pack_len), machine)[0]
         assert (best.verdict == "fits") is fits
 
 
 def test_more_gpus_are_a_remedy():
     setup = Setup(gpus=1, packs_per_step=64)
     shape, machine = find_shape("llama-2-7b"), dataclasses.replace(H100, host_gib=60.0)
-    assert candidates(shape, setup, machine)[0].verdict != "fits"
+    assert options(shape, setup, machine)[0].verdict != "fits"
     (text,) = remedies(shape, setup, machine)
     gpus = int(text.split()[0])
     assert f"{gpus} GPUs fit" in text
     for count, fits in ((gpus // 2, False), (gpus, True)):
-        best = candidates(shape, dataclasses.replace(setup, gpus=count), machine)[0]
+        best = options(shape, dataclasses.replace(setup, gpus=count), machine)[0]
         assert (best.verdict == "fits") is fits
 
 

@@ -44,6 +44,7 @@ def test_a_small_study_from_raw_files_to_its_page(tmp_path):
     tokens = [arm["tokens"]["mean"] for arm in arms.values()]
     assert max(tokens) < 1.1 * min(tokens)
     assert "Traceback" not in out
+    assert "| fostering_linear |" in (folder / "results" / "results.md").read_text()
     page = (folder / "results" / "index.html").read_text()
     assert "fostering_linear_seed-11" in page and 'aria-label="weight of law"' in page  # arms that moved
     assert "constant_seed-11" not in page

@@ -1,5 +1,7 @@
 """From a study's settings to its runs."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,19 @@ def test_all_runs_are_counted_and_checked_before_the_first():
         plan_of("strategies", "expansions=[{target: math, arms: [law_only]}]").check()
     with pytest.raises(ConfigError, match="max_steps is needed"):
         plan_of("strategies", "settings.train={epochs: 1}").check()
+
+
+def test_the_study_for_a_gpu_is_a_valid_line_of_overrides():
+    text = (REPOSITORY / "docs" / "study.md").read_text(encoding="utf-8")
+    (line,) = re.findall(
+        r"^versatune-ds (study [^`]+dir=runs/studies/strategies_gpu.*?)^```", text, re.M | re.S
+    )
+    _, _, path, *overrides = shlex.split(line.replace("\\\n", " "))
+    plan = StudyPlan(load_study(REPOSITORY / path, overrides), Path("/corpus"), Path("/model"))
+    assert plan.check() == 1 + 6 + 65
+    config = plan.arms(REFERENCE)[0].config
+    assert (config.batch.pack_len, config.train.max_steps, config.model.dtype) == (2048, 80, "bf16")
+    assert config.evaluation.max_samples_per_domain is None and config.evaluation.every_n_steps == 80
 
 
 @pytest.mark.parametrize("setting", ["run.seed=3", "model.dtype=bf16", "weights.reference={law: 1}"])

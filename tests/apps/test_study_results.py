@@ -1,13 +1,11 @@
-"""Numbers of a study by hand, and its page."""
+"""Numbers of a study by hand, and its tables."""
 
 import json
 import math
-import re
 
 import numpy as np
 import pytest
 
-from versatune_ds.apps.study.page import write_results
 from versatune_ds.apps.study.results import (
     RunResult,
     arm_summary,
@@ -19,9 +17,9 @@ from versatune_ds.apps.study.results import (
     summarise,
     weight_summary,
 )
+from versatune_ds.apps.study.tables import study_tables
 from versatune_ds.foundations.errors import StateError
 from versatune_ds.report.measures import MINUS, NOTHING
-from versatune_ds.report.runs import read_runs
 
 NAMES = ["law", "code"]
 
@@ -30,9 +28,8 @@ def update(step, after, **more):
     return {"gate_open": None, "step": step, "after": dict(zip(NAMES, after, strict=True)), **more}
 
 
-def run(arm, seed, after, *, before=(4.0, 2.0), updates=None, kind="arm"):
+def run(arm, seed, after, *, before=(4.0, 2.0), updates=None):
     return RunResult(
-        kind=kind,
         arm=arm,
         seed=seed,
         before=dict(zip(NAMES, before, strict=True)),
@@ -54,12 +51,13 @@ def test_changes_by_hand():
 def test_interval_by_hand():
     # 1, 2, 3: mean 2, s = 1, t(2) = 4.303, half width 4.303 / sqrt(3)
     found = interval([1.0, 2.0, 3.0])
-    assert (found.mean, found.half_width) == pytest.approx((2.0, 4.303 / math.sqrt(3)))
+    assert (found["mean"], found["half_width"]) == pytest.approx((2.0, 4.303 / math.sqrt(3)))
     # five values, as in the study: t(4) = 2.776
     five = interval([0.0, 0.0, 0.0, 0.0, 5.0])
-    assert five.half_width == pytest.approx(2.776 * math.sqrt(5.0) / math.sqrt(5))
-    assert interval([1.5]).half_width is None
-    assert interval(np.arange(100.0)).half_width == pytest.approx(1.96 * np.arange(100).std(ddof=1) / 10)
+    assert five["half_width"] == pytest.approx(2.776 * math.sqrt(5.0) / math.sqrt(5))
+    assert interval([1.5])["half_width"] is None
+    many = interval(np.arange(100.0))["half_width"]
+    assert many == pytest.approx(1.96 * np.arange(100).std(ddof=1) / 10)
 
 
 def test_differences_are_taken_seed_by_seed():
@@ -126,7 +124,7 @@ def write_run(folder, steps):
 
 def test_a_run_is_read_back(tmp_path):
     write_run(tmp_path / "run", ((0, 2, 4), (0.0, 1.0, 0.5)))
-    found = read_result(tmp_path / "run", "arm", "a", 1, 4)
+    found = read_result(tmp_path / "run", "a", 1, 4)
     assert found.before["law"] == 4.0 and found.after["law"] == 3.5 and found.lowest["law"] == 3.0
     assert found.tokens == 14
 
@@ -135,10 +133,10 @@ def test_a_run_is_read_back(tmp_path):
 def test_an_unfinished_run_is_refused(tmp_path, steps):
     write_run(tmp_path / "run", steps)
     with pytest.raises(StateError, match=r"expected 0 \.\. 4"):
-        read_result(tmp_path / "run", "arm", "a", 1, 4)
+        read_result(tmp_path / "run", "a", 1, 4)
 
 
-def test_the_page_has_every_arm_and_needs_no_network(make_run, tmp_path):
+def test_the_tables_have_every_arm_and_every_number():
     moved = [update(0, (0.5, 0.5)), update(5, (0.9, 0.1))]
     arms = [
         run(arm, s, (3.0, 1.9 + s / 10), updates=moved)
@@ -162,18 +160,11 @@ def test_the_page_has_every_arm_and_needs_no_network(make_run, tmp_path):
             "settings": {"train": {"max_steps": 5}, "weights": {"every_n_steps": 5}},
         },
     }  # fmt: skip
-    runs = read_runs([make_run(arm, names=NAMES) for arm in ("uniform", "x<y")])
-    page = write_results(summary, runs, tmp_path / "results")
-    text, markdown = page.read_text(), (tmp_path / "results" / "results.md").read_text()
-    assert "x&lt;y" in text and "x<y" in markdown and "law_only" in markdown
-    urls = set(re.findall(r"https?://[^\s\"']+", text))
-    assert urls <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, not addresses
-    assert "<script" not in text and "<link" not in text and "<img" not in text
-    assert 'aria-label="Mean change by strategy"' in text
-    assert text.count('aria-label="weight of ') == 2 and "spread of gamma is below 0.001" in text
-    assert f"| uniform | 40.0 % | {NOTHING} | 50.0, 90.0 | 50.0, 10.0 |" in markdown
-    # code +0 % and +5 %, law -25 %: -12.5 % and -10 %
-    assert f"| uniform | {MINUS}11.25 ± 15.88 % | {NOTHING} |" in markdown
-    assert json.loads((tmp_path / "results" / "summary.json").read_text())["arms"].keys() == {
-        "uniform", "x<y", "law_only"
-    }  # fmt: skip
+    text = study_tables(summary)
+    assert "| x<y |" in text and "| law_only |" in text and "pre-trained on law 90 %, code 10 %" in text
+    # code +0 % and +5 %, law -25 %: -12.5 % and -10 %; weights 0.5 to 0.9
+    assert f"| uniform | {MINUS}11.25 ± 15.88 % | {NOTHING} | 40.0 % | {MINUS}25.0 ± 0.0 % |" in text
+    assert f"| x<y | {MINUS}11.25 ± 15.88 % | +0.00 ± 0.00 | 40.0 % |" in text
+    assert text.count("| x<y |") == 2 and text.count("| uniform |") == text.count("| law_only |") == 1
+    assert f"| law_only | 25.0 % | {MINUS}25.00 ± 0.00 % | +2.50 ± 31.77 % |" in text
+    assert "| base model | 4.000 | 2.000 |" in text and "| gamma of the base | 0.500 | 0.250 |" in text

@@ -108,14 +108,17 @@ def test_domains_without_a_loss_and_the_line_of_step_0_are_passed_over(tmp_path)
     [
         ('{"step": 9, "losses": {"law": 2}}\n' * 2, ":2: step 9 follows step 9"),
         ('{"step": 0, "losses": {"law": 2}}', ":1: step 0: an update has step 1"),
-        ('{"step": 5, "losses": {"law": NaN}}', ":1: losses of law is nan"),
+        ('{"step": 5, "losses": {"law": NaN}}', ":1: losses of law is nan; expected a finite number >= 0"),
         ("", "holds no losses"),
         ('{"step": 5', ":1: not JSON .*half a last line"),
-        ('{"step": 5, "loss": 2.0}', ":1: no losses: a line needs `step`"),
-        ('{"step": true, "losses": {"law": 2}}', ":1: no losses"),
+        ('{"step": 5, "loss": 2.0}', ":1: a line needs `losses`"),
+        ('{"step": true, "losses": {"law": 2}}', ":1: needs `step`, a whole number"),
         ('{"step": 5, "losses": {"law": "2"}}', ":1: losses of law is '2'"),
         ('{"step": 5, "losses": {"law": 2}, "stderr": {"law": -1}}', ":1: stderr of law is -1"),
-        ('{"step": 5, "losses": {"law": 2}, "tokens": [1]}', ":1: tokens must hold numbers by domain"),
+        (
+            '{"step": 5, "losses": {"law": 2}, "tokens": [1]}',
+            ":1: 'tokens' must be an object of finite numbers by domain",
+        ),
     ],
 )
 def test_bad_history_is_named_with_its_line(tmp_path, text, message):

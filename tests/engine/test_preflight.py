@@ -132,8 +132,9 @@ def test_missing_trackers_are_named_early(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     preflight.check_trackers(config())
-    with pytest.raises(ConfigError, match="wandb is asked for and not installed"):
-        preflight.check_trackers(config(metrics={"wandb_project": "p"}))
+    for package, settings in (("wandb", {"wandb_project": "p"}), ("tensorboard", {"tensorboard": True})):
+        with pytest.raises(ConfigError, match=rf"{package} is asked for.*versatune-ds\[tracking\]"):
+            preflight.check_trackers(config(metrics=settings))
 
 
 def test_settings_without_effect_are_listed():

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from launching import REPOSITORY
 
 from versatune_ds.observability.records import EvalRecord, by_domain, clean, json_line
 
@@ -17,6 +18,12 @@ def test_step_line_reads_back_and_holds_derived_rates(make_step):
     assert line["slot_tokens_per_s"] == 512  # 1024 / 2
     assert line["supervised_tokens_per_s"] == 250  # 500 / 2
     assert line["packing_efficiency"] == 1000 / 1024
+
+
+def test_every_key_of_a_line_is_documented(make_step):
+    held_out = EvalRecord(step=1, domain_loss={}, domain_supervised_tokens={}, eval_s=1.0)
+    text = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert [k for record in (make_step(1), held_out) for k in record.to_json() if f"`{k}`" not in text] == []
 
 
 def test_no_nan_reaches_json(make_step):

@@ -1,6 +1,5 @@
 """The page holds the run's numbers, escapes everything, needs no network, and copes with what is missing."""
 
-import argparse
 import re
 from html.parser import HTMLParser
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from launching import REPOSITORY
 
-from versatune_ds.cli import report as report_verb
+from versatune_ds.cli.main import main
 from versatune_ds.domain.evaluation import BenchmarkScore, ModelEvaluation
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.foundations.errors import StateError
@@ -208,10 +207,7 @@ def test_train_loss_is_a_mean_over_tokens(make_run):
 
 def test_verb_prints_the_path_and_writes_beside_the_run(make_run, capsys):
     folder = make_run()
-    parser = argparse.ArgumentParser()
-    report_verb.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["report", str(folder)])
-    assert args.run(args) == 0
+    assert main(["report", str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 

@@ -5,7 +5,6 @@ What is not covered: fixing anything (each finding says how), and other nodes.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -21,20 +20,8 @@ from versatune_ds.engine.faults.stale_files import (
     locks,
     unused_buffers,
 )
+from versatune_ds.foundations.machine import PACKAGES, installed
 
-PACKAGES = (
-    "versatune-ds",
-    "torch",
-    "transformers",
-    "deepspeed",
-    "accelerate",
-    "numpy",
-    "sentencepiece",
-    "safetensors",
-    "triton",
-    "flash-attn",
-    "liger-kernel",
-)
 LOW_DISK_GB = 20.0
 
 
@@ -65,13 +52,9 @@ def examine(run_dir: Path) -> list[Finding]:
 
 def versions() -> list[Finding]:
     """Python and the packages that matter; optional ones may be absent."""
-    found = [Finding("python", sys.version.split()[0])]
-    for name in PACKAGES:
-        try:
-            found.append(Finding(name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            found.append(Finding(name, "not installed"))
-    return found
+    found = installed(PACKAGES)
+    packages = [Finding(name, found.get(name, "not installed")) for name in PACKAGES]
+    return [Finding("python", sys.version.split()[0]), *packages]
 
 
 def devices() -> list[Finding]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -107,7 +108,7 @@ def inspect(
     domain: str | None = None,
     samples: int = 3,
     packs: int = 2,
-    config_path: str | None = None,
+    config_path: Path | None = None,
 ) -> Page:
     """A page about the prepared data of a configuration.
 

@@ -41,7 +41,7 @@ from versatune_ds.engine.run import report_alarms
 from versatune_ds.engine.train import train_in_group
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import DataError, DivergenceError, StateError
-from versatune_ds.foundations.files import canonical_hash, folder_name, write_json_atomic
+from versatune_ds.foundations.files import canonical_hash, folder_name, write_json_atomic, writing
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.strategies.rules import learnable_potential
 from versatune_ds.strategies.simplex import Vector
@@ -90,11 +90,9 @@ def write_reference(
 
 def _write(reference: ReferenceLosses, config: Config, out: Path) -> Path:
     path = out / constants.REFERENCE_FILE
-    try:
+    with writing(path, "give another --out"):
         out.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, reference.to_json(DomainTable(config.domains.names)))
-    except OSError as error:
-        raise StateError(f"{path} cannot be written ({error.strerror}); give another --out") from error
     return path
 
 
@@ -247,10 +245,8 @@ def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
 
     Rank 0 looks, and clears away what was measured with others; all ranks get its answer.
     """
-    try:
+    with writing(folder, "give another --out"):
         return distributed.on_main(_look, folder, fingerprint)
-    except OSError as error:
-        raise StateError(f"{folder} cannot be written ({error.strerror}); give another --out") from error
 
 
 def _look(folder: Path, fingerprint: str) -> dict[str, Any] | None:

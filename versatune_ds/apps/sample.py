@@ -4,7 +4,7 @@
     FOLDER/data/eval/<domain>.jsonl           copies of versatune_ds/sample/eval
     FOLDER/model/tokenizer.json ...           sentencepiece BPE with byte fallback, as in LLaMA
     FOLDER/model/config.json                  a LlamaConfig of 1.3 M parameters, for random initialisation
-    FOLDER/sample.json                        marker: the SHA-256 of every file, written before the first one
+    FOLDER/sample.json                        marker: the SHA-256 of every file, written before the others
 
 The tokenizer is trained by sentencepiece and saved in the form that `transformers` loads as a fast
 `LlamaTokenizer` (vocabulary and merges in tokenizer.json), so that loading needs neither sentencepiece nor
@@ -36,12 +36,7 @@ from filelock import FileLock
 
 from versatune_ds.engine.model.families import planned_shape
 from versatune_ds.foundations.errors import DataError
-from versatune_ds.foundations.files import (
-    canonical_hash,
-    remove_temporaries,
-    write_bytes_atomic,
-    write_json_atomic,
-)
+from versatune_ds.foundations.files import remove_temporaries, write_bytes_atomic
 
 # Domain order of the project, and the shipped training file of each domain: four row formats among them.
 SAMPLE_TRAIN_FILES: dict[str, str] = {
@@ -111,17 +106,17 @@ def unpack_sample(folder: str | Path, *, vocab_size: int = DEFAULT_VOCAB_SIZE) -
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".sample.lock"):
         shipped = _shipped_files()
-        source = canonical_hash(
-            {name: _sha256(data) for name, data in shipped.items()}
-            | {"format": MARKER_FORMAT, "vocab_size": vocab_size}
-        )
-        marker = _read_marker(folder)
-        if marker and marker.get("source") == source and _intact(folder, marker["files"]):
-            return _report(folder, written=(), replaced=())
         files = shipped | {f"model/{name}": data for name, data in _model_files(shipped, vocab_size).items()}
-        if marker is None:
+        if not (folder / MARKER_NAME).is_file():
             _refuse_foreign_files(folder, files)
-        return _write(folder, files, source)
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        marker = _json_bytes({"format": MARKER_FORMAT, "files": digests})
+        _write(folder, {MARKER_NAME: marker})
+        written, replaced = _write(folder, files)
+        parameters = planned_shape(llama_config(vocab_size), "sample").parameters
+        return SampleReport(
+            folder=folder, written=written, replaced=replaced, vocab_size=vocab_size, parameters=parameters
+        )
 
 
 def train_tokenizer(
@@ -224,25 +219,6 @@ def strings_in(value: Any) -> Iterator[str]:
                 yield from strings_in(item)
 
 
-def _read_marker(folder: Path) -> dict[str, Any] | None:
-    """The marker, {} for one that cannot be used, None when the folder was never unpacked into."""
-    try:
-        marker: Any = json.loads((folder / MARKER_NAME).read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return {}
-    is_ours = isinstance(marker, dict) and marker.get("format") == MARKER_FORMAT
-    return marker if is_ours and isinstance(marker.get("files"), dict) else {}
-
-
-def _intact(folder: Path, digests: Mapping[str, str]) -> bool:
-    return all(
-        (folder / name).is_file() and _sha256((folder / name).read_bytes()) == digest
-        for name, digest in digests.items()
-    )
-
-
 def _refuse_foreign_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Without our marker, a file under one of our names is the user's own, unless it is the same."""
     for name, data in files.items():
@@ -255,13 +231,8 @@ def _refuse_foreign_files(folder: Path, files: Mapping[str, bytes]) -> None:
             )
 
 
-def _write(folder: Path, files: Mapping[str, bytes], source: str) -> SampleReport:
-    marker = {
-        "format": MARKER_FORMAT,
-        "source": source,
-        "files": {name: _sha256(data) for name, data in files.items()},
-    }
-    write_json_atomic(folder / MARKER_NAME, marker)
+def _write(folder: Path, files: Mapping[str, bytes]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Write what is not there or differs; returns the names of the new files and of the replaced ones."""
     written: list[str] = []
     replaced: list[str] = []
     for name, data in files.items():
@@ -272,19 +243,7 @@ def _write(folder: Path, files: Mapping[str, bytes], source: str) -> SampleRepor
         if is_new or path.read_bytes() != data:
             (written if is_new else replaced).append(name)
             write_bytes_atomic(path, data)
-    return _report(folder, written=tuple(written), replaced=tuple(replaced))
-
-
-def _report(folder: Path, *, written: tuple[str, ...], replaced: tuple[str, ...]) -> SampleReport:
-    config = json.loads((folder / "model/config.json").read_bytes())
-    tokenizer = json.loads((folder / "model/tokenizer.json").read_bytes())
-    return SampleReport(
-        folder=folder,
-        written=written,
-        replaced=replaced,
-        vocab_size=len(tokenizer["model"]["vocab"]),
-        parameters=planned_shape(config, "sample").parameters,
-    )
+    return tuple(written), tuple(replaced)
 
 
 # Tokenizer
@@ -408,7 +367,3 @@ def _fast_tokenizer_json(model: bytes) -> bytes:
 
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode("utf-8")
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

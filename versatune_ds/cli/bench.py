@@ -1,9 +1,13 @@
-"""`versatune-ds bench`: throughput of the trainer on random weights of a named model shape."""
+"""`versatune-ds bench`: throughput of the trainer on a named model shape (many ranks: launch/bench.py).
+
+Measures the trainer's own step on random weights: tokens/s, MFU, memory, where the time goes. Many ranks:
+deepspeed launch/bench.py with the same options. See docs/benchmarks.md.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import shlex
 import sys
 import time
@@ -18,16 +22,8 @@ if TYPE_CHECKING:
 DEFAULT_FOLDER = Path("runs/bench")
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = subparsers.add_parser(
-        "bench",
-        help="throughput of the trainer on a named model shape (many ranks: deepspeed launch/bench.py ...)",
-        description=(
-            "Measure the trainer's own step on random weights: tokens/s, MFU, memory, where the time goes. "
-            "Many ranks: deepspeed launch/bench.py with the same options. See docs/benchmarks.md."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
     parser.add_argument(
         "--shape", help="qwen2.5-7b, -14b, -32b, qwen2-7b, llama-2-7b, -13b, llama-3-8b or tiny"
     )
@@ -63,12 +59,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument(
         "--checkpointing",
+        dest="activation_checkpointing",
+        type=_policy,
         default="auto",
         metavar="auto|off|all|N",
         help="recompute activations; auto: as little as fits by the memory model of `plan`",
     )
     parser.add_argument(
         "--zero",
+        dest="zero_stage",
         type=int,
         choices=(0, 1, 2, 3),
         default=3,
@@ -95,7 +94,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="any other setting of a run"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,69 +110,46 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.apps.bench.fit import choose_slices, device_memory
     from versatune_ds.apps.bench.settings import BenchSettings, check_settings
     from versatune_ds.apps.bench.slices import run_slices
+    from versatune_ds.config.load import validate_settings
     from versatune_ds.foundations import distributed
 
-    checkpointing = args.checkpointing
-    settings = BenchSettings(
-        shape=args.shape,
-        layers=args.layers,
-        pack_len=args.pack_len,
-        packs_per_rank=args.packs_per_rank,
-        warmup_steps=args.warmup_steps,
-        steps=args.steps,
-        split_steps=args.split_steps,
-        metrics=args.metrics,
-        data=None if args.data == "synthetic" else args.data,
-        supervised=args.supervised,
-        dtype=args.dtype,
-        activation_checkpointing=int(checkpointing) if checkpointing.isdigit() else checkpointing,
-        zero_stage=args.zero,
-        deepspeed=args.deepspeed,
-        overrides=tuple(args.overrides),
-    )
+    args.data = None if args.data == "synthetic" else args.data
+    given = {name: getattr(args, name) for name in BenchSettings.model_fields}
+    settings = validate_settings(BenchSettings, given, "bench")
     check_settings(settings)
     slices = choose_slices(settings, device_memory())
-    writer = _Writer(args, settings, len(slices))
-    run_slices(settings, slices, args.slice_limit_s, writer.write)
+    write = functools.partial(write_results, args, settings, len(slices))
+    all_measured = run_slices(settings, slices, args.slice_limit_s, write)
     # the launcher ends rank 0 when another one leaves with an error: only rank 0 has the verdict
-    return EXIT_OK if writer.all_measured or not distributed.is_main() else EXIT_FAILURE
+    return EXIT_OK if all_measured or not distributed.is_main() else EXIT_FAILURE
 
 
-class _Writer:
-    """Keeps the files of a benchmark as far as its slices are through; rank 0 only."""
+def write_results(
+    args: argparse.Namespace, settings: BenchSettings, num_slices: int, outcomes: list[dict[str, Any]]
+) -> None:
+    """On rank 0: NAME.json and NAME.md of the slices that are through; at the end also to the console."""
+    from versatune_ds.apps.bench.results import result_of, table
+    from versatune_ds.apps.bench.shapes import find_shape
+    from versatune_ds.foundations import distributed
+    from versatune_ds.foundations.files import write_json_atomic, write_text_atomic
 
-    def __init__(self, args: argparse.Namespace, settings: BenchSettings, num_slices: int) -> None:
-        from versatune_ds.apps.bench.shapes import find_shape
-        from versatune_ds.foundations import distributed
-
-        world_size = distributed.world_size()
-        self._is_main = distributed.is_main()
-        self._path = args.out / (args.name or _name(args, world_size))
-        self._num_slices = num_slices
-        self._full = find_shape(settings.shape)
-        self._known = {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "environment": {"date": time.strftime("%Y-%m-%d"), "world_size": world_size},
-            "settings": dataclasses.asdict(settings),
-        }
-        self.all_measured = False
-
-    def write(self, outcomes: list[dict[str, Any]]) -> None:
-        """Write NAME.json and NAME.md; the last time also to the console."""
-        if not self._is_main:
-            return
-        from versatune_ds.apps.bench.results import lost_texts, result_of, table
-        from versatune_ds.foundations.files import write_json_atomic, write_text_atomic
-
-        is_finished = len(outcomes) == self._num_slices
-        result = result_of(outcomes, self._known, self._full, is_finished=is_finished)
-        self.all_measured = is_finished and not lost_texts(result)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(self._path.with_name(f"{self._path.name}.json"), result)
-        write_text_atomic(self._path.with_name(f"{self._path.name}.md"), table(result))
-        if is_finished:
-            print(table(result))
-            print(f"written: {self._path}.json")
+    if not distributed.is_main():
+        return
+    world_size = distributed.world_size()
+    known = {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "environment": {"date": time.strftime("%Y-%m-%d"), "world_size": world_size},
+        "settings": settings.model_dump(mode="json"),
+    }
+    is_finished = len(outcomes) == num_slices
+    result = result_of(outcomes, known, find_shape(settings.shape), is_finished=is_finished)
+    path = args.out / (args.name or _name(args, world_size))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(path.with_name(f"{path.name}.json"), result)
+    write_text_atomic(path.with_name(f"{path.name}.md"), table(result))
+    if is_finished:
+        print(table(result))
+        print(f"written: {path}.json")
 
 
 def write_page(folder: Path) -> int:
@@ -196,11 +171,15 @@ def _layer_counts(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+def _policy(text: str) -> str | int:
+    return int(text) if text.isdigit() else text
+
+
 def _name(args: argparse.Namespace, world_size: int) -> str:
     """A file name that tells settings apart."""
     layers = "-".join(map(str, args.layers)) or "all"
-    zero = Path(args.deepspeed).stem if args.deepspeed is not None else f"zero{args.zero}"
+    zero = Path(args.deepspeed).stem if args.deepspeed is not None else f"zero{args.zero_stage}"
     return (
         f"{args.shape}_{layers}-layers_{args.packs_per_rank}x{args.pack_len}_{args.dtype}_"
-        f"recompute-{args.checkpointing}_{zero}_{world_size}-ranks"
+        f"recompute-{args.activation_checkpointing}_{zero}_{world_size}-ranks"
     )

@@ -1,6 +1,8 @@
-"""`versatune-ds detect`: the knowledge distribution of a base model, or a picture of several.
+"""`versatune-ds detect`: what a base model knows: domain shares of the texts that it writes by itself.
 
-What is not covered: how it is done (`apps/detect`).
+Generates texts from the BOS token alone, lets a judge tell their domains, and writes the mean as
+knowledge.json, which domains.initial takes. Goes on where it was stopped or killed. How it is done:
+`apps/detect`.
 """
 
 from __future__ import annotations
@@ -14,16 +16,8 @@ DEFAULT_FOLDER = "detect"
 DEFAULT_PICTURE = Path("knowledge.png")
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = subparsers.add_parser(
-        "detect",
-        help="what a base model knows: domain shares of the texts that it writes by itself",
-        description=(
-            "Generate texts from the BOS token alone, let a judge tell their domains, and write the mean "
-            "as knowledge.json, which domains.initial takes. Goes on where it was stopped or killed."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, metavar="FILE", help="YAML settings; see configs/")
     what.add_argument(
@@ -39,7 +33,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

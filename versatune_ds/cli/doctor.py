@@ -1,4 +1,7 @@
-"""`versatune-ds doctor`: what is installed, what would be used and why, and known traps."""
+"""`versatune-ds doctor`: versions, devices, backends, disk, known traps.
+
+Looks at this machine before a run. Leaves with 1 when something needs attention.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,9 @@ from pathlib import Path
 from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = subparsers.add_parser(
-        "doctor",
-        help="versions, devices, backends, disk, known traps",
-        description="Look at this machine before a run. Leaves with 1 when something needs attention.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
     parser.add_argument("run_dir", nargs="?", type=Path, default=Path("."), help="where runs will be written")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
-"""`versatune-ds evaluate`: held-out loss and perplexity per domain of any model, and benchmark tasks.
+"""`versatune-ds evaluate`: held-out loss per domain of a model, run or checkpoint, and benchmark tasks.
 
-What is not covered: evaluation during training (`evaluation.every_n_steps`).
+Evaluates a model on the held-out data of a configuration: loss, standard error and perplexity per domain into
+evaluation.json, a table, and a radar chart. Evaluation during training is evaluation.every_n_steps.
 """
 
 from __future__ import annotations
@@ -8,22 +9,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from versatune_ds.cli import add_settings
 from versatune_ds.foundations import constants
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = subparsers.add_parser(
-        "evaluate",
-        help="held-out loss per domain of a model, run or checkpoint, and benchmark tasks",
-        description=(
-            "Evaluate a model on the held-out data of a configuration: loss, standard error and perplexity "
-            "per domain into evaluation.json, a table, and a radar chart."
-        ),
-    )
-    parser.add_argument(
-        "--config", required=True, type=Path, metavar="FILE", help="YAML settings; see configs/"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
+    add_settings(parser)
     parser.add_argument(
         "--model",
         metavar="MODEL",
@@ -38,10 +30,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--tasks", type=Path, metavar="FILE", help="benchmark tasks (extra eval); see configs/benchmarks/"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="target folder; default: the run folder")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
-    )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,9 @@
-"""`versatune-ds evidence`: is it right and how fast is it on this machine, within minutes."""
+"""`versatune-ds evidence`: tests, kernel and trainer against TRL on this machine, within minutes.
+
+Stage 1 runs the tests that need a GPU, stage 2 the fused loss against its rivals, stage 3 the trainer against
+TRL. A JSON file a stage, rewritten after every number, and a summary. On a CPU everything is tiny and its
+times mean nothing. See docs/benchmarks.md.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +15,8 @@ from versatune_ds.foundations.constants import EXIT_OK
 DEFAULT_FOLDER = Path("runs/evidence")
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = subparsers.add_parser(
-        "evidence",
-        help="tests, kernel and trainer against TRL on this machine, within minutes",
-        description=(
-            "Stage 1 runs the tests that need a GPU, stage 2 the fused loss against its rivals, stage 3 the "
-            "trainer against TRL. A JSON file a stage, rewritten after every number, and a summary. On a CPU "
-            "everything is tiny and its times mean nothing. See docs/benchmarks.md."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
     parser.add_argument(
         "--out", type=Path, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
     )
@@ -36,14 +32,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="auto",
         help="auto: by the card's memory, tiny without one; small: a comparison with TRL for CPUs",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the stages and print the summary."""
     from versatune_ds.apps.evidence.command import run_evidence
-    from versatune_ds.apps.evidence.programs import end_children_when_asked_to_end
+    from versatune_ds.apps.programs import ending_with_programs
 
-    end_children_when_asked_to_end()
-    print(run_evidence(args.out, args.minutes, args.stage, args.size))
+    with ending_with_programs():
+        print(run_evidence(args.out, args.minutes, args.stage, args.size))
     return EXIT_OK

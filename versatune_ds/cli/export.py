@@ -1,4 +1,8 @@
-"""`versatune-ds export`: a checkpoint as a Hugging Face folder, on one CPU, without a process group."""
+"""`versatune-ds export`: write a checkpoint as a Hugging Face folder.
+
+Safetensors, config and tokenizer, on one CPU, without a process group; of a run with `model.adapter` an
+adapter folder for peft.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,12 @@ from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import ConfigError, StateError
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = subparsers.add_parser(
-        "export",
-        help="write a checkpoint as a Hugging Face folder",
-        description="Write a checkpoint of a run as a Hugging Face folder (safetensors, config, tokenizer); "
-        "of a run with model.adapter, as an adapter folder for peft.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--step", type=int, help="checkpoint to export; default: the newest sound one")
     parser.add_argument("--out", type=Path, help="target folder; default: RUN/model-step-N")
     parser.add_argument("--merge", action="store_true", help="the base model with the adapter added")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

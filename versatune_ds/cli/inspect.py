@@ -1,6 +1,9 @@
-"""`versatune-ds inspect`: prepared samples with what is trained on marked, lengths and packs; or one raw row.
+"""`versatune-ds inspect`: show samples with what is trained on marked, lengths and packs; or one raw row.
 
-What is not covered: lists of rejected rows (rejected.jsonl in the cache has those).
+Shows what training will see: samples with the supervised part in green, thoughts in magenta and results of
+tools in cyan (in [[ ]] and (( )) when the output is not a terminal or NO_COLOR is set), length statistics per
+domain, and packs. With --row, one raw row on its way to token ids. Not rejected rows (rejected.jsonl in the
+cache has those).
 """
 
 from __future__ import annotations
@@ -9,34 +12,22 @@ import argparse
 import sys
 from pathlib import Path
 
+from versatune_ds.cli import add_settings, at_least
 from versatune_ds.foundations.constants import EXIT_OK
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = subparsers.add_parser(
-        "inspect",
-        help="show prepared samples with the supervised part marked, length statistics and packs",
-        description=(
-            "Show what training will see: samples with the supervised part in green, thoughts in magenta and "
-            "results of tools in cyan (in [[ ]] and (( )) when the output is not a terminal or NO_COLOR is "
-            "set), length statistics per domain, and packs. With --row, one raw row on its way to token ids."
-        ),
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings; see configs/")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
+    add_settings(parser)
     parser.add_argument("--domain", metavar="NAME", help="show only this domain")
-    parser.add_argument("--samples", type=_count, default=3, metavar="N", help="samples per domain (3)")
-    parser.add_argument("--packs", type=_count, default=2, metavar="N", help="packs to show (2)")
+    parser.add_argument("--samples", type=at_least(0), default=3, metavar="N", help="samples per domain (3)")
+    parser.add_argument("--packs", type=at_least(0), default=2, metavar="N", help="packs to show (2)")
     parser.add_argument(
         "--row",
         metavar="[FILE:]N",
         help="follow line or row N of a file (default: the first) from its raw text to its token ids",
     )
     parser.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page instead")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
-    )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,10 +51,3 @@ def run(args: argparse.Namespace) -> int:
     for line in to_lines(page, sys.stdout):
         print(line)
     return EXIT_OK
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative; give 0 or more")
-    return value

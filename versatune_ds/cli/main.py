@@ -8,6 +8,7 @@ What is not covered: launching several ranks (`deepspeed launch/train.py` does).
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import time
@@ -15,45 +16,16 @@ import traceback
 from collections.abc import Sequence
 
 from versatune_ds import __version__
-from versatune_ds.cli import (
-    bench,
-    detect,
-    doctor,
-    evaluate,
-    evidence,
-    export,
-    inspect,
-    plan,
-    plan_weights,
-    prepare,
-    reference,
-    report,
-    sample,
-    study,
-    train,
-)
 from versatune_ds.foundations.constants import EXIT_FAILURE
 from versatune_ds.foundations.errors import PeerLostError, VersaTuneError
 from versatune_ds.foundations.log import setup_logging
 
 OTHER_RANKS_WAIT_S = 5.0
 VERBS = (
-    sample,
-    prepare,
-    inspect,
-    plan,
-    detect,
-    reference,
-    plan_weights,
-    train,
-    evaluate,
-    export,
-    report,
-    study,
-    doctor,
-    bench,
-    evidence,
+    *("sample", "prepare", "inspect", "plan", "detect", "reference", "plan-weights"),
+    *("train", "evaluate", "export", "report", "study", "doctor", "bench", "evidence"),
 )
+"""In the order of a project; each is a module of this folder."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,8 +36,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"versatune-ds {__version__}")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in VERBS:
-        verb.add_parser(subparsers)
+    for name in VERBS:
+        verb = importlib.import_module(f"versatune_ds.cli.{name.replace('-', '_')}")
+        text = verb.__doc__ or ""
+        summary = text.partition("\n")[0].partition(": ")[2].removesuffix(".")
+        verb_parser = subparsers.add_parser(
+            name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        verb.add_arguments(verb_parser)
+        verb_parser.set_defaults(run=verb.run)
     return parser
 
 

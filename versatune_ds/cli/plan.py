@@ -1,6 +1,8 @@
-"""`versatune-ds plan`: memory of a run before anything is spent.
+"""`versatune-ds plan`: does a run fit, and which settings fit best.
 
-What is not covered: data, time and cost.
+Memory per GPU and host and checkpoint size of a run, from shapes alone; not data, time or cost. Without
+--zero, --checkpointing and --offload the settings that fit with the least extra work are chosen. Leaves with
+1 when the run does not fit.
 """
 
 from __future__ import annotations
@@ -10,32 +12,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+from versatune_ds.cli import at_least
 from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
 
 DEFAULT_PACKS = 128
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = subparsers.add_parser(
-        "plan",
-        help="does a run fit, and which settings fit best",
-        description=(
-            "Memory per GPU and host and checkpoint size of a run, from shapes alone. Without --zero, "
-            "--checkpointing and --offload the settings that fit with the least extra work are chosen. "
-            "Leaves with 1 when the run does not fit."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="NAME|FOLDER", help="shape as in bench, or a folder")
     what.add_argument("--config", type=Path, metavar="FILE", help="take everything from a run's settings")
-    parser.add_argument("--gpus", type=_positive, required=True, metavar="N")
+    parser.add_argument("--gpus", type=at_least(1), required=True, metavar="N")
     parser.add_argument("--gpu", required=True, metavar="NAME", help="h100-80g, a100-80g, ...")
-    parser.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="default: 8")
-    parser.add_argument("--seq-len", type=_positive, metavar="T", help="batch.pack_len; default: 8192")
+    parser.add_argument("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="default: 8")
+    parser.add_argument("--seq-len", type=at_least(1), metavar="T", help="batch.pack_len; default: 8192")
     parser.add_argument(
         "--packs-per-step",
-        type=_positive,
+        type=at_least(1),
         metavar="N",
         help=f"default: {DEFAULT_PACKS} or a bit more",
     )
@@ -46,46 +40,31 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--host-gib", type=float, default=1024.0, metavar="X", help="memory of a node (1024)")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --config")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     from versatune_ds.apps.bench.shapes import find_shape
     from versatune_ds.apps.plan.gpus import find_gpu
+    from versatune_ds.apps.plan.memory import Setup, setup_fields
     from versatune_ds.apps.plan.plan import Machine, as_text, make_plan
-
-    machine = Machine(gpu=find_gpu(args.gpu), gpus_per_node=args.gpus_per_node, host_gib=args.host_gib)
-    settings, model = _settings(args)
-    chosen = {"zero_stage": args.zero, "checkpointing": _checkpointing(args), "offload": args.offload}
-    asked = {key: value for key, value in chosen.items() if value is not None}
-    setup = _setup({**settings, **asked}, args)
-    plan = make_plan(find_shape(model), setup, machine, search=not asked and args.config is None)
-    print(json.dumps(plan, indent=2) if args.json else as_text(plan))
-    return EXIT_FAILURE if plan["verdict"] == "does not fit" else EXIT_OK
-
-
-def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """(fields of `Setup`, model) of a run's settings, or of the defaults."""
-    if args.config is None:
-        return {}, args.model
-    from versatune_ds.apps.plan.memory import setup_fields
     from versatune_ds.config.load import load_config
-
-    config = load_config(args.config, args.overrides)
-    return setup_fields(config), config.model.source
-
-
-def _setup(fields: dict[str, Any], args: argparse.Namespace) -> Any:
-    """A `Setup` whose packs are shared evenly; what stands on the command line wins."""
-    from versatune_ds.apps.plan.memory import Setup
     from versatune_ds.data.plan.balance import check_world_size
 
-    fields = {"packs_per_step": -(-DEFAULT_PACKS // args.gpus) * args.gpus, **fields, "gpus": args.gpus}
-    given = {"pack_len": args.seq_len, "packs_per_step": args.packs_per_step, "dtype": args.dtype}
-    fields |= {key: value for key, value in given.items() if value is not None}
+    machine = Machine(gpu=find_gpu(args.gpu), gpus_per_node=args.gpus_per_node, host_gib=args.host_gib)
+    model = args.model
+    fields: dict[str, Any] = {"packs_per_step": -(-DEFAULT_PACKS // args.gpus) * args.gpus}
+    if args.config is not None:
+        config = load_config(args.config, args.overrides)
+        fields, model = setup_fields(config), config.model.source
+    chosen = {"zero_stage": args.zero, "checkpointing": _checkpointing(args), "offload": args.offload}
+    sizes = {"pack_len": args.seq_len, "packs_per_step": args.packs_per_step, "dtype": args.dtype}
+    fields |= {key: value for key, value in {**chosen, **sizes}.items() if value is not None}
     check_world_size(fields["packs_per_step"], args.gpus)
-    return Setup(**fields)
+    search = args.config is None and all(value is None for value in chosen.values())
+    plan = make_plan(find_shape(model), Setup(**fields, gpus=args.gpus), machine, search=search)
+    print(json.dumps(plan, indent=2) if args.json else as_text(plan))
+    return EXIT_FAILURE if plan["verdict"] == "does not fit" else EXIT_OK
 
 
 def _checkpointing(args: argparse.Namespace) -> str | int | None:
@@ -97,10 +76,3 @@ def _checkpointing(args: argparse.Namespace) -> str | int | None:
     from versatune_ds.foundations.errors import ConfigError
 
     raise ConfigError(f"--checkpointing {text}: give off, all, or every how many layers to recompute one")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: give 1 or more")
-    return value

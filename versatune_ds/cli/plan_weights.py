@@ -1,10 +1,10 @@
-"""`versatune-ds plan-weights --history FILE`: the weights that a strategy makes of a run's losses.
+"""`versatune-ds plan-weights`: replay a run's losses through any weight strategy, without a model.
 
-No model is needed. Replays the losses of a weights.jsonl through the rules of a run, prints what became of
-the weights and writes them as a run writes its own: weights.jsonl, resolved.yaml and a report. `versatune-ds
-report` compares several such folders, and `strategy: manual` trains with one.
-
-What is not covered: how losses react to weights; the command says so. See docs/method.md.
+Replays the losses of a weights.jsonl through the rules of a run under other settings, from --config or else
+from the resolved.yaml beside the history; prints what became of the weights and writes them as a run writes
+its own: weights.jsonl, resolved.yaml and a report. `versatune-ds report` compares several such folders, and
+`strategy: manual` trains with one. See docs/method.md. Not covered: how losses react to weights; the command
+says so.
 """
 
 from __future__ import annotations
@@ -26,23 +26,14 @@ NOTE = (
 )
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = subparsers.add_parser(
-        "plan-weights",
-        help="replay a run's losses through any weight strategy and draw the weights, without a model",
-        description=(
-            "Replay the losses of a run through the rules of a run under other settings. Settings come from "
-            "--config, else from the resolved.yaml beside the history. See docs/method.md."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
     parser.add_argument("--history", required=True, type=Path, metavar="FILE", help="weights.jsonl of a run")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings of a run")
     parser.add_argument(
         "--out", type=Path, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
-"""`versatune-ds prepare`: raw files become token caches; run it before training.
+"""`versatune-ds prepare`: tokenise the data of a configuration into the cache that training reads.
 
-What is not covered: training and the caches' content (`versatune-ds inspect` shows it).
+Tokenises training and held-out data in parallel into data.cache_dir. What is there already is checked and
+reused; after an interruption the work goes on where it stopped. `versatune-ds inspect` shows the content.
 """
 
 from __future__ import annotations
@@ -8,24 +9,13 @@ from __future__ import annotations
 import argparse
 import time
 
+from versatune_ds.cli import add_settings
 from versatune_ds.foundations.constants import EXIT_OK
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = subparsers.add_parser(
-        "prepare",
-        help="tokenise the data of a configuration into the cache that training reads",
-        description=(
-            "Tokenise training and held-out data in parallel into data.cache_dir. What is there already is "
-            "checked and reused; after an interruption the work goes on where it stopped."
-        ),
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings; see configs/")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
-    )
-    parser.set_defaults(run=run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
+    add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:

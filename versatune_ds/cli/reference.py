@@ -1,6 +1,7 @@
-"""`versatune-ds reference`: measure the reference losses that weights move by.
+"""`versatune-ds reference`: measure reference losses: how low each domain's held-out loss can get.
 
-What is not covered: using them (`weights.reference`).
+Writes reference.json for weights.reference. Default: train reference.model on each domain alone until its
+held-out loss stops falling; a domain that is finished is kept when the command is started again.
 """
 
 from __future__ import annotations
@@ -8,24 +9,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from versatune_ds.cli import add_settings
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import ConfigError
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = subparsers.add_parser(
-        "reference",
-        help="measure reference losses: how low each domain's held-out loss can get",
-        description=(
-            "Write reference.json for weights.reference. Default: train reference.model on each domain alone "
-            "until its held-out loss stops falling; a domain that is finished is kept when the command is "
-            "started again."
-        ),
-    )
-    parser.add_argument(
-        "--config", required=True, type=Path, metavar="FILE", help="YAML settings; see configs/"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
+    add_settings(parser)
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--model", metavar="MODEL", help="take the held-out losses of this finished model or run"
@@ -34,10 +25,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--losses", metavar="NAME=NATS,...", help="take these numbers (nats per supervised token)"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="target folder; default: RUN/reference")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
-    )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
-"""`versatune-ds report RUN...`: one self-contained HTML page about one run or several.
+"""`versatune-ds report`: write an HTML page with tables and pictures of one run, or comparing several.
 
-Works on finished, running and killed runs. Prints the path of the page.
-
-What is not covered: measuring; the page shows what the run folders hold (docs/metrics.md).
+One self-contained HTML page: summary, weights, losses per domain, gamma and phi, shares, throughput and
+alarms, of finished, running and killed runs; its path is printed. Several runs are drawn into the same
+pictures. What a run folder holds: docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -11,16 +11,8 @@ import argparse
 from pathlib import Path
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb `report`."""
-    parser = subparsers.add_parser(
-        "report",
-        help="write an HTML page with tables and pictures of one run, or comparing several",
-        description=(
-            "Write one self-contained HTML page: summary, weights, losses per domain, gamma and phi, "
-            "shares, throughput and alarms. Several runs are drawn into the same pictures."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
     parser.add_argument(
         "runs",
         metavar="RUN",
@@ -35,7 +27,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default=None,
         help="where to write the page (default: RUN/report.html; with several runs ./report.html)",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
-"""`versatune-ds sample FOLDER`: unpack the shipped sample corpus, its tokenizer and a tiny model.
+"""`versatune-ds sample`: unpack the shipped sample corpus with a tokenizer and a tiny model configuration.
 
-Prints what was written and the next command. A second run changes nothing and says so.
-
-What is not covered: preparation and training; `prepare` and `train` are verbs of their own.
+Writes the shipped six-domain sample corpus, a sentencepiece tokenizer trained on it and the configuration of
+a tiny Llama model into FOLDER, and prints what was written and the next command. Running it again changes
+nothing.
 """
 
 from __future__ import annotations
@@ -13,16 +13,8 @@ DEFAULT_FOLDER = "runs/sample"
 NEXT_COMMAND = "versatune-ds prepare --config configs/quickstart.yaml"
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb `sample`."""
-    parser = subparsers.add_parser(
-        "sample",
-        help="unpack the shipped sample corpus with a tokenizer and a tiny model configuration",
-        description=(
-            "Write the shipped six-domain sample corpus, a sentencepiece tokenizer trained on it and the "
-            "configuration of a tiny Llama model into FOLDER. Running it again changes nothing."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
     parser.add_argument(
         "folder",
         metavar="FOLDER",
@@ -30,7 +22,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default=DEFAULT_FOLDER,
         help="where to write; made when absent (default: %(default)s)",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

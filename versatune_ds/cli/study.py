@@ -1,9 +1,7 @@
-"""`versatune-ds study --config FILE`: compare strategies over seeds, with tables and pictures.
+"""`versatune-ds study`: compare strategies over several seeds, with tables and a report.
 
-Every arm is trained with every seed by the trainer itself. A second start keeps the runs that are finished.
-Writes DIR/results/: index.html (one self-contained page), results.md (its tables) and summary.json.
-
-What is not covered: what a study file may hold (`versatune_ds/apps/study/config.py`).
+Pre-trains a small base model on a skewed mixture, fine-tunes it with every arm and seed by the trainer
+itself, and writes DIR/results/. Started again it keeps finished runs. See docs/study.md.
 """
 
 from __future__ import annotations
@@ -14,23 +12,14 @@ from pathlib import Path
 from versatune_ds.foundations.constants import EXIT_OK
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = subparsers.add_parser(
-        "study",
-        help="compare strategies over several seeds and write a page with tables and pictures",
-        description=(
-            "Pre-train a small base model on a skewed mixture, fine-tune it with every arm and seed, and "
-            "write one page. Started again it keeps finished runs. See docs/study.md."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands behind the verb."""
     parser.add_argument(
         "--config", required=True, type=Path, metavar="FILE", help="study settings; see configs/studies/"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that win over FILE, e.g. seeds=[1,2]"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,34 +1,21 @@
-"""`versatune-ds train`: fine-tune on one rank, or on many when a launcher starts it on each."""
+"""`versatune-ds train`: fine-tune a model (many ranks: deepspeed launch/train.py --config FILE).
+
+Fine-tunes by a configuration, on one rank, or on many when a launcher starts it on each.
+"""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from versatune_ds.cli import add_settings
 from versatune_ds.foundations.constants import EXIT_OK
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = subparsers.add_parser(
-        "train",
-        help="fine-tune a model (many ranks: deepspeed launch/train.py --config FILE)",
-        description="Fine-tune by a configuration. Several ranks: deepspeed launch/train.py --config FILE.",
-    )
-    add_arguments(parser)
-    parser.set_defaults(run=run)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `launch/train.py` shares with this verb."""
-    parser.add_argument(
-        "--config", required=True, type=Path, metavar="FILE", help="YAML settings; see configs/"
-    )
+    """What stands behind the verb."""
+    add_settings(parser)
     parser.add_argument("--resume", choices=("auto", "never"), help="short for run.resume=...")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -160,7 +160,7 @@ class Data(Section):
     """Processes that tokenise; default: all cores."""
 
 
-class Batch(Section):
+class BatchSettings(Section):
     """The global batch; the same on every number of ranks."""
 
     pack_len: int = Field(8192, ge=8)
@@ -295,7 +295,7 @@ class Config(Section):
     data: Data
     domains: Domains
     weights: Weights = Weights()
-    batch: Batch
+    batch: BatchSettings
     optimizer: Optimizer = Optimizer()
     train: Train
     evaluation: Evaluation = Evaluation()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -143,27 +144,16 @@ class WeightController:
 
     def initial_update(self) -> WeightUpdate:
         """The record of step 0: the initial weights and what floor and cap changed in them."""
-        zeros = self._table.by_name(np.zeros(len(self._table)))
-        unknown: ByNameOrNone = dict.fromkeys(self._table.names)
-        return WeightUpdate(
-            step=0,
-            strategy=self._settings.strategy,
-            loss_source=self._settings.loss_source,
-            losses=dict(unknown),
-            stderr=dict(unknown),
-            tokens=dict(zeros),
-            samples=dict(zeros),
-            gamma=dict(unknown),
-            phi=dict(zeros),
-            gate_open=None,
-            before=self._table.by_name(self._start),
-            proposed=self._table.by_name(self._start),
-            after=self._table.by_name(self._initial),
-            applied=True,
-            entropy=entropy(self._initial),
-            reasons=["initial weights", *limit_reasons(self._table.names, self._start, self._initial)],
-            alarms=[],
-        )
+        k = len(self._table)
+        nothing, unmeasured = DomainSums.zeros(k), np.zeros(k, dtype=np.bool_)
+        measurement = Measurement(
+            losses=np.zeros(k), stderr=np.full(k, np.nan), measured=unmeasured, present=unmeasured,
+            gamma=np.zeros(k), phi=np.zeros(k), reasons=["initial weights"],
+        )  # fmt: skip
+        reasons = limit_reasons(self._table.names, self._start, self._initial)
+        proposal = Proposal(rule=self._start, after=self._initial, gate=None, reasons=reasons)
+        record = self._record(0, nothing, measurement, proposal)
+        return replace(record, before=record.proposed, applied=True, alarms=[])
 
     def starting_alarms(self, sums: DomainSums) -> list[str]:
         """Alarms of the reference losses before the first step.

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from versatune_ds.domain.json_input import read_object
+from versatune_ds.domain.json_input import read_object, require_format
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.foundations.errors import ConfigError, DataError
@@ -130,13 +130,7 @@ class ModelEvaluation:
         """
         again = "make it again with `versatune-ds evaluate`"
         raw = read_object(path, "--against")
-        found = (raw.get("format"), raw.get("version"))
-        if found != (EVALUATION_FORMAT, EVALUATION_VERSION):
-            raise DataError(
-                f"format {found[0]!r}, version {found[1]!r}; expected {EVALUATION_FORMAT!r}, version "
-                f"{EVALUATION_VERSION}; {again}",
-                path=path,
-            )
+        require_format(raw, EVALUATION_FORMAT, EVALUATION_VERSION, path, again)
         try:
             known = {item.name for item in fields(Fingerprints)}
             prints = {str(k): str(v) for k, v in raw["fingerprints"].items() if k in known}

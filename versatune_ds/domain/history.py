@@ -13,7 +13,6 @@ a domain that would have got more data would have learnt faster than the replay 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.domain.controller import WeightController
-from versatune_ds.domain.json_input import read_lines
+from versatune_ds.domain.json_input import numbers, read_steps
 from versatune_ds.domain.statistics import NUM_ROWS, DomainSums, SumRow
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.domain.weight_update import WeightUpdate
@@ -56,27 +55,15 @@ def read_history(path: Path) -> list[Losses]:
     Raises:
         DataError: with the line, where the file cannot be read as described above or steps do not rise.
     """
-    if not path.is_file():
-        raise DataError("no such file; give the weights.jsonl of a run", path=path)
     history: list[Losses] = []
-    for line, record in read_lines(path):
-        step = record.get("step") if isinstance(record, dict) else None
-        if not isinstance(step, int) or isinstance(step, bool) or not isinstance(record.get("losses"), dict):
-            raise DataError(
-                "no losses: a line needs `step` (a whole number) and `losses` (numbers by domain)",
-                path=path,
-                line=line,
-            )
-        columns = {key: _numbers(record.get(key) or {}, key, path, line) for key in COLUMNS}
-        if not columns["losses"]:
-            continue
-        if step < 1:
-            raise DataError(f"step {step}: an update has step 1 or more", path=path, line=line)
-        if history and step <= history[-1].step:
-            raise DataError(
-                f"step {step} follows step {history[-1].step}; steps must rise", path=path, line=line
-            )
-        history.append(Losses(step, **columns))
+    for line, record in read_steps(path, "give the weights.jsonl of a run"):
+        if not isinstance(record.get("losses"), dict):
+            raise DataError("a line needs `losses`, numbers by domain", path=path, line=line)
+        columns = {key: _known(record.get(key) or {}, key, path, line) for key in COLUMNS}
+        if columns["losses"] and record["step"] < 1:
+            raise DataError("step 0: an update has step 1 or more", path=path, line=line)
+        if columns["losses"]:
+            history.append(Losses(record["step"], **columns))
     if not history:
         raise DataError("holds no losses", path=path)
     return history
@@ -136,13 +123,8 @@ def sums_of(update: Losses, table: DomainTable) -> DomainSums:
     return DomainSums(values)
 
 
-def _numbers(values: Any, key: str, path: Path, line: int) -> dict[str, float]:
+def _known(values: Any, key: str, path: Path, line: int) -> dict[str, float]:
     """Numbers by domain without those that are null; each must be finite and >= 0."""
-    if not isinstance(values, dict):
-        raise DataError(f"{key} must hold numbers by domain", path=path, line=line)
-    known = {name: value for name, value in values.items() if value is not None}
-    for name, value in known.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value < 0:
-            raise DataError(f"{key} of {name} is {value!r}; expected a number >= 0", path=path, line=line)
-    return {name: float(value) for name, value in known.items()}
+    if isinstance(values, dict):
+        values = {name: value for name, value in values.items() if value is not None}
+    return numbers(values, key, path, line=line, least=0.0)

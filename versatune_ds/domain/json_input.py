@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +34,55 @@ def read_object(path: Path, setting: str) -> dict[str, Any]:
     return raw
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number (from 1) and value of each line of a JSONL file that a run wrote.
+def require_format(raw: Mapping[str, Any], name: str, version: int, path: Path, cure: str) -> None:
+    """Raise DataError unless a file says that it is of this format and version."""
+    found, known = (raw.get("format"), raw.get("version")), (name, version)
+    if found != known:
+        said, expected = (f"format {kind!r}, version {number}" for kind, number in (found, known))
+        raise DataError(f"{said}; expected {expected}; {cure}", path=path)
+
+
+def read_steps(path: Path, cure: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number (from 1) and object of each line of a JSONL file that a run wrote, a line a `step`.
+
+    Args:
+        cure: what to do when there is no such file, for the error text.
 
     Raises:
-        DataError: with the line, where one is not JSON.
+        DataError: no such file; with the line, where one is not JSON, has no step, or steps do not rise.
     """
+    if not path.is_file():
+        raise DataError(f"no such file; {cure}", path=path)
     text = path.read_bytes().removesuffix(b"\n")
+    before = -1
     for number, line in enumerate(text.split(b"\n") if text else [], start=1):
         try:
-            yield number, json.loads(line)
+            record = json.loads(line)
         except ValueError as error:  # not JSON, or not UTF-8
             raise DataError(
                 f"not JSON ({error}); a run that was killed may leave half a last line: remove it",
                 path=path,
                 line=number,
             ) from None
+        step = record.get("step") if isinstance(record, dict) else None
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise DataError("needs `step`, a whole number", path=path, line=number)
+        if step <= before:
+            raise DataError(f"step {step} follows step {before}; steps must rise", path=path, line=number)
+        before = step
+        yield number, record
 
 
-def numbers(raw: Any, key: str, path: Path) -> dict[str, float]:
-    """`raw` as finite numbers by domain name; raises DataError where it is anything else."""
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-    if not isinstance(raw, dict) or not all(is_number(value) for value in raw.values()):
-        raise DataError(f"{key!r} must be an object of finite numbers by domain name", path=path)
+def numbers(
+    raw: Any, key: str, path: Path, *, line: int | None = None, least: float = -math.inf
+) -> dict[str, float]:
+    """`raw` as finite numbers >= `least` by domain name; raises DataError where it is anything else."""
+    if not isinstance(raw, dict):
+        raise DataError(f"{key!r} must be an object of finite numbers by domain name", path=path, line=line)
+    for name, value in raw.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value < least:
+            limit = "" if least == -math.inf else f" >= {least:g}"
+            problem = f"{key} of {name} is {value!r}; expected a finite number{limit}"
+            raise DataError(problem, path=path, line=line)
     return {name: float(value) for name, value in raw.items()}

@@ -27,17 +27,15 @@ What is not covered: generating and judging texts (`versatune_ds.apps.detect`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from versatune_ds.domain.json_input import numbers, read_object
+from versatune_ds.domain.json_input import numbers, read_object, require_format
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import DataError
-from versatune_ds.strategies.simplex import Vector
 
 KNOWLEDGE_FORMAT = "versatune_ds.knowledge"
 KNOWLEDGE_VERSION = 1
@@ -48,79 +46,48 @@ RESAMPLES_AT_A_TIME = 50
 """Bounds the memory of the bootstrap: this many counts for each text."""
 
 
-@dataclass(frozen=True, eq=False)
-class Knowledge:
-    """An aggregated knowledge distribution; vectors are in table order."""
-
-    mean: Vector
-    """float64[k], sum 1."""
-    low: Vector
-    """float64[k], lower end of the 95 % interval."""
-    high: Vector
-    """float64[k], its upper end."""
-    most_probable: npt.NDArray[np.int64]
-    """int64[k], texts with this domain as their most probable one."""
-    round_means: npt.NDArray[np.float64]
-    """float64[T, k]; a row of NaN for a round without a judged text."""
-    round_texts: npt.NDArray[np.int64]
-    """int64[T], judged texts of each round."""
-
-    def to_json(self, table: DomainTable) -> dict[str, Any]:
-        """The measured part of a knowledge.json; its writer adds where it comes from."""
-        judged = self.round_texts > 0
-        apart = np.abs(self.round_means[judged] - self.mean)
-        return {
-            "format": KNOWLEDGE_FORMAT,
-            "version": KNOWLEDGE_VERSION,
-            "domains": table.by_name(self.mean),
-            "interval_95": {
-                name: [float(low), float(high)]
-                for name, low, high in zip(table.names, self.low, self.high, strict=True)
-            },
-            "most_probable": {
-                name: int(count) for name, count in zip(table.names, self.most_probable, strict=True)
-            },
-            "rounds": [
-                {"texts": int(texts), "domains": table.by_name(mean) if texts else None}
-                for texts, mean in zip(self.round_texts, self.round_means, strict=True)
-            ],
-            "agreement": {
-                "mean_total_variation": float(apart.sum(axis=1).mean() / 2),
-                "max_difference": float(apart.max()),
-            },
-        }
-
-
 def aggregate(
-    probabilities: npt.NDArray[np.float64], rounds: npt.NDArray[np.int64], num_rounds: int, seed: int
-) -> Knowledge:
-    """Mean, intervals, counts and rounds of judged texts.
+    table: DomainTable,
+    probabilities: npt.NDArray[np.float64],
+    rounds: npt.NDArray[np.int64],
+    num_rounds: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Mean, intervals, counts and rounds of judged texts: the measured part of a knowledge.json.
 
     Args:
+        table: the k domains.
         probabilities: float64[n, k], each row >= 0 with sum 1; n >= 1. Texts that were not judged are left
             out by the caller, never given as zeros.
         rounds: int64[n], the round (from 0) of each text.
-        num_rounds: T.
+        num_rounds: T; a round without a judged text has no mean.
         seed: of the bootstrap.
     """
     n, k = probabilities.shape
     assert n > 0 and len(rounds) == n
     assert (probabilities >= 0).all() and np.allclose(probabilities.sum(axis=1), 1.0)
     mean = probabilities.mean(axis=0)
-    means = bootstrap_means(probabilities, seed)
-    low, high = np.percentile(means, INTERVAL, axis=0)
-    round_texts = np.bincount(rounds, minlength=num_rounds)
-    round_means = np.full((num_rounds, k), np.nan)
-    for t in np.flatnonzero(round_texts):
-        round_means[t] = probabilities[rounds == t].mean(axis=0)
-    return Knowledge(
-        mean=mean / mean.sum(),
-        low=low,
-        high=high,
-        most_probable=np.bincount(probabilities.argmax(axis=1), minlength=k),
-        round_means=round_means,
-        round_texts=round_texts,
-    )
+    mean /= mean.sum()
+    bounds = np.percentile(bootstrap_means(probabilities, seed), INTERVAL, axis=0).T  # [k, 2]
+    counts = np.bincount(probabilities.argmax(axis=1), minlength=k)
+    texts = np.bincount(rounds, minlength=num_rounds)
+    means = [probabilities[rounds == t].mean(axis=0) if texts[t] else None for t in range(num_rounds)]
+    apart = np.abs(np.array([each for each in means if each is not None]) - mean)
+    return {
+        "format": KNOWLEDGE_FORMAT,
+        "version": KNOWLEDGE_VERSION,
+        "domains": table.by_name(mean),
+        "interval_95": dict(zip(table.names, bounds.tolist(), strict=True)),
+        "most_probable": dict(zip(table.names, counts.tolist(), strict=True)),
+        "rounds": [
+            {"texts": int(count), "domains": None if each is None else table.by_name(each)}
+            for count, each in zip(texts, means, strict=True)
+        ],
+        "agreement": {
+            "mean_total_variation": float(apart.sum(axis=1).mean() / 2),
+            "max_difference": float(apart.max()),
+        },
+    }
 
 
 def bootstrap_means(probabilities: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:
@@ -150,11 +117,6 @@ def read_knowledge(path: Path, setting: str) -> dict[str, Any]:
             "(versatune-ds detect writes one)",
             path=path,
         )
-    found = (raw.get("format", KNOWLEDGE_FORMAT), raw.get("version", KNOWLEDGE_VERSION))
-    if found != (KNOWLEDGE_FORMAT, KNOWLEDGE_VERSION):
-        raise DataError(
-            f"format {found[0]!r}, version {found[1]!r}; expected {KNOWLEDGE_FORMAT!r}, "
-            f"version {KNOWLEDGE_VERSION}",
-            path=path,
-        )
+    said = {"format": KNOWLEDGE_FORMAT, "version": KNOWLEDGE_VERSION, **raw}
+    require_format(said, KNOWLEDGE_FORMAT, KNOWLEDGE_VERSION, path, "versatune-ds detect writes one")
     return {**raw, "domains": numbers(raw["domains"], "domains", path)}

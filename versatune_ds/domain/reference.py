@@ -24,7 +24,7 @@ What is not covered: measuring reference losses (`apps/reference.py`), counting 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.config.weights import Domains, Weights, require_shares
-from versatune_ds.domain.json_input import numbers, read_object
+from versatune_ds.domain.json_input import numbers, read_object, require_format
 from versatune_ds.domain.knowledge import read_knowledge
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import ConfigError, DataError, unknown_name
@@ -149,15 +149,8 @@ def load_reference(
         return checked_losses(dict(source), {}, Fingerprints(), table, "weights.reference")
     path = Path(source)
     raw = read_object(path, "weights.reference")
-    if raw.get("format") != REFERENCE_FORMAT or raw.get("version") != REFERENCE_VERSION:
-        raise DataError(
-            f"format {raw.get('format')!r}, version {raw.get('version')!r}; expected "
-            f"{REFERENCE_FORMAT!r}, version {REFERENCE_VERSION}; {MEASURE_AGAIN}",
-            path=path,
-        )
-    for key in raw:
-        if key not in REFERENCE_KEYS:
-            raise DataError(unknown_name("key", key, REFERENCE_KEYS), path=path)
+    require_format(raw, REFERENCE_FORMAT, REFERENCE_VERSION, path, MEASURE_AGAIN)
+    _require_known("key", raw, REFERENCE_KEYS, path)
     losses = numbers(raw.get("losses"), "losses", path)
     stderr = numbers(raw.get("stderr", {}), "stderr", path)
     sizes = numbers(raw["bytes_per_token"], "bytes_per_token", path) if "bytes_per_token" in raw else None
@@ -241,11 +234,10 @@ def checked_losses(
 
 
 def _positive(values: Mapping[str, float], table: DomainTable, what: str) -> Vector:
-    vector = table.vector(values, what)
-    for name, value in zip(table.names, vector, strict=True):
+    for name, value in values.items():
         if value <= 0:
             raise ConfigError(f"{what}: {name} has {value}; it must be > 0")
-    return vector
+    return table.vector(values, what)
 
 
 def _require_same(found: Fingerprints, expected: Fingerprints, path: Path) -> None:
@@ -259,10 +251,13 @@ def _require_same(found: Fingerprints, expected: Fingerprints, path: Path) -> No
 
 
 def _fingerprints(raw: Any, path: Path) -> Fingerprints:
-    known = [item.name for item in fields(Fingerprints)]
     if not isinstance(raw, dict) or not all(isinstance(v, str) for v in raw.values()):
         raise DataError("fingerprints must be texts by name", path=path)
-    for name in raw:
-        if name not in known:
-            raise DataError(unknown_name("fingerprint", name, known), path=path)
+    _require_known("fingerprint", raw, [item.name for item in fields(Fingerprints)], path)
     return Fingerprints(**raw)
+
+
+def _require_known(kind: str, names: Iterable[str], known: Sequence[str], path: Path) -> None:
+    for name in names:
+        if name not in known:
+            raise DataError(unknown_name(kind, name, known), path=path)

@@ -9,14 +9,14 @@ What is not covered: computing another strategy's weights from the losses of a f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from versatune_ds.config.weights import ScheduledWeights
-from versatune_ds.domain.json_input import read_lines
+from versatune_ds.domain.json_input import read_steps
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import DataError
 from versatune_ds.strategies.simplex import Vector, normalise
@@ -29,17 +29,8 @@ def schedule_from_weights_jsonl(path: Path) -> list[ScheduledWeights]:
         DataError: with the line, where the file has no lines or one that is not a weight update, or where
             steps do not rise.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError("no such file; weights.schedule names it", path=path)
-    schedule: list[ScheduledWeights] = []
-    for number, record in read_lines(path):
-        entry = _scheduled(record, path, number)
-        if schedule and entry.step <= schedule[-1].step:
-            raise DataError(
-                f"step {entry.step} follows step {schedule[-1].step}; steps must rise", path=path, line=number
-            )
-        schedule.append(entry)
+    lines = read_steps(path, "weights.schedule names it")
+    schedule = [_scheduled(record, path, number) for number, record in lines]
     if not schedule:
         raise DataError("holds no weight updates", path=path)
     return schedule
@@ -63,15 +54,10 @@ def resolve_schedule(
     return {e.step: normalise(table.vector(e.weights, f"{what}: step {e.step}")) for e in entries}
 
 
-def _scheduled(record: Any, path: Path, line: int) -> ScheduledWeights:
-    needed = ("step", "before", "after", "applied")
-    missing = [key for key in needed if not isinstance(record, dict) or key not in record]
-    if missing or not isinstance(record["applied"], bool):
-        raise DataError(
-            f"not a weight update: it needs {', '.join(needed)} (applied: true or false)",
-            path=path,
-            line=line,
-        )
+def _scheduled(record: Mapping[str, Any], path: Path, line: int) -> ScheduledWeights:
+    if not {"before", "after"} <= set(record) or not isinstance(record.get("applied"), bool):
+        needed = "it needs before, after, applied (true or false)"
+        raise DataError(f"not a weight update: {needed}", path=path, line=line)
     weights = record["after"] if record["applied"] else record["before"]
     try:
         return ScheduledWeights(step=record["step"], weights=weights)

@@ -5,8 +5,6 @@ What is not covered: the commit (`foundations/commit.py`).
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import os
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 import versatune_ds
 from versatune_ds.config.schema import Config
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.foundations.machine import installed
 from versatune_ds.observability.throughput import peak_tflops
 
 log = get_logger(__name__)
@@ -49,9 +48,4 @@ def accelerator_peak_tflops(config: Config, device: torch.device) -> float | Non
 
 def describe_versions() -> dict[str, str]:
     """Versions of what computes: ours, torch, transformers and DeepSpeed, and some that may be missing."""
-    versions = {"versatune_ds": versatune_ds.__version__}
-    versions |= {name: importlib.metadata.version(name) for name in REQUIRED}
-    for name in OPTIONAL:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+    return {"versatune_ds": versatune_ds.__version__, **installed((*REQUIRED, *OPTIONAL))}

@@ -37,12 +37,11 @@ def record_step(
     none = dict.fromkeys(names)
     weighted = totals.weighted if run.prepared.corpus.has_weights else None
     units = ("samples", "tokens", "supervised_tokens")
-    lengths = [pack.lengths.astype("int64") for pack in plan.packs]
     step_s = times.age_s()
     flops = run.shape.step_flops(
         real_tokens=plan.tokens,
         supervised_tokens=plan.supervised_tokens,
-        sum_squared_lengths=sum(int((n * n).sum()) for n in lengths),
+        sum_squared_lengths=plan.sum_squared_lengths,
     )
     slots = plan.num_packs * plan.pack_len
     flops_6n = run.shape.step_flops_6n(slot_tokens=slots, pack_len=plan.pack_len)

@@ -9,13 +9,17 @@ What is not covered: locks between processes (the token cache uses `filelock`) a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from versatune_ds.foundations.errors import StateError
 
 HASH_BLOCK_BYTES = 1 << 22
 
@@ -54,6 +58,15 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def writing(path: Path, cure: str) -> Iterator[None]:
+    """What the system refuses inside becomes a StateError: `path` cannot be written, why, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StateError(f"{path} cannot be written ({error.strerror}); {cure}") from error
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -35,7 +35,7 @@ def in_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Lines of a table: cells two spaces apart, columns that hold a number to the right."""
     columns = list(zip(*rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    signs = [">" if any(cell[:1].isdigit() for cell in column) else "<" for column in columns]
+    signs = [">" if any(cell.lstrip("+-")[:1].isdigit() for cell in column) else "<" for column in columns]
     for row in rows:
         cells = (f"{cell:{sign}{width}}" for cell, sign, width in zip(row, signs, widths, strict=True))
         yield "  ".join(cells).rstrip()

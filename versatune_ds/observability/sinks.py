@@ -20,11 +20,12 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from versatune_ds.config.schema import Metrics
 from versatune_ds.foundations import constants
-from versatune_ds.foundations.errors import ConfigError, StateError
+from versatune_ds.foundations.errors import StateError
+from versatune_ds.foundations.files import writing
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.records import EvalRecord, StepRecord, clean, json_line
 
@@ -52,13 +53,9 @@ class MetricsLog:
         self.lost_lines = 0
         """Lines that could not be written since the log was opened."""
         self._lost_in_a_row = 0
-        try:
+        with writing(self.path, "the run folder must be writable"):
             mode = "r+b" if self.path.exists() else "x+b"
             self._file = open(self.path, mode, buffering=0)  # noqa: SIM115 - lives as long as the log
-        except OSError as error:
-            raise StateError(
-                f"{self.path} cannot be written ({error.strerror}); the run folder must be writable"
-            ) from error
         self._end = self._repair_torn_line()
 
     def _repair_torn_line(self) -> int:
@@ -172,16 +169,14 @@ class MetricsLog:
             LOGGER.warning("%s: %d lines in all could not be written", self.path, self.lost_lines)
 
 
-class Tracker(Protocol):
+class Tracker(NamedTuple):
     """A tool outside the run folder that draws scalars by step."""
 
     name: str
-
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record scalars at a step."""
-
-    def close(self) -> None:
-        """Flush and end."""
+    log: Callable[[int, Mapping[str, float]], Any]
+    """Record scalars at a step."""
+    close: Callable[[], Any]
+    """Flush and end."""
 
 
 def flatten(prefix: str, line: Mapping[str, Any]) -> dict[str, float]:
@@ -196,81 +191,39 @@ def flatten(prefix: str, line: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-class TensorBoardTracker:
-    """TensorBoard events under `<run folder>/tensorboard`.
+def tensorboard(run_dir: Path, first_step: int) -> Tracker:
+    """Events in `<run folder>/tensorboard`; what an earlier process wrote from `first_step` on is hidden."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    Args:
-        run_dir: the run folder.
-        first_step: first step that will be logged; events of later steps from an earlier process are
-            hidden (TensorBoard's `purge_step`).
+    purge = first_step if first_step > 1 else None
+    writer: Any = SummaryWriter(str(run_dir / TENSORBOARD_DIR), purge_step=purge)  # type: ignore[no-untyped-call]
 
-    Raises:
-        ConfigError: the package tensorboard is not installed.
-    """
-
-    name = "TensorBoard"
-
-    def __init__(self, run_dir: Path, first_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(missing_package("metrics.tensorboard: true", "tensorboard")) from error
-        folder = str(Path(run_dir) / TENSORBOARD_DIR)
-        self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
-            folder, purge_step=first_step if first_step > 1 else None
-        )
-
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write one event per scalar."""
+    def log(step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+    return Tracker("TensorBoard", log, writer.close)
 
 
-class WandbTracker:
-    """Weights & Biases run; a resumed run goes on in the same W&B run (its id lies in the run folder).
+def wandb(run_dir: Path, project: str, config: Mapping[str, Any] | None) -> Tracker:
+    """A Weights & Biases run; a resumed run goes on in the same one (its id lies in the run folder).
 
-    Raises:
-        ConfigError: the package wandb is not installed.
+    W&B drops steps below the newest that it has.
     """
+    import wandb
 
-    name = "Weights & Biases"
-
-    def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any] | None) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError(missing_package("metrics.wandb_project", "wandb")) from error
-        id_file = Path(run_dir) / WANDB_ID_FILE
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
-        self._run = wandb.init(
-            project=project,
-            name=Path(run_dir).resolve().name,
-            dir=str(run_dir),
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            config=dict(config or {}),
-        )
-
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Log a dictionary of scalars; W&B drops steps below the newest it has."""
-        self._run.log(dict(scalars), step=step)
-
-    def close(self) -> None:
-        """Upload what is left and end the run."""
-        self._run.finish()
-
-
-def missing_package(setting: str, package: str) -> str:
-    """Error text for a setting that needs a package of the extra `tracking`."""
-    return (
-        f"{setting} needs the package {package}, which is not installed: "
-        f"pip install 'versatune-ds[tracking]' (or pip install {package}), or remove the setting"
+    id_file = run_dir / WANDB_ID_FILE
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
+    run = wandb.init(
+        project=project,
+        name=run_dir.resolve().name,
+        dir=str(run_dir),
+        id=id_file.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        config=dict(config or {}),
     )
+    return Tracker("Weights & Biases", lambda step, scalars: run.log(dict(scalars), step=step), run.finish)
 
 
 class Sinks:
@@ -290,24 +243,15 @@ class Sinks:
 
     def step(self, record: StepRecord) -> None:
         """Record an optimizer step: metrics.jsonl and the trackers."""
-        line = record.to_json()
-        self._append(constants.METRICS_FILE, line)
-        for key in ("step", "unix_time_s"):
-            del line[key]
-        self._track("train", record.step, line)
+        self._record(constants.METRICS_FILE, "train", record.to_json())
 
     def evaluation(self, record: EvalRecord) -> None:
         """Record an evaluation: eval.jsonl and the trackers."""
-        line = record.to_json()
-        self._append(constants.EVAL_FILE, line)
-        for key in ("step", "unix_time_s"):
-            del line[key]
-        self._track("eval", record.step, line)
+        self._record(constants.EVAL_FILE, "eval", record.to_json())
 
     def weight_update(self, line: Mapping[str, Any]) -> None:
         """Record a weight update (`WeightUpdate.to_json()`): weights.jsonl and the trackers."""
-        self._append(constants.WEIGHTS_FILE, line)
-        self._track("weights", int(line["step"]), {key: line[key] for key in line if key != "step"})
+        self._record(constants.WEIGHTS_FILE, "weights", line)
 
     def skipped_step(self, line: Mapping[str, Any]) -> None:
         """Record what a skipped step was made of: skipped_steps.jsonl."""
@@ -336,12 +280,13 @@ class Sinks:
         if name in self._logs:
             self._logs[name].append(line)
 
-    def _track(self, prefix: str, step: int, line: Mapping[str, Any]) -> None:
-        if not self._trackers:
-            return
-        scalars = flatten(prefix, line)
+    def _record(self, name: str, prefix: str, line: Mapping[str, Any]) -> None:
+        """A line of a file, and its numbers by step for the trackers."""
+        self._append(name, line)
+        numbers = {key: value for key, value in line.items() if key not in ("step", "unix_time_s")}
+        scalars = flatten(prefix, numbers) if self._trackers else {}
         for tracker in self._trackers:
-            self._guard(tracker, functools.partial(tracker.log, step, scalars))
+            self._guard(tracker, functools.partial(tracker.log, line["step"], scalars))
 
     def _guard(self, tracker: Tracker, call: Callable[[], None]) -> None:
         """Run a tracker's call; its failure (network, disk) is reported once, counted, and survived."""
@@ -379,7 +324,7 @@ def open_sinks(
 
     Args:
         run_dir: the run folder; must exist.
-        settings: section `metrics` of the configuration.
+        settings: section `metrics` of the configuration; preflight saw to the packages that it needs.
         offsets: `Sinks.offsets()` from the checkpoint that the run goes on from; lines behind them are
             removed and will be written again. None starts a new run: existing lines, left by a run that
             made no checkpoint, are removed too.
@@ -387,14 +332,13 @@ def open_sinks(
         config: the resolved configuration, shown by W&B.
 
     Raises:
-        ConfigError: a tracker's package is missing.
         StateError: a file cannot be written, or does not fit the checkpoint.
     """
     trackers: list[Tracker] = []
     if settings.tensorboard:
-        trackers.append(TensorBoardTracker(run_dir, first_step))
+        trackers.append(tensorboard(run_dir, first_step))
     if settings.wandb_project is not None:
-        trackers.append(WandbTracker(run_dir, settings.wandb_project, config))
+        trackers.append(wandb(run_dir, settings.wandb_project, config))
     logs: dict[str, MetricsLog] = {}
     for name in LOG_FILES:
         log = MetricsLog(Path(run_dir) / name)

@@ -15,6 +15,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from versatune_ds.foundations.text import in_columns
 from versatune_ds.report.measures import MINUS, NOTHING
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -147,23 +148,23 @@ def to_markdown(page: Page) -> str:
     for section in page.sections:
         parts += [f"## {section.title}" if section.title else "", section.lead]
         for table in section.tables:
-            rows = [[label, *(_text(cell) for cell in cells)] for label, cells in table.rows]
-            lines = [table.head, ["---"] * len(table.head), *rows]
-            parts += [table.caption, "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+            parts += [table.caption, table_to_markdown(table)]
         parts += section.notes
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def table_to_markdown(table: Table) -> str:
+    """A table without its caption."""
+    rows = [[label, *(_text(cell) for cell in cells)] for label, cells in table.rows]
+    lines = [table.head, ["---"] * len(table.head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def to_text(table: Table) -> str:
     """A table for a console, in ASCII as far as its cells are: a dash and a minus become hyphens."""
     rows = [table.head, *([label, *map(_text, cells)] for label, cells in table.rows)]
     rows = [[cell.replace(NOTHING, "-").replace(MINUS, "-") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *rest in rows:
-        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
+    return "\n".join(in_columns(rows))
 
 
 def _text(cell: Cell | str) -> str:

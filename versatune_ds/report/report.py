@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.foundations import constants
-from versatune_ds.foundations.errors import StateError
-from versatune_ds.foundations.files import write_text_atomic
+from versatune_ds.foundations.files import write_text_atomic, writing
 from versatune_ds.report.figures import INK, MUTED, Chart, Row, Series, line_chart, row_chart
 from versatune_ds.report.measures import (
     MINUS,
@@ -97,13 +96,9 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     if path.is_dir():
         path = path / constants.REPORT_FILE
     page = render(runs)
-    try:
+    with writing(path, "give another place with --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path, page)
-    except OSError as error:
-        raise StateError(
-            f"the report cannot be written to {path} ({error.strerror}); give another place with --out"
-        ) from error
     return path
 
 

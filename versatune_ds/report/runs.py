@@ -169,9 +169,9 @@ def read_run(folder: Path, label: str | None = None) -> RunData:
     evals = list(_read_jsonl(folder / constants.EVAL_FILE, notes))
     updates = list(_read_jsonl(folder / constants.WEIGHTS_FILE, notes))
     names = _domain_names(info, config, [first_line, *evals[:1], *updates[:1]])
-    steps = _read_steps(metrics_file, names, notes)
+    steps, skip_reasons = _read_steps(metrics_file, names, notes)
     real_updates = [line for line in updates if line["step"] > 0]
-    weight_steps, weights = steps.steps, steps.domain_series["weights"]
+    weight_steps, weights = steps["steps"], steps["domain_series"]["weights"]
     if not np.isfinite(weights).any():
         weight_steps, weights = _weights_in_force(updates, names)
     return RunData(
@@ -182,11 +182,7 @@ def read_run(folder: Path, label: str | None = None) -> RunData:
         config_text=config_text,
         names=names,
         weight_unit=_weight_unit(config, first_line),
-        steps=steps.steps,
-        series=steps.series,
-        domain_series=steps.domain_series,
-        shares=steps.shares,
-        skipped=steps.skipped,
+        **steps,
         weight_steps=weight_steps,
         weights=weights,
         update_steps=_column(real_updates, "step"),
@@ -197,7 +193,7 @@ def read_run(folder: Path, label: str | None = None) -> RunData:
         eval_domain_loss=_matrix(evals, "domain_loss", names),
         eval_s=_column(evals, "eval_s"),
         evaluation=_read_evaluation(folder / constants.EVALUATION_FILE, notes),
-        alarms=_alarms(steps.skip_reasons, updates),
+        alarms=_alarms(skip_reasons, updates),
         notes=tuple(notes),
     )
 
@@ -279,23 +275,13 @@ def _read_jsonl(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Steps:
-    """metrics.jsonl as arrays; see the fields of `RunData`."""
-
-    steps: Array
-    series: dict[str, Array]
-    domain_series: dict[str, Array]
-    shares: dict[str, Array]
-    skipped: npt.NDArray[np.bool_]
-    skip_reasons: dict[int, str]
-    """By skipped step; empty text where a run did not record it."""
-
-
-def _read_steps(path: Path, names: Sequence[str], notes: list[str]) -> _Steps:
+def _read_steps(path: Path, names: Sequence[str], notes: list[str]) -> tuple[dict[str, Any], dict[int, str]]:
     """The metrics lines in order of steps; of a step recorded twice the later line counts.
 
     A line is turned into numbers as it is read: a long run's file does not fit memory as dictionaries.
+
+    Returns:
+        Fields of `RunData`; and the reason of each skipped step, empty where a run did not record it.
     """
     rows: dict[int, Array] = {}
     reasons: dict[int, str] = {}
@@ -313,14 +299,14 @@ def _read_steps(path: Path, names: Sequence[str], notes: list[str]) -> _Steps:
     table = np.array([rows[step] for step in order], dtype=np.float64).reshape(len(order), width)
     numbers, rest = table[:, : len(STEP_KEYS)], table[:, len(STEP_KEYS) : -1]
     blocks = [rest[:, i * k : (i + 1) * k] for i in range(len(STEP_DOMAIN_KEYS) + len(SHARE_UNITS))]
-    return _Steps(
-        steps=np.array(order, dtype=np.float64),
-        series={key: numbers[:, i] for i, key in enumerate(STEP_KEYS)},
-        domain_series=dict(zip(STEP_DOMAIN_KEYS, blocks, strict=False)),
-        shares=dict(zip(SHARE_UNITS, blocks[len(STEP_DOMAIN_KEYS) :], strict=True)),
-        skipped=table[:, -1] == 1.0,
-        skip_reasons={step: reasons[step] for step in order if rows[step][-1] == 1.0},
-    )
+    found = {
+        "steps": np.array(order, dtype=np.float64),
+        "series": {key: numbers[:, i] for i, key in enumerate(STEP_KEYS)},
+        "domain_series": dict(zip(STEP_DOMAIN_KEYS, blocks, strict=False)),
+        "shares": dict(zip(SHARE_UNITS, blocks[len(STEP_DOMAIN_KEYS) :], strict=True)),
+        "skipped": table[:, -1] == 1.0,
+    }
+    return found, {step: reasons[step] for step in order if rows[step][-1] == 1.0}
 
 
 def _step_row(line: Mapping[str, Any], names: Sequence[str]) -> Array:

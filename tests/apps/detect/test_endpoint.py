@@ -72,8 +72,8 @@ def logs(**tokens):
     ],
 )
 def test_probabilities_of_names_by_hand(names, answer, expected):
-    reading = read_names([Position(next(iter(tokens)), tokens) for tokens in answer], names)
-    assert reading.masses == pytest.approx(expected)
+    masses = read_names([Position(next(iter(tokens)), tokens) for tokens in answer], names)
+    assert masses == pytest.approx(expected)
 
 
 def test_candidates_need_a_boundary_behind_a_whole_name():

@@ -20,13 +20,14 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 
+from versatune_ds.apps.bench.samples import domain_lengths
 from versatune_ds.data.plan import packing
 from versatune_ds.data.plan.balance import modelled_idle, rank_packs
 from versatune_ds.data.plan.corpus import WEIGHT_UNITS, Corpus, PlannerSettings
@@ -63,32 +64,20 @@ def raw_lengths(path: Path) -> np.ndarray:
     return np.array([max(8, count_characters(row) // CHARACTERS_PER_TOKEN) for row in rows], dtype=np.int32)
 
 
-def synthetic_lengths(domain: int, size: int = 20_000) -> np.ndarray:
-    """Log-normal lengths with a long tail: medians 150 to 600 tokens, one sample in seven from the tail."""
-    rng = np.random.default_rng(domain)
-    body = rng.lognormal(5.0 + 0.25 * domain, 0.8, size)
-    tail = rng.lognormal(7.5, 1.2, size)
-    return np.where(rng.random(size) < 1 / 7, tail, body).clip(8, 32768).astype(np.int32)
-
-
 def load(args: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
     """(lengths, supervised) per domain; estimated lengths count half of each sample as supervised."""
     if args.caches:
         from versatune_ds.data.cache.cache import TokenCache
 
         return [(cache.lengths, cache.supervised) for cache in map(TokenCache.open, args.caches)]
-    lengths = [raw_lengths(path) for path in args.raw or ()] or [synthetic_lengths(d) for d in range(6)]
+    lengths = [raw_lengths(path) for path in args.raw or ()] or [domain_lengths(d, 20_000) for d in range(6)]
     return [(n, n // 2) for n in lengths]
 
 
 def row(corpus: Corpus, settings: PlannerSettings, weights: np.ndarray, num_steps: int, ranks: int) -> str:
     """Plan `num_steps` steps and sum them up in a line of the table."""
-    state, plans, plan_s = PlannerState.initial(len(weights)), [], 0.0
-    for _ in range(num_steps):
-        start = time.process_time()
-        plans.append(plan_step(corpus, settings, state, weights))
-        plan_s += time.process_time() - start
-        state = plans[-1].state_after
+    plans, seconds = zip(*planned(corpus, settings, weights, num_steps), strict=True)
+    state = plans[-1].state_after
     idle = shuffled = "-"
     if settings.packs_per_step % ranks == 0:
         rng = np.random.default_rng(0)
@@ -102,8 +91,20 @@ def row(corpus: Corpus, settings: PlannerSettings, weights: np.ndarray, num_step
         settings.pack_len, settings.packs_per_step, settings.weight_unit, f"{np.mean(efficiency):.3%}",
         f"{min(efficiency):.3%}", f"{off:.2f}", f"{np.abs(trained - weights).max():.4%}",
         max(p.max_wait_steps for p in plans), max(len(p.state_after.carry) for p in plans), idle, shuffled,
-        f"{sum(state.drawn.samples) / plan_s / 1000:.0f} k",
+        f"{sum(state.drawn.samples) / sum(seconds) / 1000:.0f} k",
     )  # fmt: skip
+
+
+def planned(
+    corpus: Corpus, settings: PlannerSettings, weights: np.ndarray, num_steps: int
+) -> Iterator[tuple[StepPlan, float]]:
+    """Plan after plan, each with its CPU seconds."""
+    state = PlannerState.initial(len(weights))
+    for _ in range(num_steps):
+        start = time.process_time()
+        plan = plan_step(corpus, settings, state, weights)
+        yield plan, time.process_time() - start
+        state = plan.state_after
 
 
 def mean_idle(steps: Sequence[Sequence[packing.Pack]], ranks: int, settings: PlannerSettings) -> str:
@@ -120,7 +121,7 @@ def cells(*values: object) -> str:
 def mapped_lengths(folder: Path, domain: int, size: int, longest: int) -> np.ndarray:
     """`size` lengths <= `longest` in a file, written in blocks and mapped read-only."""
     path = folder / f"lengths-{domain}.int32"
-    block = np.minimum(synthetic_lengths(domain, min(size, SCALE_BLOCK)), longest)
+    block = domain_lengths(domain, min(size, SCALE_BLOCK), longest)
     with open(path, "wb") as file:
         for start in range(0, size, len(block)):
             np.roll(block, start)[: size - start].tofile(file)
@@ -167,16 +168,13 @@ def scale(args: argparse.Namespace, folder: Path) -> list[str]:
     corpus.check(settings)
     total_tokens = sum(corpus.num_tokens)
     opened_s = time.process_time() - started
-    state, plan_s, drawn, idle, efficiency = PlannerState.initial(k), [], 0, [], []
+    plan_s, idle, efficiency = [], [], []
     model = functools.partial(modelled_idle, pack_len=pack_len, quadratic_tokens=QUADRATIC_TOKENS)
-    for _ in range(args.steps):
-        start = time.process_time()
-        plan = plan_step(corpus, settings, state, weights)
-        plan_s.append(time.process_time() - start)
-        state = plan.state_after
+    for plan, seconds in planned(corpus, settings, weights, args.steps):  # none is kept: they are large
+        plan_s.append(seconds)
         idle.append(model(plan.packs, args.ranks))
         efficiency.append(plan.efficiency)
-    drawn = sum(state.drawn.samples)
+    drawn = sum(plan.state_after.drawn.samples)
     start = time.process_time()
     mine = rank_packs(plan.packs, args.ranks - 1, args.ranks)
     own_s = time.process_time() - start
@@ -192,7 +190,7 @@ def scale(args: argparse.Namespace, folder: Path) -> list[str]:
         "efficiency, mean": f"{np.mean(efficiency):.3%}",
         "modelled idle time, mean": f"{np.mean(idle):.2%}",
         "a rank finds its packs": f"{own_s * 1e6:.0f} us CPU, {len(mine)} packs",
-        "planner state as JSON": f"{len(json.dumps(state.to_json())):,} bytes",
+        "planner state as JSON": f"{len(json.dumps(plan.state_after.to_json())):,} bytes",
         "domain sums of a rank": f"{rank_s * 1e6:.0f} us CPU, {total.values.nbytes} bytes to reduce",
         "reduced over ranks against at once": f"{error:.1e} relative",
         "memory: peak resident": f"{memory['peak']:,.0f} MiB",

@@ -14,11 +14,9 @@ What is not covered: hub data sets, pre-tokenised rows, rows that `prepare` refu
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
-import re
 import resource
 import statistics
 import subprocess
@@ -31,10 +29,12 @@ from typing import Any
 
 from versatune_ds.config.load import load_config
 from versatune_ds.config.schema import Config
+from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.files import write_json_atomic
+from versatune_ds.foundations.machine import cpu_name, installed
 
 SIDES = ("prepare", "datasets")
-PACKAGES = ("versatune_ds", "tokenizers", "transformers", "datasets", "pyarrow")
+MEASURED = ("versatune_ds", "tokenizers", "transformers", "datasets", "pyarrow")
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
@@ -142,17 +142,8 @@ def source_files(config: Config) -> list[tuple[str, str, dict[str, str]]]:
 def measure(side: str, args: argparse.Namespace, files: str, overrides: Sequence[str]) -> dict[str, float]:
     """One side in a process of its own, with caches of its own: tokens, wall and CPU seconds, load."""
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "versatune_ds.apps.bench.prepare",
-            "--config",
-            args.config,
-            "--side",
-            side,
-            "--files",
-            files,
-        ]
+        command = [sys.executable, "-m", "versatune_ds.apps.bench.prepare", "--config", args.config]
+        command += ["--side", side, "--files", files]
         # One thread in each process on both sides; `datasets` keeps its caches below HF_HOME.
         environment = {"HF_HOME": folder, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         load, before = os.getloadavg()[0], resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -222,15 +213,12 @@ def print_round(number: int, sides: Mapping[str, Mapping[str, float]]) -> None:
 
 def describe_environment() -> dict[str, Any]:
     """What a reader needs to repeat the numbers."""
-    from versatune_ds.foundations.commit import git_commit
-
-    cpus = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpus[0] if cpus else platform.machine(),
+        "cpu": cpu_name(),
         "cpu_count": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": installed(MEASURED),
         "commit": git_commit(),
     }
 

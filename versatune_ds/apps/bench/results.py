@@ -251,8 +251,8 @@ def table(result: Mapping[str, Any]) -> str:
         (
             str(measured["layers"]),
             [
-                f"{1e3 * s:.3g} ({percent(shares(measured['split_s'])[name], 2)})"
-                for name, s in _phases(measured)
+                f"{1e3 * measured['split_s'][name]:.3g} ({percent(shares(measured['split_s'])[name], 2)})"
+                for name in PHASES
             ],
         )
         for measured in slices
@@ -272,10 +272,6 @@ def table(result: Mapping[str, Any]) -> str:
         ),
     ]
     return to_markdown(Page(title, sections, "\n\n".join(lead)))
-
-
-def _phases(measured: Mapping[str, Any]) -> list[tuple[str, float]]:
-    return [(name, measured["split_s"][name]) for name in PHASES]
 
 
 def _list(title: str, texts: Sequence[str]) -> list[str]:

@@ -5,15 +5,16 @@ What is not covered: whether it fits (`apps/bench/fit.py`) and measuring (`apps/
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from versatune_ds.apps.bench.shapes import shape_config
 from versatune_ds.config.load import apply_override, load_config, validate_config
 from versatune_ds.config.schema import Config
+from versatune_ds.config.section import Section
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.log import get_logger
@@ -25,8 +26,7 @@ ZERO_FILE = Path(__file__).resolve().parents[3] / "configs" / "deepspeed" / "zer
 """The DeepSpeed settings that the project's own runs use; a checkout has it, an installed copy has not."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchSettings:
+class BenchSettings(Section):
     """What is measured, and how often."""
 
     shape: str
@@ -37,16 +37,16 @@ class BenchSettings:
     packs_per_rank: int = 8
     """Packs of a rank in a step: its accumulation steps. Few packs cannot be filled: 2 leave 5 % of
     the slots to padding, 8 leave 0.1 %."""
-    warmup_steps: int = 5
-    steps: int = 20
+    warmup_steps: int = Field(5, ge=0)
+    steps: int = Field(20, ge=1)
     """Steps on the clock."""
-    split_steps: int = 5
+    split_steps: int = Field(5, ge=1)
     """Steps with every phase timed."""
     metrics: str = "both"
     """Domain statistics "on", "off", or "both" (adds steps that alternate)."""
     data: str | None = None
     """Settings whose prepared data is used; None: synthetic samples."""
-    supervised: float = 0.5
+    supervised: float = Field(0.5, gt=0, le=1)
     """Synthetic: share of a sample that has labels."""
     dtype: str = "bf16"
     activation_checkpointing: str | int = "auto"
@@ -57,25 +57,15 @@ class BenchSettings:
     overrides: tuple[str, ...] = ()
     """`section.key=value` for any other setting; they win."""
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> BenchSettings:
-        """Of what `dataclasses.asdict` gave, through JSON."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
-
     def with_checkpointing(self, policy: str | int) -> BenchSettings:
         """The same with the activation checkpointing chosen."""
-        return dataclasses.replace(self, activation_checkpointing=policy)
+        return self.model_copy(update={"activation_checkpointing": policy})
 
 
 def check_settings(settings: BenchSettings) -> None:
     """Raise ConfigError for what cannot be measured, before anything is started."""
     for layers in settings.layers or (None,):
         shape_config(settings.shape, layers)
-    if settings.steps < 1 or settings.split_steps < 1 or settings.warmup_steps < 0:
-        raise ConfigError("bench: steps and split steps must be >= 1, warm-up steps >= 0")
-    if not 0 < settings.supervised <= 1:
-        raise ConfigError(f"bench: --supervised is a share above 0 and up to 1, not {settings.supervised}")
     if any(text.startswith("model.activation_checkpointing=") for text in settings.overrides):
         raise ConfigError("bench: give --checkpointing instead of model.activation_checkpointing=...")
     if settings.activation_checkpointing == "auto":

@@ -17,25 +17,22 @@ What is not covered: measuring (`apps/bench/trainer.py`), and trying a failed sl
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import dataclasses
 import json
+import math
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from versatune_ds.apps.bench.fit import Slice
 from versatune_ds.apps.bench.settings import BenchSettings
+from versatune_ds.apps.programs import ending_with_programs, run_program
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_LAUNCHER_LOST, EXIT_OK
 from versatune_ds.foundations.errors import VersaTuneError
@@ -45,7 +42,6 @@ from versatune_ds.foundations.log import get_logger, setup_logging
 log = get_logger(__name__)
 
 COMMAND = (sys.executable, "-m", "versatune_ds.apps.bench.slices")
-TAIL_LINES = 20
 WATCH_S = 1.0
 
 
@@ -57,8 +53,8 @@ def run_slices(
     slices: Sequence[Slice],
     limit_s: float | None,
     write: Callable[[list[dict[str, Any]]], None],
-) -> None:
-    """Measure slice after slice; every rank calls it.
+) -> bool:
+    """Measure slice after slice; every rank calls it. Returns whether all were measured, as far as it knows.
 
     Args:
         settings: what is measured.
@@ -68,7 +64,7 @@ def run_slices(
             unless it is "measured", a `reason`; on ranks other than 0 nothing else is known.
     """
     outcomes: list[dict[str, Any]] = []
-    with _ending_on_signals():
+    with ending_with_programs():
         for index, chosen in enumerate(slices):
             log.info("%s, slice %d of %d: %s", settings.shape, index + 1, len(slices), chosen)
             if chosen.verdict == "does not fit":
@@ -80,53 +76,36 @@ def run_slices(
                 log.warning("slice of %d layers: %s", chosen.layers, outcome["slice"]["reason"])
             outcomes.append(outcome)
             write(outcomes)
+    return all(outcome["slice"]["status"] == "measured" for outcome in outcomes)
 
 
 def _run_slice(settings: BenchSettings, chosen: Slice, index: int, limit_s: float | None) -> dict[str, Any]:
     """One process from start to end, and what came of it."""
     job = {
-        "settings": dataclasses.asdict(settings.with_checkpointing(chosen.checkpointing)),
+        "settings": settings.with_checkpointing(chosen.checkpointing).model_dump(mode="json"),
         "layers": chosen.layers,
         "starter": os.getpid(),
     }
     with tempfile.TemporaryDirectory(prefix="versatune-bench-") as folder:
         asked, answer = Path(folder, "job.json"), Path(folder, "outcome.json")
         write_json_atomic(asked, job)
-        process = subprocess.Popen(
-            [*COMMAND, str(asked), str(answer)],
-            env=_environment(index),
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-        try:
-            tail = _hand_on(process)
-            code = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
+        command = [*COMMAND, str(asked), str(answer)]
+        ended = run_program(command, limit_s or math.inf, own_port(index), echo=True)
+        if ended.code is None:
             return _lost("time limit", f"ended after {limit_s:g} s (--slice-limit-s)")
-        finally:
-            process.kill()
-            process.wait()
         if answer.is_file():
             outcome: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
             return outcome
-        if code == EXIT_OK:
+        if ended.code == EXIT_OK:
             return {"slice": {"status": "measured"}}  # a rank other than 0
-        return _lost_process(code, tail)
+        if ended.code == -signal.SIGKILL:
+            return _lost("failed", "killed (SIGKILL); the kernel does that when the host's memory is used up")
+        status = "out of memory" if says_out_of_memory(ended.tail) else "failed"
+        return _lost(status, f"the process {ended.in_a_line}")
 
 
 def _lost(status: str, reason: str) -> dict[str, Any]:
     return {"slice": {"status": status, "reason": reason}}
-
-
-def _lost_process(code: int, tail: Sequence[str]) -> dict[str, Any]:
-    """The outcome of a process that could not tell it itself."""
-    if code == -signal.SIGKILL:
-        return _lost("failed", "killed (SIGKILL); the kernel does that when the host's memory is used up")
-    text = f"the process ended with code {code}"
-    if last := next((line.strip() for line in reversed(tail) if line.strip()), None):
-        text += f"; its last words: {last}"
-    return _lost("out of memory" if says_out_of_memory("".join(tail)) else "failed", text)
 
 
 def says_out_of_memory(text: str) -> bool:
@@ -135,42 +114,12 @@ def says_out_of_memory(text: str) -> bool:
     return any(words in text for words in ("out of memory", "outofmemoryerror", "can't allocate memory"))
 
 
-def _environment(index: int) -> dict[str, str]:
-    """That of this process, with a port for the ranks of this slice."""
-    environment = dict(os.environ)
-    if "RANK" in environment:
-        environment["MASTER_PORT"] = str(int(environment["MASTER_PORT"]) + 1 + index)
-        environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's own store has the old port
-    return environment
-
-
-def _hand_on(process: subprocess.Popen[str]) -> collections.deque[str]:
-    """Copy a process's standard error to ours as it comes, and keep the last lines."""
-    tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
-
-    def copy() -> None:
-        assert process.stderr is not None
-        for line in process.stderr:
-            sys.stderr.write(line)
-            sys.stderr.flush()
-            tail.append(line)
-
-    threading.Thread(target=copy, name="slice output", daemon=True).start()
-    return tail
-
-
-@contextlib.contextmanager
-def _ending_on_signals() -> Iterator[None]:
-    """SIGTERM ends this process through its `finally` clauses, so that it takes its slice along."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def own_port(index: int) -> dict[str, str]:
+    """Variables by which the ranks of a slice meet on a port of their own."""
+    if "RANK" not in os.environ:
+        return {}
+    port = int(os.environ["MASTER_PORT"]) + 1 + index
+    return {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}  # torchrun's has the old port
 
 
 # --- the process of one slice -------------------------------------------------------------------------------
@@ -186,7 +135,7 @@ def main(arguments: Sequence[str]) -> int:
     from versatune_ds.engine.backend.process_group import leave_process_group
 
     try:
-        outcome = bench.bench_slice(BenchSettings.from_json(job["settings"]), job["layers"])
+        outcome = bench.bench_slice(BenchSettings.model_validate(job["settings"]), job["layers"])
         outcome["slice"]["status"] = "measured"
     except Exception as error:
         if not isinstance(error, VersaTuneError):

@@ -32,17 +32,10 @@ import torch
 import torch.distributed as dist
 
 from versatune_ds.apps.bench.phases import SplitRecorder, clock_of, split, without_statistics
-from versatune_ds.apps.bench.results import (
-    PHASES,
-    rates,
-    spread,
-    work,
-)
+from versatune_ds.apps.bench.results import PHASES, rates, spread, work
+from versatune_ds.apps.bench.samples import random_samples
 from versatune_ds.apps.bench.settings import BenchSettings, bench_config
-from versatune_ds.apps.bench.shapes import (
-    shape_config,
-    write_model_folder,
-)
+from versatune_ds.apps.bench.shapes import shape_config, write_model_folder
 from versatune_ds.config.load import load_config
 from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.prepare import open_caches
@@ -71,7 +64,6 @@ from versatune_ds.observability.throughput import peak_memory_gib
 
 log = get_logger(__name__)
 
-SYNTHETIC_SAMPLES = 4096
 NUM_UPDATES = 3
 
 
@@ -175,7 +167,7 @@ class TimedSteps(NamedTuple):
             "real": sum(plan.tokens for plan in self.plans),
             "slot": sum(plan.num_packs * plan.pack_len for plan in self.plans),
             "supervised": sum(plan.supervised_tokens for plan in self.plans),
-            "sum_squared_lengths": sum(squared_lengths(plan) for plan in self.plans),
+            "sum_squared_lengths": sum(plan.sum_squared_lengths for plan in self.plans),
         }
 
 
@@ -216,11 +208,6 @@ class Stepper:
         if self.run.backend.device.type == "cuda":
             torch.cuda.synchronize()
         distributed.barrier()
-
-
-def squared_lengths(plan: StepPlan) -> int:
-    """Sum over samples of their length squared."""
-    return sum(int((pack.lengths.astype(np.int64) ** 2).sum()) for pack in plan.packs)
 
 
 class RecordingSinks(Sinks):
@@ -283,43 +270,11 @@ def compare_statistics(run: Components, stepper: Stepper, count: int) -> dict[st
 # --- what is run --------------------------------------------------------------------------------------------
 
 
-class SyntheticSamples:
-    """A domain of random samples in the shape of a token cache; sample i is the same on every rank.
-
-    Lengths are log-normal with a long tail (median 150 to 600 tokens by domain, one sample in seven from the
-    tail); the last tokens of a sample have labels.
-    """
-
-    def __init__(self, domain: int, vocab_size: int, pack_len: int, supervised: float) -> None:
-        rng = np.random.default_rng(domain)
-        body = rng.lognormal(5.0 + 0.25 * domain, 0.8, SYNTHETIC_SAMPLES)
-        tail = rng.lognormal(7.5, 1.2, SYNTHETIC_SAMPLES)
-        chosen = np.where(rng.random(SYNTHETIC_SAMPLES) < 1 / 7, tail, body)
-        self.lengths = chosen.clip(8, pack_len).astype(np.int32)
-        wanted = np.round(self.lengths * supervised)
-        self.supervised = wanted.clip(1, self.lengths - 1).astype(np.int32)
-        self.weight_sums = None
-        self.fingerprint = f"synthetic {domain} {vocab_size} {pack_len} {supervised}"
-        self._domain, self._vocab_size = domain, vocab_size
-
-    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens uint32[n] and mask bool[n]."""
-        length = int(self.lengths[index])
-        rng = np.random.default_rng((self._domain, index))
-        tokens = rng.integers(0, self._vocab_size, length).astype(np.uint32)
-        mask = np.arange(length) >= length - self.supervised[index]
-        return tokens, mask
-
-    def source_of(self, index: int) -> tuple[str, int]:
-        """Where a sample comes from, for messages about losses that are not finite."""
-        return "synthetic", index + 1
-
-
 def open_bench_run(config: Config, settings: BenchSettings, device: torch.device) -> Components:
     """A run on given samples, without a folder, evaluation or checkpoints."""
     vocab_size = shape_config(settings.shape)["vocab_size"]
     samples: list[Any] = [
-        SyntheticSamples(i, vocab_size, config.batch.pack_len, settings.supervised)
+        random_samples(i, vocab_size, config.batch.pack_len, settings.supervised)
         for i in range(len(config.domains.names))
     ]
     if settings.data is not None:

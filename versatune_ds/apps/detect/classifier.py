@@ -22,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+from sklearn.metrics import confusion_matrix
+from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.svm import LinearSVC
 
@@ -30,6 +32,7 @@ from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.foundations.errors import DataError
 from versatune_ds.foundations.files import canonical_hash
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.foundations.text import in_columns
 
 log = get_logger(__name__)
 
@@ -89,6 +92,7 @@ class ClassifierJudge:
         self.held_out_from = "held-out data"
         self.num_training_samples = 0
         self.confusion = np.zeros((len(names), len(names)), dtype=np.int64)
+        """int64[k, k]: held-out samples by (true domain, most probable domain)."""
         self.model: Any = None
 
     def open(self) -> None:
@@ -101,10 +105,11 @@ class ClassifierJudge:
             )
         else:
             self.held_out_from = f"{HELD_OUT_SHARE:.0%} of the training data"
-            samples, test = split(samples, generator)
+            samples, test = split(samples, self.seed)
         self.num_training_samples = len(samples.texts)
         self.model = fit(samples, self.seed)
-        self.confusion = confusion(self.model, test, len(self.names))
+        judged = self.model.predict_proba(test.texts).argmax(axis=1)
+        self.confusion = confusion_matrix(test.domains, judged, labels=range(len(self.names)))
         self._introduce()
 
     @property
@@ -194,16 +199,12 @@ def decode_samples(
     return LabelledTexts(texts, np.array(domains))
 
 
-def split(samples: LabelledTexts, generator: np.random.Generator) -> tuple[LabelledTexts, LabelledTexts]:
+def split(samples: LabelledTexts, seed: int) -> tuple[LabelledTexts, LabelledTexts]:
     """(training, held out): `HELD_OUT_SHARE` of each domain is held out."""
-    is_held_out = np.zeros(len(samples.texts), dtype=bool)
-    for domain in np.unique(samples.domains):
-        members = np.flatnonzero(samples.domains == domain)
-        is_held_out[generator.permutation(members)[: max(1, int(HELD_OUT_SHARE * len(members)))]] = True
-    parts = []
-    for chosen in (np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)):
-        parts.append(LabelledTexts([samples.texts[i] for i in chosen], samples.domains[chosen]))
-    return parts[0], parts[1]
+    texts, held_out, domains, held_out_domains = train_test_split(
+        *samples, test_size=HELD_OUT_SHARE, stratify=samples.domains, random_state=seed
+    )
+    return LabelledTexts(texts, domains), LabelledTexts(held_out, held_out_domains)
 
 
 def fit(samples: LabelledTexts, seed: int) -> Any:
@@ -224,21 +225,7 @@ def fit(samples: LabelledTexts, seed: int) -> Any:
     return make_pipeline(encoder, classifier)
 
 
-def confusion(model: Any, samples: LabelledTexts, num_domains: int) -> npt.NDArray[np.int64]:
-    """int64[k, k]: held-out samples by (true domain, most probable domain)."""
-    table = np.zeros((num_domains, num_domains), dtype=np.int64)
-    np.add.at(table, (samples.domains, model.predict_proba(samples.texts).argmax(axis=1)), 1)
-    return table
-
-
 def confusion_table(names: Sequence[str], table: npt.NDArray[np.int64]) -> str:
     """The table as text: a row per true domain, a column per answer."""
-    corner = "true \\ judged"
-    width = max(map(len, (*names, corner)))
-    columns = [max(len(name), 5) for name in names]
-    titles = (name.rjust(w) for name, w in zip(names, columns, strict=True))
-    lines = ["  ".join([corner.ljust(width), *titles])]
-    for name, row in zip(names, table, strict=True):
-        cells = (f"{count}".rjust(w) for count, w in zip(row, columns, strict=True))
-        lines.append("  ".join([name.ljust(width), *cells]))
-    return "\n".join(lines)
+    rows = [[name, *map(str, row)] for name, row in zip(names, table, strict=True)]
+    return "\n".join(in_columns([["true \\ judged", *names], *rows]))

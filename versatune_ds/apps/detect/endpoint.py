@@ -69,18 +69,6 @@ class Position(NamedTuple):
     """Listed tokens (the chosen one included) -> log-probability in nats."""
 
 
-class Reading(NamedTuple):
-    """What an answer says."""
-
-    masses: list[float]
-    """Probability that fell on each name."""
-
-    @property
-    def total(self) -> float:
-        """Probability that fell on names at all."""
-        return math.fsum(self.masses)
-
-
 class BadAnswer(Exception):
     """The server answered with something that a repeated request may set right."""
 
@@ -162,14 +150,13 @@ class EndpointJudge:
 
     def _one(self, index: int, text: str) -> Judgement:
         answer = self._ask(question(text, self.names))
-        reading = read_names(answer, self.plain_names)
-        if reading.total < MIN_NAME_MASS:
+        masses = read_names(answer, self.plain_names)
+        total = math.fsum(masses)
+        if total < MIN_NAME_MASS:
             said = "".join(position.chosen for position in answer)[:60]
-            problem = (
-                f"{reading.total:.1%} of the answer's probability is on domain names; it begins {said!r}"
-            )
-            return Judgement(index, None, self._without_key(problem), reading.total)
-        return Judgement(index, np.array(reading.masses) / reading.total, None, reading.total)
+            problem = f"{total:.1%} of the answer's probability is on domain names; it begins {said!r}"
+            return Judgement(index, None, self._without_key(problem), total)
+        return Judgement(index, np.array(masses) / total, None, total)
 
     def _ask(self, text: str) -> list[Position]:
         """The answer's positions; repeats the request as the module docstring says."""
@@ -310,7 +297,7 @@ def plain(text: str) -> str:
     return text.replace("Ġ", " ").replace("▁", " ").casefold().strip(EDGE_CHARS)
 
 
-def read_names(answer: Sequence[Position], names: Sequence[str]) -> Reading:
+def read_names(answer: Sequence[Position], names: Sequence[str]) -> list[float]:
     """Probability that an answer gives to each name; see the module docstring.
 
     Args:
@@ -335,7 +322,7 @@ def read_names(answer: Sequence[Position], names: Sequence[str]) -> Reading:
     else:  # the answer ends while a name and a longer one that begins with it are both possible
         if path and plain(path) in names:
             masses[names.index(plain(path))] += mass
-    return Reading(masses)
+    return masses
 
 
 def candidates(beginning: str, names: Sequence[str]) -> list[int]:

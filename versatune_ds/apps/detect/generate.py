@@ -255,10 +255,8 @@ class TransformersGenerator:
                 f"the model {self.model.config.name_or_path!r} gives probabilities that are not finite; its "
                 "weights are damaged, or model.dtype is too narrow for it"
             ) from error
-        return [self._text(i, row) for i, row in zip(indices, rows[:, 1:].tolist(), strict=True)]
-
-    def _text(self, index: int, tokens: list[int]) -> GeneratedText:
-        return cut_text(self.tokenizer, index, tokens, self.ends)
+        texts = zip(indices, rows[:, 1:].tolist(), strict=True)
+        return [cut_text(self.tokenizer, index, tokens, self.ends) for index, tokens in texts]
 
 
 def cut_text(tokenizer: Any, index: int, tokens: list[int], ends: Sequence[int]) -> GeneratedText:

@@ -18,7 +18,7 @@ from typing import Any
 
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError
-from versatune_ds.foundations.files import write_json_atomic
+from versatune_ds.foundations.files import write_json_atomic, writing
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
@@ -38,11 +38,9 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            # lives as long as the journal
-            self._file = open(path, "r+b" if path.exists() else "x+b")  # noqa: SIM115
-        except OSError as error:
-            raise StateError(f"{path} cannot be written ({error.strerror})") from error
+        with writing(path, "give another folder"):
+            mode = "r+b" if path.exists() else "x+b"
+            self._file = open(path, mode)  # noqa: SIM115 - lives as long as the journal
         self.lines: dict[int, dict[str, Any]] = {}
         """Index -> line."""
         self._read()
@@ -80,15 +78,10 @@ class Journal:
             assert line["index"] not in self.lines
             self.lines[line["index"]] = dict(line)
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        try:
+        with writing(self.path, "make room and start the same command again"):
             self._file.write(text.encode("ascii"))
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise StateError(
-                f"{self.path} cannot be written ({error.strerror}); make room and start the same command "
-                "again"
-            ) from error
 
     def close(self) -> None:
         """Close the file."""

@@ -21,6 +21,7 @@ from versatune_ds.engine.provenance import describe_versions
 from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.files import write_json_atomic
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.foundations.text import in_columns
 from versatune_ds.report.knowledge import draw_knowledge
 
 log = get_logger(__name__)
@@ -67,11 +68,10 @@ def aggregate_texts(
     warn_when_many("unparsable judgements", num_unparsable, len(judged.lines))
     probabilities = np.array([table.vector(line["probabilities"], "judgement") for line in placed])
     rounds = np.array([line["index"] for line in placed]) // detect.sequences
-    knowledge = aggregate(probabilities, rounds, detect.rounds, detect.seed)
     num_blank = sum(text.is_blank for text in texts.values())
     masses = [line["name_mass"] for line in judged.lines.values() if line["name_mass"] is not None]
     content = {
-        **knowledge.to_json(table),
+        **aggregate(table, probabilities, rounds, detect.rounds, detect.seed),
         "texts": {
             "generated": len(texts),
             "blank": num_blank,
@@ -105,20 +105,17 @@ def aggregate_texts(
 
 def knowledge_table(content: Mapping[str, Any]) -> str:
     """A knowledge.json as a table for people."""
-    width = max(map(len, (*content["domains"], "domain")))
-    lines = [f"{'domain':<{width}}    share   95 % interval   most probable in"]
+    rows = [["domain", "share", "95 % interval", "most probable in"]]
     for name, share in content["domains"].items():
         low, high = content["interval_95"][name]
-        lines.append(
-            f"{name:<{width}}  {share:6.1%}   {low:5.1%} - {high:5.1%}   {content['most_probable'][name]}"
-        )
+        rows.append([name, f"{share:.1%}", f"{low:.1%} - {high:.1%}", str(content["most_probable"][name])])
     texts, agreement = content["texts"], content["agreement"]
-    lines.append(
+    facts = (
         f"{texts['generated']} texts: {texts['judged']} judged, {texts['blank']} blank, "
         f"{texts['unparsable']} unparsable; {len(content['rounds'])} round(s) lie "
         f"{agreement['mean_total_variation']:.1%} from their mean (total variation)"
     )
-    return "\n".join(lines)
+    return "\n".join([*in_columns(rows), facts])
 
 
 def warn_when_many(what: str, count: int, total: int) -> None:

@@ -40,7 +40,8 @@ from versatune_ds.engine.model.source import load_architecture
 from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.engine.provenance import describe_hardware, describe_versions
 from versatune_ds.foundations import constants, distributed
-from versatune_ds.foundations.errors import ConfigError, DivergenceError, StateError
+from versatune_ds.foundations.errors import ConfigError, DivergenceError
+from versatune_ds.foundations.files import writing
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
@@ -139,11 +140,9 @@ def write_evaluation(evaluation: ModelEvaluation, folder: Path) -> None:
 
 
 def _write(evaluation: ModelEvaluation, folder: Path) -> None:
-    try:
+    with writing(folder, "give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         evaluation.write(folder / constants.EVALUATION_FILE)
-    except OSError as error:
-        raise StateError(f"{folder} cannot be written ({error.strerror}); give another --out") from error
 
 
 def measure(

@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -34,11 +33,11 @@ from typing import Any
 import torch
 
 from versatune_ds.apps.evidence.cases import TrainingCase
-from versatune_ds.apps.evidence.profiling import DeviceProfile
-from versatune_ds.apps.evidence.record import version_of
+from versatune_ds.apps.evidence.profiling import DeviceProfile, synchronise
 from versatune_ds.apps.evidence.samples import read_rows, samples_by_domain
 from versatune_ds.foundations.constants import IGNORE_INDEX
 from versatune_ds.foundations.files import write_json_atomic
+from versatune_ds.foundations.machine import installed
 from versatune_ds.observability.records import clean
 from versatune_ds.observability.throughput import peak_memory_gib
 
@@ -155,15 +154,16 @@ def trl(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
 
     is_varlen = spec.arm == "trl-varlen"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    liger = is_varlen and version_of("liger-kernel") is not None
-    if device.type == "cuda":  # what a launcher would set; DeepSpeed asks for it
-        environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(environment, MASTER_PORT=str(free_port()))
+    liger = installed(["liger-kernel"] if is_varlen else [])
+    if device.type == "cuda":  # DeepSpeed asks for a launcher's variables
+        from versatune_ds.engine.backend.process_group import set_only_rank
+
+        set_only_rank()
     if is_varlen:
         register_varlen()
     last = spec.warmup_steps + spec.steps
     with tempfile.TemporaryDirectory(prefix="versatune-evidence-") as folder:
-        arguments = trl_arguments(spec, folder, device, liger)
+        arguments = trl_arguments(spec, folder, device, bool(liger))
         model = load_lm(
             Model(source=spec.model, weights="random", dtype=spec.dtype),  # type: ignore[arg-type]
             spec.seed,
@@ -215,7 +215,7 @@ def trl(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
                     "losses": losses[:last],
                     "tokens": counted.totals(),
                     "attention": model.config._attn_implementation,
-                    "liger": f"liger-kernel {version_of('liger-kernel')}" if liger else "off",
+                    "liger": f"liger-kernel {liger['liger-kernel']}" if liger else "off",
                 }
 
         clock = Clock()
@@ -301,19 +301,6 @@ def reset_peak(device: torch.device) -> None:
     """Forget the peak of the device's memory so far; that of a process on a CPU cannot be forgotten."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main(spec_file: Path, result_file: Path) -> None:

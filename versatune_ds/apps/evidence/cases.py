@@ -6,7 +6,7 @@ What is not covered: running (`comparison`) and the programs of the arms (`arms`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,43 +29,24 @@ class TrainingCase:
     """`model.activation_checkpointing`: "off" or "all"."""
 
 
+GPU: dict[str, Any] = {
+    "packs": 8,
+    "warmup_steps": 2,
+    "steps": 6,
+    "dtype": "bf16",
+    "lr": 1e-4,
+    "recompute": "all",
+}
+CPU: dict[str, Any] = {"warmup_steps": 1, "dtype": "fp32", "recompute": "off"}
+
+
 def _on_gpu(shape: str, layers: int, pack_len: int = 8192) -> TrainingCase:
-    return TrainingCase(
-        shape=shape,
-        layers=layers,
-        pack_len=pack_len,
-        packs=8,
-        warmup_steps=2,
-        steps=6,
-        dtype="bf16",
-        lr=1e-4,
-        recompute="all",
-    )
+    return TrainingCase(shape=shape, layers=layers, pack_len=pack_len, **GPU)
 
 
 CPU_CASES = {
-    "tiny": TrainingCase(
-        shape="tiny",
-        layers=2,
-        pack_len=128,
-        packs=4,
-        warmup_steps=1,
-        steps=4,
-        dtype="fp32",
-        lr=3e-3,
-        recompute="off",
-    ),
-    "small": TrainingCase(
-        shape="13m",
-        layers=6,
-        pack_len=1024,
-        packs=8,
-        warmup_steps=1,
-        steps=3,
-        dtype="fp32",
-        lr=1e-3,
-        recompute="off",
-    ),
+    "tiny": TrainingCase(shape="tiny", layers=2, pack_len=128, packs=4, steps=4, lr=3e-3, **CPU),
+    "small": TrainingCase(shape="13m", layers=6, pack_len=1024, packs=8, steps=3, lr=1e-3, **CPU),
 }
 GPU_CASES: list[tuple[float, list[TrainingCase]]] = [
     # GiB of the card, cases: 16 bytes a parameter, and activations with recomputation of every layer

@@ -23,8 +23,8 @@ import versatune_ds
 from versatune_ds.apps.evidence.comparison import run_comparison
 from versatune_ds.apps.evidence.correctness import run_correctness
 from versatune_ds.apps.evidence.kernel import run_kernel
-from versatune_ds.apps.evidence.programs import Deadline
 from versatune_ds.apps.evidence.record import KIND, Record, describe_machine
+from versatune_ds.apps.programs import Deadline
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import write_text_atomic
 
@@ -47,7 +47,6 @@ STAGES = (
     Stage(2, "kernel", 0.2, run_kernel),
     Stage(3, "trainer", 0.5, run_comparison),
 )
-SIZES = ("auto", "tiny", "small")
 
 
 def run_evidence(folder: Path, minutes: float, numbers: Sequence[int], size: str) -> str:

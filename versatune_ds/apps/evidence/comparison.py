@@ -21,10 +21,10 @@ from typing import Any
 from versatune_ds.apps.bench.settings import shipped_deepspeed
 from versatune_ds.apps.bench.shapes import shape_config, write_model_folder
 from versatune_ds.apps.evidence.cases import ARMS, ROUNDS, Arm, TrainingCase, choose_cases
-from versatune_ds.apps.evidence.programs import Deadline, run_program
 from versatune_ds.apps.evidence.ratios import compare, summary_lines
 from versatune_ds.apps.evidence.record import LoadWatch, Record, memory_gib
 from versatune_ds.apps.evidence.samples import write_samples
+from versatune_ds.apps.programs import Deadline, run_program
 from versatune_ds.observability.throughput import peak_tflops
 
 NUM_DOMAINS = 6

@@ -16,9 +16,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from versatune_ds.apps.evidence.programs import Deadline, run_program
 from versatune_ds.apps.evidence.pytest_results import VARIABLE
 from versatune_ds.apps.evidence.record import LoadWatch, Record
+from versatune_ds.apps.programs import Deadline, run_program
 
 MAX_TEXTS = 30
 TEXT_CHARS = 3000

@@ -11,13 +11,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from versatune_ds.apps.evidence.programs import Deadline, run_program
 from versatune_ds.apps.evidence.record import Record
+from versatune_ds.apps.programs import Deadline, run_program
+from versatune_ds.report.measures import number
+from versatune_ds.report.page import Table, table_to_markdown
 
 BENCHMARK = Path("kernels") / "benchmarks" / "fused_loss.py"
 MINUTES = {"tiny": 1.0, "small": 2.0, "auto": 2.0}
 SIZES = {"tiny": "tiny", "small": "tiny", "auto": "quick"}
 LEAST_MINUTES = 0.2
+COLUMNS = ("candidate", "ms", "x ceiling", "x hf eager", "transient GiB", "gate")
 OVERTIME_S = 30.0
 """The benchmark may take this long to end its workers."""
 
@@ -65,17 +68,14 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
     lines = []
     for measured in results.get("benchmark", {}).get("cases", []):
         case = measured["case"]
+        shown = [each for each in measured["variants"] if each["variant"] in ("default", "ceiling")]
         lines += [
             f"head {case['head']}, N {case['num_tokens']}, labelled {case['supervised']:.0%}, "
             f"{case['dtype']}:",
             "",
-            "| candidate | ms | x ceiling | x hf eager | transient GiB | gate |",
-            "|---|---|---|---|---|---|",
-            *(
-                _row(variant)
-                for variant in measured["variants"]
-                if variant["variant"] in ("default", "ceiling")
-            ),
+            *table_to_markdown(
+                Table(COLUMNS, [(each["candidate"], _cells(each)) for each in shown])
+            ).splitlines(),
             "",
         ]
     if results.get("problem"):
@@ -83,18 +83,11 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
     return lines or ["nothing measured"]
 
 
-def _row(variant: dict[str, Any]) -> str:
+def _cells(variant: dict[str, Any]) -> list[str]:
     if "wall_s" not in variant:
         why = variant.get("reason") or variant["status"]
-        return f"| {variant['candidate']} | {str(why).splitlines()[0]} | | | | |"
-    eager = variant.get("ratio_to_eager", {}).get("time")
-    gate = variant.get("gate") or {}
-    return (
-        f"| {variant['candidate']} | {1e3 * variant['wall_s']['median']:.4g} | "
-        f"{_number(variant.get('ratio_to_ceiling'))} | {_number(eager)} | "
-        f"{_number(variant.get('transient_gib'))} | {gate.get('verdict', '')} |"
-    )
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+        return [str(why).splitlines()[0], *[""] * 4]
+    ratios = (variant.get("ratio_to_ceiling"), variant.get("ratio_to_eager", {}).get("time"))
+    numbers = [number(value) for value in (*ratios, variant.get("transient_gib"))]
+    verdict = (variant.get("gate") or {}).get("verdict", "")
+    return [f"{1e3 * variant['wall_s']['median']:.4g}", *numbers, verdict]

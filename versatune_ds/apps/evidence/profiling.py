@@ -27,19 +27,20 @@ class DeviceProfile:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._cuda = device.type == "cuda"
         self._profile = profile(activities=[ProfilerActivity.CUDA if self._cuda else ProfilerActivity.CPU])
         self._started = 0.0
 
     def start(self) -> None:
         """Begin."""
-        self._synchronise()
+        synchronise(self._device)
         self._profile.start()
         self._started = time.perf_counter()
 
     def stop(self, steps: int) -> dict[str, Any]:
         """End after `steps` steps: `wall_s`, `busy_s`, `idle`, and the `top` names with seconds and calls."""
-        self._synchronise()
+        synchronise(self._device)
         wall_s = time.perf_counter() - self._started
         self._profile.stop()
         return {"steps": steps, "wall_s": wall_s, **self._shares(wall_s)}
@@ -58,9 +59,11 @@ class DeviceProfile:
         own = ((event.name, event.self_cpu_time_total / 1e6) for event in events)
         return {"busy_s": None, "idle": None, "top": longest(own, wall_s)}
 
-    def _synchronise(self) -> None:
-        if self._cuda:
-            torch.cuda.synchronize()
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def union_s(spans: Iterable[tuple[float, float]]) -> float:

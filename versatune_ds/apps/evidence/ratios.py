@@ -19,9 +19,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from versatune_ds.apps.bench.results import rates, work
 from versatune_ds.apps.bench.shapes import find_shape
 from versatune_ds.apps.evidence.cases import ARMS, TrainingCase
-from versatune_ds.observability.throughput import TERA, mfu
+from versatune_ds.report.measures import percent
+from versatune_ds.report.page import Table, table_to_markdown
 
 INIT_STD = 0.02
 """Of random weights, as transformers draws them."""
@@ -46,7 +48,7 @@ def compare(case: TrainingCase, runs: Sequence[dict[str, Any]], peak: float | No
     measured = [run for run in runs if run["status"] == "measured"]
     ceiling = next((r["matmul_ceiling"]["tflops"] for r in measured if "matmul_ceiling" in r), None)
     by_arm = {arm.name: [run for run in measured if run["arm"] == arm.name] for arm in ARMS}
-    rates = {name: arm_rates(case, own, peak, ceiling) for name, own in by_arm.items() if own}
+    arms = {name: arm_rates(case, own, peak, ceiling) for name, own in by_arm.items() if own}
     ratios = {}
     for name in by_arm:
         pairs = [
@@ -56,7 +58,7 @@ def compare(case: TrainingCase, runs: Sequence[dict[str, Any]], peak: float | No
             if a["round"] == b["round"]
         ]
         if name != "ours" and pairs:
-            memory = rates["ours"]["peak_gib"] / rates[name]["peak_gib"]
+            memory = arms["ours"]["peak_gib"] / arms[name]["peak_gib"]
             walls, cpus = map(list, zip(*pairs, strict=True))
             ratios[name] = {
                 "pairs": walls,
@@ -65,7 +67,7 @@ def compare(case: TrainingCase, runs: Sequence[dict[str, Any]], peak: float | No
                 "tokens_per_cpu_s": statistics.median(cpus),
                 "peak_memory": memory,
             }
-    return {"arms": rates, "ratios": ratios, "checks": checks(case, by_arm), "matmul_ceiling_tflops": ceiling}
+    return {"arms": arms, "ratios": ratios, "checks": checks(case, by_arm), "matmul_ceiling_tflops": ceiling}
 
 
 def tokens_per_s(run: dict[str, Any], clock: str = "seconds") -> float:
@@ -78,27 +80,25 @@ def arm_rates(
 ) -> dict[str, Any]:
     """Medians over an arm's runs; a share of useful FLOPs is None where its base is not known."""
     shape = dataclasses.replace(find_shape(case.shape), layers=case.layers)
-    strict, as_papers_count = [], []
-    for run in runs:
-        tokens, seconds = run["tokens"], run["seconds"]
-        flops = shape.step_flops(
-            real_tokens=tokens["real"],
-            supervised_tokens=tokens["supervised"],
-            sum_squared_lengths=tokens["sum_squared_lengths"],
-        )
-        strict.append(flops / seconds)
-        whole = shape.step_flops_6n(slot_tokens=tokens["slot"], pack_len=case.pack_len)
-        as_papers_count.append(whole / seconds)
-    achieved = statistics.median(strict)
+    bounds = {"peak_tflops": peak, "ceiling_tflops": ceiling}
+    each = [
+        rates(run["tokens"], work(shape, run["tokens"], case.pack_len), run["seconds"], 1, **bounds)
+        for run in runs
+    ]
+
+    def middle(name: str) -> float | None:
+        known = [found[name] for found in each if found[name] is not None]
+        return statistics.median(known) if known else None
+
     profile = next((run["profile"] for run in runs if "profile" in run), None)
     return {
         "runs": len(runs),
         "real_tokens_per_s": statistics.median(map(tokens_per_s, runs)),
         "step_s": statistics.median(run["seconds"] / case.steps for run in runs),
-        "achieved_tflops": achieved / TERA,
-        "mfu": mfu(achieved, 1.0, 1, peak),
-        "mfu_6n": mfu(statistics.median(as_papers_count), 1.0, 1, peak),
-        "of_ceiling": None if not ceiling else achieved / TERA / ceiling,
+        "achieved_tflops": middle("achieved_tflops_per_rank"),
+        "mfu": middle("mfu"),
+        "mfu_6n": middle("mfu_6n"),
+        "of_ceiling": middle("ratio_to_matmul_ceiling"),
         "peak_gib": statistics.median(run["peak_gib"] for run in runs),
         "padding": 1 - sum(r["tokens"]["real"] for r in runs) / sum(r["tokens"]["slot"] for r in runs),
         "idle": None if profile is None else profile["idle"],
@@ -152,28 +152,11 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
             f"{case['shape']}, {case['layers']} layers, {case['packs']} packs of {case['pack_len']} a step, "
             f"{case['dtype']}, recompute {case['recompute']}:",
             "",
-            _line(*COLUMNS),
-            _line(*["---"] * len(COLUMNS)),
+            *table_to_markdown(
+                Table(COLUMNS, [(arm.name, _cells(kept, arm.name)) for arm in ARMS])
+            ).splitlines(),
+            "",
         ]
-        for arm in ARMS:
-            rates = kept["arms"].get(arm.name)
-            if rates is None:
-                reasons = [run["reason"] for run in kept["runs"] if run["arm"] == arm.name]
-                lines.append(_line(arm.name, 0, reasons[0], *[""] * (len(COLUMNS) - 3)))
-                continue
-            lines.append(
-                _line(
-                    arm.name,
-                    rates["runs"],
-                    f"{rates['real_tokens_per_s']:.0f}",
-                    *(_percent(rates[name]) for name in ("mfu", "mfu_6n", "of_ceiling")),
-                    f"{rates['peak_gib']:.2f}",
-                    *(_percent(rates[name]) for name in ("padding", "idle")),
-                    rates["attention"],
-                    rates["liger"],
-                )
-            )
-        lines.append("")
         for name, ratio in kept["ratios"].items():
             pairs, cpu = (", ".join(f"{p:.3f}" for p in ratio[key]) for key in ("pairs", "cpu_pairs"))
             lines.append(
@@ -192,13 +175,21 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _line(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+def _cells(kept: dict[str, Any], arm: str) -> list[str]:
+    if arm not in kept["arms"]:
+        reason = next(run["reason"] for run in kept["runs"] if run["arm"] == arm)
+        return ["0", reason, *[""] * (len(COLUMNS) - 3)]
+    found = kept["arms"][arm]
+    return [
+        str(found["runs"]),
+        f"{found['real_tokens_per_s']:.0f}",
+        *(percent(found[name]) for name in ("mfu", "mfu_6n", "of_ceiling")),
+        f"{found['peak_gib']:.2f}",
+        *(percent(found[name]) for name in ("padding", "idle")),
+        found["attention"],
+        found["liger"],
+    ]
 
 
 def _verdict(holds: bool) -> str:
     return "holds" if holds else "DOES NOT HOLD"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"

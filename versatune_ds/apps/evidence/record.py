@@ -9,7 +9,6 @@ What is not covered: machines with several kinds of card (the first visible one 
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import json
 import os
 import platform
@@ -24,14 +23,11 @@ from typing import Any
 
 from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.files import write_json_atomic
+from versatune_ds.foundations.machine import PACKAGES, cpu_name, installed
 from versatune_ds.observability.records import clean
 
 SCHEMA_VERSION = 1
 KIND = "evidence"
-PACKAGES = (
-    "versatune-ds", "torch", "triton", "transformers", "deepspeed", "accelerate", "trl", "datasets",
-    "liger-kernel", "flash-attn", "pytest",
-)  # fmt: skip
 CARD = (
     "name", "driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.mem",
     "persistence_mode", "mig.mode.current",
@@ -90,11 +86,11 @@ def describe_machine() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "card": ask_card(CARD) or ask_torch(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "load_average": list(os.getloadavg()),
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := version_of(name)) is not None},
+        "versions": installed(PACKAGES),
         "commit": git_commit(),
     }
 
@@ -160,24 +156,8 @@ class LoadWatch:
         return {**medians, "readings": len(busy)}
 
 
-def version_of(package: str) -> str | None:
-    """The installed version of a distribution, without importing it."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:  # "[N/A]"
         return float("nan")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from versatune_ds.apps.bench.samples import MemorySamples, long_tailed_lengths
 from versatune_ds.foundations.constants import IGNORE_INDEX
 
 FIRST_TOKEN = 2
@@ -33,8 +34,7 @@ def write_samples(path: Path, *, num_tokens: int, max_length: int, vocab_size: i
     """
     rng = np.random.default_rng(0)
     count = num_tokens // 64 + 1
-    body, tail = rng.lognormal(5.5, 0.8, count), rng.lognormal(7.5, 1.2, count)
-    lengths = np.where(rng.random(count) < 1 / 7, tail, body).clip(8, max_length).astype(np.int64)
+    lengths = long_tailed_lengths(rng, 5.5, count, max_length).astype(np.int64)
     enough = int(np.searchsorted(lengths.cumsum(), num_tokens)) + 1
     lengths = lengths[:enough]
     frequency = 1 / (np.arange(vocab_size - FIRST_TOKEN) + 10.0)
@@ -54,40 +54,13 @@ def read_rows(path: Path) -> tuple[dict[str, list[npt.NDArray[np.int64]]], npt.N
         return {name: np.split(file[name], starts) for name in ("input_ids", "labels")}, file["domains"]
 
 
-def samples_by_domain(path: Path, num_domains: int) -> list[StoredSamples]:
-    """The samples of such a file, read once."""
+def samples_by_domain(path: Path, num_domains: int) -> list[MemorySamples]:
+    """The samples of such a file by domain, in the shape of token caches."""
     rows, domains = read_rows(path)
-    return [StoredSamples(path.name, rows, domains, domain) for domain in range(num_domains)]
-
-
-class StoredSamples:
-    """One domain's samples of such a file, in the shape of a token cache; without weights.
-
-    Args:
-        name: of the file.
-        rows, domains: from `read_rows`.
-        domain: whose samples.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        rows: dict[str, list[npt.NDArray[np.int64]]],
-        domains: npt.NDArray[np.int32],
-        domain: int,
-    ) -> None:
-        mine = np.flatnonzero(domains == domain)
-        self._tokens = [rows["input_ids"][i].astype(np.uint32) for i in mine]
-        self._masks = [rows["labels"][i] != IGNORE_INDEX for i in mine]
-        self.lengths = np.array([len(tokens) for tokens in self._tokens], np.int32)
-        self.supervised = np.array([mask.sum() for mask in self._masks], np.int32)
-        self.weight_sums = None
-        self.fingerprint = f"{name} {domain} {len(self.lengths)} {int(self.lengths.sum())}"
-
-    def sample(self, index: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
-        """Tokens uint32[n] and mask bool[n] of the tokens to be predicted."""
-        return self._tokens[index], self._masks[index]
-
-    def source_of(self, index: int) -> tuple[str, int]:
-        """Where a sample comes from, for messages about losses that are not finite."""
-        return "samples.npz", index + 1
+    tokens = [ids.astype(np.uint32) for ids in rows["input_ids"]]
+    masks = [labels != IGNORE_INDEX for labels in rows["labels"]]
+    members = [np.flatnonzero(domains == domain) for domain in range(num_domains)]
+    return [
+        MemorySamples(f"{path.name} {domain}", [tokens[i] for i in mine], [masks[i] for i in mine])
+        for domain, mine in enumerate(members)
+    ]

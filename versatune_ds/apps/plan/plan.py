@@ -47,7 +47,7 @@ class Machine:
     """Memory of a node in GiB."""
 
 
-class Candidate(NamedTuple):
+class Option(NamedTuple):
     """One way to run it."""
 
     setup: Setup
@@ -58,7 +58,7 @@ class Candidate(NamedTuple):
     """`fits`, `tight` (tensors fit, the margin does not) or `does not fit`."""
 
 
-def candidate(shape: ModelShape, setup: Setup, machine: Machine) -> Candidate:
+def option(shape: ModelShape, setup: Setup, machine: Machine) -> Option:
     """Memory and verdict of one setting."""
     memory = memory_plan(shape, setup)
     host = host_bytes(shape, setup, machine, memory)
@@ -66,7 +66,7 @@ def candidate(shape: ModelShape, setup: Setup, machine: Machine) -> Candidate:
     verdict = "fits" if memory.peak <= room else "tight" if memory.tensors <= room else "does not fit"
     if host > machine.host_gib * GIB:
         verdict = "does not fit"
-    return Candidate(setup, memory, host, verdict)
+    return Option(setup, memory, host, verdict)
 
 
 def host_bytes(shape: ModelShape, setup: Setup, machine: Machine, memory: MemoryPlan) -> int:
@@ -96,10 +96,10 @@ def compute_bound(shape: ModelShape, setup: Setup, gpu: Gpu) -> float:
     return setup.gpus * gpu.peak_tflops * TERA * setup.pack_len / (flops * (1 + recomputed / 3))
 
 
-def candidates(shape: ModelShape, setup: Setup, machine: Machine) -> list[Candidate]:
+def options(shape: ModelShape, setup: Setup, machine: Machine) -> list[Option]:
     """Every combination of offload, recomputation and stage; those that fit first, least extra work first."""
     found = [
-        candidate(
+        option(
             shape,
             dataclasses.replace(setup, offload=offload, checkpointing=recompute, zero_stage=stage),
             machine,
@@ -116,7 +116,7 @@ def remedies(shape: ModelShape, setup: Setup, machine: Machine) -> list[str]:
     texts = []
     pack_len = setup.pack_len // 2
     while pack_len >= SHORTEST_PACK:
-        best = candidates(shape, dataclasses.replace(setup, pack_len=pack_len), machine)[0]
+        best = options(shape, dataclasses.replace(setup, pack_len=pack_len), machine)[0]
         if best.verdict == "fits":
             texts.append(f"batch.pack_len {pack_len} fits with {describe(best.setup)}")
             break
@@ -124,7 +124,7 @@ def remedies(shape: ModelShape, setup: Setup, machine: Machine) -> list[str]:
     gpus = 2 * setup.gpus
     while gpus <= MAX_GPUS:
         packs = math.ceil(setup.packs_per_step / gpus) * gpus
-        best = candidates(shape, dataclasses.replace(setup, gpus=gpus, packs_per_step=packs), machine)[0]
+        best = options(shape, dataclasses.replace(setup, gpus=gpus, packs_per_step=packs), machine)[0]
         if best.verdict == "fits":
             texts.append(f"{gpus} GPUs fit with {describe(best.setup)}")
             break
@@ -157,8 +157,8 @@ def make_plan(
         asked: the settings; with `search` their stage, recomputation and offload are chosen.
         search: choose the first settings that fit instead of taking `asked` as it is.
     """
-    ranked = candidates(shape, asked, machine)
-    chosen = ranked[0] if search else candidate(shape, asked, machine)
+    ranked = options(shape, asked, machine)
+    chosen = ranked[0] if search else option(shape, asked, machine)
     better = [c for c in ranked if c.verdict == "fits" and c.setup != chosen.setup]
     return {
         "model": {"parameters": shape.parameters, "family": shape.family, "layers": shape.layers},

@@ -11,7 +11,7 @@ Losses are held-out nats per supervised token, l(d) of domain d. For a run from 
 Intervals are 95 % t intervals of the mean over seeds; differences are taken seed by seed first. With five
 seeds they say how much the order of samples matters, not how another corpus or model would behave.
 
-What is not covered: training (`apps/study/run.py`), the page (`page`).
+What is not covered: training (`apps/study/run.py`), the tables (`tables`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ NORMAL_975 = 1.960
 class RunResult:
     """One finished run. Mappings are by domain."""
 
-    kind: str
     arm: str
     seed: int
     before: Mapping[str, float]
@@ -61,19 +60,7 @@ class RunResult:
     """Lines of weights.jsonl, the initial one first."""
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds and the half width of its 95 % interval; None with fewer than two seeds."""
-
-    mean: float
-    half_width: float | None
-
-    def to_json(self) -> dict[str, float | None]:
-        """As plain numbers."""
-        return {"mean": self.mean, "half_width": self.half_width}
-
-
-def read_result(folder: Path, kind: str, arm: str, seed: int, total_steps: int) -> RunResult:
+def read_result(folder: Path, arm: str, seed: int, total_steps: int) -> RunResult:
     """Read a finished run.
 
     Raises:
@@ -90,7 +77,6 @@ def read_result(folder: Path, kind: str, arm: str, seed: int, total_steps: int) 
     names = list(evaluations[0]["domain_loss"])
     later = evaluations[1:]
     return RunResult(
-        kind=kind,
         arm=arm,
         seed=seed,
         before=evaluations[0]["domain_loss"],
@@ -122,14 +108,19 @@ def changes(run: RunResult, names: Sequence[str]) -> Array:
     return after / before - 1.0
 
 
-def interval(values: Sequence[float] | Array) -> Interval:
-    """Mean and 95 % t interval of independent values, one a seed."""
+def interval(values: Sequence[float] | Array) -> dict[str, float | None]:
+    """`mean` of independent values, one a seed, and `half_width` of its 95 % t interval (None for one)."""
     array = np.asarray(values, dtype=np.float64)
-    n = len(array)
-    if n < 2:
-        return Interval(float(array.mean()), None)
-    quantile = T_975[n - 2] if n - 2 < len(T_975) else NORMAL_975
-    return Interval(float(array.mean()), float(quantile * array.std(ddof=1) / math.sqrt(n)))
+    n, half_width = len(array), None
+    if n >= 2:
+        quantile = T_975[n - 2] if n - 2 < len(T_975) else NORMAL_975
+        half_width = float(quantile * array.std(ddof=1) / math.sqrt(n))
+    return {"mean": float(array.mean()), "half_width": half_width}
+
+
+def intervals(values: Array, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """`interval` of each domain's column of float64[seeds, k]."""
+    return {name: interval(column) for name, column in zip(names, values.T, strict=True)}
 
 
 def by_arm(runs: Sequence[RunResult]) -> dict[str, dict[int, RunResult]]:
@@ -151,11 +142,11 @@ def arm_summary(
     loss = np.array([[runs[seed].after[name] for name in names] for seed in seeds])
     summary: dict[str, Any] = {
         "seeds": seeds,
-        "mean_change": interval(change.mean(axis=1)).to_json(),
-        "domain_change": {name: interval(change[:, j]).to_json() for j, name in enumerate(names)},
-        "domain_loss": {name: interval(loss[:, j]).to_json() for j, name in enumerate(names)},
+        "mean_change": interval(change.mean(axis=1)),
+        "domain_change": intervals(change, names),
+        "domain_loss": intervals(loss, names),
         "token_shares": _mean_by_name([runs[seed].token_shares for seed in seeds], names),
-        "tokens": interval([runs[seed].tokens for seed in seeds]).to_json(),
+        "tokens": interval([runs[seed].tokens for seed in seeds]),
         "weights": weight_summary([runs[seed] for seed in seeds], names),
         "against": {},
     }
@@ -163,13 +154,10 @@ def arm_summary(
         shared = [seed for seed in seeds if seed in baseline]
         if not shared:
             continue
-        other = np.array([changes(baseline[seed], names) for seed in shared])
-        mine = np.array([changes(runs[seed], names) for seed in shared])
+        apart = np.array([changes(runs[seed], names) - changes(baseline[seed], names) for seed in shared])
         summary["against"][name] = {
-            "mean_change": interval((mine - other).mean(axis=1)).to_json(),
-            "domain_change": {
-                domain: interval(mine[:, j] - other[:, j]).to_json() for j, domain in enumerate(names)
-            },
+            "mean_change": interval(apart.mean(axis=1)),
+            "domain_change": intervals(apart, names),
         }
     return summary
 
@@ -182,11 +170,11 @@ def expansion_summary(runs: Mapping[int, RunResult], target: str, names: Sequenc
     others = np.delete(change, j, axis=1)
     return {
         "target_share": _mean_by_name([runs[seed].token_shares for seed in seeds], names)[target],
-        "target_change": interval(change[:, j]).to_json(),
-        "others_change": interval(others.mean(axis=1)).to_json(),
-        "forgetting": interval(np.maximum(others, 0.0).mean(axis=1)).to_json(),
-        "worst_other": interval(others.max(axis=1)).to_json(),
-        "domain_change": {name: interval(change[:, i]).to_json() for i, name in enumerate(names)},
+        "target_change": interval(change[:, j]),
+        "others_change": interval(others.mean(axis=1)),
+        "forgetting": interval(np.maximum(others, 0.0).mean(axis=1)),
+        "worst_other": interval(others.max(axis=1)),
+        "domain_change": intervals(change, names),
     }
 
 

@@ -7,8 +7,7 @@ that imports are paid once. A finished run leaves `finished.json` with the hash 
 result; the next start of the study keeps it when the hash is the same and trains it again when not. Workers
 write what runs print into `workers/*.log`.
 
-What is not covered: which runs there are (`apps/study/jobs.py`), tables and pictures
-(`apps/study/page.py`).
+What is not covered: which runs there are (`apps/study/jobs.py`), tables (`apps/study/tables.py`).
 """
 
 from __future__ import annotations
@@ -40,10 +39,11 @@ from versatune_ds.apps.study.results import (
 from versatune_ds.data.cache.prepare import PreparedData, prepare
 from versatune_ds.data.rows.files import find_files
 from versatune_ds.data.rows.readers import decode_block, read_blocks
+from versatune_ds.domain.reference import REFERENCE_FORMAT, REFERENCE_VERSION
 from versatune_ds.engine.faults.signals import StopRequest
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import DataError, VersaTuneError
-from versatune_ds.foundations.files import canonical_hash, write_json_atomic
+from versatune_ds.foundations.files import canonical_hash, write_json_atomic, write_text_atomic
 from versatune_ds.foundations.log import get_logger, setup_logging
 from versatune_ds.observability.progress import duration
 
@@ -95,7 +95,8 @@ def run_study(study: Study) -> StudyRuns:
     with StopRequest() as stop, StudyWorkers(study, data_fingerprint(prepared), total, stop) as workers:
         workers.run([plan.base()])
         reference = reference_losses(workers.run(plan.references()))
-        write_json_atomic(study.dir / "reference.json", reference_file(reference))
+        for_runs_elsewhere = {"format": REFERENCE_FORMAT, "version": REFERENCE_VERSION, "losses": reference}
+        write_json_atomic(study.dir / "reference.json", for_runs_elsewhere)
         arms = workers.run(plan.arms(reference))
     return StudyRuns(
         reference=reference,
@@ -148,11 +149,6 @@ def data_fingerprint(prepared: PreparedData) -> str:
     """Hash of all prepared data."""
     caches = [cache for split in prepared.caches.values() for cache in split]
     return canonical_hash([None if cache is None else cache.fingerprint for cache in caches])
-
-
-def reference_file(reference: dict[str, float]) -> dict[str, Any]:
-    """reference.json, for runs outside of the study."""
-    return {"format": "versatune_ds.reference", "version": 1, "losses": reference}
 
 
 # --- workers ------------------------------------------------------------------------------------------------
@@ -224,7 +220,7 @@ class StudyWorkers:
                 )
         if jobs and jobs[0].kind == "base":  # what is trained from it belongs to it
             self._origin = fingerprints[jobs[0].name]
-        return [read_result(job.config.run.dir, job.kind, job.arm, job.seed, job.total_steps) for job in jobs]
+        return [read_result(job.config.run.dir, job.arm, job.seed, job.total_steps) for job in jobs]
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -336,9 +332,12 @@ def is_finished(job: Job, fingerprint: str) -> bool:
 
 
 def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
-    """Write summary.json and the pages; returns the path of index.html."""
-    from versatune_ds.apps.study.page import write_results
-    from versatune_ds.report.runs import read_runs
+    """Write summary.json, results.md and index.html; returns the path of the last.
+
+    index.html is the report of the first seed's runs, of those arms whose weights move if there are any.
+    """
+    from versatune_ds.apps.study.tables import study_tables
+    from versatune_ds.report.report import write_report
 
     summary = summarise(
         reference=runs.reference,
@@ -363,6 +362,10 @@ def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
         "cpu_s": sum(done["cpu_s"] for done in finished),
         "wall_s": runs.seconds,
     }
+    results = study.dir / "results"
+    results.mkdir(exist_ok=True)
+    write_json_atomic(results / "summary.json", summary)
+    write_text_atomic(results / "results.md", study_tables(summary))
     moving = [name for name, arm in summary["arms"].items() if arm["weights"]["moved"] > 0]
-    folders = [study.dir / "runs" / f"{name}_seed-{study.seeds[0]}" for name in moving]
-    return write_results(summary, read_runs(folders), study.dir / "results")
+    shown = [study.dir / "runs" / f"{name}_seed-{study.seeds[0]}" for name in moving or summary["arms"]]
+    return write_report(shown, results / "index.html")

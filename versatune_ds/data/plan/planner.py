@@ -33,8 +33,8 @@ from versatune_ds.data.plan.packing import Pack, fill_packs
 from versatune_ds.data.plan.share_rules import ChairmanRule, DeficitRule, spread_over_remaining
 from versatune_ds.data.plan.state import Carried, PlannerState, Shares, Totals, made_for
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
+from versatune_ds.strategies.simplex import SUM_TOLERANCE
 
-SHARE_SUM_TOLERANCE = 1e-6
 MAX_OVERFILL = 0.005
 """Unit `samples`: drawing may go on past full packs by this share of them, while some domain is further
 from its target than `SETTLED_SAMPLES`. Costs some carry-over, keeps steps with changing weights exact."""
@@ -94,6 +94,11 @@ class StepPlan:
     def supervised_tokens(self) -> int:
         """Supervised tokens in the packs, counted on shifted labels."""
         return sum(self.trained.supervised_tokens)
+
+    @property
+    def sum_squared_lengths(self) -> int:
+        """Sum over samples of their tokens squared: what causal attention within samples costs by."""
+        return sum(int((pack.lengths.astype(np.int64) ** 2).sum()) for pack in self.packs)
 
     @property
     def efficiency(self) -> float:
@@ -217,7 +222,7 @@ def _check_weights(corpus: Corpus, weights: Sequence[float] | Float64) -> Float6
         raise ConfigError(f"weights have shape {checked.shape}; one is needed for each of {k} domains")
     if not np.isfinite(checked).all() or (checked < 0).any():
         raise ConfigError(f"weights must be finite and >= 0: {dict(zip(corpus.names, checked, strict=True))}")
-    if abs(math.fsum(checked) - 1) > SHARE_SUM_TOLERANCE:
+    if abs(math.fsum(checked) - 1) > SUM_TOLERANCE:
         raise ConfigError(f"weights sum to {math.fsum(checked)!r}; they must sum to 1")
     for name, size, weight in zip(corpus.names, corpus.num_samples, checked, strict=True):
         if weight > 0 and not size:

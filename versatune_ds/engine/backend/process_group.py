@@ -35,9 +35,7 @@ def start_process_group(timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S) -> torc
     Raises:
         VersaTuneError: the ranks do not meet.
     """
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
+    set_only_rank()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         device = torch.device("cpu")
@@ -92,7 +90,12 @@ def leave_process_group() -> None:
     time.sleep(0.5)
 
 
-def _free_port() -> int:
+def set_only_rank() -> None:
+    """Without a launcher: the environment that one would give to the only rank."""
+    if "RANK" in os.environ:
+        return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        port = probe.getsockname()[1]
+    only = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(only, MASTER_PORT=str(port))

@@ -10,15 +10,17 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 TAIL_CHARS = 4000
 LOOK_S = 2.0
 POLL_S = 0.1
 GRACE_S = 5.0
+READ_BYTES = 1 << 16
 
 
 class Deadline:
@@ -59,13 +61,18 @@ class Ended(NamedTuple):
         return None if self.code == 0 else f"{self.how}: {lines[-1]}"
 
 
-def end_children_when_asked_to_end() -> None:
-    """From now on SIGTERM ends this process as an exception does: with the program that it runs."""
+@contextlib.contextmanager
+def ending_with_programs() -> Iterator[None]:
+    """Inside SIGTERM ends this process as an exception does: with the program that it runs."""
 
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_program(
@@ -74,8 +81,10 @@ def run_program(
     environment: Mapping[str, str] | None = None,
     cwd: str | None = None,
     look: Callable[[], Any] = lambda: None,
+    *,
+    echo: bool = False,
 ) -> Ended:
-    """Run a program to its end or to its time limit.
+    """Run a program in a session of its own, to its end or to its time limit.
 
     Args:
         command: its words.
@@ -83,6 +92,7 @@ def run_program(
         environment: variables on top of this process's own.
         cwd: where it runs.
         look: called every 2 s while it runs, and once after it.
+        echo: copy what it prints to standard error as it comes.
     """
     started = time.monotonic()
     with tempfile.TemporaryFile() as output:
@@ -96,15 +106,19 @@ def run_program(
             start_new_session=True,
         )
         code: int | None = None
+        shown = 0
         try:
             looked = started
             while (code := process.poll()) is None and time.monotonic() - started < limit_s:
                 if time.monotonic() - looked >= LOOK_S:
                     look()
                     looked = time.monotonic()
+                shown = _show(output, shown) if echo else 0
                 time.sleep(POLL_S)
         finally:
             _end_group(process)
+        if echo:
+            _show(output, shown)
         look()
         return Ended(code, time.monotonic() - started, _tail(output))
 
@@ -126,6 +140,15 @@ def _group_lives(group: int) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+def _show(output: IO[bytes], shown: int) -> int:
+    """Copy what came behind `shown` bytes to standard error; returns how many bytes there are now."""
+    while data := os.pread(output.fileno(), READ_BYTES, shown):  # the program writes at the file's own offset
+        sys.stderr.write(data.decode("utf-8", errors="replace"))
+        shown += len(data)
+    sys.stderr.flush()
+    return shown
 
 
 def _tail(output: IO[bytes]) -> str:
