@@ -25,7 +25,14 @@ from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
 from versatune_ds.engine.backend.deepspeed_config import state_layout
 from versatune_ds.engine.backend.parameters import parameter_counts
-from versatune_ds.engine.checkpointing.folder import load_model_state, newest_sound_checkpoint, read_state
+from versatune_ds.engine.checkpointing.folder import (
+    checkpoint_name,
+    load_model_state,
+    newest_sound_checkpoint,
+    read_state,
+    require_sound,
+    restore_best,
+)
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.faults.run_lock import unwritable
@@ -89,6 +96,36 @@ class Components:
         """Write a checkpoint after `done` steps; a collective."""
         self.saver.save(done, self._saved_state)
 
+    def save_evaluated(self, done: int) -> None:
+        """Keep the state after `done` steps if its evaluation, just made, was the best one or ends the run,
+        which a restart has to know; a collective."""
+        best = self.state.early_stopping
+        if self.config.evaluation.select is not None and 0 < done == best.best_step:
+            self.saver.keep_best(best.note(), self._saved_state)
+        if best.exhausted and self.config.checkpoint.every_n_steps:
+            self.save(done)
+
+    def load_best(self) -> None:
+        """Go back to the best state where one is kept; a collective.
+
+        Raises:
+            StateError: its checkpoint is damaged.
+        """
+        best, last = self.state.early_stopping, self.state.planner.step
+        if self.config.evaluation.select is None or best.best_step == last:
+            return
+        if best.best_step == 0:
+            self.progress.note("no evaluation gave the loss of evaluation.select: the last parameters it is")
+            return
+        checkpoint = self.config.run.dir / constants.CHECKPOINTS_DIR / checkpoint_name(best.best_step)
+        require_sound(checkpoint)
+        layout = state_layout(self.prepared.deepspeed, self.config.model)
+        load_model_state(checkpoint, self.backend, read_state(checkpoint, layout))
+        self.progress.note(
+            f"parameters after step {best.best_step} of {last}, whose held-out loss {best.best_loss:.4f} is "
+            "the lowest (evaluation.select)"
+        )
+
     def _saved_state(self) -> dict[str, Any]:
         """Everything of ours that a resumed run needs. File offsets are known on rank 0, which writes it."""
         return {
@@ -118,8 +155,9 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     prepared = prepare_run(config, device.type, config_path)
     saved: dict[str, Any] | None = None
     checkpoint: Path | None = None
+    checkpoints = config.run.dir / constants.CHECKPOINTS_DIR
     if config.run.resume == "auto":
-        checkpoint = newest_sound_checkpoint(config.run.dir / constants.CHECKPOINTS_DIR)
+        checkpoint = newest_sound_checkpoint(checkpoints)
     if checkpoint is not None:
         saved = read_state(checkpoint, state_layout(prepared.deepspeed, config.model))
     state = TrainState.of(prepared, saved)
@@ -132,6 +170,11 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     dry_run_when_asked(backend, config)
     if distributed.is_main():
         introduce(prepared, backend)
+    best = state.early_stopping
+    kept = best.note() if config.evaluation.select is not None and best.best_step else None
+    if not distributed.on_main(restore_best, checkpoints, kept) and kept is not None:
+        log.warning("the best checkpoint, of step %d, is gone: another one will be", best.best_step)
+        best.forget_best()
     sinks = open_files(prepared, backend, saved, state.planner.step + 1)
     names, is_main = prepared.table.names, distributed.is_main()
     progress = Progress(prepared.total_steps, names, done_steps=state.planner.step, is_main=is_main)
@@ -163,7 +206,12 @@ def assemble(
             pin_memory=backend.device.type == "cuda",
         ),
         statistics=StepStatistics(len(prepared.table), backend.device, backend.model.routers),
-        saver=Saver(config.run.dir / constants.CHECKPOINTS_DIR, config.checkpoint, backend),
+        saver=Saver(
+            config.run.dir / constants.CHECKPOINTS_DIR,
+            config.checkpoint,
+            backend,
+            newest=state.planner.step,
+        ),
         held_out=held_out,
         probe=probe,
         sinks=sinks,

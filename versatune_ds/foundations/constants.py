@@ -34,6 +34,7 @@ ADAPTER_CONFIG_FILE: Final = "adapter_config.json"
 CHECKPOINT_STATE_FILE: Final = "versatune_state.json"
 CHECKPOINT_MANIFEST_FILE: Final = "manifest.json"
 LATEST_FILE: Final = "latest.json"
+BEST_FILE: Final = "best.json"
 
 # Exit codes of the command line; docs/faults.md says what to do about each.
 EXIT_OK: Final = 0
