@@ -891,7 +891,7 @@ fault(
 fault(
     "decay is measured from the first step",
     "optimizer",
-    "(step - warmup) / (total_steps - warmup)",
+    "(step - start) / (total_steps - start)",
     "step / total_steps",
     RATE,
 )
@@ -935,6 +935,13 @@ fault(
     "[settings.keep_last - 1 :]",
     "checkpoint::test_pruning_keeps_the_newest_and_milestones",
     NEWER,
+)
+fault(
+    "a wsd schedule decays from its warm-up on",
+    "optimizer",
+    "start = max(warmup,",
+    "start = min(warmup,",
+    "optimizer::test_warm_up_stays_and_decays",
 )
 fault(
     "the best checkpoint is pruned",

@@ -181,14 +181,24 @@ class Optimizer(Section):
     """Added to the root of the second moment."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay; not applied to biases and norms."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd_linear", "wsd_sqrt"] = "cosine"
+    """Shape after warm-up. wsd: constant, then a decay in the last `decay_ratio` of all steps, linear or as
+    1 - sqrt (docs/train.md says when)."""
+    decay_ratio: float = Field(0.2, gt=0, le=1)
+    """Share of all steps in which the wsd schedules decay; warm-up comes first."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     """Share of all steps in which the learning rate rises linearly from 0."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """Learning rate that cosine and linear decay end at, over `lr`."""
+    """Learning rate that a decay ends at, over `lr`."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this global norm; 0: never."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Optimizer:
+        is_given = self.decay_ratio != Optimizer.model_fields["decay_ratio"].default
+        if is_given and not self.schedule.startswith("wsd"):
+            raise ValueError(f"decay_ratio is of no use: schedule is {self.schedule}, not wsd")
+        return self
 
 
 class Train(Section):

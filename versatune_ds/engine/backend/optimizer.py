@@ -9,6 +9,7 @@ What is not covered: other optimizers, and per-layer learning rates.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,20 +17,31 @@ from torch import nn
 
 from versatune_ds.config.schema import Optimizer
 
+DECAYS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1.0 - progress,
+    "wsd_linear": lambda progress: 1.0 - progress,
+    "wsd_sqrt": lambda progress: 1.0 - math.sqrt(progress),
+}
+"""Schedule -> share of the peak that is left, by how much of the decay is done."""
+
 
 def learning_rate(settings: Optimizer, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (0-based) of `total_steps`.
 
-    Linear warm-up from 0 over the first ceil(warmup_ratio * total_steps) steps reaches `lr`; then cosine or
-    linear decay that would reach `min_lr_ratio * lr` one step after the last, or constant.
+    Linear warm-up from 0 over the first ceil(warmup_ratio * total_steps) steps reaches `lr`; then constant,
+    or a decay that would reach `min_lr_ratio * lr` one step after the last. The wsd schedules decay in the
+    last ceil(decay_ratio * total_steps) steps only (arXiv:2404.06395; 1 - sqrt: arXiv:2405.18392).
     """
     warmup = math.ceil(settings.warmup_ratio * total_steps)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
-    if settings.schedule == "constant":
+    start = warmup
+    if settings.schedule.startswith("wsd"):
+        start = max(warmup, total_steps - math.ceil(settings.decay_ratio * total_steps))
+    if settings.schedule == "constant" or step < start:
         return settings.lr
-    progress = (step - warmup) / (total_steps - warmup)
-    decay = 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    decay = DECAYS[settings.schedule]((step - start) / (total_steps - start))
     return settings.lr * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * decay)
 
 
