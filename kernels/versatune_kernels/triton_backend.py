@@ -133,6 +133,7 @@ def _launch_rows(
             VOCAB_SIZE=logits.shape[1],
             HAS_TOKEN_WEIGHT=has_weight,
             HAS_SOFTCAP=spec.softcap > 0,
+            BY_PROBABILITY=spec.by_probability,
             TRAINING=spec.grad_hidden or spec.grad_weight,
             TILE=min(VOCAB_TILE, triton.next_power_of_2(logits.shape[1])),
             num_warps=8,

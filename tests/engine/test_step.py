@@ -58,6 +58,8 @@ CASES = {
         "untied-unpacked-zero3-lora-recompute",
         "untied-packed-zero1-dora",
         "untied-packed-zero3-dora",
+        *(f"tied-packed-zero{stage}-dft" for stage in (1, 2)),
+        "untied-unpacked-zero3-dft-triton",
         "longrope-packed-zero3",
         *(f"experts-packed-{how}" for how in ("zero2", "zero3", "zero3-recompute", "zero3-frozen")),
     ],
@@ -154,7 +156,7 @@ def reference(models):
 
     @functools.cache
     def run(
-        name, max_norm=0.0, start="fp32", compute="fp32", adapter=None, frozen=False
+        name, max_norm=0.0, start="fp32", compute="fp32", adapter=None, frozen=False, objective=""
     ) -> dict[str, torch.Tensor]:
         """The two steps.
 
@@ -165,6 +167,7 @@ def reference(models):
             compute: `bf16` (as `start`): forward and backward on a bf16 copy of the fp32 weights that AdamW
                 moves.
             frozen: routers do not train, and their loss is not added.
+            objective: `dft`.
         """
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
@@ -193,7 +196,8 @@ def reference(models):
                 logits, routed[i] = found.logits[0], found.get("router_logits")
                 losses = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
                 supervised = torch.from_numpy(mask[1:])
-                total = total + losses[supervised].sum()
+                trained = losses * (-losses.detach()).exp() if objective == "dft" else losses
+                total = total + trained[supervised].sum()
                 count += int(supervised.sum())
                 sums[:, domain] += float(losses[supervised].sum()), int(supervised.sum())
                 token_losses.append(losses[supervised].detach())
@@ -240,13 +244,18 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
     max_norm = cases.MAX_NORM if "clip" in case else 0.0
     adapter = next((word for word in case.split("-") if word in ("lora", "dora")), None)
     ours = results(ranks)[case]
-    expected = reference(case.split("-")[0], max_norm, adapter=adapter, frozen="frozen" in case)
+    objective = next((word for word in case.split("-") if word in ("dft",)), "")
+    model = case.split("-")[0]
+    expected = reference(model, max_norm, adapter=adapter, frozen="frozen" in case, objective=objective)
     for step in ("first", "second"):
         assert expected[f"norm_{step}"] > 2 * max_norm  # clipping is no trifle
         # rows 0 and 1 of the buffer: loss sum and supervised tokens per domain
         np.testing.assert_allclose(ours[f"sums_{step}"][:2], expected[f"sums_{step}"], rtol=2e-5)
     names = {name for name in expected if name.startswith("parameter.")}
     assert names == {name for name in ours if name.startswith("parameter.")}
+    if objective:
+        plain = reference(model, max_norm, adapter=adapter)
+        assert max((plain[name] - expected[name]).abs().max() for name in names) > 1e-3
     for name in names:
         torch.testing.assert_close(
             ours[name], expected[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"

@@ -944,6 +944,20 @@ fault(
     "optimizer::test_warm_up_stays_and_decays",
 )
 fault(
+    "the chunked loss leaves the probability out of the gradient",
+    "chunked",
+    "        factor = factor * spec.logit_scale\n",
+    "        factor = spec.logit_scale * (1.0 if row_weight is None else row_weight[:, None])\n",
+    "float64::test_every_option",
+)
+fault(
+    "the row kernel leaves the probability out",
+    "row kernels",
+    "token_weight *= tl.exp(-nll)",
+    "token_weight *= 1.0",
+    "float64::test_every_option",
+)
+fault(
     "the best checkpoint is pruned",
     "checkpoint",
     "if p.name != kept and not",

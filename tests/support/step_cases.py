@@ -89,8 +89,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
 
     Args:
         case: `<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-compile][-triton][-nan]
-            [-clip][-frozen][-bf16][-sums]`; frozen: its routers; sums: gradients are summed in fp32, by
-            another optimizer of DeepSpeed's.
+            [-clip][-frozen][-bf16][-sums][-dft]`; frozen: its routers; sums: gradients are summed in
+            fp32, by another optimizer of DeepSpeed's.
     """
     words = case.split("-")
     layout = PACKED if "packed" in words else UNPACKED
@@ -102,6 +102,7 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
         "dtype": "bf16" if "bf16" in words else "fp32",
         "activation_checkpointing": "all" if "recompute" in words else "off",
         "compile": "body" if "compile" in words else "off",
+        "objective": "dft" if "dft" in words else "cross_entropy",
         "router": "frozen" if "frozen" in words else "train",
         "loss_backend": "triton" if "triton" in words else "chunked",
     }

@@ -98,6 +98,9 @@ class Model(Section):
     """Implementation of the fused linear + cross-entropy. `auto`: triton on CUDA, else chunked."""
     logits_dtype: Literal["fp32", "compute"] = "fp32"
     """`compute`: logits in `dtype`, half the memory a larger error (docs/train.md); triton only."""
+    objective: Literal["cross_entropy", "dft"] = "cross_entropy"
+    """`dft`: each token's loss times its own probability, as a constant (arXiv:2508.05629). All losses in
+    logs, weights and evaluations stay cross-entropies."""
     liger: Literal["auto", "off"] = "auto"
     """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
     compile: Literal["off", "body"] = "off"

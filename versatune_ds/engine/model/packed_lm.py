@@ -54,12 +54,15 @@ class LossHead(nn.Module):
         backend: `model.loss_backend`.
         logits_dtype: `model.logits_dtype`.
         rule: what the model does to its logits.
+        is_dft: whether `model.objective` is dft.
     """
 
-    def __init__(self, weight: nn.Parameter, backend: str, logits_dtype: str, rule: LogitRule) -> None:
+    def __init__(
+        self, weight: nn.Parameter, backend: str, logits_dtype: str, rule: LogitRule, is_dft: bool = False
+    ) -> None:
         super().__init__()
         self.weight = weight
-        self.backend, self.logits_dtype, self.rule = backend, logits_dtype, rule
+        self.backend, self.logits_dtype, self.rule, self.is_dft = backend, logits_dtype, rule, is_dft
 
     def forward(
         self,
@@ -84,6 +87,7 @@ class LossHead(nn.Module):
             logit_scale=self.rule.scale,
             softcap=self.rule.softcap,
             logits_dtype=self.logits_dtype,
+            by_probability=self.is_dft,
             backend=self.backend,
         )
 
@@ -97,6 +101,7 @@ class PackedCausalLM(nn.Module):
         liger: what `apply_liger` did.
         logits_dtype: `model.logits_dtype`.
         routers: of a mixture of experts.
+        is_dft: whether `model.objective` is dft.
 
     Raises:
         ConfigError: an output layer or a change of the logits that the loss cannot follow.
@@ -109,6 +114,7 @@ class PackedCausalLM(nn.Module):
         liger: str = "off",
         logits_dtype: str = "fp32",
         routers: Routers | None = None,
+        is_dft: bool = False,
     ) -> None:
         super().__init__()
         self.liger, self.routers = liger, routers
@@ -116,7 +122,8 @@ class PackedCausalLM(nn.Module):
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
         self.tied = lm.get_input_embeddings().weight is head.weight
-        lm.set_output_embeddings(LossHead(head.weight, loss_backend, logits_dtype, logit_rule(lm.config)))
+        rule = logit_rule(lm.config)
+        lm.set_output_embeddings(LossHead(head.weight, loss_backend, logits_dtype, rule, is_dft))
         rotate_by_sample(lm)
         self.lm: Any = lm
 
@@ -214,7 +221,8 @@ def build_model(
         for name, parameter in lm.named_parameters():
             if settings.router == "frozen" and name.endswith(ROUTER):
                 parameter.requires_grad_(False)
-    return PackedCausalLM(lm, settings.loss_backend, liger, settings.logits_dtype, routers)
+    is_dft = settings.objective == "dft"
+    return PackedCausalLM(lm, settings.loss_backend, liger, settings.logits_dtype, routers, is_dft)
 
 
 def four_bits(settings: Model) -> dict[str, Any]:
