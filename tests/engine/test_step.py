@@ -21,6 +21,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.engine.model.adapters import PREFIX
+from versatune_ds.foundations.files import canonical_hash
 
 EXPERTS = 64
 """So many that no rank's tokens reach all of them."""
@@ -60,10 +61,18 @@ CASES = {
         "untied-packed-zero3-dora",
         *(f"tied-packed-zero{stage}-dft" for stage in (1, 2)),
         "untied-unpacked-zero3-dft-triton",
+        *(f"tied-packed-zero{stage}-noise" for stage in (1, 2)),
+        "untied-packed-zero3-noise-recompute",
+        "untied-packed-zero3-noise-lora",
         "longrope-packed-zero3",
         *(f"experts-packed-{how}" for how in ("zero2", "zero3", "zero3-recompute", "zero3-frozen")),
     ],
-    4: ["untied-packed-zero3", "tied-unpacked-zero3-recompute", "untied-packed-zero1"],
+    4: [
+        "untied-packed-zero3",
+        "untied-packed-zero3-noise",
+        "tied-unpacked-zero3-recompute",
+        "untied-packed-zero1",
+    ],
 }
 
 
@@ -167,7 +176,7 @@ def reference(models):
             compute: `bf16` (as `start`): forward and backward on a bf16 copy of the fp32 weights that AdamW
                 moves.
             frozen: routers do not train, and their loss is not added.
-            objective: `dft`.
+            objective: `dft`, or `noise` on the embeddings of `cases.PACKED`.
         """
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
@@ -184,6 +193,7 @@ def reference(models):
             masters.values(), lr=cases.LEARNING_RATE, eps=cases.EPS, betas=(0.9, 0.95), weight_decay=0.0
         )
         out = {f"start.{key}": master.clone() for key, master in masters.items()}
+        embed = model.get_input_embeddings()
         for step in ("first", "second"):
             total, count = 0.0, 0
             sums, token_losses = np.zeros((2, 2)), []
@@ -192,7 +202,10 @@ def reference(models):
             for i, domain in enumerate(cases.DOMAINS):
                 tokens, mask = cases.Samples().sample(i)
                 ids = torch.tensor(tokens.astype(np.int64))
-                found = model(ids.unsqueeze(0), **options)
+                vectors = embed(ids.unsqueeze(0))
+                if objective == "noise":
+                    vectors = vectors + noise_of(i, step, vectors.shape[-1])
+                found = model(inputs_embeds=vectors, **options)
                 logits, routed[i] = found.logits[0], found.get("router_logits")
                 losses = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
                 supervised = torch.from_numpy(mask[1:])
@@ -237,6 +250,17 @@ def reference(models):
     return run
 
 
+def noise_of(sample: int, step: str, width: int) -> torch.Tensor:
+    """NEFTune's for a sample of `PACKED`: +-alpha / sqrt(L d), drawn for its pack."""
+    number, pack = next((n, pack) for n, pack in enumerate(cases.PACKED) if sample in pack)
+    seed = int(canonical_hash([0, cases.STEPS.index(step), number])[:15], 16)
+    drawn = torch.empty(1, cases.PACK_LEN, width).uniform_(
+        -1, 1, generator=torch.Generator().manual_seed(seed)
+    )
+    length, at = cases.LENGTHS[sample], sum(cases.LENGTHS[i] for i in pack[: pack.index(sample)])
+    return cases.ALPHA / (length * width) ** 0.5 * drawn[:, at : at + length]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "case"), [(n, case) for n, names in CASES.items() for case in names])
 def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
@@ -244,7 +268,7 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
     max_norm = cases.MAX_NORM if "clip" in case else 0.0
     adapter = next((word for word in case.split("-") if word in ("lora", "dora")), None)
     ours = results(ranks)[case]
-    objective = next((word for word in case.split("-") if word in ("dft",)), "")
+    objective = next((word for word in case.split("-") if word in ("dft", "noise")), "")
     model = case.split("-")[0]
     expected = reference(model, max_norm, adapter=adapter, frozen="frozen" in case, objective=objective)
     for step in ("first", "second"):

@@ -28,6 +28,7 @@ FILES = {
     "attention": "versatune_ds/engine/model/attention.py",
     "shape": "versatune_ds/engine/model/shape.py",
     "optimizer": "versatune_ds/engine/backend/optimizer.py",
+    "noise": "versatune_ds/engine/model/noise.py",
     "statistics": "versatune_ds/engine/statistics.py",
     "evaluate": "versatune_ds/engine/evaluate.py",
     "skipping": "versatune_ds/engine/skipping.py",
@@ -81,6 +82,7 @@ TESTS = {
     "checkpoint": "tests/engine/test_checkpoint.py",
     "saving": "tests/engine/test_saving.py",
     "best": "tests/engine/test_best_checkpoint.py",
+    "noise": "tests/engine/test_noise.py",
     "export": "tests/engine/test_export.py",
     "reshard": "tests/engine/test_reshard.py",
     "model": "tests/engine/test_model.py",
@@ -944,6 +946,20 @@ fault(
     "optimizer::test_warm_up_stays_and_decays",
 )
 fault(
+    "noise falls with the length and not with its root",
+    "noise",
+    "lengths.clamp(min=1).rsqrt()",
+    "lengths.clamp(min=1).reciprocal()",
+    "noise::test_it_is_uniform_within_the_bound_of_each_sample_and_spares_padding",
+)
+fault(
+    "noise is the same in every step",
+    "noise",
+    "[self.seed, step, rank_number(*rank)]",
+    "[self.seed, rank_number(*rank)]",
+    "noise::test_it_follows_from_seed_step_and_pack_and_not_from_the_ranks",
+)
+fault(
     "the chunked loss leaves the probability out of the gradient",
     "chunked",
     "        factor = factor * spec.logit_scale\n",
@@ -1523,15 +1539,15 @@ fault(
 fault(
     "every rank takes the same packs",
     "balance",
-    "(mirrored if start // world_size % 2 else rank)",
-    "(mirrored if start // world_size % 2 else 0)",
+    "(world_size - 1 - rank if micro_step % 2 else rank)",
+    "(world_size - 1 - rank if micro_step % 2 else 0)",
     "balance::test_every_pack_goes_to_exactly_one_rank",
     "loader::test_ranks_share_what_one_rank_gets",
 )
 fault(
     "the costliest packs always go to one rank",
     "balance",
-    "(mirrored if start // world_size % 2 else rank)",
+    "(world_size - 1 - rank if micro_step % 2 else rank)",
     "rank",
     "balance::test_packs_of_one_micro_step_are_neighbours_in_cost",
 )

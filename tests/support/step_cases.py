@@ -43,6 +43,9 @@ WITHOUT_SUPERVISION = 2
 LEARNING_RATE, EPS = 0.5, 1.0
 RATES = {"first": 0.3, "poisoned": 5.0, "second": 0.45}
 """Of each step; none is that of the settings."""
+STEPS = ("first", "poisoned", "second")
+ALPHA = 20.0
+"""Of the `-noise` cases: the noise moves losses by a tenth."""
 ADAPTER = {"rank": 4, "alpha": 6.0, "targets": ["q_proj", "v_proj", "down_proj"]}
 MAX_NORM = 0.25
 """Of the `-clip` cases; a fraction of the global gradient norm of both steps (checked in test_step.py)."""
@@ -89,7 +92,7 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
 
     Args:
         case: `<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-compile][-triton][-nan]
-            [-clip][-frozen][-bf16][-sums][-dft]`; frozen: its routers; sums: gradients are summed in
+            [-clip][-frozen][-bf16][-sums][-dft][-noise]`; frozen: its routers; sums: gradients are summed in
             fp32, by another optimizer of DeepSpeed's.
     """
     words = case.split("-")
@@ -103,6 +106,7 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
         "activation_checkpointing": "all" if "recompute" in words else "off",
         "compile": "body" if "compile" in words else "off",
         "objective": "dft" if "dft" in words else "cross_entropy",
+        "neftune_alpha": ALPHA if "noise" in words else None,
         "router": "frozen" if "frozen" in words else "train",
         "loss_backend": "triton" if "triton" in words else "chunked",
     }
@@ -124,9 +128,10 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
     everything = [collate(pack, sources, PACK_LEN, 0) for pack in chosen]
     plan = SimpleNamespace(step=0, loss_weight=sum(batch.supervised_tokens for batch in everything))
     out = {}
-    for step in ("first", "poisoned", "second") if "nan" in words else ("first", "second"):
+    for step in STEPS if "nan" in words else ("first", "second"):
         if step == "poisoned":
             poison_last_rank()
+        plan.step = STEPS.index(step)
         accumulate(run, plan, batches)
         totals = run.statistics.reduce()
         applied = apply_step(run, reason_to_skip(totals, run.spikes, run.backend), RATES[step])

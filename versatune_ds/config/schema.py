@@ -101,6 +101,9 @@ class Model(Section):
     objective: Literal["cross_entropy", "dft"] = "cross_entropy"
     """`dft`: each token's loss times its own probability, as a constant (arXiv:2508.05629). All losses in
     logs, weights and evaluations stay cross-entropies."""
+    neftune_alpha: float | None = Field(None, gt=0)
+    """Add uniform noise of +-alpha / sqrt(L d) to the embeddings in training (arXiv:2310.05914): L the tokens
+    of a sample, d the hidden size. None: none."""
     liger: Literal["auto", "off"] = "auto"
     """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
     compile: Literal["off", "body"] = "off"
@@ -111,6 +114,12 @@ class Model(Section):
     """Factor of the routers' balance loss; default: the model's own `router_aux_loss_coef`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        if self.neftune_alpha is not None and self.compile == "body":
+            raise ValueError("neftune_alpha: the noise is not compiled; set compile: off")
+        return self
 
 
 class Source(Section):

@@ -94,8 +94,7 @@ def run_steps(run: Components, stop: StopRequest) -> bool:
     """All remaining steps; False when the run was asked to stop before its last one."""
     if run.first_step == 0:
         record_weights(run, run.state.controller.initial_update().to_json())
-    if not run.state.early_stopping.exhausted:
-        evaluate_when_due(run, run.first_step)
+    evaluate_when_due(run, run.first_step)
     for step in range(run.first_step, run.prepared.total_steps):
         if run.state.early_stopping.exhausted:
             break
@@ -164,7 +163,8 @@ def accumulate(run: Components, plan: StepPlan, batches: list[Batch]) -> list[to
         place = plan.step + 1, f"of pack {i + 1} of {len(batches)}"
         with phase(FORWARD, *place):
             on_device = batch.to(backend.device, non_blocking=True)
-            out = backend.forward(**model_inputs(on_device, normalizer, len(batches)))
+            drawn = plan.step, i, *backend.ranks.dp
+            out = backend.forward(**model_inputs(on_device, normalizer, len(batches), drawn))
         with phase(STATISTICS, *place):
             run.statistics.add(out, on_device.sample_domains, on_device.sample_ids, on_device.token_weight)
         with phase(BACKWARD, *place):

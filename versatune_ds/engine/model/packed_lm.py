@@ -31,6 +31,7 @@ from versatune_ds.engine.model.adapters import add_adapter
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.families import LogitRule, logit_rule
+from versatune_ds.engine.model.noise import EmbeddingNoise, Place
 from versatune_ds.engine.model.rope import rotate_by_sample
 from versatune_ds.engine.model.router import ROUTER, Routers, experts_of
 from versatune_ds.engine.model.source import TEXT_PART, check_files, holds_own_head, load_architecture
@@ -102,6 +103,7 @@ class PackedCausalLM(nn.Module):
         logits_dtype: `model.logits_dtype`.
         routers: of a mixture of experts.
         is_dft: whether `model.objective` is dft.
+        noise: on its embeddings.
 
     Raises:
         ConfigError: an output layer or a change of the logits that the loss cannot follow.
@@ -115,9 +117,10 @@ class PackedCausalLM(nn.Module):
         logits_dtype: str = "fp32",
         routers: Routers | None = None,
         is_dft: bool = False,
+        noise: EmbeddingNoise | None = None,
     ) -> None:
         super().__init__()
-        self.liger, self.routers = liger, routers
+        self.liger, self.routers, self.noise = liger, routers, noise
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
@@ -164,13 +167,17 @@ class PackedCausalLM(nn.Module):
         normalizer: float,
         token_weight: torch.Tensor | None = None,
         passes: int = 1,
+        place: Place = (0, 0, 0, 1),
     ) -> LossOutput:
         """Loss of one pack (see `data.collate.Batch` for shapes), divided by `normalizer`.
 
         Args:
             token_weight: floating [T]. Factor of each token in the loss, not in the sums; None: 1.
             passes: packs of a step on this rank, over which the routers' loss is averaged.
+            place: the pack's; noise is drawn by it.
         """
+        if self.noise is not None and self.training:
+            self.noise.prepare(sample_ids, num_samples, place)
         routers = self.routers if self.training else None
         options = {} if routers is None else {"output_router_logits": True}
         body = self.body(input_ids, position_ids, cu_seqlens, max_seqlen, **options)
@@ -197,7 +204,7 @@ def build_model(
     Args:
         settings: `model` section.
         attention: from `choose_attention`.
-        seed: of random initialisation; ranks must use the same.
+        seed: of random initialisation and noise; ranks must use the same.
         device_type: "cpu" or "cuda", where the model will run.
 
     Raises:
@@ -221,8 +228,11 @@ def build_model(
         for name, parameter in lm.named_parameters():
             if settings.router == "frozen" and name.endswith(ROUTER):
                 parameter.requires_grad_(False)
+    noise = None
+    if settings.neftune_alpha is not None:
+        noise = EmbeddingNoise(lm.get_input_embeddings(), settings.neftune_alpha, seed)
     is_dft = settings.objective == "dft"
-    return PackedCausalLM(lm, settings.loss_backend, liger, settings.logits_dtype, routers, is_dft)
+    return PackedCausalLM(lm, settings.loss_backend, liger, settings.logits_dtype, routers, is_dft, noise)
 
 
 def four_bits(settings: Model) -> dict[str, Any]:
@@ -363,7 +373,9 @@ def checkpoint_activations(lm: PreTrainedModel, policy: str | int) -> None:
         recompute._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
-def model_inputs(batch: Batch, normalizer: float, passes: int = 1) -> dict[str, Any]:
+def model_inputs(
+    batch: Batch, normalizer: float, passes: int = 1, place: Place = (0, 0, 0, 1)
+) -> dict[str, Any]:
     """Keyword arguments of `PackedCausalLM.forward` for a batch on the model's device."""
     return {
         "input_ids": batch.input_ids,
@@ -376,6 +388,7 @@ def model_inputs(batch: Batch, normalizer: float, passes: int = 1) -> dict[str, 
         "num_valid": batch.supervised_tokens,
         "normalizer": normalizer,
         "passes": passes,
+        "place": place,
         "token_weight": batch.token_weight,
     }
 
