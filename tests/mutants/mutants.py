@@ -83,6 +83,7 @@ TESTS = {
     "saving": "tests/engine/test_saving.py",
     "best": "tests/engine/test_best_checkpoint.py",
     "noise": "tests/engine/test_noise.py",
+    "average": "tests/engine/test_average.py",
     "export": "tests/engine/test_export.py",
     "reshard": "tests/engine/test_reshard.py",
     "model": "tests/engine/test_model.py",
@@ -946,6 +947,13 @@ fault(
     "optimizer::test_warm_up_stays_and_decays",
 )
 fault(
+    "the average of weights forgets as fast as it should remember",
+    "optimizer",
+    ".lerp_(weights, 1.0 - decay)",
+    ".lerp_(weights, decay)",
+    "average::test_the_average_is_in_host_memory_and_goes_when_it_is_not_asked_for_any_more",
+)
+fault(
     "noise falls with the length and not with its root",
     "noise",
     "lengths.clamp(min=1).rsqrt()",
@@ -973,6 +981,7 @@ fault(
     "token_weight *= 1.0",
     "float64::test_every_option",
 )
+
 fault(
     "the best checkpoint is pruned",
     "checkpoint",

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     which.add_argument("--newest", action="store_true", help="the newest sound checkpoint, not the best one")
     parser.add_argument("--out", type=Path, help="target folder; default: RUN/model-step-N")
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (optimizer.ema_decay)")
     parser.add_argument("--merge", action="store_true", help="the base model with the adapter added")
 
 
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise StateError(f"{folder} holds no such checkpoint; checkpoint.every_n_steps makes them")
     if args.step is not None:
         require_sound(checkpoint)
-    target = args.out or args.run_dir / f"model-{checkpoint.name}{'-merged' if args.merge else ''}"
-    export_from_run(args.run_dir, checkpoint, target, args.merge)
+    kind = f"{'-merged' if args.merge else ''}{'-ema' if args.ema else ''}"
+    target = args.out or args.run_dir / f"model-{checkpoint.name}{kind}"
+    export_from_run(args.run_dir, checkpoint, target, args.merge, args.ema)
     print(target)
     return constants.EXIT_OK

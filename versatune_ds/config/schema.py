@@ -204,6 +204,9 @@ class Optimizer(Section):
     """Learning rate that a decay ends at, over `lr`."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this global norm; 0: never."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep a running average of the weights in host memory for `versatune-ds export --ema`: after each step
+    decay x average + (1 - decay) x weights. ZeRO stage 1 to 3. None: none."""
 
     @model_validator(mode="after")
     def _check(self) -> Optimizer:

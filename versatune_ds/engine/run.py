@@ -119,7 +119,7 @@ class Components:
             return
         checkpoint = self.config.run.dir / constants.CHECKPOINTS_DIR / checkpoint_name(best.best_step)
         require_sound(checkpoint)
-        layout = state_layout(self.prepared.deepspeed, self.config.model)
+        layout = state_layout(self.prepared.deepspeed, self.config)
         load_model_state(checkpoint, self.backend, read_state(checkpoint, layout))
         self.progress.note(
             f"parameters after step {best.best_step} of {last}, whose held-out loss {best.best_loss:.4f} is "
@@ -159,7 +159,7 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     if config.run.resume == "auto":
         checkpoint = newest_sound_checkpoint(checkpoints)
     if checkpoint is not None:
-        saved = read_state(checkpoint, state_layout(prepared.deepspeed, config.model))
+        saved = read_state(checkpoint, state_layout(prepared.deepspeed, config))
     state = TrainState.of(prepared, saved)
     if state.planner.step == 0 and config.evaluation.every_n_steps is None:
         report_alarms(state.controller.starting_alarms(DomainSums.zeros(len(prepared.table))))

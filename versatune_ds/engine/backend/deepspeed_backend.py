@@ -27,7 +27,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import Config, Optimizer
 from versatune_ds.engine.backend.backend import Backend, Write, all_names
 from versatune_ds.engine.backend.deepspeed_config import (
     deepspeed_config,
@@ -35,7 +35,12 @@ from versatune_ds.engine.backend.deepspeed_config import (
     state_layout,
     zero_stage,
 )
-from versatune_ds.engine.backend.optimizer import build_optimizer, set_learning_rate
+from versatune_ds.engine.backend.optimizer import (
+    average_weights,
+    build_optimizer,
+    set_learning_rate,
+    settle_averages,
+)
 from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.backend.reshard import load_resharded
 from versatune_ds.engine.backend.safe_loading import tensors_only
@@ -85,6 +90,7 @@ class DeepSpeedBackend:
         live: the DeepSpeed engine around `model`, or `model` itself where it only goes forward.
         settings: the DeepSpeed configuration in force.
         layout: `state_layout` of the settings.
+        optimizer: `optimizer` section.
     """
 
     def __init__(
@@ -96,7 +102,9 @@ class DeepSpeedBackend:
         settings: Mapping[str, Any],
         layout: dict[str, Any],
         ranks: Ranks,
+        optimizer: Optimizer,
     ) -> None:
+        self.ema_decay = optimizer.ema_decay
         self.live, self.model, self.device, self.attention = live, model, device, attention
         self.settings, self.layout, self.ranks = settings, layout, ranks
         self._files = HandingOver()
@@ -139,7 +147,10 @@ class DeepSpeedBackend:
         """As `Backend.step`."""
         set_learning_rate(self.live.optimizer, learning_rate)
         self.live.step()
-        return bool(self.live.was_step_applied())
+        applied = bool(self.live.was_step_applied())
+        if applied and self.ema_decay is not None:
+            average_weights(self.live.optimizer.optimizer.state, self.ema_decay)
+        return applied
 
     def discard(self) -> None:
         """As `Backend.discard`."""
@@ -193,6 +204,11 @@ class DeepSpeedBackend:
 
     def load(self, folder: Path, layout: Mapping[str, Any], world_size: int) -> None:
         """As `Backend.load`; bit for bit with as many ranks and this layout, else shards are divided anew."""
+        self._load(folder, layout, world_size)
+        if self.layout["ZeRO stage"] > 0:
+            settle_averages(self.live.optimizer.optimizer.state, self.ema_decay)
+
+    def _load(self, folder: Path, layout: Mapping[str, Any], world_size: int) -> None:
         if self.layout["ZeRO stage"] == 0 or (world_size == self.ranks.dp.size and layout == self.layout):
             with tensors_only(folder):
                 loaded, _ = self.live.load_checkpoint(
@@ -234,8 +250,8 @@ def build_backend(
     optimizer = build_optimizer(model, config.optimizer, offloads_optimizer(settings))
     live, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     restore_buffers(model, buffers)
-    layout = state_layout(settings, config.model)
-    backend = DeepSpeedBackend(live, model, device, attention, settings, layout, ranks)
+    layout = state_layout(settings, config)
+    backend = DeepSpeedBackend(live, model, device, attention, settings, layout, ranks, config.optimizer)
     check_isolation(backend, config)
     return backend
 
@@ -259,8 +275,8 @@ def build_for_evaluation(config: Config, device: torch.device) -> DeepSpeedBacke
         restore_buffers(model, buffers)
     else:
         model.to(device)
-    layout = state_layout(settings, config.model)
-    backend = DeepSpeedBackend(live, model, device, attention, settings, layout, Ranks.of_world())
+    layout, ranks = state_layout(settings, config), Ranks.of_world()
+    backend = DeepSpeedBackend(live, model, device, attention, settings, layout, ranks, config.optimizer)
     check_isolation(backend, config)
     return backend
 

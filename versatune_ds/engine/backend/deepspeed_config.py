@@ -29,7 +29,7 @@ from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from versatune_ds.config.schema import Config, Model
+from versatune_ds.config.schema import Config
 from versatune_ds.data.plan.balance import check_world_size
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 
@@ -175,6 +175,12 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     merged["timers"] = {"throughput": {"enabled": False}}
     accepted = _require_accepted(merged)
     _require_effect(merged)
+    offload = merged["zero_optimization"].get("offload_optimizer") or {}
+    if config.optimizer.ema_decay is not None and (not zero_stage(merged) or offload.get("device") == "nvme"):
+        raise ConfigError(
+            "optimizer.ema_decay averages fp32 master weights, which ZeRO stage 0 does not keep and which "
+            "offloading to nvme puts out of reach: use stage 1, 2 or 3 without nvme"
+        )
     _require_exact_gradients(accepted, config.model.dtype)
     return merged
 
@@ -190,14 +196,14 @@ def offloads_optimizer(settings: Mapping[str, Any]) -> bool:
     return offload.get("device", "none") != "none"
 
 
-def state_layout(settings: Mapping[str, Any], model: Model) -> dict[str, Any]:
+def state_layout(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """What decides how DeepSpeed lays out saved state, beside the number of ranks; part of a checkpoint.
 
     Args:
         settings: a DeepSpeed configuration.
-        model: `model` section.
+        config: of the run.
     """
-    adapter = model.adapter
+    model, adapter = config.model, config.model.adapter
     return {
         "ZeRO stage": zero_stage(settings),
         "model.dtype": model.dtype,

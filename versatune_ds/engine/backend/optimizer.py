@@ -9,7 +9,7 @@ What is not covered: other optimizers, and per-layer learning rates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import nn
 
 from versatune_ds.config.schema import Optimizer
 
+AVERAGE = "average"
+"""Key of the average of a weight in the optimizer's state."""
 DECAYS: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1.0 - progress,
@@ -63,6 +65,24 @@ def build_optimizer(model: nn.Module, settings: Optimizer, offload: bool) -> tor
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
     return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **common)
+
+
+def average_weights(state: Mapping[torch.Tensor, dict[str, Any]], decay: float) -> None:
+    """Move the average of each fp32 master weight towards it, in host memory; the first time it is a copy.
+
+    The average stands in the optimizer's state, beside the moments: saved, loaded and divided anew like them.
+    """
+    for master, of_master in state.items():
+        weights = master.detach().to("cpu", copy=AVERAGE not in of_master)
+        of_master.setdefault(AVERAGE, weights).lerp_(weights, 1.0 - decay)
+
+
+def settle_averages(state: Mapping[torch.Tensor, dict[str, Any]], decay: float | None) -> None:
+    """After loading, which puts all state where the weights are: averages go back to the host, or away."""
+    for of_master in state.values():
+        average = of_master.pop(AVERAGE, None)
+        if decay is not None and average is not None:
+            of_master[AVERAGE] = average.cpu()
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
