@@ -64,6 +64,9 @@ CASES = {
         *(f"tied-packed-zero{stage}-noise" for stage in (1, 2)),
         "untied-packed-zero3-noise-recompute",
         "untied-packed-zero3-noise-lora",
+        *(f"tied-packed-zero{stage}-muon" for stage in (1, 2)),
+        "untied-unpacked-zero3-muon",
+        "untied-packed-zero3-muon-nan",
         "longrope-packed-zero3",
         *(f"experts-packed-{how}" for how in ("zero2", "zero3", "zero3-recompute", "zero3-frozen")),
     ],
@@ -176,7 +179,7 @@ def reference(models):
             compute: `bf16` (as `start`): forward and backward on a bf16 copy of the fp32 weights that AdamW
                 moves.
             frozen: routers do not train, and their loss is not added.
-            objective: `dft`, or `noise` on the embeddings of `cases.PACKED`.
+            objective: `dft`, or `noise` on the embeddings of `cases.PACKED`, or `muon` as the optimizer.
         """
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
@@ -194,6 +197,11 @@ def reference(models):
         )
         out = {f"start.{key}": master.clone() for key, master in masters.items()}
         embed = model.get_input_embeddings()
+        momenta = {
+            key: torch.zeros_like(master)
+            for key, master in masters.items()
+            if objective == "muon" and "proj" in key and master.dim() == 2
+        }
         for step in ("first", "second"):
             total, count = 0.0, 0
             sums, token_losses = np.zeros((2, 2)), []
@@ -238,6 +246,8 @@ def reference(models):
             if max_norm:
                 torch.nn.utils.clip_grad_norm_(masters.values(), max_norm)
             optimizer.param_groups[0]["lr"] = cases.RATES[step]
+            for key, momentum in momenta.items():
+                muon_step(masters[key], momentum, cases.MUON_FACTOR * cases.RATES[step])
             optimizer.step()
             model.zero_grad()
             for key, master in masters.items():
@@ -248,6 +258,18 @@ def reference(models):
         return out | {f"parameter.{key.removeprefix(PREFIX)}": value for key, value in end.items()}
 
     return run
+
+
+def muon_step(master: torch.Tensor, momentum: torch.Tensor, rate: float) -> None:
+    """Keller Jordan's step of a matrix in fp32; takes its gradient away from AdamW."""
+    gradient, master.grad = master.grad, None
+    momentum.lerp_(gradient, 0.05)
+    x = gradient.lerp(momentum, 0.95)
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    master.sub_(rate * max(1.0, master.shape[0] / master.shape[1]) ** 0.5 * x)
 
 
 def noise_of(sample: int, step: str, width: int) -> torch.Tensor:
@@ -268,7 +290,7 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
     max_norm = cases.MAX_NORM if "clip" in case else 0.0
     adapter = next((word for word in case.split("-") if word in ("lora", "dora")), None)
     ours = results(ranks)[case]
-    objective = next((word for word in case.split("-") if word in ("dft", "noise")), "")
+    objective = next((word for word in case.split("-") if word in ("dft", "noise", "muon")), "")
     model = case.split("-")[0]
     expected = reference(model, max_norm, adapter=adapter, frozen="frozen" in case, objective=objective)
     for step in ("first", "second"):
@@ -277,12 +299,13 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
         np.testing.assert_allclose(ours[f"sums_{step}"][:2], expected[f"sums_{step}"], rtol=2e-5)
     names = {name for name in expected if name.startswith("parameter.")}
     assert names == {name for name in ours if name.startswith("parameter.")}
+    atol = 1e-4 if objective == "muon" else 2e-6  # five steps of Newton-Schulz, of steps of 0.05
     if objective:
         plain = reference(model, max_norm, adapter=adapter)
         assert max((plain[name] - expected[name]).abs().max() for name in names) > 1e-3
     for name in names:
         torch.testing.assert_close(
-            ours[name], expected[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+            ours[name], expected[name], rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
         if adapter and "lora_" not in name:
             assert torch.equal(ours[name], expected[name]), f"{name} is frozen"

@@ -29,6 +29,7 @@ FILES = {
     "shape": "versatune_ds/engine/model/shape.py",
     "optimizer": "versatune_ds/engine/backend/optimizer.py",
     "noise": "versatune_ds/engine/model/noise.py",
+    "muon": "versatune_ds/engine/backend/muon.py",
     "statistics": "versatune_ds/engine/statistics.py",
     "evaluate": "versatune_ds/engine/evaluate.py",
     "skipping": "versatune_ds/engine/skipping.py",
@@ -84,6 +85,7 @@ TESTS = {
     "best": "tests/engine/test_best_checkpoint.py",
     "noise": "tests/engine/test_noise.py",
     "average": "tests/engine/test_average.py",
+    "muon": "tests/engine/test_muon.py",
     "export": "tests/engine/test_export.py",
     "reshard": "tests/engine/test_reshard.py",
     "model": "tests/engine/test_model.py",
@@ -165,7 +167,7 @@ RESUMED = "loop::test_a_resumed_run_ends_with_the_parameters_of_the_whole_one"
 
 MICRO_BATCH = "backend::test_a_micro_batch_is_added_as_it_is_and_the_last_one_is_named"
 STEPPED = "backend::test_a_step_is_taken_with_its_learning_rate"
-SET_RATE = "        set_learning_rate(self.live.optimizer, learning_rate)\n"
+SET_RATE = "        set_learning_rate(self.live.optimizer, learning_rate, self.muon_factor)\n"
 TAKE_STEP = "        self.live.step()\n"
 fault(
     "the learning rate is set after the step", "backend", SET_RATE + TAKE_STEP, TAKE_STEP + SET_RATE, STEPPED
@@ -981,7 +983,20 @@ fault(
     "token_weight *= 1.0",
     "float64::test_every_option",
 )
-
+fault(
+    "matrices of Muon have the learning rate of AdamW",
+    "optimizer",
+    'rate * (muon_factor if group.get("use_muon") else 1.0)',
+    "rate",
+    "muon::test_its_matrices_have_a_learning_rate_of_their_own",
+)
+fault(
+    "gradients are scattered where Muon needs them whole",
+    "muon",
+    '        zero["reduce_scatter"] = False\n',
+    "        pass\n",
+    "muon::test_deepspeed_s_reduce_scatter_is_off_where_muon_needs_that",
+)
 fault(
     "the best checkpoint is pruned",
     "checkpoint",

@@ -44,6 +44,8 @@ LEARNING_RATE, EPS = 0.5, 1.0
 RATES = {"first": 0.3, "poisoned": 5.0, "second": 0.45}
 """Of each step; none is that of the settings."""
 STEPS = ("first", "poisoned", "second")
+MUON_FACTOR = 0.1
+"""Learning rate of Muon's matrices over AdamW's, in the `-muon` cases."""
 ALPHA = 20.0
 """Of the `-noise` cases: the noise moves losses by a tenth."""
 ADAPTER = {"rank": 4, "alpha": 6.0, "targets": ["q_proj", "v_proj", "down_proj"]}
@@ -92,8 +94,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
 
     Args:
         case: `<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-compile][-triton][-nan]
-            [-clip][-frozen][-bf16][-sums][-dft][-noise]`; frozen: its routers; sums: gradients are summed in
-            fp32, by another optimizer of DeepSpeed's.
+            [-clip][-frozen][-bf16][-sums][-dft][-noise][-muon]`; frozen: its routers; sums: gradients are
+            summed in fp32, by another optimizer of DeepSpeed's.
     """
     words = case.split("-")
     layout = PACKED if "packed" in words else UNPACKED
@@ -116,6 +118,9 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
     raw = settings(model, layout, zero, max_norm)
     if "sums" in words:
         raw["deepspeed"]["data_types"] = {"grad_accum_dtype": "fp32"}
+    if "muon" in words:
+        raw["optimizer"] |= {"kind": "muon", "muon_lr": MUON_FACTOR * LEARNING_RATE}
+    torch._dynamo.config.disable = "muon" in words  # DeepSpeed compiles Newton-Schulz
     config = validate_config(raw, case)
     ranks = Ranks.of_world()
     backend = build_backend(config, deepspeed_config(config, ranks.dp.size), ranks, device)

@@ -183,8 +183,12 @@ class BatchSettings(Section):
 
 
 class Optimizer(Section):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon`: orthogonalised momentum for the matrices of the layers, AdamW for all else (docs/train.md)."""
+    muon_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of those matrices; follows the same schedule."""
     lr: float = Field(1e-5, gt=0)
     """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
@@ -210,6 +214,13 @@ class Optimizer(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Optimizer:
+        if (self.kind == "muon") != (self.muon_lr is not None):
+            raise ValueError("kind: muon and muon_lr need each other")
+        if self.kind == "muon" and self.max_grad_norm > 0:
+            raise ValueError(
+                "kind: muon: DeepSpeed would clip by the norm of Muon's updates, which says nothing of "
+                "gradients; set max_grad_norm: 0"
+            )
         is_given = self.decay_ratio != Optimizer.model_fields["decay_ratio"].default
         if is_given and not self.schedule.startswith("wsd"):
             raise ValueError(f"decay_ratio is of no use: schedule is {self.schedule}, not wsd")

@@ -88,6 +88,8 @@ class Setup:
     offload: Offload = "none"
     buffers: ZeroBuffers = ZeroBuffers()
     logits_dtype: Literal["fp32", "compute"] = "fp32"
+    has_muon: bool = False
+    has_average: bool = False
     supervised: float = 0.5
     """Share of positions with a label."""
     device: Literal["cuda", "cpu"] = "cuda"
@@ -151,6 +153,8 @@ def setup_fields(config: Config) -> dict[str, Any]:
         "checkpointing": config.model.activation_checkpointing,
         "offload": read_offload(zero),
         "buffers": ZeroBuffers.from_settings(zero),
+        "has_muon": config.optimizer.kind == "muon",
+        "has_average": config.optimizer.ema_decay is not None,
     }
 
 
@@ -306,6 +310,13 @@ def _gathered(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     return (Part("gathered parameters (ZeRO-3)", live * setup.element, True),)
 
 
+def moment_bytes(shape: ModelShape, setup: Setup, shards: int) -> int:
+    """Of one shard: two fp32 moments of AdamW; for Muon's matrices one momentum, in the gradients' dtype."""
+    vectors = sum(shape.vectors) * shape.layers + shape.hidden
+    by_muon = shape.nonembedding_parameters - vectors if setup.has_muon else 0
+    return math.ceil((shape.parameters * 2 * FP32 - by_muon * (2 * FP32 - setup.element)) / shards)
+
+
 def _states(
     shape: ModelShape, setup: Setup
 ) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
@@ -313,17 +324,19 @@ def _states(
     n, s, stage, buffers = shape.parameters, setup.element, setup.zero_stage, setup.buffers
     shard = math.ceil(n / setup.shards)
     largest = shape.head_parameters
+    vectors = (*shape.vectors * shape.layers, shape.hidden)
     held: list[Part] = []
     host: list[Part] = []
     parameters = Part("parameters", (shard if stage == 3 else n) * s, True)
     (host if setup.offload == "all" and stage == 3 else held).append(parameters)
     if stage == 3:
-        vectors = (*shape.vectors * shape.layers, shape.hidden)
         small = [size for size in vectors if size < buffers.persistence_threshold]
         held.append(Part("parameters kept whole (small ones)", sum(small) * s, True))
         if buffers.hpz_ranks > 1:
             held.append(Part("parameters, secondary copy (ZeRO++)", n * s // buffers.hpz_ranks, False))
-    states = [Part("moments", shard * 2 * FP32, True)]
+    if setup.has_average:
+        host.append(Part("average of the weights, and a copy of them", shard * 2 * FP32, False))
+    states = [Part("moments", moment_bytes(shape, setup, setup.shards), not setup.has_muon)]
     if stage:
         states.insert(0, Part("master weights", shard * FP32, True))
     (host if setup.offloads_optimizer else held).extend(states)

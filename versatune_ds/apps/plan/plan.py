@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 
 from versatune_ds.apps.plan.gpus import Gpu
 from versatune_ds.apps.plan.memory import (
+    FP32,
     GIB,
     Checkpointing,
     MemoryPlan,
     Offload,
     Setup,
     memory_plan,
+    moment_bytes,
     recomputed_layers,
     total,
 )
@@ -138,9 +140,11 @@ def describe(setup: Setup) -> str:
 
 
 def checkpoint_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Bytes of one checkpoint over all ranks: master weights and moments, and below ZeRO-3 the model too."""
-    model = shape.parameters * setup.element if setup.zero_stage in (1, 2) else 0
-    return shape.parameters * 12 + model
+    """Bytes of one checkpoint over all ranks: master weights, their average if there is one, and moments, and
+    below ZeRO-3 the model too."""
+    model = setup.element if setup.zero_stage in (1, 2) else 0
+    masters = 2 * FP32 if setup.has_average else FP32
+    return shape.parameters * (masters + model) + moment_bytes(shape, setup, 1)
 
 
 def make_plan(

@@ -104,7 +104,7 @@ class DeepSpeedBackend:
         ranks: Ranks,
         optimizer: Optimizer,
     ) -> None:
-        self.ema_decay = optimizer.ema_decay
+        self.ema_decay, self.muon_factor = optimizer.ema_decay, (optimizer.muon_lr or 0.0) / optimizer.lr
         self.live, self.model, self.device, self.attention = live, model, device, attention
         self.settings, self.layout, self.ranks = settings, layout, ranks
         self._files = HandingOver()
@@ -145,7 +145,7 @@ class DeepSpeedBackend:
 
     def step(self, learning_rate: float) -> bool:
         """As `Backend.step`."""
-        set_learning_rate(self.live.optimizer, learning_rate)
+        set_learning_rate(self.live.optimizer, learning_rate, self.muon_factor)
         self.live.step()
         applied = bool(self.live.was_step_applied())
         if applied and self.ema_decay is not None:

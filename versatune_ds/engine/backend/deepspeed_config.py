@@ -31,6 +31,7 @@ from pydantic import ValidationError
 
 from versatune_ds.config.schema import Config
 from versatune_ds.data.plan.balance import check_world_size
+from versatune_ds.engine.backend.muon import require_muon
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 
 PASSED_KEYS = (
@@ -101,7 +102,7 @@ ZERO_WITHOUT_EFFECT = {
     "legacy_stage1": "is refused by DeepSpeed",
     "load_from_fp32_weights": "is for DeepSpeed's own checkpoints; the trainer's always keep fp32 weights",
     "pipeline_loading_checkpoint": "is for DeepSpeed's own checkpoints",
-    "save_muon_momentum_buffer_in_memory": "is for the Muon optimizer, which the trainer does not have",
+    "save_muon_momentum_buffer_in_memory": "is for Muon offloaded to nvme, which the trainer refuses",
     "stage3_gather_16bit_weights_on_model_save": "is for DeepSpeed's own export; the trainer's needs no key",
     "stage3_gather_fp16_weights_on_model_save": "is for DeepSpeed's own export; the trainer's needs no key",
     "zenflow": "takes optimizer steps later than the trainer counts them",
@@ -182,6 +183,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             "offloading to nvme puts out of reach: use stage 1, 2 or 3 without nvme"
         )
     _require_exact_gradients(accepted, config.model.dtype)
+    if config.optimizer.kind == "muon":
+        require_muon(config, merged)
     return merged
 
 
@@ -209,6 +212,7 @@ def state_layout(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
         "model.dtype": model.dtype,
         "model.adapter": adapter and adapter.model_dump(include={"kind", "rank", "alpha", "targets"}),
         "optimizer offload": offloads_optimizer(settings),
+        "optimizer.kind": config.optimizer.kind,
     }
 
 

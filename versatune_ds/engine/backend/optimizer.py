@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, and the learning rate as a pure function of the step.
+"""AdamW (Muon: `muon.py`), its parameter groups, and the learning rate as a pure function of the step.
 
 Total steps are known in advance, so the schedule needs no state: the rate of a step is computed from its
 number, which makes resuming exact and leaves nothing to save.
@@ -16,6 +16,9 @@ import torch
 from torch import nn
 
 from versatune_ds.config.schema import Optimizer
+from versatune_ds.engine.backend.muon import build_muon
+from versatune_ds.engine.backend.parameters import full_shape
+from versatune_ds.engine.model.packed_lm import PackedCausalLM
 
 AVERAGE = "average"
 """Key of the average of a weight in the optimizer's state."""
@@ -50,16 +53,18 @@ def learning_rate(settings: Optimizer, step: int, total_steps: int) -> float:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups in a fixed order, empty ones left out: matrices with decay, vectors without."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) < 2]
+    matrices = [p for p in trainable if len(full_shape(p)) >= 2]
+    vectors = [p for p in trainable if len(full_shape(p)) < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, settings: Optimizer, offload: bool) -> torch.optim.Optimizer:
-    """AdamW over `model`; DeepSpeed's CPU Adam when the optimizer is offloaded."""
+def build_optimizer(model: PackedCausalLM, settings: Optimizer, offload: bool) -> torch.optim.Optimizer:
+    """AdamW over `model`, DeepSpeed's CPU Adam when it is offloaded; or Muon with AdamW."""
     groups = parameter_groups(model, settings.weight_decay)
     common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    if settings.kind == "muon":
+        return build_muon(model, groups, settings, common)
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -85,7 +90,7 @@ def settle_averages(state: Mapping[torch.Tensor, dict[str, Any]], decay: float |
             of_master[AVERAGE] = average.cpu()
 
 
-def set_learning_rate(optimizer: Any, rate: float) -> None:
-    """Give every group of a (DeepSpeed-wrapped) optimizer the same learning rate."""
+def set_learning_rate(optimizer: Any, rate: float, muon_factor: float = 1.0) -> None:
+    """Give every group of a (DeepSpeed-wrapped) optimizer the learning rate, Muon's so many times it."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * (muon_factor if group.get("use_muon") else 1.0)

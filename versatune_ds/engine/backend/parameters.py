@@ -5,7 +5,14 @@ What is not covered: their values (`Backend.parameters`).
 
 from __future__ import annotations
 
+from typing import Any
+
 from versatune_ds.engine.model.packed_lm import PackedCausalLM
+
+
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """Shape of a parameter before any partitioning."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def parameter_counts(model: PackedCausalLM, trained: bool = False) -> tuple[int, int]:

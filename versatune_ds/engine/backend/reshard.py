@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from versatune_ds.engine.backend.muon import MOMENTUM
 from versatune_ds.engine.backend.optimizer import AVERAGE
 from versatune_ds.engine.backend.saved_shards import MASTER, MOMENTS, SavedShards
 from versatune_ds.foundations import distributed
@@ -41,6 +42,11 @@ def load_resharded(folder: Path, world_size: int, live: Any) -> None:
             "resume it as it was saved"
         )
     saved = SavedShards(folder, world_size)
+    if saved.holds(MOMENTUM):
+        raise StateError(
+            f"{folder} was written with other ranks or settings, and Muon's momentum cannot be divided anew; "
+            "resume it with the ranks and settings it was saved with"
+        )
     optimizer = live.optimizer
     partitioned = live.zero_optimization_partition_weights()
     stage_3, others = "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"

@@ -257,12 +257,13 @@ def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
         StateError: as `saved_state`, or a layout that cannot become this run's.
     """
     state = saved_state(path)
-    # before there were adapters the layout did not speak of them
-    saved = state["layout"] = {"model.adapter": None, **state["layout"]}
+    # before there were others the layout did not speak of them
+    saved = state["layout"] = {"model.adapter": None, "optimizer.kind": "adamw", **state["layout"]}
     unsharded = "ZeRO stage 0" if 0 in (saved["ZeRO stage"], layout["ZeRO stage"]) else None
     changes = (
         ("model.dtype", "another precision"),
         ("model.adapter", "another adapter"),
+        ("optimizer.kind", "another optimizer"),
         ("ZeRO stage", unsharded),
     )
     for key, why in changes:
