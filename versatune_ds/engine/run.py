@@ -25,11 +25,19 @@ from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
 from versatune_ds.engine.backend.deepspeed_config import state_layout
 from versatune_ds.engine.backend.parameters import parameter_counts
-from versatune_ds.engine.checkpointing.folder import load_model_state, newest_sound_checkpoint, read_state
+from versatune_ds.engine.checkpointing.export_target import check_room
+from versatune_ds.engine.checkpointing.folder import (
+    checkpoint_name,
+    load_model_state,
+    newest_sound_checkpoint,
+    read_state,
+)
+from versatune_ds.engine.checkpointing.hf_export import export_model, try_export
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.faults.run_lock import unwritable
 from versatune_ds.engine.model.adapters import trained_targets
+from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.families import built_shape
 from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.engine.preflight import checks as preflight
@@ -40,9 +48,10 @@ from versatune_ds.engine.state import TrainState
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.commit import git_commit
-from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.foundations.errors import ConfigError, SaveError
 from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.foundations.text import command
 from versatune_ds.observability.progress import Progress
 from versatune_ds.observability.sinks import Sinks, open_sinks
 
@@ -89,6 +98,33 @@ class Components:
         """Write a checkpoint after `done` steps; a collective."""
         self.saver.save(done, self._saved_state)
 
+    def export(self) -> Path:
+        """Write the finished model and return its folder; a collective.
+
+        Raises:
+            SaveError: on all ranks, why it could not be written, where its weights are kept, and the command
+                that writes it from them.
+        """
+        target, companions = self.folder / constants.EXPORT_DIR, self.prepared.companions
+        assert companions is not None
+        try:
+            export_model(self.backend, companions, target, int(self.config.checkpoint.export_shard_gb * 1e9))
+        except Exception as error:  # whatever it is, the weights are not to be lost
+            step = self.state.planner.step
+            kept = self.folder / constants.CHECKPOINTS_DIR / checkpoint_name(step)
+            try:
+                if not distributed.on_main(kept.is_dir):
+                    self.save(step)
+                    self.saver.finish()
+            except SaveError as second:
+                raise SaveError(f"the run is finished, but {error}; {second}") from error
+            finish = command("export", self.folder, "--step", step, "--out", target)
+            raise SaveError(
+                f"the run is finished and its weights are kept in {kept}, but {error}. Then write the model "
+                f"by:\n{finish}"
+            ) from error
+        return target
+
     def _saved_state(self) -> dict[str, Any]:
         """Everything of ours that a resumed run needs. File offsets are known on rank 0, which writes it."""
         return {
@@ -116,6 +152,8 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
         ConfigError, DataError, StateError: settings, data or saved state that cannot be used.
     """
     prepared = prepare_run(config, device.type, config_path)
+    if prepared.companions is not None:
+        distributed.on_main(try_export, config, prepared.architecture, prepared.companions)
     saved: dict[str, Any] | None = None
     checkpoint: Path | None = None
     if config.run.resume == "auto":
@@ -129,6 +167,9 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     if checkpoint is not None and saved is not None:
         load_model_state(checkpoint, backend, saved)
         log.info("resuming from %s", checkpoint)
+    if config.checkpoint.export_at_end and config.model.adapter is None:
+        needed = parameter_counts(backend.model)[0] * DTYPES[config.model.dtype].itemsize
+        distributed.on_main(check_room, config.run.dir, needed)
     dry_run_when_asked(backend, config)
     if distributed.is_main():
         introduce(prepared, backend)

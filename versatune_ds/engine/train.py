@@ -28,7 +28,6 @@ from versatune_ds.data.collate import Batch
 from versatune_ds.data.plan.planner import StepPlan
 from versatune_ds.engine.backend.optimizer import learning_rate
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
-from versatune_ds.engine.checkpointing.hf_export import Companions, export_model
 from versatune_ds.engine.evaluate import HeldOut, evaluate
 from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.faults.heartbeat import Heartbeat
@@ -51,9 +50,10 @@ from versatune_ds.engine.run import Components, open_run, report_alarms
 from versatune_ds.engine.skipping import FP16_OVERFLOW, NONFINITE_GRADIENT, reason_to_skip, report_skip
 from versatune_ds.engine.statistics import Flags
 from versatune_ds.engine.step_record import record_step
-from versatune_ds.foundations import constants, distributed
+from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.foundations.text import command
 from versatune_ds.observability.records import EvalRecord
 
 log = get_logger(__name__)
@@ -243,11 +243,7 @@ def record_evaluation(run: Components, done: int, held_out: HeldOut) -> None:
 
 def finish(run: Components) -> None:
     """Export the model and say where things lie."""
-    target = run.folder / constants.EXPORT_DIR
     if run.config.checkpoint.export_at_end:
-        shard_bytes = int(run.config.checkpoint.export_shard_gb * 1e9)
-        companions = Companions.of(run.config, run.prepared.tokenizer, run.backend.model.lm.config)
         with phase("export", is_limited=False):
-            export_model(run.backend, companions, target, shard_bytes)
-        run.progress.note(f"model: {target}")
-    run.progress.note(f"run folder: {run.folder} (versatune-ds report {run.folder})")
+            run.progress.note(f"model: {run.export()}")
+    run.progress.note(f"run folder: {run.folder} ({command('report', run.folder)})")

@@ -43,7 +43,7 @@ def fsync_tree(folder: Path) -> None:
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, durably, so that readers see all of it or none."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # of a link, the file that it leads to
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -77,6 +77,15 @@ def write_text_atomic(path: Path, text: str) -> None:
 def write_json_atomic(path: Path, value: Any) -> None:
     """`write_text_atomic` for JSON with indentation; NaN is refused (it is not JSON)."""
     write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file, or one that holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def remove_temporaries(path: Path) -> None:

@@ -258,4 +258,7 @@ def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         doomed = path.with_name(f"{UNFINISHED_PREFIX}{path.name}-removed")
         path.rename(doomed)
-        shutil.rmtree(doomed)
+        if doomed.is_symlink():  # moved elsewhere, which was not this program
+            doomed.unlink()
+        else:
+            shutil.rmtree(doomed)
