@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from plain_backend import plain_run
-from small_runs import small_run
+from small_runs import prepare_run, small_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from versatune_ds.engine.checkpointing import export_target
@@ -186,7 +187,7 @@ def test_an_export_that_fails_leaves_the_weights_and_the_command_that_writes_the
 
     monkeypatch.setattr(ShardWriter, "_flush", fail)
     with pytest.raises(SaveError, match="a bug of a library") as error:
-        train(config, run)
+        train(config, run, "checkpoint.every_n_steps=null")
     *_, command = str(error.value).splitlines()
     assert command == f"versatune-ds export '{run}' --step 2 --out '{run}/model'"
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000002"]
@@ -197,8 +198,54 @@ def test_an_export_that_fails_leaves_the_weights_and_the_command_that_writes_the
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_run_without_links_writes_through_none(tmp_path):
-    """Files that are links keep what they lead to."""
+# --- going on -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("begun") / "run"
+    train(config, run, "checkpoint.every_n_steps=1", "train.max_steps=3", "checkpoint.export_at_end=false")
+    return run
+
+
+def test_a_run_does_not_go_on_as_another_one(config, begun, tmp_path):
+    """Each with what is other and the way out; what was there stays."""
+    run, folder = shutil.copytree(begun, tmp_path / "run"), config.parent
+    deeper = shutil.copytree(folder / "sample" / "model", tmp_path / "deeper")
+    architecture = json.loads((deeper / "config.json").read_text())
+    (deeper / "config.json").write_text(json.dumps(architecture | {"num_hidden_layers": 3}))
+    raw = yaml.safe_load(config.read_text())
+    law, medicine, *others = raw["data"]["train"]
+    names = [*raw["domains"]["names"], "new"]
+    more = {"domains": {"names": names}, "weights": {}}
+    files = {
+        "more": raw
+        | more
+        | {"data": raw["data"] | {"train": [law, medicine, *others, law | {"domain": "new"}]}},
+        "swapped": raw
+        | {"data": raw["data"] | {"train": [law | {"path": medicine["path"]}, medicine, *others]}},
+    }
+    for name, settings in files.items():
+        (tmp_path / name).mkdir()
+        files[name] = prepare_run(tmp_path / name, settings)
+    model = [f"model.source={deeper}", f"model.tokenizer={deeper}"]
+    cases = [
+        (config, model, "num_hidden_layers is 2 there and 3 in"),
+        (config, ["train.max_steps=2"], "3 steps are done, and train.max_steps or train.epochs asks for 2"),
+        (files["more"], [], r"domains.names changed \(added new\) since step 3; set that back"),
+        (files["swapped"], [], "training data of law changed .* since step 3; set that back"),
+    ]
+    for settings, overrides, problem in cases:
+        with pytest.raises(StateError, match=problem) as error:
+            train(settings, run, "checkpoint.every_n_steps=1", "train.max_steps=3", *overrides)
+        assert "Or choose another run.dir for a new run" in str(error.value)
+        assert str(error.value).splitlines()[-1] == f"versatune-ds export {run} --step 3"
+    assert (run / "metrics.jsonl").read_text() == (begun / "metrics.jsonl").read_text()
+    assert not (run / "model").exists()
+    train(config, run, "checkpoint.every_n_steps=1", "train.max_steps=4")
+
+
+def test_a_file_that_is_a_link_is_written_where_it_leads_to(tmp_path):
     from versatune_ds.foundations.files import write_json_atomic
 
     (tmp_path / "disk").mkdir()

@@ -25,6 +25,8 @@ TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 """Names of weights in a model of images and text, and in its text part alone; transformers' key_mapping."""
 READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 """Of files that are read beside the weights."""
+UNIMPORTANT = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""Keys of a transformers config that change nothing here, beside ids of tokens."""
 ROWS = 4096
 """Rows of two matrices that are compared at once."""
 
@@ -55,6 +57,15 @@ def load_architecture(settings: Model) -> Any:
     text.tie_word_embeddings = config.tie_word_embeddings
     text.quantization_config = getattr(config, "quantization_config", None)
     return text
+
+
+def facts(architecture: Any) -> dict[str, str]:
+    """What of a transformers config decides what the model computes: key -> value as JSON."""
+    return {
+        key: json.dumps(value, sort_keys=True, default=str)
+        for key, value in architecture.to_dict().items()
+        if not key.startswith("_") and not key.endswith("_token_id") and key not in UNIMPORTANT
+    }
 
 
 def check_files(settings: Model) -> None:
