@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from versatune_ds.config.schema import Config
@@ -70,12 +69,11 @@ class Prepared:
         return WeightController(self.table, self.config.domains, self.config.weights, self.reference)
 
 
-def prepare_run(config: Config, device_type: str, config_path: Path | None = None) -> Prepared:
+def prepare_run(config: Config, device_type: str) -> Prepared:
     """Open and check what a run needs; every rank calls it.
 
     Args:
         device_type: "cpu" or "cuda", where the model will run.
-        config_path: the settings' file, for error texts that name a command.
 
     Raises:
         ConfigError, DataError, StateError: settings, data or run folder that cannot be used.
@@ -92,7 +90,7 @@ def prepare_run(config: Config, device_type: str, config_path: Path | None = Non
     check_files(config.model)
     tokenizer = load_tokenizer(config)
     set_chat_template(tokenizer, config.data.chat_template)
-    caches = open_caches_on_all_nodes(config, config_path)
+    caches = open_caches_on_all_nodes(config)
     corpus = Corpus.from_caches(caches["train"], table.names)
     planner = planner_settings(config, table)
     corpus.check(planner)

@@ -147,16 +147,15 @@ class Components:
         self.sinks.close()
 
 
-def open_run(config: Config, device: torch.device, config_path: Path | None = None) -> Components:
+def open_run(config: Config, device: torch.device) -> Components:
     """Build a run from its settings; every rank calls it.
 
     Args:
-        config_path: the settings' file, for error texts that name a command.
 
     Raises:
         ConfigError, DataError, StateError: settings, data or saved state that cannot be used.
     """
-    prepared = prepare_run(config, device.type, config_path)
+    prepared = prepare_run(config, device.type)
     if prepared.companions is not None:
         distributed.on_main(try_export, config, prepared.architecture, prepared.companions)
     checkpoint: Path | None = None

@@ -18,7 +18,6 @@ What is not covered: how a run is opened (`engine/run.py`), and what each part d
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,25 +61,24 @@ log = get_logger(__name__)
 # --- the run ------------------------------------------------------------------------------------------------
 
 
-def train(config: Config, config_path: Path | None = None) -> None:
+def train(config: Config) -> None:
     """Train a model by its settings; returns when the run is finished or was asked to stop and has saved.
 
     Args:
-        config_path: the settings' file, for error texts that name a command.
 
     Raises:
         VersaTuneError: bad settings, data or state, or a run that diverged.
     """
     device = start_process_group(config.run.collective_timeout_s)
-    train_in_group(config, device, config_path)
+    train_in_group(config, device)
     close_process_group()
 
 
-def train_in_group(config: Config, device: torch.device, config_path: Path | None = None) -> bool:
+def train_in_group(config: Config, device: torch.device) -> bool:
     """`train` within a process group that is already there and stays; False when it was asked to stop."""
     watched = Heartbeat(config.run.hang_timeout_s)
     with StopRequest() as stop, watched, RunLock(config.run.dir), explained(config):
-        run = open_run(config, device, config_path)
+        run = open_run(config, device)
         try:
             finished = run_steps(run, stop)
             if finished:

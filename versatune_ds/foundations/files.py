@@ -114,6 +114,22 @@ def canonical_hash(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def expanded(path: str) -> str:
+    """A path with `~`, `~USER`, `$NAME` and `${NAME}` filled in.
+
+    Raises:
+        ValueError: no such user or variable, and no file of that very name.
+    """
+    full = os.path.expandvars(os.path.expanduser(path))
+    if os.path.lexists(full):
+        return full
+    if full.startswith("~"):
+        raise ValueError(f"{path}: there is no user {full.split('/', 1)[0][1:]!r}")
+    if unset := re.search(r"\$(\w+|\{[^}]*\})", full):
+        raise ValueError(f"{path}: the environment has no {unset[1].strip('{}')}")
+    return full
+
+
 def folder_name(name: str) -> str:
     """A folder name for any name; names with odd characters get a hash, so that no two fall together."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:60].lstrip(".")

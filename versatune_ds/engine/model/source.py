@@ -10,6 +10,7 @@ What is not covered: the files behind a hub name, which are there only after tra
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,14 @@ def weight_map(folder: Path) -> dict[str, Path]:
     if not whole.is_file() and index.is_file():
         files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     elif not whole.is_file() and any(folder.glob("*.bin")):
+        code = (
+            "from transformers import AutoModelForCausalLM as A; "
+            f"A.from_pretrained({str(folder)!r}, use_safetensors=False, dtype='auto')"
+            f".save_pretrained({str(folder)!r})"
+        )
         raise ConfigError(
             f"model.source {folder} has its weights only in .bin files, pickles, which could run code; if "
-            'you trust them, write them as safetensors once: python -c "from transformers import '
-            f"AutoModelForCausalLM as A; A.from_pretrained('{folder}', use_safetensors=False, dtype='auto')"
-            f".save_pretrained('{folder}')\""
+            f"you trust them, write them as safetensors once: {shlex.join(['python', '-c', code])}"
         )
     found: dict[str, Path] = {}
     for file in files:

@@ -20,7 +20,7 @@ import numpy as np
 from versatune_ds.config.schema import Config, Model
 from versatune_ds.config.weights import Weights
 from versatune_ds.data.cache.cache import check_file
-from versatune_ds.data.cache.prepare import open_caches
+from versatune_ds.data.cache.prepare import naming_the_command, open_caches
 from versatune_ds.data.encode.tokenizer import require_rows
 from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, supply
 from versatune_ds.domain.controller import WeightController
@@ -76,7 +76,7 @@ def _check_folder(folder: Path, resume: str) -> None:
         )
 
 
-def open_verified_caches(config: Config, config_path: Path | None) -> dict[str, list[Any]]:
+def open_verified_caches(config: Config) -> dict[str, list[Any]]:
     """The token caches, every byte of this rank's share of them checked.
 
     The ranks of a node share out the files, so that each node proves its own copy; about 1 GB/s a rank.
@@ -84,12 +84,13 @@ def open_verified_caches(config: Config, config_path: Path | None) -> dict[str, 
     Raises:
         DataError, StateError: caches are missing, stale or damaged.
     """
-    caches: dict[str, list[Any]] = open_caches(config, config_path=config_path)  # type: ignore[assignment]
+    caches: dict[str, list[Any]] = open_caches(config)  # type: ignore[assignment]
     present = [cache for of_split in caches.values() for cache in of_split if cache is not None]
     files = {c.folder / name: entry for c in present for name, entry in c.manifest["files"].items()}
     by_size = sorted(files, key=lambda path: (-files[path]["bytes"], path))
-    for path in by_size[distributed.local_rank() :: distributed.local_size()]:
-        check_file(path, files[path], full=True)
+    with naming_the_command(config):
+        for path in by_size[distributed.local_rank() :: distributed.local_size()]:
+            check_file(path, files[path], full=True)
     return caches
 
 
