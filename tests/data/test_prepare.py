@@ -201,6 +201,34 @@ def test_training_refuses_missing_caches_and_domains(tmp_path: Path, tokenizer: 
         open_caches(config)
 
 
+def test_domains_may_be_named_like_files_of_ours_or_like_paths(tmp_path: Path, tokenizer: Path) -> None:
+    """Alone in their units, and together in one."""
+    names = (
+        "unit.json",
+        "rejected.jsonl",
+        "manifest.json",
+        "tokens.bin",
+        ".",
+        "..",
+        "a/b",
+        "a_b",
+        "é",
+        ".lock",
+    )
+    (tmp_path / "all").mkdir()
+    files = {name: write_jsonl(tmp_path / f"{i}.jsonl", pairs(i + 1)) for i, name in enumerate(names)}
+    for i, name in enumerate(names):
+        rows = [json.loads(line) | {"of": name} for line in files[name].read_text().splitlines()]
+        write_jsonl(tmp_path / "all" / f"{i}.jsonl", rows)
+    alone = [{"path": str(path), "domain": name} for name, path in files.items()]
+    for sources in (alone, [{"path": str(tmp_path / "all"), "domain_column": "of"}]):
+        config = data_config(tmp_path, tokenizer, sources, names=names)
+        prepare(config)
+        sizes = [len(cache) for cache in open_caches(config)["train"] if cache is not None]
+        assert sizes == list(range(1, len(names) + 1))
+        assert prepare(config).reused
+
+
 def test_the_printed_command_prepares_what_was_missing(tmp_path: Path, tokenizer: Path) -> None:
     """Overrides included, and words with blanks."""
     path = tmp_path / "my settings.yaml"

@@ -131,6 +131,8 @@ def expanded(path: str) -> str:
 
 
 def folder_name(name: str) -> str:
-    """A folder name for any name; names with odd characters get a hash, so that no two fall together."""
+    """A folder name for any name. Names with odd characters get a hash, so that no two fall together, and so
+    do names that end like a file of ours that may lie beside them (unit.json)."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:60].lstrip(".")
-    return safe if safe == name else f"{safe}-{canonical_hash(name)[:8]}"
+    odd = safe != name or Path(name).suffix in (".json", ".jsonl", ".lock")
+    return f"{safe}-{canonical_hash(name)[:8]}" if odd else safe
