@@ -331,10 +331,28 @@ def test_a_full_disk_is_an_error_with_a_cure_and_leaves_the_older_export(tmp_pat
         flush(self)
 
     monkeypatch.setattr(ShardWriter, "_flush", full)
-    with pytest.raises(SaveError, match=r"No space left on device. Make room, then .* --out"):
+    with pytest.raises(SaveError, match=r"No space left on device; see to that, or take another"):
         export(tmp_path / "step", tmp_path / "model")
     assert contents(tmp_path / "model") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "step"]
+
+
+def test_what_no_export_wrote_is_not_replaced(tmp_path, weights, monkeypatch):
+    """Found before a weight is read; its own files are replaced."""
+    write_checkpoint(tmp_path / "step", weights, stage=2, ranks=2)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("kept")
+    export(tmp_path / "step", tmp_path / "model")
+    export(tmp_path / "step", tmp_path / "model", "bf16")
+    (tmp_path / "model" / "model.gguf").write_text("kept")
+    monkeypatch.setattr(ShardWriter, "add", lambda *_: pytest.fail("a weight was read"))
+    for name, file in (("notes", "mine.txt"), ("model", "model.gguf"), ("step", "versatune_state")):
+        with pytest.raises(StateError, match=rf"holds files that no export of this program wrote \(.*{file}"):
+            export(tmp_path / "step", tmp_path / name)
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "kept"
+    assert (tmp_path / "model" / "model.gguf").read_text() == "kept"
+    with pytest.raises(StateError, match="is no folder"):
+        export(tmp_path / "step", tmp_path / "notes" / "mine.txt")
 
 
 @pytest.fixture()

@@ -60,7 +60,6 @@ def write_reference(
     *,
     model: str | None = None,
     losses: Mapping[str, float] | None = None,
-    config_path: Path | None = None,
 ) -> Path | None:
     """Measure by one of the three ways and write reference.json; every rank calls it.
 
@@ -69,7 +68,6 @@ def write_reference(
         out: folder to write into.
         model: take this finished model's losses.
         losses: take these numbers.
-        config_path: the settings' file, for error texts that name a command.
 
     Returns:
         The file, or None when it was asked to stop; the same command then goes on.
@@ -80,9 +78,9 @@ def write_reference(
     device = start_process_group()
     if model is not None:
         source = resolve_target(model, config).source
-        reference: ReferenceLosses | None = reference_from_model(config, source, device, config_path)
+        reference: ReferenceLosses | None = reference_from_model(config, source, device)
     else:
-        reference = reference_by_training(config, out, device, config_path)
+        reference = reference_by_training(config, out, device)
     path = None if reference is None else distributed.on_main(_write, reference, config, out)
     close_process_group()
     return path
@@ -96,15 +94,12 @@ def _write(reference: ReferenceLosses, config: Config, out: Path) -> Path:
     return path
 
 
-def reference_by_training(
-    config: Config, out: Path, device: torch.device, config_path: Path | None = None
-) -> ReferenceLosses | None:
+def reference_by_training(config: Config, out: Path, device: torch.device) -> ReferenceLosses | None:
     """Train on each domain alone and take the lowest held-out losses; a collective.
 
     Args:
         config: the run's settings, with its `reference` section.
         out: folder for the domains' runs, shared by all ranks.
-        config_path: the settings' file, for error texts that name a command.
 
     Returns:
         The losses, or None when it was asked to stop; the same command then goes on.
@@ -115,7 +110,7 @@ def reference_by_training(
     """
     proxy = proxy_config(config)
     table = DomainTable(config.domains.names)
-    caches = open_caches(proxy, config_path=config_path)
+    caches = open_caches(proxy)
     _require_data(table, caches)
     tokenizer = load_tokenizer(proxy)
     fingerprints = Fingerprints(
@@ -145,7 +140,7 @@ def reference_by_training(
                 len(table),
                 derived.train.max_steps,
             )
-            if not train_in_group(derived, device, config_path):
+            if not train_in_group(derived, device):
                 return None
             free_memory()
             result = distributed.on_main(_finish, folder, name)
@@ -168,9 +163,7 @@ def reference_by_training(
     )
 
 
-def reference_from_model(
-    config: Config, source: str, device: torch.device, config_path: Path | None = None
-) -> ReferenceLosses:
+def reference_from_model(config: Config, source: str, device: torch.device) -> ReferenceLosses:
     """Held-out losses of a finished model as reference losses; a collective.
 
     Args:
@@ -181,10 +174,10 @@ def reference_from_model(
         ConfigError, StateError, DivergenceError: as `measure`.
     """
     table = DomainTable(config.domains.names)
-    evaluation = measure(config, source, device, config_path)
+    evaluation = measure(config, source, device)
     _require_evaluated(table, evaluation)
     sums = evaluation.sums
-    caches = open_caches(config, config_path=config_path)
+    caches = open_caches(config)
     losses = sums.mean_loss()
     report_alarms(given_alarms(table, losses))
     return ReferenceLosses(

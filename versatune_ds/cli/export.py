@@ -7,17 +7,17 @@ adapter folder for peft.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from versatune_ds.cli import place
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import ConfigError, StateError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("run_dir", type=place, metavar="RUN", help="run folder")
     parser.add_argument("--step", type=int, help="checkpoint to export; default: the newest sound one")
-    parser.add_argument("--out", type=Path, help="target folder; default: RUN/model-step-N")
+    parser.add_argument("--out", type=place, help="target folder; default: RUN/model-step-N")
     parser.add_argument("--merge", action="store_true", help="the base model with the adapter added")
 
 

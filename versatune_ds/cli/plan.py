@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from versatune_ds.cli import at_least
+from versatune_ds.cli import at_least, place, place_text
 from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
 
 DEFAULT_PACKS = 128
@@ -21,8 +20,10 @@ DEFAULT_PACKS = 128
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", metavar="NAME|FOLDER", help="shape as in bench, or a folder")
-    what.add_argument("--config", type=Path, metavar="FILE", help="take everything from a run's settings")
+    what.add_argument(
+        "--model", type=place_text, metavar="NAME|FOLDER", help="shape as in bench, or a folder"
+    )
+    what.add_argument("--config", type=place, metavar="FILE", help="take everything from a run's settings")
     parser.add_argument("--gpus", type=at_least(1), required=True, metavar="N")
     parser.add_argument("--gpu", required=True, metavar="NAME", help="h100-80g, a100-80g, ...")
     parser.add_argument("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="default: 8")

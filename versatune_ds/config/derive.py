@@ -26,7 +26,7 @@ def with_model(config: Config, source: str) -> Config:
         "weights": "pretrained",
         "tokenizer": config.model.tokenizer or config.model.source,
     }
-    return validate_config(raw, f"settings with the model {source}")
+    return validate_config(raw, f"settings with the model {source}").like(config)
 
 
 def _model_of(source: str) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def proxy_config(config: Config) -> Config:
         return config
     raw = config.model_dump(mode="json")
     raw["model"] = raw["reference"]["model"]
-    return validate_config(raw, "settings with reference.model")
+    return validate_config(raw, "settings with reference.model").like(config)
 
 
 def single_domain_config(config: Config, domain: str, folder: Path, num_tokens: int) -> Config:
@@ -85,4 +85,4 @@ def single_domain_config(config: Config, domain: str, folder: Path, num_tokens: 
         "patience": settings.patience,
     }
     raw["checkpoint"] |= {"keep_last": 1, "milestone_every_n_steps": None, "export_at_end": False}
-    return validate_config(raw, f"settings of the reference run of {domain}")
+    return validate_config(raw, f"settings of the reference run of {domain}").like(config)

@@ -12,15 +12,17 @@ the DeepSpeed file may hold beyond the keys we own (`engine/backend/deepspeed_co
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from versatune_ds.config.detection import Detect
 from versatune_ds.config.secrets import find_secret
-from versatune_ds.config.section import Section
+from versatune_ds.config.section import Place, PlaceText, Section
 from versatune_ds.config.weights import Domains, Weights
+from versatune_ds.foundations.text import command
 
 DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized"]
 ChatTemplate = Literal["tokenizer", "chatml", "hermes", "alpaca", "llama2", "llama3"]
@@ -33,7 +35,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class Run(Section):
     """Where the run lives and how it starts."""
 
-    dir: Path
+    dir: Place
     """Run folder; everything the run writes lies in it."""
     seed: int = Field(0, ge=0)
     """Seed of sample order and of random initialisation."""
@@ -63,7 +65,7 @@ class Adapter(Section):
     """Share of the inputs of A that is left out in training."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Modules by the last part of their names, e.g. [q_proj, v_proj]; `all-linear`: all but the head."""
-    start_from: str | dict[str, float] | None = None
+    start_from: PlaceText | dict[PlaceText, float] | None = None
     """Adapter folder to go on from, or several, each with its factor in their sum; `rank` is then the sum of
     their ranks. None: a new adapter."""
 
@@ -78,12 +80,12 @@ class Adapter(Section):
 class Model(Section):
     """The model, its tokenizer and how it computes."""
 
-    source: str
+    source: PlaceText
     """Folder or hub name of a causal LM (docs/train.md has the families), or of a model of images and text,
     whose text part is then trained. What would be trained wrongly is refused."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random`: build from `source`'s config.json only and initialise with `run.seed`."""
-    tokenizer: str | None = None
+    tokenizer: PlaceText | None = None
     """Folder or hub name of the tokenizer; default: `source`."""
     adapter: Adapter | None = None
     """Train an adapter and leave the model as it is. None: train all of it."""
@@ -152,7 +154,7 @@ class Data(Section):
     """What to do with a sample longer than `batch.pack_len`; always counted and reported."""
     on_bad_row: Literal["error", "skip"] = "error"
     """`error`: stop at the first unusable row with its place. `skip`: write it to rejected.jsonl, go on."""
-    cache_dir: Path = Path("cache")
+    cache_dir: Place = Path("cache")
     """Folder of token caches, shared by all runs."""
     cache_shared: bool = True
     """All nodes see one `cache_dir`: prepare once. False: every node has its own; prepare once on each."""
@@ -287,8 +289,18 @@ class Reference(Section):
     """Packs in an optimizer step over all ranks; None: `batch.packs_per_step`."""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where settings came from. No part of what they are: all origins are equal."""
+
+    words: tuple[str, ...] = field(default=("--config", "CONFIG.yaml"), compare=False)
+    """Of a command that reads them: `--config`, the file, overrides."""
+
+
 class Config(Section):
     """A whole run."""
+
+    _origin: Origin = PrivateAttr(Origin())
 
     run: Run
     model: Model
@@ -303,9 +315,18 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
     detect: Detect = Detect()
-    deepspeed: dict[str, Any] | Path = Field({})
+    deepspeed: dict[str, Any] | Place = Field({})
     """DeepSpeed JSON file, or the same inline; without a `zero_optimization` key: ZeRO-3. Batch size,
     optimizer, precision and clipping come from this file's other sections and may not stand in it."""
+
+    def command(self, verb: str) -> str:
+        """A command of this program with these settings, to be pasted into a shell."""
+        return command(verb, *self._origin.words)
+
+    def like(self, other: Config) -> Config:
+        """This one, said to come from where `other` came from."""
+        self._origin = other._origin
+        return self
 
     @model_validator(mode="before")
     @classmethod

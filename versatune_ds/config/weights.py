@@ -6,12 +6,11 @@ themselves (`strategies/rules.py`).
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from versatune_ds.config.section import Section
+from versatune_ds.config.section import Place, Section
 from versatune_ds.strategies.rules import NEEDED, STRATEGIES
 
 WeightUnit = Literal["samples", "tokens", "supervised_tokens"]
@@ -38,7 +37,7 @@ class Domains(Section):
 
     names: list[str] = Field(min_length=1)
     """Domain names; their order is the order of all tables."""
-    initial: Literal["uniform"] | dict[str, float] | Path = "uniform"
+    initial: Literal["uniform"] | dict[str, float] | Place = "uniform"
     """Weights to start from: detected shares (sum 1), or the knowledge.json of `versatune-ds detect`."""
     weight_unit: WeightUnit = "samples"
     """What a weight is a share of: samples (as in the paper), tokens, or supervised tokens."""
@@ -103,9 +102,9 @@ class Weights(Section):
     """doremi: step size of the exponentiated gradient."""
     smoothing: float = Field(1e-3, ge=0, le=1)
     """doremi: share of the uniform distribution mixed in after each update."""
-    schedule: list[ScheduledWeights] | Path | None = None
+    schedule: list[ScheduledWeights] | Place | None = None
     """manual: weights by step, or the weights.jsonl of a run to replay."""
-    reference: dict[str, float] | Path | None = None
+    reference: dict[str, float] | Place | None = None
     """Held-out reference loss lref per domain (nats per supervised token), or a reference.json."""
     loss_unit: Literal["token", "byte"] = "token"
     """Unit in which losses meet their reference. `token`: a reference of another tokenizer is refused.

@@ -128,7 +128,7 @@ class ModelEvaluation:
         Raises:
             DataError: it is missing, cut short, or something else.
         """
-        again = "make it again with `versatune-ds evaluate`"
+        again = "make it again (the verb evaluate)"
         raw = read_object(path, "--against")
         require_format(raw, EVALUATION_FORMAT, EVALUATION_VERSION, path, again)
         try:

@@ -51,7 +51,7 @@ REFERENCE_KEYS = (
     "method",
     "provenance",
 )
-MEASURE_AGAIN = "measure it again with `versatune-ds reference`"
+MEASURE_AGAIN = "measure it again (the verb reference)"
 
 CURES = {
     "model": f"{MEASURE_AGAIN}, or name the model that it was measured with in reference.model",

@@ -9,6 +9,8 @@ What is not covered: the loop itself (`engine/train.py`).
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,23 @@ from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
 from versatune_ds.engine.backend.deepspeed_config import state_layout
 from versatune_ds.engine.backend.parameters import parameter_counts
-from versatune_ds.engine.checkpointing.folder import load_model_state, newest_sound_checkpoint, read_state
+from versatune_ds.engine.checkpointing.export_target import check_room
+from versatune_ds.engine.checkpointing.folder import (
+    checkpoint_name,
+    load_model_state,
+    newest_sound_checkpoint,
+    read_state,
+    step_of,
+)
+from versatune_ds.engine.checkpointing.hf_export import export_model, try_export
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.faults.run_lock import unwritable
 from versatune_ds.engine.model.adapters import trained_targets
+from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.families import built_shape
 from versatune_ds.engine.model.shape import ModelShape
+from versatune_ds.engine.model.source import facts
 from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.engine.preflight.dry_run import dry_run_when_asked
 from versatune_ds.engine.prepared import Prepared, prepare_run
@@ -40,9 +52,10 @@ from versatune_ds.engine.state import TrainState
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.commit import git_commit
-from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.foundations.errors import ConfigError, SaveError, StateError
 from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.foundations.text import command
 from versatune_ds.observability.progress import Progress
 from versatune_ds.observability.sinks import Sinks, open_sinks
 
@@ -89,11 +102,39 @@ class Components:
         """Write a checkpoint after `done` steps; a collective."""
         self.saver.save(done, self._saved_state)
 
+    def export(self) -> Path:
+        """Write the finished model and return its folder; a collective.
+
+        Raises:
+            SaveError: on all ranks, why it could not be written, where its weights are kept, and the command
+                that writes it from them.
+        """
+        target, companions = self.folder / constants.EXPORT_DIR, self.prepared.companions
+        assert companions is not None
+        try:
+            export_model(self.backend, companions, target, int(self.config.checkpoint.export_shard_gb * 1e9))
+        except Exception as error:  # whatever it is, the weights are not to be lost
+            step = self.state.planner.step
+            kept = self.folder / constants.CHECKPOINTS_DIR / checkpoint_name(step)
+            try:
+                if not distributed.on_main(kept.is_dir):
+                    self.save(step)
+                    self.saver.finish()
+            except SaveError as second:
+                raise SaveError(f"the run is finished, but {error}; {second}") from error
+            finish = command("export", self.folder, "--step", step, "--out", target)
+            raise SaveError(
+                f"the run is finished and its weights are kept in {kept}, but {error}. Then write the model "
+                f"by:\n{finish}"
+            ) from error
+        return target
+
     def _saved_state(self) -> dict[str, Any]:
         """Everything of ours that a resumed run needs. File offsets are known on rank 0, which writes it."""
         return {
             "world_size": distributed.world_size(),
             "layout": self.backend.layout,
+            "architecture": facts(self.prepared.architecture),
             **self.state.to_json(),
             "offsets": self.sinks.offsets(),
         }
@@ -106,29 +147,31 @@ class Components:
         self.sinks.close()
 
 
-def open_run(config: Config, device: torch.device, config_path: Path | None = None) -> Components:
+def open_run(config: Config, device: torch.device) -> Components:
     """Build a run from its settings; every rank calls it.
 
     Args:
-        config_path: the settings' file, for error texts that name a command.
 
     Raises:
         ConfigError, DataError, StateError: settings, data or saved state that cannot be used.
     """
-    prepared = prepare_run(config, device.type, config_path)
-    saved: dict[str, Any] | None = None
+    prepared = prepare_run(config, device.type)
+    if prepared.companions is not None:
+        distributed.on_main(try_export, config, prepared.architecture, prepared.companions)
     checkpoint: Path | None = None
     if config.run.resume == "auto":
         checkpoint = newest_sound_checkpoint(config.run.dir / constants.CHECKPOINTS_DIR)
-    if checkpoint is not None:
-        saved = read_state(checkpoint, state_layout(prepared.deepspeed, config.model))
-    state = TrainState.of(prepared, saved)
+    saved, state = read_saved(checkpoint, prepared)
     if state.planner.step == 0 and config.evaluation.every_n_steps is None:
         report_alarms(state.controller.starting_alarms(DomainSums.zeros(len(prepared.table))))
     backend = build_backend(config, prepared.deepspeed, prepared.ranks, device)
     if checkpoint is not None and saved is not None:
-        load_model_state(checkpoint, backend, saved)
+        with going_on(checkpoint, config):
+            load_model_state(checkpoint, backend, saved)
         log.info("resuming from %s", checkpoint)
+    if config.checkpoint.export_at_end and config.model.adapter is None:
+        needed = parameter_counts(backend.model)[0] * DTYPES[config.model.dtype].itemsize
+        distributed.on_main(check_room, config.run.dir, needed)
     dry_run_when_asked(backend, config)
     if distributed.is_main():
         introduce(prepared, backend)
@@ -136,6 +179,39 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     names, is_main = prepared.table.names, distributed.is_main()
     progress = Progress(prepared.total_steps, names, done_steps=state.planner.step, is_main=is_main)
     return assemble(prepared, backend, state, sinks, progress)
+
+
+def read_saved(checkpoint: Path | None, prepared: Prepared) -> tuple[dict[str, Any] | None, TrainState]:
+    """Our own state of the checkpoint to go on from, if any, and the state that the run begins with.
+
+    Raises:
+        StateError: it belongs to a run of other data, model or settings, or to a longer one.
+    """
+    if checkpoint is None:
+        return None, TrainState.of(prepared, None)
+    with going_on(checkpoint, prepared.config):
+        layout = state_layout(prepared.deepspeed, prepared.config.model)
+        saved = read_state(checkpoint, layout, facts(prepared.architecture))
+        state = TrainState.of(prepared, saved)
+        if state.planner.step > prepared.total_steps:
+            raise StateError(
+                f"{state.planner.step} steps are done, and train.max_steps or train.epochs asks for "
+                f"{prepared.total_steps}; ask for as many or more"
+            )
+    return saved, state
+
+
+@contextmanager
+def going_on(checkpoint: Path, config: Config) -> Iterator[None]:
+    """Errors about a checkpoint get the ways out: its own weights as a model, and another folder."""
+    try:
+        yield
+    except StateError as error:
+        export = command("export", config.run.dir, "--step", step_of(checkpoint))
+        raise StateError(
+            f"cannot go on from {checkpoint}: {error}. Or choose another run.dir for a new run; to start it "
+            f"from the weights of this one, write them as a model first:\n{export}"
+        ) from error
 
 
 def assemble(

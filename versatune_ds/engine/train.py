@@ -18,7 +18,6 @@ What is not covered: how a run is opened (`engine/run.py`), and what each part d
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from versatune_ds.data.collate import Batch
 from versatune_ds.data.plan.planner import StepPlan
 from versatune_ds.engine.backend.optimizer import learning_rate
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
-from versatune_ds.engine.checkpointing.hf_export import Companions, export_model
 from versatune_ds.engine.evaluate import HeldOut, evaluate
 from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.faults.heartbeat import Heartbeat
@@ -51,9 +49,10 @@ from versatune_ds.engine.run import Components, open_run, report_alarms
 from versatune_ds.engine.skipping import FP16_OVERFLOW, NONFINITE_GRADIENT, reason_to_skip, report_skip
 from versatune_ds.engine.statistics import Flags
 from versatune_ds.engine.step_record import record_step
-from versatune_ds.foundations import constants, distributed
+from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.foundations.text import command
 from versatune_ds.observability.records import EvalRecord
 
 log = get_logger(__name__)
@@ -62,25 +61,24 @@ log = get_logger(__name__)
 # --- the run ------------------------------------------------------------------------------------------------
 
 
-def train(config: Config, config_path: Path | None = None) -> None:
+def train(config: Config) -> None:
     """Train a model by its settings; returns when the run is finished or was asked to stop and has saved.
 
     Args:
-        config_path: the settings' file, for error texts that name a command.
 
     Raises:
         VersaTuneError: bad settings, data or state, or a run that diverged.
     """
     device = start_process_group(config.run.collective_timeout_s)
-    train_in_group(config, device, config_path)
+    train_in_group(config, device)
     close_process_group()
 
 
-def train_in_group(config: Config, device: torch.device, config_path: Path | None = None) -> bool:
+def train_in_group(config: Config, device: torch.device) -> bool:
     """`train` within a process group that is already there and stays; False when it was asked to stop."""
     watched = Heartbeat(config.run.hang_timeout_s)
     with StopRequest() as stop, watched, RunLock(config.run.dir), explained(config):
-        run = open_run(config, device, config_path)
+        run = open_run(config, device)
         try:
             finished = run_steps(run, stop)
             if finished:
@@ -243,11 +241,7 @@ def record_evaluation(run: Components, done: int, held_out: HeldOut) -> None:
 
 def finish(run: Components) -> None:
     """Export the model and say where things lie."""
-    target = run.folder / constants.EXPORT_DIR
     if run.config.checkpoint.export_at_end:
-        shard_bytes = int(run.config.checkpoint.export_shard_gb * 1e9)
-        companions = Companions.of(run.config, run.prepared.tokenizer, run.backend.model.lm.config)
         with phase("export", is_limited=False):
-            export_model(run.backend, companions, target, shard_bytes)
-        run.progress.note(f"model: {target}")
-    run.progress.note(f"run folder: {run.folder} (versatune-ds report {run.folder})")
+            run.progress.note(f"model: {run.export()}")
+    run.progress.note(f"run folder: {run.folder} ({command('report', run.folder)})")

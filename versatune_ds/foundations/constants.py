@@ -28,6 +28,7 @@ RUN_LOCK_FILE: Final = "run.lock"
 RUN_HOLDER_FILE: Final = "run.lock.json"
 CHECKPOINTS_DIR: Final = "checkpoints"
 EXPORT_DIR: Final = "model"
+EXPORT_FILE: Final = "versatune_export.json"
 ADAPTER_CONFIG_FILE: Final = "adapter_config.json"
 
 # Files of a checkpoint folder.

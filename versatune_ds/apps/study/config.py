@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from versatune_ds.config.load import load_settings
-from versatune_ds.config.section import Section
+from versatune_ds.config.section import Place, Section
 from versatune_ds.config.weights import require_shares
 
 Sections = dict[str, Any]
@@ -66,9 +66,9 @@ class Expansion(Section):
 class Study(Section):
     """A whole study."""
 
-    dir: Path
+    dir: Place
     """Folder of the study: model, cache, all runs, results."""
-    corpus: Literal["sample"] | Path
+    corpus: Literal["sample"] | Place
     """Folder with raw files, or the shipped sample. VERSATUNE_CORPUS, where set, names another folder."""
     workers: int = Field(2, ge=1)
     """Runs trained at the same time, each a process of one rank; on GPUs one a device."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,17 +167,26 @@ def saved_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
+def read_state(path: Path, layout: dict[str, Any], architecture: Mapping[str, str]) -> dict[str, Any]:
     """Our own state of a checkpoint that this run wants to go on from.
 
     Args:
         path: a sound checkpoint.
         layout: how this run lays out model and optimizer state (ZeRO stage, dtype, offload).
+        architecture: of this run's model.
 
     Raises:
-        StateError: as `saved_state`, or a layout that cannot become this run's.
+        StateError: as `saved_state`, or another model, or a layout that cannot become this run's.
     """
     state = saved_state(path)
+    old = state.get("architecture", {})  # checkpoints did not always say
+    changed = [
+        f"{key} is {old[key]} there and {architecture[key]} in model.source"
+        for key in sorted(architecture.keys() & old.keys())
+        if old[key] != architecture[key]
+    ]
+    if changed:
+        raise StateError(f"it holds another model: {', '.join(changed)}; set that back")
     # before there were adapters the layout did not speak of them
     saved = state["layout"] = {"model.adapter": None, **state["layout"]}
     unsharded = "ZeRO stage 0" if 0 in (saved["ZeRO stage"], layout["ZeRO stage"]) else None
@@ -189,9 +198,8 @@ def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
     for key, why in changes:
         if why is not None and saved[key] != layout[key]:
             raise StateError(
-                f"{path} was written with {key} {saved[key]!r}; this run has {layout[key]!r}, and {why} "
-                "cannot go on from it. Set it back, or export the checkpoint and start a new run from the "
-                "exported model"
+                f"it was written with {key} {saved[key]!r}; this run has {layout[key]!r}, and {why} cannot "
+                "go on from it; set it back"
             )
     return state
 
@@ -258,4 +266,7 @@ def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         doomed = path.with_name(f"{UNFINISHED_PREFIX}{path.name}-removed")
         path.rename(doomed)
-        shutil.rmtree(doomed)
+        if doomed.is_symlink():  # moved elsewhere, which was not this program
+            doomed.unlink()
+        else:
+            shutil.rmtree(doomed)
