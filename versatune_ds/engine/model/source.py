@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from versatune_ds.config.schema import Model
+from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 from versatune_ds.foundations.errors import ConfigError
 
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
@@ -38,6 +39,11 @@ def load_architecture(settings: Model) -> Any:
     source = settings.source
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise ConfigError(f"model.source {source} is not a folder; give a folder or a hub name")
+    if (Path(source) / ADAPTER_CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"{source} holds an adapter, and a whole model is needed: write one with versatune-ds export RUN "
+            "--merge (to train on from it, name its base as model.source and it as model.adapter.start_from)"
+        )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
@@ -55,6 +61,18 @@ def load_architecture(settings: Model) -> Any:
     text.tie_word_embeddings = config.tie_word_embeddings
     text.quantization_config = getattr(config, "quantization_config", None)
     return text
+
+
+def count_parameters(settings: Model) -> int:
+    """All parameters of a model, a tied matrix once; its weights are not read.
+
+    Raises:
+        ConfigError: as `load_architecture`.
+    """
+    architecture = load_architecture(settings)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(architecture, trust_remote_code=settings.trust_remote_code)
+    return sum(parameter.numel() for parameter in lm.parameters())
 
 
 def check_files(settings: Model) -> None:
