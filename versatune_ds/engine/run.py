@@ -24,13 +24,12 @@ from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
 from versatune_ds.engine.backend.deepspeed_config import state_layout
-from versatune_ds.engine.backend.parameters import parameter_counts
+from versatune_ds.engine.backend.parameters import live_shape, parameter_counts
 from versatune_ds.engine.checkpointing.folder import load_model_state, newest_sound_checkpoint, read_state
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.faults.run_lock import unwritable
 from versatune_ds.engine.model.adapters import trained_targets
-from versatune_ds.engine.model.families import built_shape
 from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.engine.preflight.dry_run import dry_run_when_asked
@@ -168,7 +167,7 @@ def assemble(
         probe=probe,
         sinks=sinks,
         progress=progress,
-        shape=built_shape(backend.model.lm.config, *parameter_counts(backend.model)),
+        shape=live_shape(backend.model),
         peak_tflops=accelerator_peak_tflops(config, backend.device),
     )
 
