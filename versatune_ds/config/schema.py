@@ -64,7 +64,8 @@ class Adapter(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the inputs of A that is left out in training."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Modules by the last part of their names, e.g. [q_proj, v_proj]; `all-linear`: all but the head."""
+    """Modules by the last part of their names, e.g. [q_proj, v_proj]; `all-linear`: all but the head, of a
+    mixture of experts those of its attention."""
     start_from: PlaceText | dict[PlaceText, float] | None = None
     """Adapter folder to go on from, or several, each with its factor in their sum; `rank` is then the sum of
     their ranks. None: a new adapter."""
@@ -283,8 +284,11 @@ class Reference(Section):
     """Held-out evaluations in a pass; also one before the first and one after the last step."""
     patience: int = Field(3, ge=1)
     """Stop training on a domain after this many evaluations in a row without a lower held-out loss."""
+    adapter: Literal["auto", "off"] | Adapter = "auto"
+    """Train an adapter of the model. `auto`: as that model is trained in a run, but LoRA for a pretrained one
+    of more than 10^9 parameters. `off`: all of the model."""
     lr: float | None = Field(None, gt=0)
-    """Peak learning rate; None: `optimizer.lr`."""
+    """Peak learning rate; None: `optimizer.lr`, times 10 for an adapter where the run has none."""
     packs_per_step: int | None = Field(None, ge=1)
     """Packs in an optimizer step over all ranks; None: `batch.packs_per_step`."""
 

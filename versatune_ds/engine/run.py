@@ -26,7 +26,7 @@ from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
 from versatune_ds.engine.backend.deepspeed_config import state_layout
-from versatune_ds.engine.backend.parameters import parameter_counts
+from versatune_ds.engine.backend.parameters import live_shape, parameter_counts
 from versatune_ds.engine.checkpointing.export_target import check_room
 from versatune_ds.engine.checkpointing.folder import (
     checkpoint_name,
@@ -41,7 +41,6 @@ from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.faults.run_lock import unwritable
 from versatune_ds.engine.model.adapters import trained_targets
 from versatune_ds.engine.model.dtypes import DTYPES
-from versatune_ds.engine.model.families import built_shape
 from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.engine.model.source import facts
 from versatune_ds.engine.preflight import checks as preflight
@@ -150,8 +149,6 @@ class Components:
 def open_run(config: Config, device: torch.device) -> Components:
     """Build a run from its settings; every rank calls it.
 
-    Args:
-
     Raises:
         ConfigError, DataError, StateError: settings, data or saved state that cannot be used.
     """
@@ -244,7 +241,7 @@ def assemble(
         probe=probe,
         sinks=sinks,
         progress=progress,
-        shape=built_shape(backend.model.lm.config, *parameter_counts(backend.model)),
+        shape=live_shape(backend.model),
         peak_tflops=accelerator_peak_tflops(config, backend.device),
     )
 

@@ -64,8 +64,6 @@ log = get_logger(__name__)
 def train(config: Config) -> None:
     """Train a model by its settings; returns when the run is finished or was asked to stop and has saved.
 
-    Args:
-
     Raises:
         VersaTuneError: bad settings, data or state, or a run that diverged.
     """
