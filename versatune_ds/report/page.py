@@ -128,6 +128,10 @@ class Page:
 
 def to_html(page: Page) -> str:
     """The page as one HTML file, with its figures."""
+    states: Sequence[str] = ()
+    """Whether what the page is about still goes on, a line each."""
+    refresh_s: int | None = None
+    """The page is written again: a browser loads it anew after so many seconds. None: it stays as it is."""
     from versatune_ds.report import figures  # Markdown needs no matplotlib
 
     environment = jinja2.Environment(
