@@ -190,6 +190,20 @@ class Optimizer(Section):
     """Gradients are scaled down to this global norm; 0: never."""
 
 
+class Profile(Section):
+    """Steps under torch's profiler (docs/metrics.md); they are slower than others."""
+
+    steps: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    """The first and the last one, from 1; a trace holds every operator, so two or three say enough."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Profile:
+        first, last = self.steps
+        if not first <= last < first + 20:
+            raise ValueError(f"steps {first} to {last}: give first and last, at most 20 steps")
+        return self
+
+
 class Train(Section):
     """How long to train."""
 
@@ -208,11 +222,17 @@ class Train(Section):
     rehearse: Literal["auto", "on", "off"] = "auto"
     """Before the first step, run forward and backward of a full pack and forget them: too little memory is
     found in seconds, with what to lower. `auto`: on CUDA."""
+    profile: Profile | None = None
+    """Write a trace of a few steps into the run folder, for the report and a trace viewer."""
 
     @model_validator(mode="after")
     def _check(self) -> Train:
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of `max_steps` and `epochs`")
+        if self.profile and self.max_steps is not None and self.profile.steps[1] > self.max_steps:
+            raise ValueError(
+                f"profile.steps {list(self.profile.steps)} lie behind max_steps {self.max_steps}"
+            )
         return self
 
 

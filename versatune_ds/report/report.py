@@ -37,6 +37,7 @@ from versatune_ds.report.measures import (
     x_range,
 )
 from versatune_ds.report.page import Fold, Page, PageSection, Picture, to_html
+from versatune_ds.report.profile import profile_section
 from versatune_ds.report.runs import SHARE_UNITS, RunData, read_runs, smooth
 from versatune_ds.report.tables import (
     UNIT_NAMES,
@@ -124,7 +125,7 @@ def _write(runs: Sequence[RunData], folders: Sequence[Path], out: Path | None, *
     path = default / constants.REPORT_FILE if out is None else Path(out)
     if path.is_dir():
         path = path / constants.REPORT_FILE
-    page = render(runs, **shown)
+    page = render(runs, path.parent, **shown)
     with writing(path, "give another place with --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path, page)
@@ -133,6 +134,7 @@ def _write(runs: Sequence[RunData], folders: Sequence[Path], out: Path | None, *
 
 def render(
     runs: Sequence[RunData],
+    folder: Path = Path(),
     *,
     by: str = "steps",
     states: Sequence[str] = (),
@@ -142,6 +144,7 @@ def render(
 
     Args:
         runs: at least one.
+        folder: where it will lie.
         by: as in `write_report`.
         states: whether the runs go on.
         refresh_s: see `Page`.
@@ -156,11 +159,15 @@ def render(
         legend=[run.label for run in runs] if several else (),
         remarks=[(f"{run.label}: {noticed}" if several else noticed, run.notes) for run in runs if run.notes],
         cards=() if several or not len(runs[0].steps) else cards(runs[0]),
-        sections=[section(drawn if is_drawn else runs) for section, is_drawn in SECTIONS],
+        sections=[
+            found
+            for section, is_drawn in SECTIONS
+            if (found := section(drawn if is_drawn else runs)) is not None
+        ],
         states=states,
         refresh_s=refresh_s,
     )
-    return to_html(page)
+    return to_html(page, folder)
 
 
 def _chart(runs: Sequence[RunData], title: str, series: Sequence[Series], **settings: Any) -> Chart:
@@ -409,7 +416,7 @@ def settings_section(runs: Sequence[RunData]) -> PageSection:
     return PageSection("settings", "Settings", folds=settings_folds(runs))
 
 
-SECTIONS: tuple[tuple[Callable[[Sequence[RunData]], PageSection], bool], ...] = (
+SECTIONS: tuple[tuple[Callable[[Sequence[RunData]], PageSection | None], bool], ...] = (
     (summary_section, False),
     (domains_section, False),
     (weights_section, True),
@@ -417,6 +424,7 @@ SECTIONS: tuple[tuple[Callable[[Sequence[RunData]], PageSection], bool], ...] = 
     (signals_section, True),
     (shares_section, True),
     (speed_section, True),
+    (profile_section, False),
     (alarms_section, False),
     (settings_section, False),
 )
