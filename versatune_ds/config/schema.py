@@ -285,6 +285,12 @@ class Metrics(Section):
     """Write TensorBoard events into the run folder (extra `tracking`)."""
     wandb_project: str | None = None
     """Log to this Weights & Biases project (extra `tracking`); credentials from the environment."""
+    mlflow_experiment: str | None = Field(None, min_length=1)
+    """Log to this MLflow experiment (extra `mlflow`); MLFLOW_TRACKING_URI says where it is."""
+    swanlab_project: str | None = Field(None, min_length=1)
+    """Log to this SwanLab project (extra `swanlab`); SWANLAB_API_KEY and SWANLAB_MODE in the environment."""
+    trackio_project: str | None = Field(None, min_length=1)
+    """Log to this Trackio project (extra `trackio`): a folder of this machine, or TRACKIO_SPACE_ID."""
     peak_tflops: float | None = Field(None, gt=0)
     """Dense peak of one accelerator in TFLOP/s for MFU; default: known for common data-centre GPUs."""
 
