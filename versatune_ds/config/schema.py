@@ -193,6 +193,20 @@ class Optimizer(Section):
     """Gradients are scaled down to this global norm; 0: never."""
 
 
+class Profile(Section):
+    """Steps under torch's profiler (docs/metrics.md); they are slower than others."""
+
+    steps: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    """The first and the last one, from 1; a trace holds every operator, so two or three say enough."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Profile:
+        first, last = self.steps
+        if not first <= last < first + 20:
+            raise ValueError(f"steps {first} to {last}: give first and last, at most 20 steps")
+        return self
+
+
 class Train(Section):
     """How long to train."""
 
@@ -211,11 +225,17 @@ class Train(Section):
     rehearse: Literal["auto", "on", "off"] = "auto"
     """Before the first step, run forward and backward of a full pack and forget them: too little memory is
     found in seconds, with what to lower. `auto`: on CUDA."""
+    profile: Profile | None = None
+    """Write a trace of a few steps into the run folder, for the report and a trace viewer."""
 
     @model_validator(mode="after")
     def _check(self) -> Train:
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of `max_steps` and `epochs`")
+        if self.profile and self.max_steps is not None and self.profile.steps[1] > self.max_steps:
+            raise ValueError(
+                f"profile.steps {list(self.profile.steps)} lie behind max_steps {self.max_steps}"
+            )
         return self
 
 
@@ -268,6 +288,12 @@ class Metrics(Section):
     """Write TensorBoard events into the run folder (extra `tracking`)."""
     wandb_project: str | None = None
     """Log to this Weights & Biases project (extra `tracking`); credentials from the environment."""
+    mlflow_experiment: str | None = Field(None, min_length=1)
+    """Log to this MLflow experiment (extra `mlflow`); MLFLOW_TRACKING_URI says where it is."""
+    swanlab_project: str | None = Field(None, min_length=1)
+    """Log to this SwanLab project (extra `swanlab`); SWANLAB_API_KEY and SWANLAB_MODE in the environment."""
+    trackio_project: str | None = Field(None, min_length=1)
+    """Log to this Trackio project (extra `trackio`): a folder of this machine, or TRACKIO_SPACE_ID."""
     peak_tflops: float | None = Field(None, gt=0)
     """Dense peak of one accelerator in TFLOP/s for MFU; default: known for common data-centre GPUs."""
 

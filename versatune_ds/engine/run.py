@@ -55,6 +55,7 @@ from versatune_ds.foundations.errors import ConfigError, SaveError, StateError
 from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.foundations.text import command
+from versatune_ds.observability.profile import StepProfiler
 from versatune_ds.observability.progress import Progress
 from versatune_ds.observability.sinks import Sinks, open_sinks
 
@@ -79,6 +80,7 @@ class Components:
     """What the losses that drive the weights are measured on; None where training batches do."""
     sinks: Sinks
     progress: Progress
+    profiler: StepProfiler
     shape: ModelShape
     peak_tflops: float | None
 
@@ -142,6 +144,7 @@ class Components:
         """Stop the threads and close the files."""
         self.loader.close()
         self.saver.close()
+        self.profiler.close()
         self.progress.close()
         self.sinks.close()
 
@@ -219,7 +222,7 @@ def assemble(
     Raises:
         DataError: held-out data is asked for and there is none.
     """
-    config = prepared.config
+    config, asked = prepared.config, prepared.config.train.profile
     held_out, probe = open_held_out(prepared, needs_probe=state.controller.needs_probe)
     return Components(
         prepared=prepared,
@@ -241,6 +244,7 @@ def assemble(
         probe=probe,
         sinks=sinks,
         progress=progress,
+        profiler=StepProfiler(config.run.dir, asked.steps if asked and distributed.is_main() else None),
         shape=live_shape(backend.model),
         peak_tflops=accelerator_peak_tflops(config, backend.device),
     )

@@ -116,7 +116,7 @@ def run_steps(run: Components, stop: StopRequest) -> bool:
 def run_step(run: Components, step: int, stop: StopRequest) -> Flags:
     """One optimizer step; returns what the ranks agreed on at its boundary."""
     done, state = step + 1, run.state
-    with recording() as times:
+    with run.profiler.step(done), recording() as times:
         rate = learning_rate(run.config.optimizer, step, run.prepared.total_steps)
         with phase(DATA_WAIT, done):
             plan, batches = run.loader.take(state.controller.weights)

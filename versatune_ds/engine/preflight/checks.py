@@ -36,6 +36,7 @@ from versatune_ds.foundations.errors import ConfigError, DataError, StateError
 from versatune_ds.foundations.files import read_json_object
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.sinks import LOG_FILES
+from versatune_ds.observability.trackers import wanted_trackers
 from versatune_ds.strategies.rules import STRATEGIES, settings_of_others
 
 log = get_logger(__name__)
@@ -95,15 +96,13 @@ def open_verified_caches(config: Config) -> dict[str, list[Any]]:
 
 
 def check_trackers(config: Config) -> None:
-    """Refuse TensorBoard or W&B that are asked for and not installed."""
-    wanted = {
-        "tensorboard": config.metrics.tensorboard,
-        "wandb": config.metrics.wandb_project is not None,
-    }
-    for package, is_wanted in wanted.items():
-        if is_wanted and importlib.util.find_spec(package) is None:
+    """Refuse trackers that are asked for and not installed."""
+    for tracker in wanted_trackers(config.metrics).values():
+        package = tracker.__name__
+        if importlib.util.find_spec(package) is None:
+            extra = "tracking" if package in ("tensorboard", "wandb") else package
             raise ConfigError(
-                f"metrics: {package} is asked for and not installed; pip install 'versatune-ds[tracking]'"
+                f"metrics: {package} is asked for and not installed; pip install 'versatune-ds[{extra}]'"
             )
 
 
