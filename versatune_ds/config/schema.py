@@ -380,8 +380,9 @@ class Config(Section):
                         f"data.{kind}[{i}].domain is {source.domain!r}; domains.names has {known}"
                     )
         self._check_names()
-        if self.weights.loss_source == "probe" and not self.data.eval:
-            raise ValueError("weights.loss_source probe measures held-out losses: give data.eval")
+        if self.weights.needs_probe and not self.data.eval:
+            asked = "loss_source probe" if self.weights.loss_source == "probe" else "guard"
+            raise ValueError(f"weights.{asked} measures held-out losses: give data.eval")
         if self.evaluation.every_n_steps is not None and not self.data.eval:
             raise ValueError("evaluation.every_n_steps is set: give data.eval")
         return self

@@ -27,7 +27,7 @@ from versatune_ds.data.collate import Batch
 from versatune_ds.data.plan.planner import StepPlan
 from versatune_ds.engine.backend.optimizer import learning_rate
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
-from versatune_ds.engine.evaluate import HeldOut, evaluate
+from versatune_ds.engine.evaluate import HeldOut, evaluate, probe_losses
 from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.run_lock import RunLock
@@ -183,12 +183,12 @@ def update_weights(run: Components, done: int) -> None:
     Raises:
         VersaTuneError: ranks came to different weights.
     """
-    sums = None
+    losses, controller = None, run.state.controller
     if run.probe is not None:
         with phase(PROBE, done):
-            sums = evaluate(run.backend, run.probe, len(run.table)).sums
-    update = run.state.controller.update(done, sums)
-    if not distributed.all_equal(run.state.controller.digest()):
+            losses = probe_losses(run.backend, run.probe, each_sample=controller.needs_samples)
+    update = controller.update(done, losses)
+    if not distributed.all_equal(controller.digest()):
         raise VersaTuneError(
             f"after step {done} the ranks hold different domain weights: this is a bug, report it"
         )
