@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
     raw["weights"] = {"strategy": "constant"}
     raw["optimizer"]["lr"] = 3e-2
     raw["train"] = {"max_steps": 40}
-    raw["evaluation"] = {"every_n_steps": 4, "patience": 2}
+    raw["evaluation"] = {"every_n_steps": 4, "patience": 2, "select": "overall"}
     raw["checkpoint"] = {"every_n_steps": 10, "keep_last": 1}
     raw["reference"] = {"lr": 5e-3, "max_epochs": 2, "patience": 2}
     prepare_run(folder, raw)

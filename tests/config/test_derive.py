@@ -91,7 +91,12 @@ def test_another_model_keeps_the_tokenizer(quickstart):
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["evaluation.patience=3", "evaluation.every_n_steps=null"], "give every_n_steps"),
+        (["evaluation.patience=3", "evaluation.every_n_steps=null"], "patience .* give every_n_steps"),
+        (["evaluation.select=law", "evaluation.every_n_steps=null"], "select .* give every_n_steps"),
+        (["evaluation.patience=3"], r"not the best ones; set evaluation.select \(overall, say\)"),
+        (["evaluation.select=lore"], r"evaluation.select: unknown domains \['lore'\]; known: overall"),
+        (["evaluation.select={law: 1, code: 0}"], "greater than 0"),
+        (["evaluation.select=law", "evaluation.domains=[code]"], "select names law, which `domains` leaves"),
         (["evaluation.domains=[law, lore]"], r"evaluation.domains: unknown domains \['lore'\]"),
         (["weights.loss_unit=byte"], "needs the bytes per token"),
         (["reference.patiense=3"], "did you mean patience"),

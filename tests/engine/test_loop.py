@@ -412,13 +412,13 @@ def test_a_resumed_run_knows_its_earlier_losses_and_skips(config):
 
 def test_a_resumed_run_knows_its_best_evaluation(config):
     """At a rate at which it only gets worse."""
-    overrides = ("optimizer.lr=1e3", "train.max_steps=4", "evaluation={every_n_steps: 2, patience: 5}")
+    overrides = ("optimizer.lr=1e3", "train.max_steps=6", "evaluation={every_n_steps: 1, patience: 5}")
     ours = run(config, "worse", *overrides)
-    expected = saved_state(ours.folder, 4)["early_stopping"]
-    assert expected["best_step"] == 0 and expected["waited"] == 1
-    cut_back(ours.folder, config.parent / "worse_resumed", 2)
+    expected = saved_state(ours.folder, 6)["early_stopping"]
+    assert expected["best_step"] < 4 and expected["waited"] == 5 - expected["best_step"]
+    cut_back(ours.folder, config.parent / "worse_resumed", 4)
     resumed = run(config, "worse_resumed", *overrides)
-    assert saved_state(resumed.folder, 4)["early_stopping"] == expected
+    assert saved_state(resumed.folder, 6)["early_stopping"] == expected
 
 
 def test_checkpoints_in_the_background_are_published_while_training_goes_on(config):

@@ -36,6 +36,7 @@ FILES = {
     "skipping": "versatune_ds/engine/skipping.py",
     "checkpoint": "versatune_ds/engine/checkpointing/folder.py",
     "saving": "versatune_ds/engine/checkpointing/saver.py",
+    "host copy": "versatune_ds/engine/checkpointing/host_copy.py",
     "intervals": "versatune_ds/engine/checkpointing/due.py",
     "saved shards": "versatune_ds/engine/backend/saved_shards.py",
     "export": "versatune_ds/engine/checkpointing/hf_export.py",
@@ -83,6 +84,7 @@ TESTS = {
     "skipping": "tests/engine/test_skipping.py",
     "checkpoint": "tests/engine/test_checkpoint.py",
     "saving": "tests/engine/test_saving.py",
+    "best": "tests/engine/test_best_checkpoint.py",
     "export": "tests/engine/test_export.py",
     "reshard": "tests/engine/test_reshard.py",
     "model": "tests/engine/test_model.py",
@@ -265,8 +267,8 @@ fault(
 fault(
     "the last held-out losses are not measured",
     "loop",
-    " or done == run.prepared.total_steps):",
-    "):",
+    " or done == run.prepared.total_steps)\n",
+    ")\n",
     "loop::test_the_last_step_is_evaluated_and_saved_whatever_the_interval",
 )
 fault(
@@ -1016,10 +1018,52 @@ fault(
     NEWER,
 )
 fault(
+    "the best checkpoint is pruned",
+    "checkpoint",
+    "if p.name != kept and not",
+    "if not",
+    "best::test_the_best_one_outlives_the_newest_until_a_better_one_is_complete",
+)
+fault(
+    "a lost best checkpoint stays the one to beat",
+    "run",
+    "        best.forget_best()\n",
+    "",
+    "best::test_without_its_checkpoint_another_one_becomes_the_best",
+)
+fault(
+    "the last parameters are exported, not the best ones",
+    "run",
+    "            step = self.load_best()\n",
+    "",
+    "best::test_the_run_exports_its_best_parameters_and_not_its_last",
+)
+fault(
+    "a resumed run evaluates again what its checkpoint knows",
+    "loop",
+    " or done == known:",
+    ":",
+    "best::test_a_resumed_run_has_the_same_best_one",
+)
+fault(
+    "the best checkpoint is written twice",
+    "saving",
+    'if self._newest != note["step"]:',
+    "if True:",
+    "best::test_a_checkpoint_that_is_there_already_is_not_written_again",
+)
+fault(
+    "the losses that are known stand for all",
+    "stopping",
+    "    if not counted or any(",
+    "    counted = [c for c in counted if c[1] and c[1] > 0]\n    if not counted or any(",
+    "stopping::test_what_an_evaluation_is_judged_by",
+)
+fault(
     "milestones are pruned",
     "checkpoint",
-    "if not (milestone and step_of(path) % milestone == 0)",
-    "if True",
+    "and not (milestone and step_of(p) % milestone == 0)",
+    "",
     "checkpoint::test_pruning_keeps_the_newest_and_milestones",
 )
 fault(
@@ -1060,7 +1104,7 @@ fault(
 )
 fault(
     "a copy in the background shares the model's memory",
-    "saving",
+    "host copy",
     "storage.clone() if storage",
     "storage if storage",
     "saving::test_a_host_copy_is_apart_and_keeps_what_is_shared",
@@ -1755,7 +1799,7 @@ fault(
 fault(
     "a probe is ignored",
     "controller",
-    "sums = self._window if probe_sums is None else self._checked_sums(probe_sums)",
+    "sums = self._checked_sums(measured) if measured is not None and from_probe else self._window",
     "sums = self._window",
     "controller::test_probe_losses_replace_the_window",
 )
@@ -1797,8 +1841,8 @@ fault(
 fault(
     "skipped steps move weights",
     "controller",
-    "return not skipped and step > 0",
-    "return step > 0",
+    "asked = not skipped and step > 0",
+    "asked = step > 0",
     "controller::test_a_skipped_step_moves_no_weights_unless_they_are_scheduled",
 )
 fault(

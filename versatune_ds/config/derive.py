@@ -106,6 +106,7 @@ def single_domain_config(
         "every_n_steps": max(1, round(steps_per_epoch / settings.evaluations_per_epoch)),
         "domains": [domain],
         "patience": settings.patience,
+        "select": None,
     }
     raw["checkpoint"] |= {"keep_last": 1, "milestone_every_n_steps": None, "export_at_end": False}
     return validate_config(raw, f"settings of the reference run of {domain}").like(config)

@@ -30,6 +30,7 @@ DEFAULT_COLLECTIVE_TIMEOUT_S = 1800.0
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Run(Section):
@@ -248,15 +249,28 @@ class Evaluation(Section):
     """Evaluate the first n samples of each domain only."""
     domains: list[str] | None = Field(None, min_length=1)
     """Evaluate these domains only; None: all that have held-out data."""
+    select: str | Annotated[dict[str, Share], Field(min_length=1)] | None = None
+    """Keep the checkpoint with the lowest held-out loss, which is then exported: `overall` (nats per
+    supervised token over all evaluated domains), a domain, or the weights of domains in a mean, e.g.
+    {law: 2, code: 1}. None: none is kept for its loss, and the last one is exported."""
     patience: int | None = Field(None, ge=1)
-    """Early stopping: end the run after this many evaluations in a row whose overall held-out loss (nats per
-    supervised token over all evaluated domains) is not below the lowest one so far. None: never."""
+    """Early stopping: end the run after this many evaluations in a row whose loss (`select`, by default the
+    overall one) is not below the lowest one so far. None: never."""
 
     @model_validator(mode="after")
     def _check(self) -> Evaluation:
-        if self.patience is not None and self.every_n_steps is None:
-            raise ValueError("patience counts evaluations: give every_n_steps")
+        for name in ("patience", "select"):
+            if getattr(self, name) is not None and self.every_n_steps is None:
+                raise ValueError(f"{name} looks at evaluations: give every_n_steps")
+        unknown = sorted(self.selected - set(self.domains or self.selected))
+        if unknown:
+            raise ValueError(f"select names {', '.join(unknown)}, which `domains` leaves out")
         return self
+
+    @property
+    def selected(self) -> set[str]:
+        """Domains that `select` names."""
+        return {self.select} - {"overall"} if isinstance(self.select, str) else set(self.select or ())
 
 
 class Checkpoint(Section):
@@ -266,7 +280,7 @@ class Checkpoint(Section):
     """Steps between checkpoints; the last step has one too. One is also written when the run is asked to stop
     or gives up after too many non-finite steps; None: only then."""
     keep_last: int = Field(2, ge=1)
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep; beside them the best one (`evaluation.select`)."""
     milestone_every_n_steps: int | None = Field(None, ge=1)
     """Checkpoints at multiples of this are kept for ever."""
     max_lost_minutes: float | None = Field(None, gt=0)
@@ -385,6 +399,12 @@ class Config(Section):
             raise ValueError(f"weights.{asked} measures held-out losses: give data.eval")
         if self.evaluation.every_n_steps is not None and not self.data.eval:
             raise ValueError("evaluation.every_n_steps is set: give data.eval")
+        stops = self.evaluation.patience is not None
+        if stops and self.evaluation.select is None and self.checkpoint.export_at_end:
+            raise ValueError(
+                "evaluation.patience: the last parameters, which would be exported, are not the best ones; "
+                "set evaluation.select (overall, say), or checkpoint.export_at_end: false"
+            )
         return self
 
     def _check_names(self) -> None:
@@ -410,5 +430,8 @@ class Config(Section):
         unknown = sorted(set(self.evaluation.domains or ()) - names)
         if unknown:
             raise ValueError(f"evaluation.domains: unknown domains {unknown}; known: {sorted(names)}")
+        unknown = sorted(self.evaluation.selected - names)
+        if unknown:
+            raise ValueError(f"evaluation.select: unknown domains {unknown}; known: overall, {sorted(names)}")
         if self.weights.target is not None and self.weights.target not in names:
             raise ValueError(f"weights.target {self.weights.target!r}; known: {self.domains.names}")

@@ -207,23 +207,22 @@ def record_weights(run: Components, line: dict[str, Any]) -> None:
 
 def evaluate_when_due(run: Components, done: int) -> None:
     """Held-out losses before the first step, every n steps, and after the last."""
-    every = run.config.evaluation.every_n_steps
-    if run.held_out is None or every is None or not (done % every == 0 or done == run.prepared.total_steps):
+    every, known = run.config.evaluation.every_n_steps, run.state.early_stopping.last_step
+    is_due = every is not None and (done % every == 0 or done == run.prepared.total_steps)
+    if run.held_out is None or not is_due or done == known:
         return
     record_evaluation(run, done, run.held_out)
-    if run.state.early_stopping.exhausted and run.config.checkpoint.every_n_steps:
-        run.save(done)  # a restart then knows that the run is over
+    run.save_evaluated(done)
 
 
 def record_evaluation(run: Components, done: int, held_out: HeldOut) -> None:
     """Evaluate on all ranks; a line of eval.jsonl and the console."""
     result = evaluate(run.backend, held_out, len(run.table))
-    names = run.table.names
     record = EvalRecord(
         step=done,
         domain_loss=run.table.by_name(result.sums.mean_loss()),
-        domain_supervised_tokens=dict(zip(names, map(int, result.sums.tokens), strict=True)),
-        domain_samples=dict(zip(names, map(int, result.samples), strict=True)),
+        domain_supervised_tokens=dict(zip(run.table.names, map(int, result.sums.tokens), strict=True)),
+        domain_samples=dict(zip(run.table.names, map(int, result.samples), strict=True)),
         domain_stderr=run.table.by_name(result.sums.stderr()),
         eval_s=result.seconds,
     )
@@ -231,7 +230,7 @@ def record_evaluation(run: Components, done: int, held_out: HeldOut) -> None:
     run.progress.evaluation(record)
     if done == 0:
         report_alarms(run.state.controller.starting_alarms(result.sums))
-    run.state.observe_evaluation(done, run.prepared.total_steps, record.loss)
+    run.state.observe_evaluation(record, run.prepared.total_steps)
 
 
 # --- the end ------------------------------------------------------------------------------------------------

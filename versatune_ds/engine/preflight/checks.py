@@ -177,16 +177,18 @@ def evaluated_caches(config: Config, table: DomainTable, caches: Sequence[Any]) 
     """Held-out caches of the domains in `evaluation.domains`, None for the others.
 
     Raises:
-        DataError: a domain named there has no held-out data.
+        DataError: a domain named there, or in `evaluation.select`, has no held-out data.
     """
     wanted = config.evaluation.domains
+    for key, names in (("domains", wanted or ()), ("select", sorted(config.evaluation.selected))):
+        lacking = [name for name in names if caches[table.id_of(name)] is None]
+        if lacking:
+            raise DataError(
+                f"evaluation.{key} names {', '.join(lacking)}, without held-out data; add a source to "
+                "data.eval"
+            )
     if wanted is None:
         return list(caches)
-    lacking = [name for name in wanted if caches[table.id_of(name)] is None]
-    if lacking:
-        raise DataError(
-            f"evaluation.domains names {', '.join(lacking)}, without held-out data; add a source to data.eval"
-        )
     return [cache if name in wanted else None for name, cache in zip(table.names, caches, strict=True)]
 
 
