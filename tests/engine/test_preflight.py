@@ -133,8 +133,14 @@ def test_missing_trackers_are_named_early(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     preflight.check_trackers(config())
-    for package, settings in (("wandb", {"wandb_project": "p"}), ("tensorboard", {"tensorboard": True})):
-        with pytest.raises(ConfigError, match=rf"{package} is asked for.*versatune-ds\[tracking\]"):
+    for package, extra, settings in (
+        ("wandb", "tracking", {"wandb_project": "p"}),
+        ("tensorboard", "tracking", {"tensorboard": True}),
+        ("mlflow", "mlflow", {"mlflow_experiment": "p"}),
+        ("swanlab", "swanlab", {"swanlab_project": "p"}),
+        ("trackio", "trackio", {"trackio_project": "p"}),
+    ):
+        with pytest.raises(ConfigError, match=rf"{package} is asked for.*versatune-ds\[{extra}\]"):
             preflight.check_trackers(config(metrics=settings))
 
 

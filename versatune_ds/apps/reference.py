@@ -25,7 +25,7 @@ import torch
 
 from versatune_ds.apps.evaluate.held_out import free_memory, measure, provenance
 from versatune_ds.apps.evaluate.targets import resolve_target
-from versatune_ds.config.derive import proxy_config, single_domain_config
+from versatune_ds.config.derive import proxy_config, reference_adapter, single_domain_config
 from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.cache.text_bytes import bytes_per_token
@@ -37,6 +37,7 @@ from versatune_ds.domain.reference import Fingerprints, ReferenceLosses, checked
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
+from versatune_ds.engine.model.source import count_parameters
 from versatune_ds.engine.run import report_alarms
 from versatune_ds.engine.train import train_in_group
 from versatune_ds.foundations import constants, distributed
@@ -118,12 +119,22 @@ def reference_by_training(config: Config, out: Path, device: torch.device) -> Re
         tokenizer=ChatEncoder.build(tokenizer, config.data.chat_template).fingerprint,
         data=data_fingerprint(caches["eval"], table.names),
     )
+    num_parameters = count_parameters(proxy.model)
+    adapter = reference_adapter(config, num_parameters)
+    what = "all of it" if adapter is None else f"a {adapter.kind} adapter of rank {adapter.rank} beside it"
+    log.info(
+        "reference.adapter %s: of %s (%.3g parameters) each domain trains %s",
+        config.reference.adapter if isinstance(config.reference.adapter, str) else "given",
+        proxy.model.source,
+        num_parameters,
+        what,
+    )
     results = []
     for i, name in enumerate(table.names):
         train_cache, held_out_cache = caches["train"][i], caches["eval"][i]
         assert train_cache is not None and held_out_cache is not None
         folder = out / folder_name(name)
-        derived = single_domain_config(config, name, folder, train_cache.num_tokens)
+        derived = single_domain_config(config, name, folder, train_cache.num_tokens, adapter)
         print_of_domain = canonical_hash(
             [
                 {section: derived.model_dump(mode="json")[section] for section in SECTIONS_THAT_MATTER},
@@ -134,11 +145,12 @@ def reference_by_training(config: Config, out: Path, device: torch.device) -> Re
         result = _finished(folder, print_of_domain)
         if result is None:
             log.info(
-                "reference of %s (%d of %d): at most %d steps",
+                "reference of %s (%d of %d): at most %d steps, learning rate %.3g",
                 name,
                 i + 1,
                 len(table),
                 derived.train.max_steps,
+                derived.optimizer.lr,
             )
             if not train_in_group(derived, device):
                 return None
@@ -158,6 +170,7 @@ def reference_by_training(config: Config, out: Path, device: torch.device) -> Re
         provenance={
             **provenance(device),
             "model": proxy.model.source,
+            "adapter": adapter and adapter.model_dump(mode="json"),
             "domains": dict(zip(table.names, results, strict=True)),
         },
     )

@@ -32,6 +32,7 @@ DEFAULT_COLLECTIVE_TIMEOUT_S = 1800.0
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Run(Section):
@@ -66,7 +67,8 @@ class Adapter(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the inputs of A that is left out in training."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Modules by the last part of their names, e.g. [q_proj, v_proj]; `all-linear`: all but the head."""
+    """Modules by the last part of their names, e.g. [q_proj, v_proj]; `all-linear`: all but the head, of a
+    mixture of experts those of its attention."""
     start_from: PlaceText | dict[PlaceText, float] | None = None
     """Adapter folder to go on from, or several, each with its factor in their sum; `rank` is then the sum of
     their ranks. None: a new adapter."""
@@ -193,6 +195,20 @@ class Optimizer(Section):
     """Gradients are scaled down to this global norm; 0: never."""
 
 
+class Profile(Section):
+    """Steps under torch's profiler (docs/metrics.md); they are slower than others."""
+
+    steps: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    """The first and the last one, from 1; a trace holds every operator, so two or three say enough."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Profile:
+        first, last = self.steps
+        if not first <= last < first + 20:
+            raise ValueError(f"steps {first} to {last}: give first and last, at most 20 steps")
+        return self
+
+
 class Train(Section):
     """How long to train."""
 
@@ -211,11 +227,15 @@ class Train(Section):
     rehearse: Literal["auto", "on", "off"] = "auto"
     """Before the first step, run forward and backward of a full pack and forget them: too little memory is
     found in seconds, with what to lower. `auto`: on CUDA."""
+    profile: Profile | None = None
+    """Write a trace of a few steps into the run folder, for the report and a trace viewer."""
 
     def problems(self) -> Iterator[str]:
         """What does not hold together."""
         if (self.max_steps is None) == (self.epochs is None):
             yield "give exactly one of `max_steps` and `epochs`"
+        if self.profile and self.max_steps is not None and self.profile.steps[1] > self.max_steps:
+            yield f"profile.steps {list(self.profile.steps)} lie behind max_steps {self.max_steps}"
 
 
 class Evaluation(Section):
@@ -227,14 +247,27 @@ class Evaluation(Section):
     """Evaluate the first n samples of each domain only."""
     domains: list[str] | None = Field(None, min_length=1)
     """Evaluate these domains only; None: all that have held-out data."""
+    select: str | Annotated[dict[str, Share], Field(min_length=1)] | None = None
+    """Keep the checkpoint with the lowest held-out loss, which is then exported: `overall` (nats per
+    supervised token over all evaluated domains), a domain, or the weights of domains in a mean, e.g.
+    {law: 2, code: 1}. None: none is kept for its loss, and the last one is exported."""
     patience: int | None = Field(None, ge=1)
-    """Early stopping: end the run after this many evaluations in a row whose overall held-out loss (nats per
-    supervised token over all evaluated domains) is not below the lowest one so far. None: never."""
+    """Early stopping: end the run after this many evaluations in a row whose loss (`select`, by default the
+    overall one) is not below the lowest one so far. None: never."""
 
     def problems(self) -> Iterator[str]:
         """What does not hold together."""
-        if self.patience is not None and self.every_n_steps is None:
-            yield "patience counts evaluations: give every_n_steps"
+        for name in ("patience", "select"):
+            if getattr(self, name) is not None and self.every_n_steps is None:
+                yield f"{name} looks at evaluations: give every_n_steps"
+        unknown = sorted(self.selected - set(self.domains or self.selected))
+        if unknown:
+            yield f"select names {', '.join(unknown)}, which `domains` leaves out"
+
+    @property
+    def selected(self) -> set[str]:
+        """Domains that `select` names."""
+        return {self.select} - {"overall"} if isinstance(self.select, str) else set(self.select or ())
 
 
 class Checkpoint(Section):
@@ -244,7 +277,7 @@ class Checkpoint(Section):
     """Steps between checkpoints; the last step has one too. One is also written when the run is asked to stop
     or gives up after too many non-finite steps; None: only then."""
     keep_last: int = Field(2, ge=1)
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep; beside them the best one (`evaluation.select`)."""
     milestone_every_n_steps: int | None = Field(None, ge=1)
     """Checkpoints at multiples of this are kept for ever."""
     max_lost_minutes: float | None = Field(None, gt=0)
@@ -266,6 +299,12 @@ class Metrics(Section):
     """Write TensorBoard events into the run folder (extra `tracking`)."""
     wandb_project: str | None = None
     """Log to this Weights & Biases project (extra `tracking`); credentials from the environment."""
+    mlflow_experiment: str | None = Field(None, min_length=1)
+    """Log to this MLflow experiment (extra `mlflow`); MLFLOW_TRACKING_URI says where it is."""
+    swanlab_project: str | None = Field(None, min_length=1)
+    """Log to this SwanLab project (extra `swanlab`); SWANLAB_API_KEY and SWANLAB_MODE in the environment."""
+    trackio_project: str | None = Field(None, min_length=1)
+    """Log to this Trackio project (extra `trackio`): a folder of this machine, or TRACKIO_SPACE_ID."""
     peak_tflops: float | None = Field(None, gt=0)
     """Dense peak of one accelerator in TFLOP/s for MFU; default: known for common data-centre GPUs."""
 
@@ -282,8 +321,11 @@ class Reference(Section):
     """Held-out evaluations in a pass; also one before the first and one after the last step."""
     patience: int = Field(3, ge=1)
     """Stop training on a domain after this many evaluations in a row without a lower held-out loss."""
+    adapter: Literal["auto", "off"] | Adapter = "auto"
+    """Train an adapter of the model. `auto`: as that model is trained in a run, but LoRA for a pretrained one
+    of more than 10^9 parameters. `off`: all of the model."""
     lr: float | None = Field(None, gt=0)
-    """Peak learning rate; None: `optimizer.lr`."""
+    """Peak learning rate; None: `optimizer.lr`, times 10 for an adapter where the run has none."""
     packs_per_step: int | None = Field(None, ge=1)
     """Packs in an optimizer step over all ranks; None: `batch.packs_per_step`."""
 
@@ -361,10 +403,17 @@ class Config(Section):
                     yield f"data.{kind}[{i}].domain is {source.domain!r}; domains.names has {known}"
 
     def _problems_of_evaluation(self) -> Iterator[str]:
-        if not self.data.eval and self.weights.loss_source == "probe":
-            yield "weights.loss_source probe measures held-out losses: give data.eval"
+        if not self.data.eval and self.weights.needs_probe:
+            asked = "loss_source probe" if self.weights.loss_source == "probe" else "guard"
+            yield f"weights.{asked} measures held-out losses: give data.eval"
         if not self.data.eval and self.evaluation.every_n_steps is not None:
             yield "evaluation.every_n_steps is set: give data.eval"
+        stops = self.evaluation.patience is not None
+        if stops and self.evaluation.select is None and self.checkpoint.export_at_end:
+            yield (
+                "evaluation.patience: the last parameters, which would be exported, are not the best ones; "
+                "set evaluation.select (overall, say), or checkpoint.export_at_end: false"
+            )
 
     def _problems_of_names(self) -> Iterator[str]:
         """Every dict by domain names exactly the domains of the table."""
@@ -383,6 +432,9 @@ class Config(Section):
         unknown = sorted(set(self.evaluation.domains or ()) - names)
         if unknown:
             yield f"evaluation.domains: unknown domains {unknown}; known: {sorted(names)}"
+        unknown = sorted(self.evaluation.selected - names)
+        if unknown:
+            yield f"evaluation.select: unknown domains {unknown}; known: overall, {sorted(names)}"
         if self.weights.target is not None and self.weights.target not in names:
             yield f"weights.target {self.weights.target!r}; known: {self.domains.names}"
 

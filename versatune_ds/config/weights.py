@@ -76,6 +76,15 @@ class ScheduledWeights(Section):
         yield from share_problems(self.weights, f"schedule at step {self.step}")
 
 
+class Guard(Section):
+    """Overfitted domains lose their share: `domain/guard.py`. It probes at every weight update."""
+
+    probes: int = Field(3, ge=1)
+    """Probes in a row at which a domain's held-out loss must have risen before it is held."""
+    noise_z: float = Field(2.0, ge=0)
+    """Standard errors that a rise must exceed; of the difference, over the same held-out samples."""
+
+
 class Weights(Section):
     """How domain weights move. Symbols as in docs/weights.md: l loss, lref reference loss, gamma, phi."""
 
@@ -111,13 +120,20 @@ class Weights(Section):
     loss_source: Literal["train", "probe"] = "train"
     """`train`: losses of the training steps of the window, free. `probe`: held-out losses, forward only."""
     probe_samples: int = Field(64, ge=1)
-    """probe: held-out samples per domain."""
+    """probe and guard: held-out samples per domain."""
     noise_z: float = Field(0.0, ge=0)
     """Standard errors subtracted from a loss difference before it counts as gamma or phi; 0 is the paper."""
     min_tokens: int = Field(1, ge=1)
     """A domain with fewer supervised tokens in the window keeps its previous loss and gamma; phi is 0."""
+    guard: Guard | None = None
+    """Take the share of a domain that is overfitted, with any strategy; None: no guard."""
     shadow: bool = False
     """Compute and log updates without applying them."""
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether held-out losses are measured at every update."""
+        return self.loss_source == "probe" or self.guard is not None
 
     def problems(self) -> Iterator[str]:
         """What does not hold together."""

@@ -27,7 +27,7 @@ from versatune_ds.data.collate import Batch
 from versatune_ds.data.plan.planner import StepPlan
 from versatune_ds.engine.backend.optimizer import learning_rate
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
-from versatune_ds.engine.evaluate import HeldOut, evaluate
+from versatune_ds.engine.evaluate import HeldOut, evaluate, probe_losses
 from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.run_lock import RunLock
@@ -63,8 +63,6 @@ log = get_logger(__name__)
 
 def train(config: Config) -> None:
     """Train a model by its settings; returns when the run is finished or was asked to stop and has saved.
-
-    Args:
 
     Raises:
         VersaTuneError: bad settings, data or state, or a run that diverged.
@@ -118,7 +116,7 @@ def run_steps(run: Components, stop: StopRequest) -> bool:
 def run_step(run: Components, step: int, stop: StopRequest) -> Flags:
     """One optimizer step; returns what the ranks agreed on at its boundary."""
     done, state = step + 1, run.state
-    with recording() as times:
+    with run.profiler.step(done), recording() as times:
         rate = learning_rate(run.config.optimizer, step, run.prepared.total_steps)
         with phase(DATA_WAIT, done):
             plan, batches = run.loader.take(state.controller.weights)
@@ -185,12 +183,12 @@ def update_weights(run: Components, done: int) -> None:
     Raises:
         VersaTuneError: ranks came to different weights.
     """
-    sums = None
+    losses, controller = None, run.state.controller
     if run.probe is not None:
         with phase(PROBE, done):
-            sums = evaluate(run.backend, run.probe, len(run.table)).sums
-    update = run.state.controller.update(done, sums)
-    if not distributed.all_equal(run.state.controller.digest()):
+            losses = probe_losses(run.backend, run.probe, each_sample=controller.needs_samples)
+    update = controller.update(done, losses)
+    if not distributed.all_equal(controller.digest()):
         raise VersaTuneError(
             f"after step {done} the ranks hold different domain weights: this is a bug, report it"
         )
@@ -209,23 +207,22 @@ def record_weights(run: Components, line: dict[str, Any]) -> None:
 
 def evaluate_when_due(run: Components, done: int) -> None:
     """Held-out losses before the first step, every n steps, and after the last."""
-    every = run.config.evaluation.every_n_steps
-    if run.held_out is None or every is None or not (done % every == 0 or done == run.prepared.total_steps):
+    every, known = run.config.evaluation.every_n_steps, run.state.early_stopping.last_step
+    is_due = every is not None and (done % every == 0 or done == run.prepared.total_steps)
+    if run.held_out is None or not is_due or done == known:
         return
     record_evaluation(run, done, run.held_out)
-    if run.state.early_stopping.exhausted and run.config.checkpoint.every_n_steps:
-        run.save(done)  # a restart then knows that the run is over
+    run.save_evaluated(done)
 
 
 def record_evaluation(run: Components, done: int, held_out: HeldOut) -> None:
     """Evaluate on all ranks; a line of eval.jsonl and the console."""
     result = evaluate(run.backend, held_out, len(run.table))
-    names = run.table.names
     record = EvalRecord(
         step=done,
         domain_loss=run.table.by_name(result.sums.mean_loss()),
-        domain_supervised_tokens=dict(zip(names, map(int, result.sums.tokens), strict=True)),
-        domain_samples=dict(zip(names, map(int, result.samples), strict=True)),
+        domain_supervised_tokens=dict(zip(run.table.names, map(int, result.sums.tokens), strict=True)),
+        domain_samples=dict(zip(run.table.names, map(int, result.samples), strict=True)),
         domain_stderr=run.table.by_name(result.sums.stderr()),
         eval_s=result.seconds,
     )
@@ -233,7 +230,7 @@ def record_evaluation(run: Components, done: int, held_out: HeldOut) -> None:
     run.progress.evaluation(record)
     if done == 0:
         report_alarms(run.state.controller.starting_alarms(result.sums))
-    run.state.observe_evaluation(done, run.prepared.total_steps, record.loss)
+    run.state.observe_evaluation(record, run.prepared.total_steps)
 
 
 # --- the end ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from versatune_ds.config.load import load_settings
+from versatune_ds.config.schema import Adapter
 from versatune_ds.config.section import Place, Section
 from versatune_ds.config.weights import share_problems
 
@@ -35,6 +36,8 @@ class StudyModel(Section):
     """Entries of the tokenizer that is trained on the corpus. The sample brings its own tokenizer."""
     dtype: Literal["bf16", "fp32"] = "fp32"
     """Compute precision of all runs."""
+    adapter: Adapter | None = None
+    """What reference runs and arms train beside the base model. None: all of it."""
     shape: dict[str, int] = Field(default_factory=dict)
     """Keys of a LlamaConfig that replace those of the shipped 4-layer shape of hidden size 128."""
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from versatune_ds.config.schema import Model
+from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 from versatune_ds.foundations.errors import ConfigError
 
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
@@ -41,6 +42,11 @@ def load_architecture(settings: Model) -> Any:
     source = settings.source
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise ConfigError(f"model.source {source} is not a folder; give a folder or a hub name")
+    if (Path(source) / ADAPTER_CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"{source} holds an adapter, and a whole model is needed: write one with versatune-ds export RUN "
+            "--merge (to train on from it, name its base as model.source and it as model.adapter.start_from)"
+        )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
@@ -67,6 +73,18 @@ def facts(architecture: Any) -> dict[str, str]:
         for key, value in architecture.to_dict().items()
         if not key.startswith("_") and not key.endswith("_token_id") and key not in UNIMPORTANT
     }
+
+
+def count_parameters(settings: Model) -> int:
+    """All parameters of a model, a tied matrix once; its weights are not read.
+
+    Raises:
+        ConfigError: as `load_architecture`.
+    """
+    architecture = load_architecture(settings)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(architecture, trust_remote_code=settings.trust_remote_code)
+    return sum(parameter.numel() for parameter in lm.parameters())
 
 
 def check_files(settings: Model) -> None:

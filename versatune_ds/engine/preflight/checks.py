@@ -36,6 +36,7 @@ from versatune_ds.foundations.errors import ConfigError, DataError, StateError
 from versatune_ds.foundations.files import read_json_object
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.sinks import LOG_FILES
+from versatune_ds.observability.trackers import wanted_trackers
 from versatune_ds.strategies.rules import STRATEGIES, settings_of_others
 
 log = get_logger(__name__)
@@ -95,15 +96,13 @@ def open_verified_caches(config: Config) -> dict[str, list[Any]]:
 
 
 def check_trackers(config: Config) -> None:
-    """Refuse TensorBoard or W&B that are asked for and not installed."""
-    wanted = {
-        "tensorboard": config.metrics.tensorboard,
-        "wandb": config.metrics.wandb_project is not None,
-    }
-    for package, is_wanted in wanted.items():
-        if is_wanted and importlib.util.find_spec(package) is None:
+    """Refuse trackers that are asked for and not installed."""
+    for tracker in wanted_trackers(config.metrics).values():
+        package = tracker.__name__
+        if importlib.util.find_spec(package) is None:
+            extra = "tracking" if package in ("tensorboard", "wandb") else package
             raise ConfigError(
-                f"metrics: {package} is asked for and not installed; pip install 'versatune-ds[tracking]'"
+                f"metrics: {package} is asked for and not installed; pip install 'versatune-ds[{extra}]'"
             )
 
 
@@ -178,16 +177,18 @@ def evaluated_caches(config: Config, table: DomainTable, caches: Sequence[Any]) 
     """Held-out caches of the domains in `evaluation.domains`, None for the others.
 
     Raises:
-        DataError: a domain named there has no held-out data.
+        DataError: a domain named there, or in `evaluation.select`, has no held-out data.
     """
     wanted = config.evaluation.domains
+    for key, names in (("domains", wanted or ()), ("select", sorted(config.evaluation.selected))):
+        lacking = [name for name in names if caches[table.id_of(name)] is None]
+        if lacking:
+            raise DataError(
+                f"evaluation.{key} names {', '.join(lacking)}, without held-out data; add a source to "
+                "data.eval"
+            )
     if wanted is None:
         return list(caches)
-    lacking = [name for name in wanted if caches[table.id_of(name)] is None]
-    if lacking:
-        raise DataError(
-            f"evaluation.domains names {', '.join(lacking)}, without held-out data; add a source to data.eval"
-        )
     return [cache if name in wanted else None for name, cache in zip(table.names, caches, strict=True)]
 
 
