@@ -50,6 +50,8 @@ HATCHES = ("", "///", "...", "xxx")
 MARKERS = ("o", "s", "^", "D")
 POINTS_PER_INCH = 72
 PNG_DPI = 150
+SIGN = "versatune_ds"
+"""In every PNG, near its beginning."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -414,7 +416,7 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     with drawing():
-        figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": SIGN})
     return buffer.getvalue()
 
 
