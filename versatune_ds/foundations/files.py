@@ -121,7 +121,8 @@ def _has(path: Path, sign: bytes) -> bool:
 def remove_temporaries(path: Path) -> None:
     """Remove what killed processes left of atomic writes of `path`; only while no other process writes it."""
     for leftover in path.parent.glob(f".{path.name}.*"):
-        leftover.unlink(missing_ok=True)
+        if re.fullmatch(r"[a-z0-9_]{8}", leftover.name[len(path.name) + 2 :]):  # not an editor's .NAME.swp
+            leftover.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:

@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from versatune_ds.foundations.constants import PNG_SIGN
 from versatune_ds.report.measures import MINUS, thin, thin_steps
 
 Array = npt.NDArray[np.float64]
@@ -50,8 +51,6 @@ HATCHES = ("", "///", "...", "xxx")
 MARKERS = ("o", "s", "^", "D")
 POINTS_PER_INCH = 72
 PNG_DPI = 150
-SIGN = "versatune_ds"
-"""In every PNG, near its beginning."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -416,7 +415,7 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     with drawing():
-        figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": SIGN})
+        figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": PNG_SIGN})
     return buffer.getvalue()
 
 
