@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from versatune_ds.cli import place
-from versatune_ds.foundations.constants import EXIT_OK, PNG_SIGN
+from versatune_ds.foundations.constants import EXIT_OK
 
 DEFAULT_FOLDER = "detect"
 DEFAULT_PICTURE = Path("knowledge.png")
@@ -40,10 +40,11 @@ def run(args: argparse.Namespace) -> int:
     """Detect, or draw; print the path of what was written."""
     if args.compare is not None:
         from versatune_ds.foundations.files import require_own
+        from versatune_ds.report.figures import SOFTWARE
         from versatune_ds.report.knowledge import draw_knowledge
 
         picture = args.out or DEFAULT_PICTURE
-        require_own(picture.parent, {picture.name: PNG_SIGN})
+        require_own(picture.parent, {picture.name: SOFTWARE})
         draw_knowledge(args.compare, picture)
         print(picture)
         return EXIT_OK

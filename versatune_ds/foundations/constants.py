@@ -37,9 +37,6 @@ PROFILE_FILE: Final = "profile.json"
 PROFILE_TRACE_FILE: Final = "trace.json.gz"
 PROFILE_MEMORY_FILE: Final = "memory.pickle"
 
-PNG_SIGN: Final = "versatune_ds"
-"""In every picture that this program draws, near its beginning."""
-
 # Files of a checkpoint folder.
 CHECKPOINT_STATE_FILE: Final = "versatune_state.json"
 CHECKPOINT_MANIFEST_FILE: Final = "manifest.json"

@@ -31,7 +31,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from versatune_ds.foundations.constants import PNG_SIGN
 from versatune_ds.report.measures import MINUS, thin, thin_steps
 
 Array = npt.NDArray[np.float64]
@@ -50,7 +49,7 @@ DASHES: tuple[tuple[float, ...] | None, ...] = (None, (4, 1.6), (1.2, 1.4), (5, 
 HATCHES = ("", "///", "...", "xxx")
 MARKERS = ("o", "s", "^", "D")
 POINTS_PER_INCH = 72
-PNG_DPI = 150
+PNG_DPI, SOFTWARE = 150, "versatune_ds"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -415,7 +414,7 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     with drawing():
-        figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": PNG_SIGN})
+        figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": SOFTWARE})
     return buffer.getvalue()
 
 
