@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.config.load import load_config
     from versatune_ds.report.page import to_html
 
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, to_train=False)
     if args.row is not None:
         page = trace(config, args.row, domain=args.domain)
     else:

@@ -5,10 +5,11 @@ What is not covered: the other sections (`config/schema.py`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from versatune_ds.config.section import PlaceText, Section
 
@@ -33,14 +34,13 @@ class Endpoint(Section):
     retries: int = Field(6, ge=0)
     """Further attempts of a request that found the server down, slow, busy or talking nonsense."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Endpoint:
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("`url` must be http://HOST[:PORT]/v1 or https://...")
+            yield "`url` must be http://HOST[:PORT]/v1 or https://..."
         if "@" in parts.netloc or parts.query or parts.fragment:  # it is written into knowledge.json
-            raise ValueError("`url` must hold no credentials or query: name the key in `api_key_env`")
-        return self
+            yield "`url` must hold no credentials or query: name the key in `api_key_env`"
 
 
 class JudgeSettings(Section):
@@ -58,13 +58,12 @@ class JudgeSettings(Section):
     max_chars: int = Field(8000, ge=1)
     """Characters of each text that the judge reads; longer ones are cut and counted."""
 
-    @model_validator(mode="after")
-    def _check(self) -> JudgeSettings:
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
         if self.kind == "endpoint" and self.endpoint is None:
-            raise ValueError("kind endpoint needs a server: give `endpoint` with `url` and `model`")
+            yield "kind endpoint needs a server: give `endpoint` with `url` and `model`"
         if self.kind == "model" and self.model is None:
-            raise ValueError("kind model needs a local model: give its folder or hub name in `model`")
-        return self
+            yield "kind model needs a local model: give its folder or hub name in `model`"
 
 
 class Detect(Section):
