@@ -22,7 +22,7 @@ from versatune_ds.foundations.log import setup_logging
 
 OTHER_RANKS_WAIT_S = 5.0
 VERBS = (
-    *("sample", "prepare", "inspect", "plan", "detect", "reference", "plan-weights"),
+    *("sample", "import-config", "prepare", "inspect", "plan", "detect", "reference", "plan-weights"),
     *("train", "evaluate", "export", "report", "study", "doctor", "bench", "evidence"),
 )
 """In the order of a project; each is a module of this folder."""
