@@ -17,6 +17,7 @@ from versatune_ds.apps.plan.memory import (
     total,
 )
 from versatune_ds.apps.plan.plan import checkpoint_bytes
+from versatune_ds.config.schema import Adapter
 from versatune_ds.engine.model.families import planned_shape
 from versatune_ds.engine.model.shape import ModelShape
 
@@ -50,7 +51,8 @@ def zero(stage: int, **more) -> dict:
 
 OPTIMIZER_ON_HOST = {"offload_optimizer": {"device": "cpu"}}
 ALL_ON_HOST = {**OPTIMIZER_ON_HOST, "offload_param": {"device": "cpu"}}
-# (ranks, ZeRO, dtype, checkpointing, shape, tokens a pack)
+LORA = {"rank": 32}
+# (ranks, ZeRO, dtype, checkpointing, shape, tokens a pack[, adapter])
 CASES = [
     (1, zero(0), "fp32", "off", QWEN2, 256),
     (1, zero(1), "bf16", "off", QWEN3, 768),
@@ -69,12 +71,21 @@ CASES = [
     (2, zero(3), "fp32", "off", QWEN3, 768),
     (2, zero(3), "bf16", "all", QWEN2, 768),
     (2, zero(3, **ALL_ON_HOST), "bf16", "off", QWEN2, 256),
+    (1, zero(1), "bf16", "off", QWEN2, 768, LORA),
+    (1, zero(2), "fp32", 2, QWEN3, 768, {**LORA, "targets": ["q_proj", "v_proj", "down_proj"]}),
+    (1, zero(2), "fp32", "off", GEMMA3, 768, {**LORA, "dropout": 0.1}),
+    (1, zero(1), "fp32", "off", QWEN2, 768, {**LORA, "kind": "dora"}),
+    (1, zero(1), "bf16", "off", EXPERTS, 768, LORA),
+    (1, zero(1), "fp32", "off", PHI3, 768, LORA),
+    (2, zero(3), "bf16", "off", QWEN3, 768, LORA),
+    (2, zero(3), "fp32", 2, QWEN2, 768, LORA),
+    (2, zero(2, **OPTIMIZER_ON_HOST), "bf16", "off", TIED, 512, LORA),
 ]
 PACKS_PER_RANK = 2
 NAMES = [
     f"ranks{ranks}-zero{settings['stage']}-{dtype}-recompute_{recompute}-offload_{read_offload(settings)}"
-    f"-{shape['model_type']}"
-    for ranks, settings, dtype, recompute, shape, _ in CASES
+    f"-{shape['model_type']}" + "".join(f"-{a.get('kind', 'lora')}" for a in adapter)
+    for ranks, settings, dtype, recompute, shape, _, *adapter in CASES
 ]
 
 
@@ -88,12 +99,13 @@ def measured(tmp_path_factory) -> dict[str, dict]:
             {
                 "name": name,
                 "zero": settings,
-                "model": {"dtype": dtype, "activation_checkpointing": recompute},
+                "model": {"dtype": dtype, "activation_checkpointing": recompute, **adapted(adapter)},
                 "shape": shape,
                 "pack_len": pack_len,
                 "packs": PACKS_PER_RANK,
             }
-            for name, (ranks, settings, dtype, recompute, shape, pack_len) in zip(NAMES, CASES, strict=True)
+            for name, case in zip(NAMES, CASES, strict=True)
+            for ranks, settings, dtype, recompute, shape, pack_len, *adapter in [case]
             if ranks == world_size
         ]
         script = REPOSITORY / "tests" / "support" / "memory_cases.py"
@@ -102,8 +114,12 @@ def measured(tmp_path_factory) -> dict[str, dict]:
     return found
 
 
+def adapted(adapter: list[dict]) -> dict:
+    return {"adapter": adapter[0]} if adapter else {}
+
+
 def planned(case: tuple) -> tuple[ModelShape, Setup]:
-    ranks, settings, dtype, recompute, shape, pack_len = case
+    ranks, settings, dtype, recompute, shape, pack_len, *adapter = case
     setup = Setup(
         gpus=ranks,
         zero_stage=settings["stage"],
@@ -113,6 +129,7 @@ def planned(case: tuple) -> tuple[ModelShape, Setup]:
         checkpointing=recompute,
         offload=read_offload(settings),
         buffers=ZeroBuffers.from_settings(settings),
+        adapter=Adapter(**adapter[0]) if adapter else None,
         device="cpu",
     )
     return planned_shape(shape, "test"), setup

@@ -88,6 +88,12 @@ def test_the_card_holds_the_run_and_no_path_of_this_machine(run):
     assert "/home" not in card and "secret_place" not in card
 
 
+def test_a_model_that_was_kept_as_the_best_one_is_of_its_step(run):
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "best.json").write_text(json.dumps({"step": 15, "loss": 2.0, "select": "overall"}))
+    assert "after step 15." in model_card(read_run(run), None, is_adapter=True)
+
+
 def test_a_whole_model_of_a_local_folder_names_no_base(run):
     settings = SETTINGS | {"model": {"source": str(run)}}
     (run / "resolved.yaml").write_text(yaml.safe_dump(settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import get_args
 
 import pytest
@@ -9,7 +10,9 @@ import yaml
 from pydantic import BaseModel
 
 from versatune_ds.apps.study.config import Study
+from versatune_ds.cli.main import build_parser
 from versatune_ds.config.benchmarks import Benchmarks
+from versatune_ds.config.derive import with_model
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
 from versatune_ds.foundations.errors import ConfigError
@@ -177,3 +180,59 @@ def test_secrets_in_settings_are_refused_and_not_repeated(file, override, place)
 )
 def test_ordinary_settings_are_not_taken_for_secrets(file, override):
     load_config(file, [override])
+
+
+PLACES = (
+    *("run.dir", "model.source", "model.tokenizer", "data.cache_dir", "domains.initial", "weights.schedule"),
+    *("weights.reference", "deepspeed", "detect.model", "detect.judge.model", "model.adapter.start_from"),
+    *("reference.model.source", "reference.model.tokenizer"),
+)
+
+
+def test_home_and_variables_are_filled_in_wherever_a_path_stands(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "scratch")
+    config = load_config(file, [f"{place}=~/a/$SCRATCH/${{SCRATCH}}" for place in PLACES])
+    for place in PLACES:
+        value = config
+        for part in place.split("."):
+            value = getattr(value, part)
+        assert str(value) == "/home/me/a/scratch/scratch", place
+    write_resolved(config, tmp_path / "resolved.yaml")
+    monkeypatch.setenv("HOME", "/elsewhere")
+    assert load_config(tmp_path / "resolved.yaml") == config
+    adapters = load_config(file, ["model.adapter={start_from: {~/a: 1.0}}"]).model.adapter
+    assert adapters is not None and adapters.start_from == {"/elsewhere/a": 1.0}
+    (tmp_path / "$NAME").mkdir()
+    assert load_config(file, [f"run.dir={tmp_path}/$NAME"]).run.dir == tmp_path / "$NAME"
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [("$NOWHERE/x", "NOWHERE"), ("a/${NOWHERE}", "NOWHERE"), ("~nobody_here/x", "no user 'nobody_here'")],
+)
+def test_what_cannot_be_filled_in_is_an_error_and_no_folder_of_that_name(file, value, problem):
+    for place in ("run.dir", "model.source", "weights.reference"):
+        with pytest.raises(ConfigError, match=rf"{place}: .*{problem}"):
+            load_config(file, [f"{place}={value}"])
+
+
+def test_a_printed_command_reads_the_same_settings(file, tmp_path, monkeypatch):
+    """Blanks, quotes and braces, as a shell takes words apart; and of settings that follow from these."""
+    path = file.rename(tmp_path / "my settings.yaml")
+    overrides = ["run.dir=my runs/it's", 'data.train=[{path: "a b.jsonl", domain: law}]', "train.max_steps=9"]
+    config = load_config(path, overrides)
+    for printed in (config.command("prepare"), with_model(config, "another").command("prepare")):
+        program, verb, option, name, *words = shlex.split(printed)
+        assert (program, verb, option) == ("versatune-ds", "prepare", "--config")
+        assert load_config(name, words) == config
+
+
+def test_places_in_arguments_are_filled_in(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("PART", "part")
+    args = build_parser().parse_args(["export", "~/run", "--out=~/$PART"])
+    assert (str(args.run_dir), str(args.out)) == ("/home/me/run", "/home/me/part")
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["evaluate", "--config", "c.yaml", "--model=$NOWHERE/m"])
+    assert "the environment has no NOWHERE" in capsys.readouterr().err

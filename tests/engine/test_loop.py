@@ -198,6 +198,21 @@ def test_the_probe_takes_its_own_number_of_samples(config):
     assert set(update["samples"].values()) == {3.0}
 
 
+def test_batches_are_without_the_domains_that_the_guard_holds(config):
+    """At a rate that harms: held-out losses rise, of some domains before others."""
+    options = ("train.max_steps=8", "evaluation={}", "optimizer.lr=0.3", "optimizer.eps=1e-8")
+    guard = ("weights.every_n_steps=1", "weights.probe_samples=4", "weights.guard={probes: 1, noise_z: 2}")
+    guarded = run(config, "guarded", *options, *guard)
+    metrics, held = guarded.lines("metrics"), []
+    for line, following in zip(guarded.lines("weights")[1:], metrics[1:], strict=False):
+        assert following["weights"] == line["after"]
+        held.append([name for name, found in line["guard"].items() if found["held"]])
+        if 0 < len(held[-1]) < len(NAMES):
+            assert all(line["after"][name] == 0.0 for name in held[-1])
+            assert any(alarm.startswith("overfitting") for alarm in line["alarms"]) or held[-1] == held[-2]
+    assert any(0 < len(names) < len(NAMES) for names in held), held
+
+
 def test_the_last_step_is_evaluated_and_saved_whatever_the_interval(config):
     every_4 = ("evaluation.every_n_steps=4", "checkpoint.every_n_steps=4")
     ours = run(config, "intervals", *every_4)
@@ -397,13 +412,13 @@ def test_a_resumed_run_knows_its_earlier_losses_and_skips(config):
 
 def test_a_resumed_run_knows_its_best_evaluation(config):
     """At a rate at which it only gets worse."""
-    overrides = ("optimizer.lr=1e3", "train.max_steps=4", "evaluation={every_n_steps: 2, patience: 5}")
+    overrides = ("optimizer.lr=1e3", "train.max_steps=6", "evaluation={every_n_steps: 1, patience: 5}")
     ours = run(config, "worse", *overrides)
-    expected = saved_state(ours.folder, 4)["early_stopping"]
-    assert expected["best_step"] == 0 and expected["waited"] == 1
-    cut_back(ours.folder, config.parent / "worse_resumed", 2)
+    expected = saved_state(ours.folder, 6)["early_stopping"]
+    assert expected["best_step"] < 4 and expected["waited"] == 5 - expected["best_step"]
+    cut_back(ours.folder, config.parent / "worse_resumed", 4)
     resumed = run(config, "worse_resumed", *overrides)
-    assert saved_state(resumed.folder, 4)["early_stopping"] == expected
+    assert saved_state(resumed.folder, 6)["early_stopping"] == expected
 
 
 def test_checkpoints_in_the_background_are_published_while_training_goes_on(config):

@@ -118,6 +118,7 @@ def test_samples_beyond_the_positions_are_told(monkeypatch):
 
 def test_folders_that_hold_a_run_are_not_overwritten(tmp_path):
     preflight.check_folder(config(tmp_path / "new"))
+    (tmp_path / "run.json").write_text('{"config_fingerprint": "0"}')
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     preflight.check_folder(config(tmp_path))  # a run that died before its first checkpoint
     with pytest.raises(StateError, match=r"run\.resume is never"):

@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from versatune_ds.cli import place
 from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
-    parser.add_argument("run_dir", nargs="?", type=Path, default=Path("."), help="where runs will be written")
-    parser.add_argument("--hostfile", type=Path, metavar="FILE", help="compare clocks with these hosts (ssh)")
+    parser.add_argument(
+        "run_dir", nargs="?", type=place, default=Path("."), help="where runs will be written"
+    )
+    parser.add_argument("--hostfile", type=place, metavar="FILE", help="compare clocks with these hosts")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,15 +7,14 @@ other trainer is run: paths are as seen from there. See docs/moving.md.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from versatune_ds.cli import at_least
+from versatune_ds.cli import at_least, place
 from versatune_ds.foundations.constants import EXIT_OK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
-    parser.add_argument("file", type=Path, metavar="FILE", help="YAML or JSON of the other trainer")
+    parser.add_argument("file", type=place, metavar="FILE", help="YAML or JSON of the other trainer")
     parser.add_argument(
         "--ranks", type=at_least(1), default=1, metavar="N", help="GPUs that will train (default: 1)"
     )

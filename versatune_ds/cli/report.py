@@ -8,9 +8,8 @@ pictures. What a run folder holds: docs/metrics.md.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from versatune_ds.cli import at_least
+from versatune_ds.cli import at_least, place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         metavar="RUN",
         nargs="+",
-        type=Path,
+        type=place,
         help="run folder (`run.dir`); finished, running or killed",
     )
     parser.add_argument(
         "--out",
         metavar="PATH",
-        type=Path,
+        type=place,
         default=None,
         help="where to write the page (default: RUN/report.html; with several runs ./report.html)",
     )

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from versatune_ds.config.section import Section
+from versatune_ds.config.section import PlaceText, Section
 
 
 class Endpoint(Section):
@@ -51,7 +51,7 @@ class JudgeSettings(Section):
     network. `endpoint`: a model behind an API. `model`: a local model, by the likelihood of each name."""
     endpoint: Endpoint | None = None
     """endpoint: the server."""
-    model: str | None = None
+    model: PlaceText | None = None
     """model: folder or hub name of a causal LM, better an instruction-tuned one."""
     batch_size: int = Field(8, ge=1)
     """model: texts judged at a time on each rank."""
@@ -70,7 +70,7 @@ class JudgeSettings(Section):
 class Detect(Section):
     """The base model's knowledge distribution (`versatune-ds detect`): VersaTune, phase 1."""
 
-    model: str | None = None
+    model: PlaceText | None = None
     """Folder or hub name of the model to examine; default: `model.source`, with `model.weights`."""
     sequences: int = Field(2000, ge=1)
     """Texts to generate in each round."""

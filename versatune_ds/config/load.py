@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import Config, Origin
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import write_text_atomic
 
@@ -77,7 +77,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file is missing or not YAML, or a setting is unknown or invalid.
     """
-    return load_settings(Config, path, overrides)
+    config = load_settings(Config, path, overrides)
+    config._origin = Origin(("--config", str(path), *overrides))
+    return config
 
 
 def load_settings(model: type[Settings], path: str | Path, overrides: Sequence[str] = ()) -> Settings:

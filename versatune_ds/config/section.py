@@ -5,7 +5,22 @@ What is not covered: the sections themselves (`config/schema.py`).
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from versatune_ds.foundations.files import expanded
+
+
+def _expand(value: Any) -> Any:
+    return expanded(str(value)) if isinstance(value, str | Path) else value
+
+
+Place = Annotated[Path, BeforeValidator(_expand)]
+"""A path, its `~` and `$NAME` filled in."""
+PlaceText = Annotated[str, BeforeValidator(_expand)]
+"""A path or a name, as text, with the same filled in."""
 
 
 class Section(BaseModel):

@@ -6,12 +6,11 @@ themselves (`strategies/rules.py`).
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from versatune_ds.config.section import Section
+from versatune_ds.config.section import Place, Section
 from versatune_ds.strategies.rules import NEEDED, STRATEGIES
 
 WeightUnit = Literal["samples", "tokens", "supervised_tokens"]
@@ -38,7 +37,7 @@ class Domains(Section):
 
     names: list[str] = Field(min_length=1)
     """Domain names; their order is the order of all tables."""
-    initial: Literal["uniform"] | dict[str, float] | Path = "uniform"
+    initial: Literal["uniform"] | dict[str, float] | Place = "uniform"
     """Weights to start from: detected shares (sum 1), or the knowledge.json of `versatune-ds detect`."""
     weight_unit: WeightUnit = "samples"
     """What a weight is a share of: samples (as in the paper), tokens, or supervised tokens."""
@@ -78,6 +77,15 @@ class ScheduledWeights(Section):
         return self
 
 
+class Guard(Section):
+    """Overfitted domains lose their share: `domain/guard.py`. It probes at every weight update."""
+
+    probes: int = Field(3, ge=1)
+    """Probes in a row at which a domain's held-out loss must have risen before it is held."""
+    noise_z: float = Field(2.0, ge=0)
+    """Standard errors that a rise must exceed; of the difference, over the same held-out samples."""
+
+
 class Weights(Section):
     """How domain weights move. Symbols as in docs/weights.md: l loss, lref reference loss, gamma, phi."""
 
@@ -103,9 +111,9 @@ class Weights(Section):
     """doremi: step size of the exponentiated gradient."""
     smoothing: float = Field(1e-3, ge=0, le=1)
     """doremi: share of the uniform distribution mixed in after each update."""
-    schedule: list[ScheduledWeights] | Path | None = None
+    schedule: list[ScheduledWeights] | Place | None = None
     """manual: weights by step, or the weights.jsonl of a run to replay."""
-    reference: dict[str, float] | Path | None = None
+    reference: dict[str, float] | Place | None = None
     """Held-out reference loss lref per domain (nats per supervised token), or a reference.json."""
     loss_unit: Literal["token", "byte"] = "token"
     """Unit in which losses meet their reference. `token`: a reference of another tokenizer is refused.
@@ -113,13 +121,20 @@ class Weights(Section):
     loss_source: Literal["train", "probe"] = "train"
     """`train`: losses of the training steps of the window, free. `probe`: held-out losses, forward only."""
     probe_samples: int = Field(64, ge=1)
-    """probe: held-out samples per domain."""
+    """probe and guard: held-out samples per domain."""
     noise_z: float = Field(0.0, ge=0)
     """Standard errors subtracted from a loss difference before it counts as gamma or phi; 0 is the paper."""
     min_tokens: int = Field(1, ge=1)
     """A domain with fewer supervised tokens in the window keeps its previous loss and gamma; phi is 0."""
+    guard: Guard | None = None
+    """Take the share of a domain that is overfitted, with any strategy; None: no guard."""
     shadow: bool = False
     """Compute and log updates without applying them."""
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether held-out losses are measured at every update."""
+        return self.loss_source == "probe" or self.guard is not None
 
     @model_validator(mode="after")
     def _check(self) -> Weights:

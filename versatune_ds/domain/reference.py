@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.config.weights import Domains, Weights, require_shares
-from versatune_ds.domain.json_input import numbers, read_object, require_format
 from versatune_ds.domain.knowledge import read_knowledge
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import ConfigError, DataError, unknown_name
+from versatune_ds.foundations.json_input import numbers, read_object, require_format
 from versatune_ds.strategies.rules import STRATEGIES
 from versatune_ds.strategies.simplex import Vector, normalise
 
@@ -51,7 +51,7 @@ REFERENCE_KEYS = (
     "method",
     "provenance",
 )
-MEASURE_AGAIN = "measure it again with `versatune-ds reference`"
+MEASURE_AGAIN = "measure it again (the verb reference)"
 
 CURES = {
     "model": f"{MEASURE_AGAIN}, or name the model that it was measured with in reference.model",

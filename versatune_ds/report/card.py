@@ -39,7 +39,7 @@ def model_card(run: RunData, step: int | None, *, is_adapter: bool) -> str:
 
     Args:
         run: what was recorded.
-        step: that the weights are of; None: the last one.
+        step: that the weights are of; None: the best one that was kept, else the last one.
         is_adapter: an adapter for the base model, not a whole model.
     """
     model = run.config.get("model", {})
@@ -52,13 +52,14 @@ def model_card(run: RunData, step: int | None, *, is_adapter: bool) -> str:
     if _is_on_hub(str(model.get("source", ""))):
         head |= {"base_model": source, "base_model_relation": "adapter" if is_adapter else "finetune"}
     last = int(run.steps[-1]) if len(run.steps) else 0
+    exported = step or run.best.get("step") or last
     facts = dict(FACTS)
     rows = [(name, [facts[name](run)]) for name in FACTS_OF_A_CARD]
     what = f"An adapter for {source}" if is_adapter else f"{source}, fine-tuned"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {run.label}",
-        f"{what} with versatune_ds on {len(run.names)} domain(s); the weights after step {step or last:,}. "
+        f"{what} with versatune_ds on {len(run.names)} domain(s); the weights after step {exported:,}. "
         f"Tables are of the whole run, up to step {last:,}; losses are in nats per supervised token, first "
         "→ last.",
         "## Domains",

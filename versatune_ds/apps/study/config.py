@@ -17,7 +17,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from versatune_ds.config.load import load_settings
-from versatune_ds.config.section import Section
+from versatune_ds.config.schema import Adapter
+from versatune_ds.config.section import Place, Section
 from versatune_ds.config.weights import require_shares
 
 Sections = dict[str, Any]
@@ -34,6 +35,8 @@ class StudyModel(Section):
     """Entries of the tokenizer that is trained on the corpus. The sample brings its own tokenizer."""
     dtype: Literal["bf16", "fp32"] = "fp32"
     """Compute precision of all runs."""
+    adapter: Adapter | None = None
+    """What reference runs and arms train beside the base model. None: all of it."""
     shape: dict[str, int] = Field(default_factory=dict)
     """Keys of a LlamaConfig that replace those of the shipped 4-layer shape of hidden size 128."""
 
@@ -66,9 +69,9 @@ class Expansion(Section):
 class Study(Section):
     """A whole study."""
 
-    dir: Path
+    dir: Place
     """Folder of the study: model, cache, all runs, results."""
-    corpus: Literal["sample"] | Path
+    corpus: Literal["sample"] | Place
     """Folder with raw files, or the shipped sample. VERSATUNE_CORPUS, where set, names another folder."""
     workers: int = Field(2, ge=1)
     """Runs trained at the same time, each a process of one rank; on GPUs one a device."""
