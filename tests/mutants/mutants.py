@@ -41,6 +41,11 @@ FILES = {
     "saved shards": "versatune_ds/engine/backend/saved_shards.py",
     "export": "versatune_ds/engine/checkpointing/hf_export.py",
     "sinks": "versatune_ds/observability/sinks.py",
+    "trackers": "versatune_ds/observability/trackers.py",
+    "secrets": "versatune_ds/config/secrets.py",
+    "foreign": "versatune_ds/apps/move_in/foreign.py",
+    "foreign training": "versatune_ds/apps/move_in/training.py",
+    "push": "versatune_ds/apps/push.py",
     "throughput": "versatune_ds/observability/throughput.py",
     "records": "versatune_ds/observability/records.py",
     "repositories": "versatune_ds/data/rows/repositories.py",
@@ -94,6 +99,9 @@ TESTS = {
     "derived": "tests/config/test_derive.py",
     "step": "tests/engine/test_step.py",
     "sinks": "tests/observability/test_sinks.py",
+    "trackers": "tests/observability/test_trackers.py",
+    "import": "tests/apps/test_import_config.py",
+    "push": "tests/apps/test_push.py",
     "throughput": "tests/observability/test_throughput.py",
     "records": "tests/observability/test_records.py",
     "containers": "tests/data/test_containers.py",
@@ -1296,6 +1304,41 @@ fault(
     "            self._file.truncate(end)\n        return end",
     "        return end",
     "sinks::test_torn_last_line_is_cut_off_with_a_warning",
+)
+fault(
+    "a resumed run starts another run of its tracker",
+    "trackers",
+    "        if not file.exists():\n",
+    "        if True:\n",
+    "trackers::test_mlflow_goes_on_in_the_same_run",
+)
+fault(
+    "what another package says keeps values of secret variables",
+    "secrets",
+    '            text = text.replace(value, "***")\n',
+    "            pass\n",
+    "trackers::test_no_secret_in_what_is_said",
+)
+fault(
+    "imported settings repeat a secret",
+    "foreign",
+    "find_secret({name: value}) is not None",
+    "False",
+    "import::test_llama_factory",
+)
+fault(
+    "an imported step forgets the ranks",
+    "foreign training",
+    "packs_per_step=samples * ranks",
+    "packs_per_step=samples",
+    "import::test_llama_factory",
+)
+fault(
+    "a pushed repository is open to all",
+    "push",
+    "private=not public",
+    "private=False",
+    "push::test_what_was_exported_lies_on_the_hub_with_its_card",
 )
 
 # --- templates ----------------------------------------------------------------------------------------------

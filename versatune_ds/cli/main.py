@@ -26,7 +26,7 @@ log = get_logger(__name__)
 
 OTHER_RANKS_WAIT_S = 5.0
 VERBS = (
-    *("sample", "prepare", "inspect", "plan", "detect", "reference", "plan-weights"),
+    *("sample", "import-config", "prepare", "inspect", "plan", "detect", "reference", "plan-weights"),
     *("train", "evaluate", "export", "report", "study", "doctor", "bench", "evidence"),
 )
 """In the order of a project; each is a module of this folder."""

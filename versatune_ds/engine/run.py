@@ -361,7 +361,7 @@ def open_held_out(prepared: Prepared, *, needs_probe: bool) -> tuple[HeldOut | N
 
 def _write_run_info(prepared: Prepared, backend: Backend) -> None:
     """run.json: what ran, on what, when; for the report and for people."""
-    config = prepared.config
+    config, adapter = prepared.config, prepared.config.model.adapter
     total, outside_embeddings = parameter_counts(backend.model)
     write_json_atomic(
         config.run.dir / constants.RUN_INFO_FILE,
@@ -377,8 +377,10 @@ def _write_run_info(prepared: Prepared, backend: Backend) -> None:
                 "type": backend.model.lm.config.model_type,
                 "dtype": config.model.dtype,
                 "attention": backend.attention.implementation,
+                "adapter": f"{adapter.kind}, rank {adapter.rank}" if adapter else None,
             },
             "num_parameters": total,
+            "num_parameters_trained": parameter_counts(backend.model, trained=True)[0],
             "num_parameters_nonembedding": outside_embeddings,
             "domains": config.domains.names,
             "total_steps": prepared.total_steps,

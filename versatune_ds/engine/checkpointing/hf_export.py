@@ -7,7 +7,7 @@ so the peak on any rank is one shard and one parameter. The folder appears whole
 
 Of a run that trained an adapter only the adapter is written (`adapter_export.py`), unless it is merged.
 
-What is not covered: quantised formats, and pushing to a hub.
+What is not covered: quantised formats, and pushing to a hub (`apps/push.py`).
 """
 
 from __future__ import annotations
