@@ -1791,13 +1791,12 @@ GOOD = "triton::test_the_kernels_are_as_good_as_torch"
 FP32, FP16 = f"{GOOD}[fp32-torch.float32]", f"{GOOD}[fp32-torch.float16]"
 BF16 = (f"{GOOD}[fp32-torch.bfloat16]", f"{GOOD}[compute-torch.bfloat16]")
 ALL = (FP32, *BF16)
-LOSS_LOOP = "range(0, VOCAB_SIZE, TILE):\n        cols = start + tl.arange(0, TILE)\n        inside"
-GRADIENT_LOOP = LOSS_LOOP.replace("\n        ", "\n            ")
+LOSS_TAIL, GRADIENT_TAIL = (f"if VOCAB_SIZE % TILE:\n{indent}last" for indent in (" " * 8, " " * 12))
 fault(
     "negated gradient",
     "row kernels",
-    "grad.to(grad_ptr.dtype.element_ty), mask=inside",
-    "(-grad).to(grad_ptr.dtype.element_ty), mask=inside",
+    "return tl.exp(z - top) * of_probability\n",
+    "return -tl.exp(z - top) * of_probability\n",
     *ALL,
 )
 fault(
@@ -1827,30 +1826,30 @@ fault("squares are not squared", "row kernels", "value * value", "value", *ALL)
 fault(
     "last tile of the vocabulary dropped from the loss",
     "row kernels",
-    LOSS_LOOP,
-    LOSS_LOOP.replace("VOCAB_SIZE", "VOCAB_SIZE - TILE"),
+    LOSS_TAIL,
+    LOSS_TAIL.replace("VOCAB_SIZE % TILE", "VOCAB_SIZE < TILE"),
     *ALL,
 )
 fault(
     "last tile of the vocabulary dropped from the gradient",
     "row kernels",
-    GRADIENT_LOOP,
-    GRADIENT_LOOP.replace("VOCAB_SIZE", "VOCAB_SIZE - TILE"),
+    GRADIENT_TAIL,
+    GRADIENT_TAIL.replace("VOCAB_SIZE % TILE", "VOCAB_SIZE < TILE"),
     *ALL,
 )
 fault(
     "columns beyond the vocabulary count",
     "row kernels",
-    'z = tl.where(inside, z, -float("inf"))',
-    "z = tl.where(inside, z, 0.0)",
+    'tl.where(last < VOCAB_SIZE, z, -float("inf"))',
+    "tl.where(last < VOCAB_SIZE, z, 0.0)",
     *ALL,
 )
 fault("label V - 1 is no class", "row kernels", "(label < VOCAB_SIZE)", "(label < VOCAB_SIZE - 1)", *ALL)
 fault(
     "label V - 1 gets no gradient",
     "row kernels",
-    "cols == label",
-    "(cols == label) & (cols < VOCAB_SIZE - 1)",
+    "element_ty), mask=is_class)",
+    "element_ty), mask=is_class & (label < VOCAB_SIZE - 1))",
     *ALL,
 )
 fault(
@@ -1860,7 +1859,7 @@ fault(
     "tl.load(logits_ptr + (label + 1) % VOCAB_SIZE,",
     *ALL,
 )
-fault("sum of exponentials not rescaled", "row kernels", "exp_sum * tl.exp(top - shift)", "exp_sum", *ALL)
+fault("sum of exponentials not rescaled", "row kernels", "sums * tl.exp(tops - shifts)", "sums", *ALL)
 fault(
     "token weight only in the loss",
     "row kernels",
@@ -1870,7 +1869,14 @@ fault(
 )
 fault("normalizer forgotten", "row kernels", "* tl.load(factor_ptr)", "", *ALL)
 fault(
-    "slope of the softcap forgotten", "row kernels", "grad *= _capped_slope(z, softcap)", "grad *= 1.0", *ALL
+    "slope of the softcap forgotten", "row kernels", "* of_probability * _capped_slope(z, softcap)", "", *ALL
+)
+fault(
+    "slope of the softcap forgotten at the target",
+    "row kernels",
+    "grad *= _capped_slope(raw_target, softcap)",
+    "grad *= 1.0",
+    *ALL,
 )
 fault("backward forgets the last factor", "row kernels", "gradient * factor", "gradient", FP16)
 fault(
@@ -1883,8 +1889,8 @@ fault(
 fault(
     "the gradient is stored beyond the row",
     "row kernels",
-    "grad.to(grad_ptr.dtype.element_ty), mask=inside",
-    "grad.to(grad_ptr.dtype.element_ty), mask=cols < VOCAB_SIZE + 1",
+    "grad.to(grad_ptr.dtype.element_ty), mask=last < VOCAB_SIZE",
+    "grad.to(grad_ptr.dtype.element_ty), mask=last < VOCAB_SIZE + 1",
     "triton::test_nothing_is_written_beyond_a_row",
 )
 fault(
@@ -1940,6 +1946,7 @@ fault(
     "chunked: the last rows of a batch are left out",
     "chunked",
     "for start in range(0, num_rows, chunk):",
+fault("lanes are not brought to one maximum", "row kernels", "sums * tl.exp(tops - shift)", "sums", *ALL)
     "for start in range(0, num_rows - num_rows % chunk, chunk):",
     "chunks::test_chunk_size_changes_nothing",
 )
