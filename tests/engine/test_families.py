@@ -8,7 +8,7 @@ import pytest
 import torch
 from export_memory import NoCompanions
 from safetensors.torch import load_file
-from tiny_families import FAMILY_CONFIGS, VOCAB_SIZE, family_config, family_model
+from tiny_families import FAMILY_CONFIGS, VOCAB_SIZE, attend_by_sample, family_config, family_model
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
@@ -95,8 +95,9 @@ def pack_of(lengths: tuple[int, ...]) -> dict:
 def test_a_pack_has_the_losses_and_gradients_of_transformers_and_is_exported(kind, tmp_path):
     """Each sample alone in a model that has seen no other; then the export, loaded by transformers."""
     lm = family_model(kind)
+    capped = lm.config._attn_implementation
     routers = Routers(lm.config, None) if experts_of(lm.config) else None
-    pack, model = pack_of(LENGTHS), PackedCausalLM(lm, "chunked", routers=routers)
+    pack, model = pack_of(LENGTHS), PackedCausalLM(attend_by_sample(lm), "chunked", routers=routers)
     losses, expected = [], {}
     for ids in pack["input_ids"].split(LENGTHS):
         lm = family_model(kind)
@@ -128,7 +129,6 @@ def test_a_pack_has_the_losses_and_gradients_of_transformers_and_is_exported(kin
 
     backend = SimpleNamespace(model=model, parameters=model.named_parameters)
     export_model(backend, NoCompanions(), tmp_path / "model", 1 << 30)
-    capped = model.lm.config._attn_implementation
     loaded, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", attn_implementation=capped, output_loading_info=True
     )

@@ -246,6 +246,8 @@ def saved_activations(shape: ModelShape, setup: Setup) -> int:
     inputs = recomputed * tokens * shape.hidden * s
     last_norm = tokens * (shape.hidden * (FP32 + s) + FP32)
     rotary = 2 * shape.head_size * tokens * s
+    if setup.device == "cpu":  # the outputs of the samples, and all of them together
+        attention += shape.query_width * s
     return kept + inputs + last_norm + rotary
 
 
@@ -264,8 +266,7 @@ def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
         name = "one layer recomputed, and its backward" if recomputes else "backward of one layer"
         parts.append(Part(f"{name}, beyond the loss buffer", beyond_loss, False))
     batch = tokens * (3 * LONG + 2 * INT)
-    mask = tokens * tokens if setup.device == "cpu" else 0  # bool, block-diagonal
-    parts.append(Part("batch", batch + mask, True))
+    parts.append(Part("batch", batch, True))
     return tuple(parts)
 
 

@@ -42,6 +42,7 @@ from versatune_ds.engine.backend.safe_loading import tensors_only
 from versatune_ds.engine.model.adapters import MAGNITUDE
 from versatune_ds.engine.model.attention import AttentionChoice, choose_attention, isolation_leak
 from versatune_ds.engine.model.packed_lm import (
+from versatune_ds.engine.model.dtypes import multiplies_bf16
     PackedCausalLM,
     build_model,
     float32_buffers,
@@ -276,6 +277,8 @@ def _build_model(
     try:
         loss = resolve_backend(config.model.loss_backend, device.type)
     except KernelError as error:
+    if config.model.dtype == "bf16" and device.type == "cpu" and not multiplies_bf16():
+        log.warning("this CPU has no bf16 units: fp32 is many times faster here; set model.dtype: fp32")
         raise ConfigError(f"model.loss_backend: {error}") from None
     if config.model.logits_dtype == "compute" and loss.name != "triton":
         raise ConfigError(
