@@ -10,7 +10,6 @@ from launching import REPOSITORY, case_file, launch_soundly
 from versatune_ds.apps.bench.shapes import _llama, _qwen2
 from versatune_ds.apps.plan.memory import (
     Setup,
-    ZeroBuffers,
     memory_plan,
     read_offload,
     saved_activations,
@@ -45,7 +44,9 @@ def zero(stage: int, **more) -> dict:
         "stage3_max_live_parameters": 200_000,
         "stage3_max_reuse_distance": 200_000,
     }
-    return {"stage": stage, "reduce_bucket_size": 20_000, **(of_stage_3 if stage == 3 else {}), **more}
+    # one that shows in the sum, as at stages 1 and 2 there are two of them
+    bucket = 200_000 if stage in (1, 2) else 20_000
+    return {"stage": stage, "reduce_bucket_size": bucket, **(of_stage_3 if stage == 3 else {}), **more}
 
 
 OPTIMIZER_ON_HOST = {"offload_optimizer": {"device": "cpu"}}
@@ -112,7 +113,7 @@ def planned(case: tuple) -> tuple[ModelShape, Setup]:
         packs_per_step=PACKS_PER_RANK * ranks,
         checkpointing=recompute,
         offload=read_offload(settings),
-        buffers=ZeroBuffers.from_settings(settings),
+        zero=settings,
         device="cpu",
     )
     return planned_shape(shape, "test"), setup

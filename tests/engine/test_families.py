@@ -51,7 +51,7 @@ def test_parameters_are_those_of_the_built_model(kind):
     assert shape.layer_parameters == max(layers)
     embeddings = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.lm_head)}
     assert shape.nonembedding_parameters == total - sum(embeddings.values())
-    built = built_shape(model.config, shape.parameters, shape.nonembedding_parameters)
+    built = built_shape(model.config, (shape.parameters, shape.nonembedding_parameters))
     assert built.step_flops_6n(slot_tokens=3, pack_len=2) == shape.step_flops_6n(slot_tokens=3, pack_len=2)
 
 
@@ -252,11 +252,11 @@ def test_shape_from_a_model_configuration():
         vocab_size=100,
         head_dim=32,
     )
-    shape = built_shape(config, 23456, 12345)
+    shape = built_shape(config, (23456, 12345))
     assert (shape.query_width, shape.layers) == (128, 3)
     assert (shape.parameters, shape.nonembedding_parameters) == (23456, 12345)
     config.head_dim = None  # Llama configurations without it: hidden size / heads
-    assert built_shape(config, 1, 1).query_width == 64
+    assert built_shape(config, (1, 1)).query_width == 64
 
 
 def test_a_published_mfu_in_both_conventions():

@@ -38,7 +38,9 @@ from versatune_ds.engine.backend.deepspeed_backend import build_backend
 from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.backend.ranks import Ranks
+from versatune_ds.engine.backend.zero_sizes import with_sizes
 from versatune_ds.engine.checkpointing.saver import Saver
+from versatune_ds.engine.model.families import planned_shape
 from versatune_ds.engine.model.packed_lm import model_inputs
 from versatune_ds.engine.skipping import reason_to_skip
 from versatune_ds.engine.state import SpikeGuard
@@ -166,7 +168,9 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
 
     before = held_bytes()  # of earlier cases: DeepSpeed's destroy() does not let go of everything
     ranks = Ranks.of_world()
-    backend = build_backend(config, deepspeed_config(config, ranks.dp.size), ranks, device)
+    made, shape = deepspeed_config(config, ranks.dp.size), planned_shape(case["shape"], case["name"])
+    made["zero_optimization"] = with_sizes(made["zero_optimization"], shape)
+    backend = build_backend(config, made, ranks, device)
     run: Any = SimpleNamespace(
         backend=backend, statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 1)
     )

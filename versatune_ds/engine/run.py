@@ -25,6 +25,7 @@ from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
 from versatune_ds.engine.backend.deepspeed_config import state_layout
 from versatune_ds.engine.backend.parameters import parameter_counts
+from versatune_ds.engine.backend.zero_sizes import describe_sizes
 from versatune_ds.engine.checkpointing.folder import load_model_state, newest_sound_checkpoint, read_state
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut
@@ -168,7 +169,7 @@ def assemble(
         probe=probe,
         sinks=sinks,
         progress=progress,
-        shape=built_shape(backend.model.lm.config, *parameter_counts(backend.model)),
+        shape=built_shape(backend.model.lm.config, parameter_counts(backend.model)),
         peak_tflops=accelerator_peak_tflops(config, backend.device),
     )
 
@@ -299,6 +300,8 @@ def introduce(prepared: Prepared, backend: Backend) -> None:
     )
     if config.model.adapter is not None:
         adapter, targets = config.model.adapter, trained_targets(backend.model.lm)
+    if backend.layout["ZeRO stage"]:
+        log.info("ZeRO: %s", describe_sizes(prepared.deepspeed["zero_optimization"]))
         log.info(
             "adapter: %s of rank %d on %s; %.3g parameters are trained",
             adapter.kind,

@@ -20,12 +20,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from versatune_ds.config.schema import Config
 from versatune_ds.domain.statistics import NUM_ROWS
+from versatune_ds.engine.backend.rounded_adamw import SLICE
+from versatune_ds.engine.backend.zero_sizes import with_sizes
 from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.foundations.errors import ConfigError
@@ -52,17 +55,21 @@ HOST_PROCESS_BYTES = int(3.0 * GIB)
 class ZeroBuffers:
     """DeepSpeed's sizes, in elements; defaults are DeepSpeed's."""
 
-    reduce_bucket: int = 500_000_000
-    prefetch_bucket: int = 50_000_000
+    reduce_bucket: int = 0
+    prefetch_bucket: int = 0
+    sub_group: int = 0
     persistence_threshold: int = 100_000
     max_live: int = 1_000_000_000
     sub_group: int = 1_000_000_000
     hpz_ranks: int = 1
+    overlap: bool = True
     """ZeRO++: ranks that share a secondary copy of the parameters; 1: none."""
 
     @classmethod
-    def from_settings(cls, zero: dict[str, Any]) -> ZeroBuffers:
-        """Of a `zero_optimization` section."""
+    def of(cls, shape: ModelShape, setup: Setup) -> ZeroBuffers:
+        """Those of a run, as its `zero_optimization` section and the model's size say."""
+        zero = with_sizes({**setup.zero, "stage": setup.zero_stage}, shape)
+            "overlap": "overlap_comm",
         keys = {
             "reduce_bucket": "reduce_bucket_size",
             "prefetch_bucket": "stage3_prefetch_bucket_size",
@@ -86,7 +93,8 @@ class Setup:
     packs_per_step: int = 128
     checkpointing: Checkpointing = "off"
     offload: Offload = "none"
-    buffers: ZeroBuffers = ZeroBuffers()
+    zero: Mapping[str, Any] = field(default_factory=dict)
+    """`zero_optimization` of the DeepSpeed file, for its buffers."""
     logits_dtype: Literal["fp32", "compute"] = "fp32"
     supervised: float = 0.5
     """Share of positions with a label."""
@@ -150,7 +158,7 @@ def setup_fields(config: Config) -> dict[str, Any]:
         "packs_per_step": config.batch.packs_per_step,
         "checkpointing": config.model.activation_checkpointing,
         "offload": read_offload(zero),
-        "buffers": ZeroBuffers.from_settings(zero),
+        "zero": zero,
     }
 
 
@@ -196,7 +204,7 @@ def memory_plan(shape: ModelShape, setup: Setup) -> MemoryPlan:
         setup: the settings; `packs_per_step` is a multiple of `gpus`.
     """
     held, gradients, step, host = _states(shape, setup)
-    work = (*_activations(shape, setup), *_gathered(shape, setup), *_loss(shape, setup))
+    work = (*_activations(shape, setup), *_communication(shape, setup), *_loss(shape, setup))
     forward, step = (*gradients, *work), (*gradients, *step)
     tensors = total(held) + max(total(forward), total(step))
     margin: tuple[Part, ...] = ()
@@ -297,13 +305,16 @@ def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     )
 
 
-def _gathered(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
-    """Whole weights that ZeRO-3 holds for a while."""
-    if setup.zero_stage < 3:
+def _communication(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
+    """Whole weights that ZeRO-3 holds for a while; buckets of the other stages, which go after backward."""
+    if setup.zero_stage == 0:
         return ()
-    prefetch = setup.buffers.prefetch_bucket
+    buffers = ZeroBuffers.of(shape, setup)
+    if setup.zero_stage < 3:
+        buckets = 2 if buffers.overlap else 1
+        return (Part("communication buckets", buckets * buffers.reduce_bucket * setup.element, True),)
     largest = max(shape.head_parameters, shape.layer_parameters)
-    live = min(shape.parameters, max(setup.buffers.max_live, largest + prefetch))
+    live = min(shape.parameters, max(buffers.max_live, largest + buffers.prefetch_bucket))
     return (Part("gathered parameters (ZeRO-3)", live * setup.element, True),)
 
 
@@ -311,7 +322,7 @@ def _states(
     shape: ModelShape, setup: Setup
 ) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
     """(always held on the GPU, gradients of a step, added by the optimizer step, held in host memory)."""
-    n, s, stage, buffers = shape.parameters, setup.element, setup.zero_stage, setup.buffers
+    n, s, stage, buffers = shape.parameters, setup.element, setup.zero_stage, ZeroBuffers.of(shape, setup)
     shard = math.ceil(n / setup.shards)
     largest = shape.head_parameters
     held: list[Part] = []
@@ -343,9 +354,10 @@ def _states(
         held.append(gradients)  # one flat buffer for the whole run
     else:
         of_step.append(gradients)
-    if stage >= 2:
-        bucket = buffers.reduce_bucket if stage == 3 else min(buffers.reduce_bucket, n)
-        held.append(Part("communication bucket", bucket * s, True))
+    if stage == 3:
+        held.append(Part("communication bucket", buffers.reduce_bucket * s, True))
+    if setup.inputs_on_host:
+        host.append(Part("inputs of layers", shape.layers * setup.pack_len * shape.hidden * s, False))
     held.append(Part("statistics", NUM_ROWS * 8 * 64, True))
     if stage and not setup.offloads_optimizer:
         one_group = min(shard, buffers.sub_group) if stage == 3 else shard

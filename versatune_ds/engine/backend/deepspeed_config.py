@@ -31,6 +31,7 @@ from pydantic import ValidationError
 
 from versatune_ds.config.schema import Config, Model
 from versatune_ds.data.plan.balance import check_world_size
+from versatune_ds.engine.backend.zero_sizes import DEEPSPEED_SUB_GROUP, SUB_GROUP_KEY
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 
 PASSED_KEYS = (
@@ -197,9 +198,11 @@ def state_layout(settings: Mapping[str, Any], model: Model) -> dict[str, Any]:
         settings: a DeepSpeed configuration.
         model: `model` section.
     """
-    adapter = model.adapter
+    adapter, stage = model.adapter, zero_stage(settings)
+    groups = settings["zero_optimization"].get("sub_group_size", DEEPSPEED_SUB_GROUP)
     return {
-        "ZeRO stage": zero_stage(settings),
+        "ZeRO stage": stage,
+        SUB_GROUP_KEY: groups if stage == 3 else None,
         "model.dtype": model.dtype,
         "model.adapter": adapter and adapter.model_dump(include={"kind", "rank", "alpha", "targets"}),
         "optimizer offload": offloads_optimizer(settings),

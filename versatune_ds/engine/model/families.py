@@ -103,15 +103,15 @@ def planned_shape(config: Mapping[str, Any], origin: str) -> ModelShape:
         raise ConfigError(f"{origin}: {error}") from error
 
 
-def built_shape(config: Any, parameters: int, nonembedding: int) -> ModelShape:
-    """The shape of a built model of any family; of one without a plan only what its FLOPs need is right.
+def built_shape(config: Any, counted: tuple[int, int] | None = None) -> ModelShape:
+    """The shape of a model of any family; of one without a plan only what its FLOPs need is right.
 
     Args:
         config: its transformers configuration.
-        parameters: all, a tied embedding and head once.
-        nonembedding: all but the embedding and the head.
+        counted: parameters of the built model: all, a tied embedding and head once; all but these two. None:
+            by formula.
     """
-    return _shape(config, (parameters, nonembedding))
+    return _shape(config, counted)
 
 
 def _experts(config: Any, family: Family) -> Experts | None:
