@@ -27,7 +27,8 @@ from versatune_ds.engine.model.attention import (
     varlen_attention,
 )
 from versatune_ds.engine.model.families import MIXTURES
-from versatune_ds.engine.model.packed_lm import PackedCausalLM, checkpoint_activations
+from versatune_ds.engine.model.packed_lm import PackedCausalLM
+from versatune_ds.engine.model.recompute import recompute_in_backward
 from versatune_ds.engine.model.rope import turning_length
 from versatune_ds.foundations.errors import ConfigError
 
@@ -52,8 +53,8 @@ def tiny(config_class=LlamaConfig, **more):
     return AutoModelForCausalLM.from_config(config_class(**SHAPE, **more), attn_implementation="sdpa")
 
 
-@pytest.mark.parametrize("kind", FAMILY_CONFIGS)
 @pytest.mark.parametrize("by_sample", [False, True])
+@pytest.mark.parametrize("kind", FAMILY_CONFIGS)
 def test_losses_of_a_sample_are_bit_equal_whatever_its_neighbour(kind, by_sample):
     """With a neighbour whose halves lie on the other side of the lengths that positions depend on."""
     lm = family_model(kind)
@@ -111,7 +112,7 @@ def test_a_run_probes_beyond_the_turning_length(monkeypatch):
 @pytest.mark.parametrize("policy", ["off", "all", 2])
 def test_isolation_holds_with_recomputed_activations(policy):
     lm = tiny()
-    checkpoint_activations(lm, policy)
+    recompute_in_backward(lm, policy)
     recomputed = [layer.gradient_checkpointing for layer in lm.model.layers]
     assert recomputed == {"off": [False, False], "all": [True, True], 2: [True, False]}[policy]
     model = PackedCausalLM(lm, "auto").train()
@@ -121,7 +122,7 @@ def test_isolation_holds_with_recomputed_activations(policy):
 @pytest.mark.parametrize(("policy", "calls"), [("off", [1, 1]), ("all", [2, 2]), (2, [2, 1])])
 def test_checkpointed_layers_run_again_in_backward(policy, calls):
     lm = tiny()
-    checkpoint_activations(lm, policy)
+    recompute_in_backward(lm, policy)
     counted = [0, 0]
     for i, layer in enumerate(lm.model.layers):
         layer.mlp.register_forward_pre_hook(lambda *_, i=i: counted.__setitem__(i, counted[i] + 1))
@@ -171,7 +172,7 @@ def test_a_model_that_mixes_samples_is_found_out():
     assert leak > 10 * max(MAX_ISOLATION_LEAK.values())
 
 
-def test_cpu_takes_the_block_diagonal_mask_and_says_so():
+def test_cpu_takes_one_sample_after_the_other_and_says_so():
     choice = choose_attention(Model(source="x"), "cpu")
     assert choice.implementation == BY_SAMPLE and "one sample after the other" in choice.reason
     choice = choose_attention(Model(source="x", attention="sdpa"), "cpu")
@@ -180,7 +181,6 @@ def test_cpu_takes_the_block_diagonal_mask_and_says_so():
         choose_attention(Model(source="x", attention="varlen"), "cpu")
 
 
-def test_cuda_prefers_flash_attention_and_falls_back_aloud(monkeypatch):
 @pytest.mark.parametrize("window", [None, 3, 6])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_one_sample_after_the_other_is_the_block_diagonal_mask(kv_heads, window):
@@ -220,6 +220,7 @@ def test_hopper_takes_flash_attention_3_where_it_is_installed(monkeypatch):
     assert asked.implementation == capped.implementation == "flash_attention_2" and activated == ["FA3"]
 
 
+def test_cuda_prefers_flash_attention_and_falls_back_aloud(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "flash_attn" else None)
     assert choose_attention(Model(source="x"), "cuda").implementation == "flash_attention_2"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

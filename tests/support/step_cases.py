@@ -110,8 +110,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
     model = {
         "source": str(models / words[0]),
         "dtype": "bf16" if "bf16" in words else "fp32",
-        "activation_checkpointing": "all" if "recompute" in words else "off",
-        "compile": "body" if "compile" in words else "off",
+        "activation_checkpointing": next((RECOMPUTE[w] for w in words if w in RECOMPUTE), "off"),
+        "compile": "layers" if "compile" in words else "off",
         "router": "frozen" if "frozen" in words else "train",
         "loss_backend": "triton" if "triton" in words else "chunked",
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from versatune_ds.cli import at_least
 from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
     parser.add_argument("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage")
-    parser.add_argument("--checkpointing", metavar="off|all|N", help="recompute activations")
+    parser.add_argument(
+        "--checkpointing", metavar="off|all|selective|offload|N", help="recompute activations"
+    )
     parser.add_argument("--offload", choices=("none", "optimizer", "all"), help="to host memory")
     parser.add_argument("--host-gib", type=float, default=1024.0, metavar="X", help="memory of a node (1024)")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
@@ -68,11 +70,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _checkpointing(args: argparse.Namespace) -> str | int | None:
-    text = args.checkpointing
-    if text is None or text in ("off", "all"):
+    from versatune_ds.config.schema import Recompute
+    from versatune_ds.foundations.errors import ConfigError
+
+    text, policies = args.checkpointing, get_args(Recompute)
+    if text is None or text in policies:
         return text
     if text.isdigit() and int(text) > 0:
         return int(text)
-    from versatune_ds.foundations.errors import ConfigError
-
-    raise ConfigError(f"--checkpointing {text}: give off, all, or every how many layers to recompute one")
+    raise ConfigError(
+        f"--checkpointing {text}: give {', '.join(policies)}, or every how many layers to recompute one"
+    )

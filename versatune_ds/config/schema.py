@@ -23,6 +23,7 @@ from versatune_ds.config.section import Section
 from versatune_ds.config.weights import Domains, Weights
 
 DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized"]
+Recompute = Literal["off", "all", "selective", "offload"]
 ChatTemplate = Literal["tokenizer", "chatml", "hermes", "alpaca", "llama2", "llama3"]
 DEFAULT_COLLECTIVE_TIMEOUT_S = 1800.0
 
@@ -91,8 +92,9 @@ class Model(Section):
     """Compute precision; the optimizer always keeps fp32 master weights."""
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
     """Attention for packs. `auto`: on CUDA flash-attn or torch's varlen kernel, else sdpa (docs/train.md)."""
-    activation_checkpointing: Literal["off", "all"] | Annotated[int, Field(ge=1, strict=True)] = "off"
-    """Recompute activations in backward: for no layer, every layer, or every n-th layer."""
+    activation_checkpointing: Recompute | Annotated[int, Field(ge=1, strict=True)] = "off"
+    """Recompute activations in backward: for no layer, every layer, or every n-th layer. `selective`: all but
+    matrix products and attention. `offload`: every layer, from its input in host memory (docs/train.md)."""
     loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
     """Implementation of the fused linear + cross-entropy. `auto`: triton on CUDA, else chunked."""
     logits_dtype: Literal["fp32", "compute"] = "fp32"

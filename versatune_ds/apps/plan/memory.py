@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import Config, Recompute
 from versatune_ds.domain.statistics import NUM_ROWS
 from versatune_ds.engine.backend.rounded_adamw import SLICE
 from versatune_ds.engine.backend.zero_sizes import with_sizes
@@ -37,7 +37,7 @@ from versatune_kernels.contract import Spec
 from versatune_kernels.sizing import auto_chunk_tokens, row_stride, triton_chunks
 
 Offload = Literal["none", "optimizer", "all"]
-Checkpointing = Literal["off", "all"] | int
+Checkpointing = Recompute | int
 
 GIB = 2**30
 FP32, LONG, INT = 4, 8, 4
@@ -240,8 +240,8 @@ def layer_activations(shape: ModelShape, setup: Setup) -> int:
 
 
 def recomputed_layers(layers: int, policy: Checkpointing) -> int:
-    """Layers whose activations are recomputed: none, all, or every n-th from the first."""
-    if policy == "off":
+    """Layers whose products are recomputed: none, all, or every n-th from the first."""
+    if policy in ("off", "selective"):
         return 0
     return layers if policy == "all" else math.ceil(layers / int(policy))
 
@@ -250,13 +250,28 @@ def saved_activations(shape: ModelShape, setup: Setup) -> int:
     """Bytes that the layers and the last norm keep for backward, after a whole forward."""
     s, tokens = setup.element, setup.pack_len
     recomputed = recomputed_layers(shape.layers, setup.checkpointing)
-    kept = (shape.layers - recomputed) * layer_activations(shape, setup)
-    inputs = recomputed * tokens * shape.hidden * s
+    one = kept_outputs if setup.checkpointing == "selective" else layer_activations
+    kept = (shape.layers - recomputed) * one(shape, setup)
+    inputs = 0 if setup.inputs_on_host else recomputed * tokens * shape.hidden * s
     last_norm = tokens * (shape.hidden * (FP32 + s) + FP32)
     rotary = 2 * shape.head_size * tokens * s
     if setup.device == "cpu":  # the outputs of the samples, and all of them together
         attention += shape.query_width * s
     return kept + inputs + last_norm + rotary
+
+def kept_outputs(shape: ModelShape, setup: Setup) -> int:
+    """Bytes that one layer keeps under `selective`: its input and the outputs of products and attention.
+
+    Per token: q, k, v, the attention output (and one fp32 number per head) and its product; gate, up and
+    down of the MLP, or of each choice of experts.
+    """
+    width = 2 * shape.hidden + 2 * (shape.query_width + shape.kv_width)
+    if shape.experts is None:
+        width += 2 * shape.mlp + shape.hidden
+    else:
+        width += shape.experts.active * (2 * shape.experts.mlp + shape.hidden) + shape.experts.count
+    return setup.pack_len * (width * setup.element + FP32 * shape.heads)
+
 
 
 def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
@@ -285,6 +300,8 @@ def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     if setup.device == "cuda":
         spec = Spec(1.0, 0.0, setup.logits_dtype, chunk_tokens=0, grad_hidden=True, grad_weight=True)
         rows, fp32_sum = triton_chunks(spec, labels, width, vocab, DTYPES[setup.dtype])
+    if setup.checkpointing == "selective":
+        working -= kept_outputs(shape, setup)
         gradient = FP32 if setup.dtype == "fp16" else s
         logits = min(rows, labels) * row_stride(vocab) * (FP32 if setup.logits_dtype == "fp32" else s)
         weight = vocab * width * (FP32 if fp32_sum else gradient)
