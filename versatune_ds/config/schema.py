@@ -89,7 +89,7 @@ class Model(Section):
     adapter: Adapter | None = None
     """Train an adapter and leave the model as it is. None: train all of it."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Compute precision; the optimizer always keeps fp32 master weights."""
+    """Compute precision; the optimizer keeps fp32 master weights (or see `optimizer.states`)."""
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
     """Attention for packs. `auto`: on CUDA flash-attn or torch's varlen kernel, else sdpa (docs/train.md)."""
     activation_checkpointing: Recompute | Annotated[int, Field(ge=1, strict=True)] = "off"
@@ -188,6 +188,9 @@ class Optimizer(Section):
     """Share of all steps in which the learning rate rises linearly from 0."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Learning rate that cosine and linear decay end at, over `lr`."""
+    states: Literal["fp32", "bf16_moments", "bf16_stochastic"] = "fp32"
+    """What is held between steps: fp32 master weights and moments; fp32 master weights and bf16 moments; both
+    in bf16, rounded at random. 12, 8 and 6 bytes a parameter (docs/train.md)."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this global norm; 0: never."""
 
@@ -337,6 +340,10 @@ class Config(Section):
             raise ValueError("evaluation.every_n_steps is set: give data.eval")
         return self
 
+        if self.optimizer.states == "bf16_stochastic" and self.model.dtype != "bf16":
+            raise ValueError(
+                f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
+            )
     def _check_names(self) -> None:
         """Every dict by domain names exactly the domains of the table."""
         by_domain: dict[str, Any] = {

@@ -122,7 +122,9 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     if config.run.resume == "auto":
         checkpoint = newest_sound_checkpoint(config.run.dir / constants.CHECKPOINTS_DIR)
     if checkpoint is not None:
-        saved = read_state(checkpoint, state_layout(prepared.deepspeed, config.model))
+        saved = read_state(
+            checkpoint, state_layout(prepared.deepspeed, config.model, config.optimizer.states)
+        )
     state = TrainState.of(prepared, saved)
     if state.planner.step == 0 and config.evaluation.every_n_steps is None:
         report_alarms(state.controller.starting_alarms(DomainSums.zeros(len(prepared.table))))
@@ -298,10 +300,10 @@ def introduce(prepared: Prepared, backend: Backend) -> None:
         distributed.world_size(),
         backend.layout["ZeRO stage"],
     )
-    if config.model.adapter is not None:
-        adapter, targets = config.model.adapter, trained_targets(backend.model.lm)
     if backend.layout["ZeRO stage"]:
         log.info("ZeRO: %s", describe_sizes(prepared.deepspeed["zero_optimization"]))
+    if config.model.adapter is not None:
+        adapter, targets = config.model.adapter, trained_targets(backend.model.lm)
         log.info(
             "adapter: %s of rank %d on %s; %.3g parameters are trained",
             adapter.kind,

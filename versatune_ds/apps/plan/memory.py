@@ -60,17 +60,16 @@ class ZeroBuffers:
     sub_group: int = 0
     persistence_threshold: int = 100_000
     max_live: int = 1_000_000_000
-    sub_group: int = 1_000_000_000
     hpz_ranks: int = 1
-    overlap: bool = True
     """ZeRO++: ranks that share a secondary copy of the parameters; 1: none."""
+    overlap: bool = True
 
     @classmethod
     def of(cls, shape: ModelShape, setup: Setup) -> ZeroBuffers:
         """Those of a run, as its `zero_optimization` section and the model's size say."""
         zero = with_sizes({**setup.zero, "stage": setup.zero_stage}, shape)
-            "overlap": "overlap_comm",
         keys = {
+            "overlap": "overlap_comm",
             "reduce_bucket": "reduce_bucket_size",
             "prefetch_bucket": "stage3_prefetch_bucket_size",
             "persistence_threshold": "stage3_param_persistence_threshold",
@@ -79,7 +78,7 @@ class ZeroBuffers:
             "hpz_ranks": "zero_hpz_partition_size",
         }
         given = {name: zero[key] for name, key in keys.items() if isinstance(zero.get(key), int | float)}
-        return cls(**{name: int(size) for name, size in given.items()})
+        return cls(**{name: int(size) for name, size in given.items()})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +97,8 @@ class Setup:
     logits_dtype: Literal["fp32", "compute"] = "fp32"
     supervised: float = 0.5
     """Share of positions with a label."""
+    states: str = "fp32"
+    """`optimizer.states`."""
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu: as the tests run: chunked loss, sdpa with a mask, an AdamW that is not fused."""
 
@@ -120,6 +121,21 @@ class Setup:
     def shards(self) -> int:
         """Ranks that share the optimizer state."""
         return self.gpus if self.zero_stage else 1
+
+    @property
+    def master(self) -> int:
+        """Bytes of a master weight."""
+        return 2 if self.states == "bf16_stochastic" else FP32
+
+    @property
+    def moment(self) -> int:
+        """Bytes of one moment of a parameter."""
+        return FP32 if self.states == "fp32" else 2
+
+    @property
+    def inputs_on_host(self) -> bool:
+        """Layer inputs wait in host memory; on a CPU there is no other."""
+        return self.checkpointing == "offload" and self.device == "cuda"
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -156,6 +172,7 @@ def setup_fields(config: Config) -> dict[str, Any]:
         "logits_dtype": config.model.logits_dtype,
         "pack_len": config.batch.pack_len,
         "packs_per_step": config.batch.packs_per_step,
+        "states": config.optimizer.states,
         "checkpointing": config.model.activation_checkpointing,
         "offload": read_offload(zero),
         "zero": zero,
@@ -229,6 +246,8 @@ def layer_activations(shape: ModelShape, setup: Setup) -> int:
     normed = FP32 + (FP32 if shape.fp32_norms else s)
     norm = shape.hidden * (normed + s)
     attention = 2 * (shape.query_width + shape.kv_width) * s
+    if setup.device == "cpu":  # the outputs of the samples, and all of them together
+        attention += shape.query_width * s
     mlp = 4 * shape.mlp * s
     if shape.experts is not None:
         choice = (4 * shape.experts.mlp + 2 * shape.hidden) * s
@@ -238,26 +257,6 @@ def layer_activations(shape: ModelShape, setup: Setup) -> int:
         rest += (shape.query_width + shape.kv_width) * normed + FP32 * (shape.heads + shape.kv_heads)
     return setup.pack_len * (shape.norms * norm + attention + mlp + rest)
 
-
-def recomputed_layers(layers: int, policy: Checkpointing) -> int:
-    """Layers whose products are recomputed: none, all, or every n-th from the first."""
-    if policy in ("off", "selective"):
-        return 0
-    return layers if policy == "all" else math.ceil(layers / int(policy))
-
-
-def saved_activations(shape: ModelShape, setup: Setup) -> int:
-    """Bytes that the layers and the last norm keep for backward, after a whole forward."""
-    s, tokens = setup.element, setup.pack_len
-    recomputed = recomputed_layers(shape.layers, setup.checkpointing)
-    one = kept_outputs if setup.checkpointing == "selective" else layer_activations
-    kept = (shape.layers - recomputed) * one(shape, setup)
-    inputs = 0 if setup.inputs_on_host else recomputed * tokens * shape.hidden * s
-    last_norm = tokens * (shape.hidden * (FP32 + s) + FP32)
-    rotary = 2 * shape.head_size * tokens * s
-    if setup.device == "cpu":  # the outputs of the samples, and all of them together
-        attention += shape.query_width * s
-    return kept + inputs + last_norm + rotary
 
 def kept_outputs(shape: ModelShape, setup: Setup) -> int:
     """Bytes that one layer keeps under `selective`: its input and the outputs of products and attention.
@@ -273,6 +272,24 @@ def kept_outputs(shape: ModelShape, setup: Setup) -> int:
     return setup.pack_len * (width * setup.element + FP32 * shape.heads)
 
 
+def recomputed_layers(layers: int, policy: Checkpointing) -> int:
+    """Layers whose products are recomputed: none, all, or every n-th from the first."""
+    if policy in ("off", "selective"):
+        return 0
+    return math.ceil(layers / policy) if isinstance(policy, int) else layers
+
+
+def saved_activations(shape: ModelShape, setup: Setup) -> int:
+    """Bytes that the layers and the last norm keep for backward, after a whole forward."""
+    s, tokens = setup.element, setup.pack_len
+    recomputed = recomputed_layers(shape.layers, setup.checkpointing)
+    one = kept_outputs if setup.checkpointing == "selective" else layer_activations
+    kept = (shape.layers - recomputed) * one(shape, setup)
+    inputs = 0 if setup.inputs_on_host else recomputed * tokens * shape.hidden * s
+    last_norm = tokens * (shape.hidden * (FP32 + s) + FP32)
+    rotary = 2 * shape.head_size * tokens * s
+    return kept + inputs + last_norm + rotary
+
 
 def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     """Saved tensors, the layer in backward, and the batch."""
@@ -283,6 +300,8 @@ def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     working = tokens * s * (3 * shape.mlp + 2 * shape.hidden)
     if recomputes:
         working += layer_activations(shape, setup)
+    if setup.checkpointing == "selective":
+        working -= kept_outputs(shape, setup)
     # The layer's own work stands against the loss's: they are not there at the same time.
     beyond_loss = max(0, working - total(_loss(shape, setup)))
     if beyond_loss:
@@ -300,8 +319,6 @@ def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     if setup.device == "cuda":
         spec = Spec(1.0, 0.0, setup.logits_dtype, chunk_tokens=0, grad_hidden=True, grad_weight=True)
         rows, fp32_sum = triton_chunks(spec, labels, width, vocab, DTYPES[setup.dtype])
-    if setup.checkpointing == "selective":
-        working -= kept_outputs(shape, setup)
         gradient = FP32 if setup.dtype == "fp16" else s
         logits = min(rows, labels) * row_stride(vocab) * (FP32 if setup.logits_dtype == "fp32" else s)
         weight = vocab * width * (FP32 if fp32_sum else gradient)
@@ -352,9 +369,9 @@ def _states(
         held.append(Part("parameters kept whole (small ones)", sum(small) * s, True))
         if buffers.hpz_ranks > 1:
             held.append(Part("parameters, secondary copy (ZeRO++)", n * s // buffers.hpz_ranks, False))
-    states = [Part("moments", shard * 2 * FP32, True)]
+    states = [Part("moments", shard * 2 * setup.moment, True)]
     if stage:
-        states.insert(0, Part("master weights", shard * FP32, True))
+        states.insert(0, Part("master weights", shard * setup.master, True))
     (host if setup.offloads_optimizer else held).extend(states)
     if stage in (1, 2):
         held.append(Part("gradient of the largest weight, still referenced", largest * s, True))
@@ -378,7 +395,9 @@ def _states(
     held.append(Part("statistics", NUM_ROWS * 8 * 64, True))
     if stage and not setup.offloads_optimizer:
         one_group = min(shard, buffers.sub_group) if stage == 3 else shard
-        step.append(Part("fp32 gradients of the partition", one_group * FP32, True))
-        if setup.device == "cpu":
+        step.append(Part("gradients of the partition, as master weights", one_group * setup.master, True))
+        if setup.states != "fp32":
+            step.append(Part("temporaries of AdamW", min(one_group, SLICE) * 6 * FP32, True))
+        elif setup.device == "cpu":
             step.append(Part("temporaries of AdamW", one_group * 2 * FP32, True))
     return tuple(held), tuple(of_step), tuple(step), tuple(host)

@@ -140,7 +140,7 @@ def describe(setup: Setup) -> str:
 def checkpoint_bytes(shape: ModelShape, setup: Setup) -> int:
     """Bytes of one checkpoint over all ranks: master weights and moments, and below ZeRO-3 the model too."""
     model = shape.parameters * setup.element if setup.zero_stage in (1, 2) else 0
-    return shape.parameters * 12 + model
+    return shape.parameters * (setup.master + 2 * setup.moment) + model
 
 
 def make_plan(
@@ -188,7 +188,16 @@ def make_plan(
 
 
 def _settings(setup: Setup) -> dict[str, Any]:
-    names = ("gpus", "zero_stage", "dtype", "pack_len", "packs_per_step", "checkpointing", "offload")
+    names = (
+        "gpus",
+        "zero_stage",
+        "dtype",
+        "pack_len",
+        "packs_per_step",
+        "checkpointing",
+        "offload",
+        "states",
+    )
     return {name: getattr(setup, name) for name in names}
 
 
@@ -208,7 +217,7 @@ def as_text(plan: dict[str, Any]) -> str:
         f"{plan['model']['parameters'] / 1e9:.2f} B parameters on {settings['gpus']} GPUs: "
         f"ZeRO-{settings['zero_stage']}, {settings['dtype']}, packs of {settings['pack_len']}, "
         f"{settings['packs_per_step']} packs a step, activation_checkpointing {settings['checkpointing']}, "
-        f"offload {settings['offload']}"
+        f"offload {settings['offload']}, optimizer.states {settings['states']}"
         + (" (chosen: the least extra work that fits)" if settings["chosen"] else ""),
         f"verdict: {plan['verdict']} - {memory['peak_bytes'] / GIB:.1f} of {room / GIB:.1f} GiB on each GPU",
         "",

@@ -235,7 +235,9 @@ def build_backend(
     optimizer = build_optimizer(model, config.optimizer, offloads_optimizer(settings))
     live, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     restore_buffers(model, buffers)
-    layout = state_layout(settings, config.model)
+    if config.model.compile == "layers":
+        model.compile_layers()
+    layout = state_layout(settings, config.model, config.optimizer.states)
     backend = DeepSpeedBackend(live, model, device, attention, settings, layout, ranks)
     check_isolation(backend, config)
     return backend
