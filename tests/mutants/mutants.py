@@ -21,6 +21,8 @@ FILES = {
     "phases": "versatune_ds/engine/phases.py",
     "backend": "versatune_ds/engine/backend/deepspeed_backend.py",
     "model": "versatune_ds/engine/model/packed_lm.py",
+    "recompute": "versatune_ds/engine/model/recompute.py",
+    "rounded": "versatune_ds/engine/backend/rounded_adamw.py",
     "families": "versatune_ds/engine/model/families.py",
     "rope": "versatune_ds/engine/model/rope.py",
     "router": "versatune_ds/engine/model/router.py",
@@ -74,6 +76,9 @@ TESTS = {
     "backend": "tests/engine/test_deepspeed_backend.py",
     "phases": "tests/engine/test_phases.py",
     "isolation": "tests/engine/test_isolation.py",
+    "recompute": "tests/engine/test_recompute.py",
+    "states": "tests/engine/test_optimizer_states.py",
+    "body": "tests/engine/test_body.py",
     "optimizer": "tests/engine/test_optimizer.py",
     "statistics": "tests/engine/test_statistics.py",
     "skipping": "tests/engine/test_skipping.py",
@@ -843,10 +848,73 @@ fault(
 )
 fault(
     "every second layer is recomputed for all",
-    "model",
-    'every = 1 if policy == "all"',
-    'every = 2 if policy == "all"',
+    "recompute",
+    "every = policy if isinstance(policy, int) else 1",
+    "every = policy if isinstance(policy, int) else 2",
     "isolation::test_checkpointed_layers_run_again_in_backward",
+)
+fault(
+    "products are computed again in spite of selective",
+    "recompute",
+    '    "aten::mm",\n',
+    "",
+    "recompute::test_selective_computes_no_product_and_no_attention_again",
+)
+fault(
+    "a layer's input stays where it is",
+    "recompute",
+    "host = tensor.detach().clone()",
+    "host = tensor.detach()",
+    "recompute::test_inputs_wait_in_memory_of_their_own_and_the_one_before_is_fetched_ahead",
+)
+fault(
+    "inputs of layers are kept for ever",
+    "recompute",
+    "self._last = weakref.ref(held)",
+    "self._last = lambda: held",
+    "recompute::test_nothing_is_held_after_backward",
+)
+fault(
+    "Liger overwrites kept products",
+    "model",
+    "unwanted = {*left_out, ",
+    "unwanted = {",
+    "body::test_liger_leaves_out_what_would_overwrite_kept_products",
+)
+fault(
+    "moments are rounded to the nearest",
+    "rounded",
+    "exp_avg_sq.copy_(rounded(second))\n    root = second",
+    "exp_avg_sq.copy_(second)\n    root = second",
+    "states::test_small_gradients_add_up_in_a_second_moment",
+)
+fault(
+    "bf16 weights are rounded to the nearest",
+    "rounded",
+    "weight.copy_(rounded(moved) if",
+    "weight.copy_(moved if",
+    "states::test_updates_smaller_than_a_bf16_step_are_not_lost",
+)
+fault(
+    "rounding is biased",
+    "rounded",
+    "torch.randint(0, 2**16,",
+    "torch.randint(0, 2**15,",
+    "states::test_rounding_is_right_on_average_and_goes_to_a_neighbour",
+)
+fault(
+    "bias correction of the second moment forgotten",
+    "rounded",
+    "root = second.sqrt_().div_((1 - beta2**step) ** 0.5)",
+    "root = second.sqrt_()",
+    "states::test_bf16_moments_follow_torchs_adamw",
+)
+fault(
+    "a window is one token too long, one sample after the other",
+    "attention",
+    "triu_(1 - sliding_window)",
+    "triu_(-sliding_window)",
+    "isolation::test_one_sample_after_the_other_is_the_block_diagonal_mask",
 )
 fault(
     "rotary frequencies stay rounded",
@@ -1878,6 +1946,7 @@ fault(
     "grad *= 1.0",
     *ALL,
 )
+fault("lanes are not brought to one maximum", "row kernels", "sums * tl.exp(tops - shift)", "sums", *ALL)
 fault("backward forgets the last factor", "row kernels", "gradient * factor", "gradient", FP16)
 fault(
     "rows without a target keep their logits in the last tile",
@@ -1946,7 +2015,6 @@ fault(
     "chunked: the last rows of a batch are left out",
     "chunked",
     "for start in range(0, num_rows, chunk):",
-fault("lanes are not brought to one maximum", "row kernels", "sums * tl.exp(tops - shift)", "sums", *ALL)
     "for start in range(0, num_rows - num_rows % chunk, chunk):",
     "chunks::test_chunk_size_changes_nothing",
 )

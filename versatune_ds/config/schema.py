@@ -101,14 +101,20 @@ class Model(Section):
     """`compute`: logits in `dtype`, half the memory a larger error (docs/train.md); triton only."""
     liger: Literal["auto", "off"] = "auto"
     """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
-    compile: Literal["off", "body"] = "off"
-    """`body`: torch.compile for everything before the head; the first steps are slow."""
+    compile: Literal["off", "layers"] = "off"
+    """`layers`: torch.compile for each decoder layer; the first steps are slow."""
     router: Literal["train", "frozen"] = "train"
     """Mixtures of experts. `frozen`: routers keep their weights, and their balance loss is only reported."""
     router_aux_loss: float | None = Field(default=None, ge=0)
     """Factor of the routers' balance loss; default: the model's own `router_aux_loss_coef`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        if self.compile != "off" and self.activation_checkpointing in ("selective", "offload"):
+            raise ValueError(f"compile cannot trace activation_checkpointing {self.activation_checkpointing}")
+        return self
 
 
 class Source(Section):
@@ -182,15 +188,15 @@ class Optimizer(Section):
     """Added to the root of the second moment."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay; not applied to biases and norms."""
+    states: Literal["fp32", "bf16_moments", "bf16_stochastic"] = "fp32"
+    """What is held between steps: fp32 master weights and moments; fp32 master weights and bf16 moments; both
+    in bf16, rounded at random. 12, 8 and 6 bytes a parameter (docs/train.md)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after warm-up."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     """Share of all steps in which the learning rate rises linearly from 0."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Learning rate that cosine and linear decay end at, over `lr`."""
-    states: Literal["fp32", "bf16_moments", "bf16_stochastic"] = "fp32"
-    """What is held between steps: fp32 master weights and moments; fp32 master weights and bf16 moments; both
-    in bf16, rounded at random. 12, 8 and 6 bytes a parameter (docs/train.md)."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this global norm; 0: never."""
 
@@ -334,16 +340,16 @@ class Config(Section):
                         f"data.{kind}[{i}].domain is {source.domain!r}; domains.names has {known}"
                     )
         self._check_names()
+        if self.optimizer.states == "bf16_stochastic" and self.model.dtype != "bf16":
+            raise ValueError(
+                f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
+            )
         if self.weights.loss_source == "probe" and not self.data.eval:
             raise ValueError("weights.loss_source probe measures held-out losses: give data.eval")
         if self.evaluation.every_n_steps is not None and not self.data.eval:
             raise ValueError("evaluation.every_n_steps is set: give data.eval")
         return self
 
-        if self.optimizer.states == "bf16_stochastic" and self.model.dtype != "bf16":
-            raise ValueError(
-                f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
-            )
     def _check_names(self) -> None:
         """Every dict by domain names exactly the domains of the table."""
         by_domain: dict[str, Any] = {

@@ -20,7 +20,6 @@ import torch
 import torch._dynamo  # zero.Init patches tensor constructors: dynamo must be loaded before it is entered
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from versatune_ds.config.schema import Model
@@ -28,8 +27,8 @@ from versatune_ds.data.collate import Batch
 from versatune_ds.engine.model.adapters import add_adapter
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.dtypes import DTYPES
-from versatune_ds.engine.model.recompute import recompute_in_backward
 from versatune_ds.engine.model.families import LogitRule, logit_rule
+from versatune_ds.engine.model.recompute import recompute_in_backward
 from versatune_ds.engine.model.rope import rotate_by_sample
 from versatune_ds.engine.model.router import ROUTER, Routers, experts_of
 from versatune_ds.engine.model.source import TEXT_PART, check_files, holds_own_head, load_architecture
@@ -118,6 +117,16 @@ class PackedCausalLM(nn.Module):
         lm.set_output_embeddings(LossHead(head.weight, loss_backend, logits_dtype, logit_rule(lm.config)))
         rotate_by_sample(lm)
         self.lm: Any = lm
+
+    @property
+    def layers(self) -> list[Any]:
+        """The decoder layers."""
+        return list(self.lm.base_model.layers)
+
+    def compile_layers(self) -> None:
+        """Compile what each layer computes, not the hooks around it; equal layers share the code."""
+        for layer in self.layers:
+            layer.forward = torch.compile(layer.forward)
 
     def body(
         self,
@@ -315,6 +324,7 @@ def apply_liger(lm: PreTrainedModel, choice: str, device_type: str, left_out: tu
     Args:
         lm: a built transformers model.
         choice: `model.liger`.
+        left_out: of `LIGER_PARTS`, what stays as it is.
         device_type: "cpu" or "cuda".
 
     Returns:
@@ -324,7 +334,6 @@ def apply_liger(lm: PreTrainedModel, choice: str, device_type: str, left_out: tu
     if problem is not None:
         return f"off ({problem})"
     from liger_kernel.transformers import monkey_patch
-        left_out: of `LIGER_PARTS`, what stays as it is.
 
     model_type = lm.config.model_type
     patch = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
