@@ -41,7 +41,7 @@ def stop_in(domain: str, step_to_stop: int) -> None:
 
 def perform(case, config, device):
     """What a case asks for; the result as JSON."""
-    path, out = Path(case["config"]), Path(case["out"])
+    out = Path(case["out"])
     table = DomainTable(config.domains.names)
     if case["what"] == "train":
         return train.train_in_group(config, device)
