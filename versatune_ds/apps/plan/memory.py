@@ -7,7 +7,7 @@ element of `model.dtype`:
     always     parameters s N (ZeRO-3: / w), master weights 4 N / w, two moments 8 N / w
     both       gradients s N (ZeRO-2 and 3: / w)
     forward    tensors kept for backward (`layer_activations`), gathered weights of ZeRO-3, the loss
-    step       fp32 gradients of the partition; without a fused AdamW (CPU) two more of its temporaries
+    step       gradients of the partition in the dtype of its master weights
 
 With an adapter N is that of the adapter. The frozen model beside it has s bytes a parameter (qlora: its
 layers' matrices half a byte and a bit), keeps nothing that only a weight's gradient needs, and its head gets
@@ -321,6 +321,4 @@ def _states(
         step.append(Part("gradients of the partition, as master weights", one_group * setup.master, True))
         if setup.states != "fp32":
             step.append(Part("temporaries of AdamW", min(one_group, SLICE) * 6 * FP32, True))
-        elif setup.device == "cpu":
-            step.append(Part("temporaries of AdamW", one_group * 2 * FP32, True))
     return tuple(held), tuple(of_step), tuple(step), tuple(host)
