@@ -200,7 +200,9 @@ def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     """Saved tensors, the layer in backward, and the batch."""
     tokens, s = setup.pack_len, setup.element
     parts = [Part("activations kept for backward", saved_activations(shape, setup), True)]
-    recomputes = setup.checkpointing != "off"
+    # If layers stand behind the last recomputed one, theirs have gone before it comes back.
+    policy = setup.checkpointing
+    recomputes = policy != "off" and (isinstance(policy, str) or (shape.layers - 1) % policy == 0)
     # In backward: gradients of the MLP's product, its two factors and the hidden states around it. The
     # product itself, of a frozen layer, has gone by then.
     working = tokens * s * ((3 if setup.adapter is None else 2) * shape.mlp + 2 * shape.hidden)
