@@ -125,6 +125,9 @@ class Weights(Section):
     """probe and guard: held-out samples per domain."""
     noise_z: float = Field(0.0, ge=0)
     """Standard errors subtracted from a loss difference before it counts as gamma or phi; 0 is the paper."""
+    update_z: float = Field(0.0, ge=0)
+    """An update is applied only if it is longer than this many of its standard errors, else the window goes
+    on until the next one; 0: always. Try 1."""
     min_tokens: int = Field(1, ge=1)
     """A domain with fewer supervised tokens in the window keeps its previous loss and gamma; phi is 0."""
     guard: Guard | None = None
@@ -142,6 +145,8 @@ class Weights(Section):
         lacking = [name for name in STRATEGIES[self.strategy].requires if not getattr(self, name)]
         if lacking:
             raise ValueError("; ".join(f"strategy {self.strategy} {NEEDED[name]}" for name in lacking))
+        if self.update_z > 0 and not STRATEGIES[self.strategy].moves_with_losses:
+            raise ValueError(f"update_z has no effect: no losses move the weights of {self.strategy}")
         if isinstance(self.schedule, list):
             steps = [entry.step for entry in self.schedule]
             if steps != sorted(set(steps)):
