@@ -79,7 +79,7 @@ class ScheduledWeights(Section):
 
 
 class Guard(Section):
-    """Overfitted domains lose their share: `domain/guard.py`. It probes at every weight update."""
+    """Overfitted domains lose their share: `domain/probes/guard.py`. It probes at every weight update."""
 
     probes: int = Field(3, ge=1)
     """Probes in a row at which a domain's held-out loss must have risen before it is held."""

@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.domain.alarms import reference_alarms, weight_alarms
-from versatune_ds.domain.guard import OverfitGuard, SampleLosses
-from versatune_ds.domain.noise import refusal, update_stderr
+from versatune_ds.domain.probes.guard import OverfitGuard
+from versatune_ds.domain.probes.samples import SampleLosses
 from versatune_ds.domain.reference import ReferenceLosses, initial_weights
 from versatune_ds.domain.replay import require_limits, resolve_schedule
 from versatune_ds.domain.statistics import DomainSums
@@ -41,6 +41,7 @@ from versatune_ds.domain.weight_update import (
     optional,
 )
 from versatune_ds.foundations.errors import ConfigError, StateError
+from versatune_ds.strategies.noise import refusal, update_stderr
 from versatune_ds.strategies.rules import (
     STRATEGIES,
     GateDecision,

@@ -74,6 +74,6 @@ def require_limits(schedule: Mapping[int, Vector], table: DomainTable, domains: 
             if not low <= weight <= high:
                 raise ConfigError(
                     f"weights.schedule at step {step}: {name} has weight {weight:.6g}, outside min_weight "
-                    f"{domains.min_weight:g} .. max_weight {domains.max_weight:g}; change the schedule or the "
-                    "limits"
+                    f"{domains.min_weight:g} .. max_weight {domains.max_weight:g}; change the schedule or "
+                    "the limits"
                 )
