@@ -222,7 +222,7 @@ def test_an_update_within_its_noise_is_refused_and_its_window_goes_on():
 
 
 def test_update_z_is_refused_where_no_losses_move_the_weights():
-    with pytest.raises(ValueError, match="update_z has no effect"):
+    with pytest.raises(ValueError, match="update_z has no effect: no losses move constant's"):
         Weights(strategy="constant", update_z=1.0)
 
 

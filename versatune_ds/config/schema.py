@@ -330,7 +330,8 @@ class Config(Section):
                     )
         self._check_names()
         if self.weights.needs_probe and not self.data.eval:
-            asked = "loss_source probe" if self.weights.loss_source == "probe" else "guard"
+            by_guard = "guard" if self.weights.guard is not None else f"strategy {self.weights.strategy}"
+            asked = "loss_source probe" if self.weights.loss_source == "probe" else by_guard
             raise ValueError(f"weights.{asked} measures held-out losses: give data.eval")
         if self.evaluation.every_n_steps is not None and not self.data.eval:
             raise ValueError("evaluation.every_n_steps is set: give data.eval")
@@ -341,6 +342,7 @@ class Config(Section):
         by_domain: dict[str, Any] = {
             "domains.initial": self.domains.initial,
             "weights.reference": self.weights.reference,
+            "weights.objective": self.weights.objective,
         }
         if isinstance(self.weights.schedule, list):
             for entry in self.weights.schedule:

@@ -92,7 +92,8 @@ class Weights(Section):
 
     strategy: StrategyName = "constant"
     """`constant` keeps `domains.initial`; `uniform` and `inverse` ((1 - p) / Z) are static too; `manual`
-    follows `schedule`; `fostering`, `expansion`, `doremi` and `raw_loss` move with the losses."""
+    follows `schedule`; `fostering`, `expansion`, `doremi` and `raw_loss` move with the losses, `marginal`
+    with what the tokens of each domain did for held-out losses."""
     every_n_steps: int = Field(100, ge=1)
     """Optimizer steps between updates, and the length of the loss window."""
     form: Literal["linear", "exponential"] = "linear"
@@ -109,7 +110,9 @@ class Weights(Section):
     epsilon: float = Field(1.0, ge=0)
     """expansion: tolerance of the gate."""
     eta: float = Field(1.0, ge=0)
-    """doremi: step size of the exponentiated gradient."""
+    """doremi and marginal: step size of the exponentiated gradient."""
+    objective: dict[str, float] | None = None
+    """marginal: weight of every domain's held-out loss in what is to be lowered; None: all alike."""
     smoothing: float = Field(1e-3, ge=0, le=1)
     """doremi: share of the uniform distribution mixed in after each update."""
     schedule: list[ScheduledWeights] | Path | None = None
@@ -138,15 +141,19 @@ class Weights(Section):
     @property
     def needs_probe(self) -> bool:
         """Whether held-out losses are measured at every update."""
-        return self.loss_source == "probe" or self.guard is not None
+        return self.loss_source == "probe" or self.guard is not None or STRATEGIES[self.strategy].by_gain
 
     @model_validator(mode="after")
     def _check(self) -> Weights:
         lacking = [name for name in STRATEGIES[self.strategy].requires if not getattr(self, name)]
         if lacking:
             raise ValueError("; ".join(f"strategy {self.strategy} {NEEDED[name]}" for name in lacking))
-        if self.update_z > 0 and not STRATEGIES[self.strategy].moves_with_losses:
-            raise ValueError(f"update_z has no effect: no losses move the weights of {self.strategy}")
+        strategy = STRATEGIES[self.strategy]
+        if self.update_z > 0 and (strategy.by_gain or not strategy.moves_with_losses):
+            instead = "; noise_z is its limit" if strategy.by_gain else ""
+            raise ValueError(f"update_z has no effect: no losses move {self.strategy}'s weights{instead}")
+        if self.objective is not None:
+            require_shares(self.objective, "objective")
         if isinstance(self.schedule, list):
             steps = [entry.step for entry in self.schedule]
             if steps != sorted(set(steps)):

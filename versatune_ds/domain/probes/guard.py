@@ -1,9 +1,9 @@
 """The guard: which domains are being overfitted, seen from the held-out losses of the same samples.
 
-A domain has risen while its loss is more than z standard errors above its lowest one (`samples.rise_of`). After
-`probes` risen probes in a row it is held: its share goes to the others. A held domain comes back when its loss
-is no longer risen, or when it has risen beyond noise since it was held: then leaving it out harms it more than
-training on it did.
+A domain has risen while its loss is more than z standard errors above its lowest one (`samples.rise_of`).
+After `probes` risen probes in a row it is held: its share goes to the others. A held domain comes back when
+its loss is no longer risen, or when it has risen beyond noise since it was held: then leaving it out harms
+it more than training on it did.
 
 What is not covered: going back to a domain's best checkpoint. `best_steps` says where that would be.
 """

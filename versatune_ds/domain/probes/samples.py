@@ -1,7 +1,7 @@
 """Held-out losses of a probe, sample by sample, and how they changed between two probes of the same samples.
 
-With S_i and b_i the summed token losses of sample i at two probes, n_i its supervised tokens and d_i = S_i - b_i,
-the rise of a domain over its n samples is
+With S_i and b_i the summed token losses of sample i at two probes, n_i its supervised tokens and
+d_i = S_i - b_i, the rise of a domain over its n samples is
 
     r = sum d_i / sum n_i                                   nats per supervised token
     se(r)^2 = n / (n - 1) * sum (d_i - r n_i)^2 / (sum n_i)^2
