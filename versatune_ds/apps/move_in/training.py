@@ -39,7 +39,6 @@ LEFT = {
     ),
     "resume_from_checkpoint": "a run goes on from its own checkpoints by itself (run.resume)",
     "special_tokens": "the tokenizer's own are taken; change them in the model's folder",
-    "load_best_model_at_end": "the last parameters are exported",
     "load_in_8bit": "the frozen model is held in model.dtype",
 }
 IGNORED = (
@@ -176,10 +175,11 @@ def carry_run(given: Foreign, *, has_held_out: bool) -> None:
     given.set("run", dir=str(given.take("output_dir")), seed=int(given.take("seed")))
     saves, evaluates = _every(given, "save", "steps"), _every(given, "eval", "no")
     given.set("checkpoint", every_n_steps=saves, keep_last=given.take("save_total_limit"))
-    patience = given.take("early_stopping_patience")
+    patience, best = given.take("early_stopping_patience"), given.is_on("load_best_model_at_end")
     if evaluates is not None and has_held_out:
-        given.set("evaluation", every_n_steps=evaluates, patience=patience or None)
-    elif evaluates is not None or patience:
+        select = "overall" if best else None
+        given.set("evaluation", every_n_steps=evaluates, patience=patience or None, select=select)
+    elif evaluates is not None or patience or best:
         given.note(
             "data",
             "Their evaluation (eval_steps) needs held-out rows in data.eval, then evaluation.every_n_steps.",
