@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from versatune_ds.apps.study.config import Study
 from versatune_ds.cli.main import build_parser
 from versatune_ds.config.benchmarks import Benchmarks
-from versatune_ds.config.derive import with_model
+from versatune_ds.config.derive import proxy_config, with_model
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
 from versatune_ds.foundations.errors import ConfigError
@@ -55,7 +55,7 @@ def test_overrides_win_and_defaults_fill(file):
         ("domains.initial={law: 1}", "missing domains ['code']"),
         ("weights.strategy=fostering", "give `reference`"),
         ("weights={strategy: expansion, reference: {law: 1, code: 1}}", "name it in `target`"),
-        ("weights.strategy=expansion", "every domain); strategy expansion grows one domain: name it"),
+        ("weights.strategy=expansion", "strategy expansion grows one domain: name it"),
         ("weights.strategy=manual", "follows `schedule`"),
         ("weights.reference={law: 0, code: 1}", "reference loss of law is 0.0"),
         ("weights.loss_source=probe", "give data.eval"),
@@ -236,3 +236,49 @@ def test_places_in_arguments_are_filled_in(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["evaluate", "--config", "c.yaml", "--model=$NOWHERE/m"])
     assert "the environment has no NOWHERE" in capsys.readouterr().err
+
+
+BAD = [
+    "evaluation.every_n_steps=5",  # there is no data.eval
+    "weights.loss_source=probe",
+    "weights.strategy=doremi",
+    "weights.reference={law: -1.0, medicine: 2.0}",
+    "weights.target=nobody",
+    "domains.min_weight=0.9",
+    "train.epochs=1",
+]
+WITHIN = ("reference loss of law is -1.0", "min_weight 0.9", "exactly one of `max_steps` and `epochs`")
+BETWEEN = (
+    *("evaluation.every_n_steps is set", "loss_source probe", "weights.target 'nobody'"),
+    "weights.reference: missing domains ['code', 'law'], unknown domains ['medicine']",
+)
+
+
+def test_all_problems_are_told_at_once(file):
+    """Within sections and between them, beside keys that are unknown and values of the wrong type."""
+    sound = ["weights.reference={medicine: 2.0}", "domains.min_weight=0", "train.epochs=null"]
+    types = ["optimizer.lr=fast", "batch.pack_length=3"]
+    cases = (
+        (BAD, (*WITHIN, "evaluation.every_n_steps is set")),
+        ([*BAD, *sound], BETWEEN),
+        ([*BAD, *sound, *types], (*BETWEEN, "optimizer.lr: ", "batch.pack_length: unknown key")),
+    )
+    for overrides, problems in cases:
+        with pytest.raises(ConfigError) as error:
+            load_config(file, overrides)
+        assert [problem for problem in problems if problem not in str(error.value)] == []
+
+
+def test_preparing_asks_only_for_what_it_needs(file, caplog, monkeypatch):
+    monkeypatch.setattr("versatune_ds.config.load.log.propagate", True)
+    config = load_config(file, BAD, to_train=False)
+    assert config.evaluation.every_n_steps == 5 and config.command("prepare").endswith("train.epochs=1")
+    assert "min_weight 0.9" in caplog.text and "`train` will refuse it" in caplog.text
+    assert (
+        proxy_config(load_config(file, [*BAD, "reference.model={source: p}"], to_train=False)).model.source
+        == "p"
+    )
+    refused = {"data.train=[{path: a, domain: x}]": "domains.names has", "optimizer.lr=fast": "optimizer.lr"}
+    for override, problem in refused.items():
+        with pytest.raises(ConfigError, match=problem):
+            load_config(file, [*BAD, override], to_train=False)

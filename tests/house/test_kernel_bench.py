@@ -428,7 +428,7 @@ def test_every_number_is_reported_before_the_next_is_measured(monkeypatch):
         seen.append(sum(variant.get("num_runs", 0) for variant in variants))
 
     entries, complete = measure(workers, math.inf, changed)
-    assert complete and len(entries) == 7 and seen == list(range(1, 3 * 7 + 1))
+    assert complete and len(entries) == 8 and seen == list(range(1, 3 * 8 + 1))
     gated = [name for name, _, what in workers.asked if what == "gate"]
     assert gated[:4] == NAMES  # every candidate's default comes first
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from versatune_ds.config.load import validate_config
-from versatune_ds.config.schema import Adapter, Config
+from versatune_ds.config.model import Adapter
+from versatune_ds.config.schema import Config
 from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 
 LARGE_MODEL = 10**9
@@ -54,9 +55,7 @@ def proxy_config(config: Config) -> Config:
     """The run with `reference.model` in place of its model, if that is set."""
     if config.reference.model is None:
         return config
-    raw = config.model_dump(mode="json")
-    raw["model"] = raw["reference"]["model"]
-    return validate_config(raw, "settings with reference.model").like(config)
+    return config.model_copy(update={"model": config.reference.model})
 
 
 def reference_adapter(config: Config, num_parameters: int) -> Adapter | None:

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from versatune_ds.config.weights import Domains, Weights, require_shares
+from versatune_ds.config.weights import Domains, Weights, share_problems
 from versatune_ds.domain.knowledge import read_knowledge
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import ConfigError, DataError, unknown_name
@@ -189,9 +189,10 @@ def prior_weights(domains: Domains, table: DomainTable) -> Vector:
         return np.full(len(table), 1.0 / len(table))
     try:
         vector = table.vector(shares, what)
-        require_shares(shares, what)
     except (ConfigError, ValueError) as error:
         raise ConfigError(f"{error}{cure}") from None
+    if found := list(share_problems(shares, what)):
+        raise ConfigError(f"{'; '.join(found)}{cure}")
     return normalise(vector)
 
 

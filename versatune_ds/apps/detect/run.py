@@ -24,7 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from versatune_ds.apps.detect.classifier import ClassifierJudge
+from versatune_ds.apps.detect.classifier import MAX_TRAINING_SAMPLES, ClassifierJudge
+from versatune_ds.apps.detect.embedding import Embedder
 from versatune_ds.apps.detect.endpoint import EndpointJudge
 from versatune_ds.apps.detect.generate import (
     GeneratedText,
@@ -53,13 +54,19 @@ from versatune_ds.engine.backend.process_group import close_process_group, start
 from versatune_ds.engine.faults.signals import StopRequest
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError, VersaTuneError
-from versatune_ds.foundations.files import canonical_hash, write_json_atomic
+from versatune_ds.foundations.files import canonical_hash, require_own, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.counting import WorkProgress
 
 log = get_logger(__name__)
 
 SEQUENCES_FILE = "sequences.jsonl"
+SIGNS = {
+    **dict.fromkeys((SEQUENCES_FILE, JUDGEMENTS_FILE), '"index"'),
+    DETECTION_FILE: '"generation"',
+    KNOWLEDGE_FILE: '"interval_95"',
+}
+"""See `require_own`."""
 
 Job = TypeVar("Job")
 
@@ -109,8 +116,9 @@ def detect(config: Config, folder: Path) -> Path | None:
 def detect_in_group(config: Config, context: DetectContext) -> None:
     """`detect` within a process group that is already there, or without one."""
     table = DomainTable(config.domains.names)
+    distributed.together(require_own, context.folder, SIGNS)
     distributed.together(lambda: context.folder.mkdir(parents=True, exist_ok=True))
-    judge = distributed.together(build_judge, config, table, context.device)
+    judge = distributed.together(build_judge, config, table, context)
     try:
         generation = describe_generation(config, context.device)
         texts = generate_texts(config, context, generation)
@@ -198,7 +206,7 @@ def finish_texts(journal: Journal | None) -> dict[int, GeneratedText]:
 # --- step 2: judge ------------------------------------------------------------------------------------------
 
 
-def build_judge(config: Config, table: DomainTable, device: torch.device) -> DomainJudge | None:
+def build_judge(config: Config, table: DomainTable, context: DetectContext) -> DomainJudge | None:
     """The judge that `detect.judge` names, not opened yet; None on ranks that do not judge.
 
     Raises:
@@ -208,7 +216,7 @@ def build_judge(config: Config, table: DomainTable, device: torch.device) -> Dom
     if settings.kind == "model":
         assert settings.model is not None
         return ModelJudge(
-            table.names, judge_settings(settings.model, config.model), settings.batch_size, device
+            table.names, judge_settings(settings.model, config.model), settings.batch_size, context.device
         )
     if not distributed.is_main():
         return None
@@ -223,7 +231,21 @@ def build_judge(config: Config, table: DomainTable, device: torch.device) -> Dom
         load_tokenizer(config),
         config.detect.seed,
         settings.max_chars,
+        embedders=build_embedders(config, context.device),
+        topics=settings.topics,
+        folder=context.folder,
+        texts=settings.probe_texts or MAX_TRAINING_SAMPLES,
     )
+
+
+def build_embedders(config: Config, device: torch.device) -> list[Embedder]:
+    """The models whose vectors the classifier reads: the examined one, and an encoder where one is named."""
+    settings, found = config.detect.judge, []
+    if settings.probe_texts:
+        found.append(Embedder("base", subject(config), config.run.seed, device))
+    if settings.encoder:
+        found.append(Embedder("encoder", judge_settings(settings.encoder, config.model), 0, device))
+    return found
 
 
 def judge_texts(

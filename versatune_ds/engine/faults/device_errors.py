@@ -57,7 +57,7 @@ def out_of_memory(config: Config, where: str, reason: str) -> str:
         reason: torch's text, of which the first line is told.
     """
     cures = [f"batch.pack_len (now {config.batch.pack_len})"]
-    if config.model.activation_checkpointing != "all":
+    if config.model.activation_checkpointing not in ("all", "offload"):
         cures.append(
             f"model.activation_checkpointing: all (now {config.model.activation_checkpointing}; less memory, "
             "more compute)"
