@@ -38,6 +38,7 @@ LEFT = {
         ("push_to_hub", "hub_model_id"), "only when asked: versatune-ds export RUN --push OWNER/NAME"
     ),
     "resume_from_checkpoint": "a run goes on from its own checkpoints by itself (run.resume)",
+    "activation_offloading": "set model.activation_checkpointing: offload",
     "special_tokens": "the tokenizer's own are taken; change them in the model's folder",
     "load_in_8bit": "the frozen model is held in model.dtype",
 }
@@ -135,7 +136,7 @@ def carry_batch(given: Foreign, length: str, ranks: int) -> None:
         given.leave("lr_scheduler_type", schedule, "cosine is taken")
     optimizer = given.take("optim")
     if optimizer not in (None, *PLAIN_ADAMW):
-        given.leave("optim", optimizer, "AdamW with fp32 state is taken")
+        given.leave("optim", optimizer, "AdamW is taken; optimizer.states says in what its state is held")
     given.set(
         "optimizer",
         lr=float(given.take("learning_rate")),
