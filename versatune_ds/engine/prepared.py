@@ -26,6 +26,7 @@ from versatune_ds.domain.reference import ReferenceLosses, load_reference
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
 from versatune_ds.engine.backend.ranks import Ranks
+from versatune_ds.engine.model.sequence import check_heads
 from versatune_ds.engine.model.source import check_files, load_architecture
 from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.engine.preflight.consistency import code_and_settings, require_consistency
@@ -76,7 +77,7 @@ def prepare_run(config: Config, device_type: str, config_path: Path | None = Non
         ConfigError, DataError, StateError: settings, data or run folder that cannot be used.
     """
     require_consistency("code, settings and model", code_and_settings(config))
-    ranks = Ranks.of_world()
+    ranks = Ranks.of_world(config.batch.sequence_parallel)
     settings = deepspeed_config(config, ranks.dp.size)
     preflight.check_folder(config)
     check_shared_folder(config.run.dir)
@@ -84,6 +85,7 @@ def prepare_run(config: Config, device_type: str, config_path: Path | None = Non
     preflight.check_adapter(config.model, settings, device_type)
     table = DomainTable(config.domains.names)
     architecture = load_architecture(config.model)
+    check_heads(architecture.num_attention_heads, ranks.sp.size)
     check_files(config.model)
     tokenizer = load_tokenizer(config)
     set_chat_template(tokenizer, config.data.chat_template)
@@ -123,7 +125,7 @@ def prepare_on_samples(config: Config, samples: Sequence[Any]) -> Prepared:
     Raises:
         ConfigError, DataError: settings or samples that cannot be used.
     """
-    ranks, table = Ranks.of_world(), DomainTable(config.domains.names)
+    ranks, table = Ranks.of_world(config.batch.sequence_parallel), DomainTable(config.domains.names)
     corpus, planner = Corpus.from_caches(samples, table.names), planner_settings(config, table)
     corpus.check(planner)
     return Prepared(

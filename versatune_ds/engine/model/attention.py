@@ -2,18 +2,17 @@
 
 A pack is one row of several samples. On CPUs transformers builds a block-diagonal mask from position ids that
 restart, which it does only without an attention mask and without a cache. On CUDA a varlen kernel gets the
-sample boundaries: flash-attn when it is installed, else torch's own. `isolation_leak` measures, on the real
-model, that a neighbour's tokens change nothing; a backend that leaks is an error, never a warning.
+sample boundaries: flash-attn when it is installed, else torch's own. `isolation.py` measures it on the real
+model.
 
-What is not covered: capped scores (Gemma 2) and attention sinks on the varlen backend (both refused);
-sequence parallelism.
+What is not covered: capped scores (Gemma 2) and attention sinks on the varlen backend (both refused), and
+packs that ranks share (`sequence.py`).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +21,11 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from versatune_ds.config.schema import Model
-from versatune_ds.foundations.constants import IGNORE_INDEX
 from versatune_ds.foundations.errors import ConfigError
-from versatune_kernels import LossOutput
 
 VARLEN = "versatune_varlen"
 NAMES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """Whether torch's kernel wants to be told of grouped heads; the one of torch 2.11 takes them as they are."""
-PROBE_TOKENS = 32
 
 
 class AttentionChoice(NamedTuple):
@@ -39,19 +35,29 @@ class AttentionChoice(NamedTuple):
     reason: str
 
 
-def choose_attention(settings: Model, device_type: str, caps_scores: bool = False) -> AttentionChoice:
+def choose_attention(
+    settings: Model, device_type: str, caps_scores: bool = False, shares_packs: bool = False
+) -> AttentionChoice:
     """The attention implementation for a device.
 
     Args:
         settings: `model` section; `attention` names a backend or is `auto`.
         device_type: "cpu" or "cuda".
         caps_scores: the model caps its attention scores, which only eager and flash_attention_2 do.
+        shares_packs: ranks share a pack (`batch.sequence_parallel`), for which sdpa and varlen are made.
 
     Raises:
         ConfigError: the named backend cannot run here or cannot keep samples apart here.
     """
     flash = importlib.util.find_spec("flash_attn") is not None
     wanted = settings.attention
+    if shares_packs and (caps_scores or wanted == "flash_attention_2"):
+        what = "a model that caps its scores" if caps_scores else f"model.attention {wanted}"
+        raise ConfigError(
+            f"batch.sequence_parallel with {what}: packs are shared over torch's varlen kernel (which is "
+            "FlashAttention-2) and sdpa only; set batch.sequence_parallel: 1"
+            + ("" if caps_scores else ", or model.attention: auto")
+        )
     if caps_scores and wanted in ("sdpa", "varlen"):
         raise ConfigError(f"model.attention {wanted} would not cap the scores, as this model does; use auto")
     if caps_scores and wanted == "auto" and (device_type == "cpu" or settings.dtype == "fp32" or not flash):
@@ -72,10 +78,11 @@ def choose_attention(settings: Model, device_type: str, caps_scores: bool = Fals
             "model.attention flash_attention_2: flash-attn is not installed; pip install "
             "'versatune-ds[cuda]', or use model.attention: varlen"
         )
-    if wanted == "flash_attention_2" or (wanted == "auto" and flash):
+    if wanted == "flash_attention_2" or (wanted == "auto" and flash and not shares_packs):
         return AttentionChoice("flash_attention_2", "flash-attn is installed")
     register_varlen()
-    reason = "asked for" if wanted == "varlen" else "flash-attn is not installed: torch's varlen kernel"
+    why = "packs are shared" if shares_packs else "flash-attn is not installed"
+    reason = "asked for" if wanted == "varlen" else f"{why}: torch's varlen kernel"
     return AttentionChoice(VARLEN, reason)
 
 
@@ -129,54 +136,3 @@ def varlen_attention(
     )
     assert isinstance(out, torch.Tensor)
     return out.unsqueeze(0), None
-
-
-@torch.no_grad()
-def isolation_leak(
-    model: Callable[..., LossOutput],
-    vocab_size: int,
-    device: torch.device,
-    neighbour: int = PROBE_TOKENS,
-) -> float:
-    """How much a neighbour in the pack changes a sample's token losses; 0 where samples are kept apart.
-
-    Two samples share a pack; the first one is replaced by two of half its length and other tokens; the losses
-    of the second one, which is no longer than these, are compared. All ranks must call it together (under
-    ZeRO-3 it gathers the model).
-
-    Args:
-        model: the DeepSpeed engine, or a `PackedCausalLM`.
-        vocab_size: token ids are drawn below it.
-        device: where the model computes.
-        neighbour: tokens of the first sample; between `turning_length` and twice as many, it shows positions
-            that depend on length.
-
-    Returns:
-        The largest absolute change over the largest loss.
-    """
-    half = neighbour // 2
-    length = min(half, PROBE_TOKENS // 2)
-    tokens = torch.arange(neighbour + length, device=device) % vocab_size
-    changed = tokens.clone()
-    changed[:neighbour] = (changed[:neighbour] + vocab_size // 2 + 1) % vocab_size
-
-    def losses(ids: torch.Tensor, *lengths: int) -> torch.Tensor:
-        sizes = torch.tensor(lengths, device=device)
-        ends = sizes.cumsum(0)
-        labels = ids.roll(-1)
-        labels[ends - 1] = IGNORE_INDEX
-        out = model(
-            input_ids=ids,
-            position_ids=torch.cat([torch.arange(n, device=device) for n in lengths]),
-            labels=labels,
-            sample_ids=torch.arange(len(lengths), device=device).repeat_interleave(sizes),
-            cu_seqlens=torch.cat([ends.new_zeros(1), ends]).int(),
-            max_seqlen=max(lengths),
-            num_samples=len(lengths),
-            num_valid=len(ids) - len(lengths),
-            normalizer=1.0,
-        )
-        return out.token_loss[neighbour:]
-
-    before, after = losses(tokens, neighbour, length), losses(changed, half, neighbour - half, length)
-    return float((before - after).abs().max() / before.abs().max().clamp_min(1e-12))
