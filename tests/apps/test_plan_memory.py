@@ -50,7 +50,7 @@ def zero(stage: int, **more) -> dict:
 
 OPTIMIZER_ON_HOST = {"offload_optimizer": {"device": "cpu"}}
 ALL_ON_HOST = {**OPTIMIZER_ON_HOST, "offload_param": {"device": "cpu"}}
-# (ranks, ZeRO, dtype, checkpointing, shape, tokens a pack)
+# (ranks, ZeRO, dtype, checkpointing, shape, tokens a pack[, ranks that share one])
 CASES = [
     (1, zero(0), "fp32", "off", QWEN2, 256),
     (1, zero(1), "bf16", "off", QWEN3, 768),
@@ -69,12 +69,15 @@ CASES = [
     (2, zero(3), "fp32", "off", QWEN3, 768),
     (2, zero(3), "bf16", "all", QWEN2, 768),
     (2, zero(3, **ALL_ON_HOST), "bf16", "off", QWEN2, 256),
+    (2, zero(1), "fp32", "off", QWEN2, 768, 2),
+    (2, zero(2), "bf16", "all", TIED, 768, 2),
+    (2, zero(3), "fp32", "off", QWEN3, 768, 2),
 ]
 PACKS_PER_RANK = 2
 NAMES = [
     f"ranks{ranks}-zero{settings['stage']}-{dtype}-recompute_{recompute}-offload_{read_offload(settings)}"
-    f"-{shape['model_type']}"
-    for ranks, settings, dtype, recompute, shape, _ in CASES
+    f"-{shape['model_type']}" + "".join(f"-by{n}" for n in sharing)
+    for ranks, settings, dtype, recompute, shape, _, *sharing in CASES
 ]
 
 
@@ -92,8 +95,11 @@ def measured(tmp_path_factory) -> dict[str, dict]:
                 "shape": shape,
                 "pack_len": pack_len,
                 "packs": PACKS_PER_RANK,
+                "sharing": next(iter(sharing), 1),
             }
-            for name, (ranks, settings, dtype, recompute, shape, pack_len) in zip(NAMES, CASES, strict=True)
+            for name, (ranks, settings, dtype, recompute, shape, pack_len, *sharing) in zip(
+                NAMES, CASES, strict=True
+            )
             if ranks == world_size
         ]
         script = REPOSITORY / "tests" / "support" / "memory_cases.py"
@@ -103,13 +109,15 @@ def measured(tmp_path_factory) -> dict[str, dict]:
 
 
 def planned(case: tuple) -> tuple[ModelShape, Setup]:
-    ranks, settings, dtype, recompute, shape, pack_len = case
+    ranks, settings, dtype, recompute, shape, pack_len, *sharing = case
+    n = next(iter(sharing), 1)
     setup = Setup(
         gpus=ranks,
         zero_stage=settings["stage"],
         dtype=dtype,
         pack_len=pack_len,
-        packs_per_step=PACKS_PER_RANK * ranks,
+        packs_per_step=PACKS_PER_RANK * ranks // n,
+        sequence_parallel=n,
         checkpointing=recompute,
         offload=read_offload(settings),
         buffers=ZeroBuffers.from_settings(settings),
@@ -130,3 +138,13 @@ def test_plan_is_within_ten_percent_of_measured_memory(measured, name, case):
     if real["activations"]:
         assert saved_activations(shape, setup) == pytest.approx(real["activations"], rel=TOLERANCE)
     assert checkpoint_bytes(shape, setup) == pytest.approx(real["checkpoint"], rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("-by2")])
+def test_what_a_rank_holds_of_a_shared_pack_falls(measured, name):
+    """Beside the same setting with packs of its own: a half, and attention's output once more."""
+    shared, apart = measured[name], measured[name.removesuffix("-by2")]
+    assert shared["state"] == pytest.approx(apart["state"], rel=0.02)
+    assert shared["activations"] <= 0.6 * apart["activations"]
+    assert shared["peak"] - shared["state"] < 0.8 * (apart["peak"] - apart["state"])

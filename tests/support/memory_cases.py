@@ -1,7 +1,8 @@
 """Memory of real small runs, allocation by allocation; a script started by `launch`.
 
 Usage: memory_cases.py OUT_FOLDER CASES.json, a list of {"name": ..., "model": {...}, "zero": {...}, "packs":
-packs per rank, "shape": config.json as a dict, "pack_len": T}. Rank 0 leaves OUT_FOLDER/NAME.json with bytes:
+packs per rank, "shape": config.json as a dict, "pack_len": T, "sharing": ranks of a pack}. Rank 0 leaves
+OUT_FOLDER/NAME.json with bytes:
 
     state        allocated by building the engine and training two steps, and still held
     activations  saved for backward by one forward, without parameters and without the loss's own
@@ -40,6 +41,7 @@ from versatune_ds.engine.backend.process_group import close_process_group, start
 from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.model.packed_lm import model_inputs
+from versatune_ds.engine.model.sequence import SharedPack
 from versatune_ds.engine.skipping import reason_to_skip
 from versatune_ds.engine.state import SpikeGuard
 from versatune_ds.engine.statistics import StepStatistics
@@ -120,9 +122,10 @@ def saved_activations(backend: Any, batch: Any) -> int:
 
     inputs = model_inputs(batch, 1.0)
     body = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen")
+    options = {"shared_pack": SharedPack(backend.model.sequence, {})} if batch.parts > 1 else {}
     backend.model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = backend.model.body(**{key: inputs[key] for key in body}).last_hidden_state[0]
+        hidden = backend.model.body(**{key: inputs[key] for key in body}, **options).last_hidden_state[0]
     del hidden
     return sum(size for _, size in sizes.values())
 
@@ -133,7 +136,11 @@ def settings(case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
         "model": {"source": str(model), "weights": "random", **case["model"]},
         "data": {"train": [{"path": "unused", "domain": "a"}]},
         "domains": {"names": ["a", "b"]},
-        "batch": {"pack_len": case["pack_len"], "packs_per_step": case["packs"] * distributed.world_size()},
+        "batch": {
+            "pack_len": case["pack_len"],
+            "packs_per_step": case["packs"] * distributed.world_size() // case["sharing"],
+            "sequence_parallel": case["sharing"],
+        },
         "train": {"max_steps": 3},
         "deepspeed": {"zero_optimization": case["zero"]},
     }
@@ -153,11 +160,10 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
         Pack(np.zeros(1, np.int32), np.array([i], np.int64), np.array([length], np.int32))
         for i in range(config.batch.packs_per_step)
     ]
-    mine = rank_packs(packs, distributed.rank(), distributed.world_size())
-    batches = [collate(pack, [source, source], length, 0) for pack in mine]
-    plan = SimpleNamespace(
-        step=0, loss_weight=sum(b.supervised_tokens for b in batches) * distributed.world_size()
-    )
+    ranks = Ranks.of_world(case["sharing"])
+    mine = rank_packs(packs, *ranks.dp)
+    batches = [collate(pack, [source, source], length, 0).part(*ranks.sp) for pack in mine]
+    plan = SimpleNamespace(step=0, loss_weight=sum(b.supervised_tokens for b in batches) * ranks.size)
     out: dict[str, Any] = {"ranks": distributed.world_size()}
 
     def step() -> None:
@@ -165,7 +171,6 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
         assert apply_step(run, reason_to_skip(run.statistics.reduce(), run.spikes, run.backend), 1e-4)
 
     before = held_bytes()  # of earlier cases: DeepSpeed's destroy() does not let go of everything
-    ranks = Ranks.of_world()
     backend = build_backend(config, deepspeed_config(config, ranks.dp.size), ranks, device)
     run: Any = SimpleNamespace(
         backend=backend, statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 1)

@@ -9,11 +9,12 @@ element of `model.dtype`:
     forward    tensors kept for backward (`layer_activations`), gathered weights of ZeRO-3, the loss
     step       fp32 gradients of the partition; without a fused AdamW (CPU) two more of its temporaries
 
-Buffers follow DeepSpeed 0.19.8. `Part.checked` tells what `tests/apps/test_plan_memory.py` compares with
-real small runs on CPUs, allocation by allocation; the rest is marked as a model.
+Of a pack that ranks share (`batch.sequence_parallel`) each holds its own rows. Buffers follow DeepSpeed
+0.19.8. `Part.checked` tells what `tests/apps/test_plan_memory.py` compares with real small runs on CPUs,
+allocation by allocation; the rest is marked as a model.
 
 What is not covered: CUDA's allocator beyond a margin, liger-kernel and torch.compile (both lower the
-activations), NVMe offload, LoRA, sequence parallelism. ZeRO++'s secondary partition is an estimate.
+activations), NVMe offload, LoRA. ZeRO++'s secondary partition is an estimate.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from versatune_ds.config.schema import Config
+from versatune_ds.data.collate import rows_of
 from versatune_ds.domain.statistics import NUM_ROWS
 from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.shape import ModelShape
@@ -84,6 +86,7 @@ class Setup:
     dtype: str = "bf16"
     pack_len: int = 8192
     packs_per_step: int = 128
+    sequence_parallel: int = 1
     checkpointing: Checkpointing = "off"
     offload: Offload = "none"
     buffers: ZeroBuffers = ZeroBuffers()
@@ -101,7 +104,12 @@ class Setup:
     @property
     def packs_per_gpu(self) -> int:
         """Micro-batches of a step on one GPU."""
-        return self.packs_per_step // self.gpus
+        return self.packs_per_step * self.sequence_parallel // self.gpus
+
+    @property
+    def rows(self) -> int:
+        """Tokens of a pack on one GPU."""
+        return rows_of(self.pack_len, self.sequence_parallel) // self.sequence_parallel
 
     @property
     def accumulates(self) -> bool:
@@ -148,6 +156,7 @@ def setup_fields(config: Config) -> dict[str, Any]:
         "logits_dtype": config.model.logits_dtype,
         "pack_len": config.batch.pack_len,
         "packs_per_step": config.batch.packs_per_step,
+        "sequence_parallel": config.batch.sequence_parallel,
         "checkpointing": config.model.activation_checkpointing,
         "offload": read_offload(zero),
         "buffers": ZeroBuffers.from_settings(zero),
@@ -193,7 +202,7 @@ def memory_plan(shape: ModelShape, setup: Setup) -> MemoryPlan:
 
     Args:
         shape: the model.
-        setup: the settings; `packs_per_step` is a multiple of `gpus`.
+        setup: the settings; `packs_per_step` is a multiple of `gpus` over `sequence_parallel`.
     """
     held, gradients, step, host = _states(shape, setup)
     work = (*_activations(shape, setup), *_gathered(shape, setup), *_loss(shape, setup))
@@ -215,12 +224,15 @@ def layer_activations(shape: ModelShape, setup: Setup) -> int:
     Per token: its norms (the input in fp32, the normalised one in `dtype`, or in fp32 where a family scales
     in it, and the scaled one in `dtype`), q, k, v and the attention output, and gate, activated gate, up and
     their product of the MLP; for experts these of each choice, with its input and its output. Beside them one
-    fp32 number per norm, per expert, and per head for attention.
+    fp32 number per norm, per expert, and per head for attention. Of a shared pack attention keeps its output
+    before and after the exchange, and key-value heads once for each rank that needs them.
     """
     s = setup.element
     normed = FP32 + (FP32 if shape.fp32_norms else s)
     norm = shape.hidden * (normed + s)
-    attention = 2 * (shape.query_width + shape.kv_width) * s
+    n = setup.sequence_parallel
+    kv_width = math.lcm(shape.kv_heads, n) * shape.head_size
+    attention = ((2 if n == 1 else 3) * shape.query_width + 2 * kv_width) * s
     mlp = 4 * shape.mlp * s
     if shape.experts is not None:
         choice = (4 * shape.experts.mlp + 2 * shape.hidden) * s
@@ -228,7 +240,7 @@ def layer_activations(shape: ModelShape, setup: Setup) -> int:
     rest = FP32 * (shape.norms + shape.heads)
     if shape.query_key_norms:
         rest += (shape.query_width + shape.kv_width) * normed + FP32 * (shape.heads + shape.kv_heads)
-    return setup.pack_len * (shape.norms * norm + attention + mlp + rest)
+    return setup.rows * (shape.norms * norm + attention + mlp + rest)
 
 
 def recomputed_layers(layers: int, policy: Checkpointing) -> int:
@@ -240,7 +252,7 @@ def recomputed_layers(layers: int, policy: Checkpointing) -> int:
 
 def saved_activations(shape: ModelShape, setup: Setup) -> int:
     """Bytes that the layers and the last norm keep for backward, after a whole forward."""
-    s, tokens = setup.element, setup.pack_len
+    s, tokens = setup.element, setup.rows
     recomputed = recomputed_layers(shape.layers, setup.checkpointing)
     kept = (shape.layers - recomputed) * layer_activations(shape, setup)
     inputs = recomputed * tokens * shape.hidden * s
@@ -251,7 +263,7 @@ def saved_activations(shape: ModelShape, setup: Setup) -> int:
 
 def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     """Saved tensors, the layer in backward, and the batch."""
-    tokens, s = setup.pack_len, setup.element
+    tokens, s = setup.rows, setup.element
     parts = [Part("activations kept for backward", saved_activations(shape, setup), True)]
     recomputes = setup.checkpointing != "off"
     # In backward: gradients of the MLP's product, its two factors and the hidden states around it.
@@ -264,14 +276,14 @@ def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
         name = "one layer recomputed, and its backward" if recomputes else "backward of one layer"
         parts.append(Part(f"{name}, beyond the loss buffer", beyond_loss, False))
     batch = tokens * (3 * LONG + 2 * INT)
-    mask = tokens * tokens if setup.device == "cpu" else 0  # bool, block-diagonal
+    mask = setup.pack_len**2 if setup.device == "cpu" else 0  # bool, block-diagonal
     parts.append(Part("batch", batch + mask, True))
     return tuple(parts)
 
 
 def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     """Logits of a chunk and the gradients that the fused loss computes in its forward pass."""
-    tokens, s, width, vocab = setup.pack_len, setup.element, shape.hidden, shape.vocab
+    tokens, s, width, vocab = setup.rows, setup.element, shape.hidden, shape.vocab
     labels = max(1, round(setup.supervised * tokens))
     if setup.device == "cuda":
         spec = Spec(1.0, 0.0, setup.logits_dtype, chunk_tokens=0, grad_hidden=True, grad_weight=True)
