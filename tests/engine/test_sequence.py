@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ import torch
 from launching import launch_soundly
 from safetensors.torch import load_file
 from tiny_families import family_config
-from transformers import Qwen2Config
+from transformers import AutoConfig, Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from versatune_ds.config.schema import Model
 from versatune_ds.data.collate import rows_of
@@ -22,6 +24,7 @@ from versatune_ds.engine.backend.ranks import Group, Ranks
 from versatune_ds.engine.model import isolation
 from versatune_ds.engine.model.attention import VARLEN, choose_attention
 from versatune_ds.engine.model.sequence import check_heads
+from versatune_ds.engine.model.source import load_architecture
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 
 
@@ -98,3 +101,30 @@ def test_a_model_that_mixes_tokens_outside_of_attention_is_refused(monkeypatch):
     settings = SimpleNamespace(model=SimpleNamespace(dtype="bf16"))
     with pytest.raises(VersaTuneError, match="a layer of qwen2 mixes tokens outside of its attention"):
         deepspeed_backend.check_isolation(backend, settings)
+
+
+def test_yarn_is_that_of_a_configuration_with_it(tmp_path):
+    """Cosines and sines of positions, and what other programs will read in the export's config.json."""
+    plain, stretched = Qwen2Config(**family_config("qwen2")), {"factor": 4.0}
+    stretched["original_max_position_embeddings"] = 16
+    plain.save_pretrained(tmp_path / "plain")
+    ours = load_architecture(Model(source=str(tmp_path / "plain"), yarn=stretched))
+    theirs = Qwen2Config(
+        **family_config("qwen2", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, **stretched})
+    )
+    ours.save_pretrained(tmp_path / "ours")
+    ours = load_architecture(Model(source=str(tmp_path / "ours"), yarn=stretched))  # as of an export
+    assert ours.rope_parameters == AutoConfig.from_pretrained(tmp_path / "ours").rope_parameters
+    assert ours.max_position_embeddings == 64
+    x, positions = torch.zeros(1), torch.arange(64).unsqueeze(0)
+    (cos, sin), expected = (Qwen2RotaryEmbedding(config)(x, positions) for config in (ours, theirs))
+    assert torch.equal(cos, expected[0]) and torch.equal(sin, expected[1])
+    assert not torch.equal(cos, Qwen2RotaryEmbedding(plain)(x, positions)[0])
+
+
+@pytest.mark.parametrize("kind", ["llama, dynamic rope", "gemma3_text"])
+def test_yarn_on_other_positions_is_refused(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps(family_config(kind)))
+    yarn = {"factor": 2.0, "original_max_position_embeddings": 8}
+    with pytest.raises(ConfigError, match=r"model\.yarn stretches plain RoPE"):
+        load_architecture(Model(source=str(tmp_path), yarn=yarn))
