@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from launching import REPOSITORY, case_file, launch, launch_soundly, read_jsonl
 from small_runs import prepare_run, sample_settings
 
@@ -39,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
     raw["weights"] = {"strategy": "constant"}
     raw["optimizer"]["lr"] = 3e-2
     raw["train"] = {"max_steps": 40}
-    raw["evaluation"] = {"every_n_steps": 4, "patience": 2}
+    raw["evaluation"] = {"every_n_steps": 4, "patience": 2, "select": "overall"}
     raw["checkpoint"] = {"every_n_steps": 10, "keep_last": 1}
     raw["reference"] = {"lr": 5e-3, "max_epochs": 2, "patience": 2}
     prepare_run(folder, raw)
@@ -66,6 +67,8 @@ def measured(folder) -> Path:
     """Two processes on two ranks; the second starts what the first did not finish."""
     model = str(folder / "trained" / "model")
     broken = folder / "trained_broken"
+    tokenizer = yaml.safe_load((folder / "config.yaml").read_text())["model"]["source"]
+    proxy = f"{{source: {model}, tokenizer: {tokenizer}, dtype: fp32}}"
     cases = [
         case(folder, "train", "trained"),
         case(folder, "reference", "reference", stop_in=["medicine", 3]),
@@ -78,6 +81,9 @@ def measured(folder) -> Path:
         case(folder, "reference", "reference"),
         case(folder, "reference_from_model", "reference_of_model", model=model),
         case(folder, "evaluate", "evaluated", model=str(folder / "trained")),
+        case(
+            folder, "reference", "reference_lora", f"reference.model={proxy}", "reference.adapter={rank: 4}"
+        ),
         case(folder, "evaluate", "stage0", "deepspeed={zero_optimization: {stage: 0}}", model=model),
         case(folder, "evaluate", "broken", model=str(broken)),
     ]
@@ -86,11 +92,11 @@ def measured(folder) -> Path:
         case(folder, "reference", "reference_shared", SHARED),
     ]
     evaluations = folder / "trained" / "evaluation.json"
-    run_cases(folder, 2, cases[:4])
+    run_cases(folder, 2, cases[:5])
     shutil.copy(evaluations, folder / "two_ranks_zero3.json")
     run_cases(folder, 2, shared)
     shutil.copy(evaluations, folder / "shared_packs.json")
-    run_cases(folder, 1, cases[4:])
+    run_cases(folder, 1, cases[5:])
     shutil.copy(evaluations, folder / "one_rank_stage0.json")
     return folder
 
@@ -124,6 +130,17 @@ def test_training_stops_early_and_stays_stopped(measured):
     assert len(read_jsonl(measured / "trained" / "metrics.jsonl")) == lines[-1]["step"]
     assert outcome(measured / "trained")["result"] is True
     assert (measured / "trained" / "model" / "model.safetensors").is_file()
+
+
+def test_references_are_trained_as_adapters(measured):
+    """The loss falls from the model's own; nothing else of the model is trained or kept."""
+    reference = outcome(measured / "reference_lora")["result"]
+    assert reference["provenance"]["adapter"]["rank"] == 4
+    for name in DOMAINS:
+        lines = read_jsonl(measured / "reference_lora" / name / "eval.jsonl")
+        assert lines[0]["domain_loss"][name] - 0.01 > reference["losses"][name]
+        resolved = load_config(measured / "reference_lora" / name / "resolved.yaml")
+        assert resolved.model.adapter.rank == 4 and resolved.optimizer.lr == 5e-3
 
 
 def test_reference_is_the_lowest_held_out_loss_of_each_domain(measured):

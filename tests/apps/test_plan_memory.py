@@ -17,6 +17,7 @@ from versatune_ds.apps.plan.memory import (
     total,
 )
 from versatune_ds.apps.plan.plan import checkpoint_bytes
+from versatune_ds.config.schema import Adapter
 from versatune_ds.engine.model.families import planned_shape
 from versatune_ds.engine.model.shape import ModelShape
 
@@ -50,7 +51,8 @@ def zero(stage: int, **more) -> dict:
 
 OPTIMIZER_ON_HOST = {"offload_optimizer": {"device": "cpu"}}
 ALL_ON_HOST = {**OPTIMIZER_ON_HOST, "offload_param": {"device": "cpu"}}
-# (ranks, ZeRO, dtype, checkpointing, shape, tokens a pack[, ranks that share one])
+LORA = {"rank": 32}
+# (ranks, ZeRO, dtype, checkpointing, shape, tokens a pack[, adapter or ranks that share a pack])
 CASES = [
     (1, zero(0), "fp32", "off", QWEN2, 256),
     (1, zero(1), "bf16", "off", QWEN3, 768),
@@ -72,12 +74,22 @@ CASES = [
     (2, zero(1), "fp32", "off", QWEN2, 768, 2),
     (2, zero(2), "bf16", "all", TIED, 768, 2),
     (2, zero(3), "fp32", "off", QWEN3, 768, 2),
+    (1, zero(1), "bf16", "off", QWEN2, 768, LORA),
+    (1, zero(2), "fp32", 2, QWEN3, 768, {**LORA, "targets": ["q_proj", "v_proj", "down_proj"]}),
+    (1, zero(2), "fp32", "off", GEMMA3, 768, {**LORA, "dropout": 0.1}),
+    (1, zero(1), "fp32", "off", QWEN2, 768, {**LORA, "kind": "dora"}),
+    (1, zero(1), "bf16", "off", EXPERTS, 768, LORA),
+    (1, zero(1), "fp32", "off", PHI3, 768, LORA),
+    (2, zero(3), "bf16", "off", QWEN3, 768, LORA),
+    (2, zero(3), "fp32", 2, QWEN2, 768, LORA),
+    (2, zero(2, **OPTIMIZER_ON_HOST), "bf16", "off", TIED, 512, LORA),
 ]
 PACKS_PER_RANK = 2
 NAMES = [
     f"ranks{ranks}-zero{settings['stage']}-{dtype}-recompute_{recompute}-offload_{read_offload(settings)}"
-    f"-{shape['model_type']}" + "".join(f"-by{n}" for n in sharing)
-    for ranks, settings, dtype, recompute, shape, _, *sharing in CASES
+    f"-{shape['model_type']}"
+    + "".join(f"-by{x}" if isinstance(x, int) else f"-{x.get('kind', 'lora')}" for x in more)
+    for ranks, settings, dtype, recompute, shape, _, *more in CASES
 ]
 
 
@@ -91,15 +103,14 @@ def measured(tmp_path_factory) -> dict[str, dict]:
             {
                 "name": name,
                 "zero": settings,
-                "model": {"dtype": dtype, "activation_checkpointing": recompute},
+                "model": {"dtype": dtype, "activation_checkpointing": recompute, **adapted(more)},
                 "shape": shape,
                 "pack_len": pack_len,
                 "packs": PACKS_PER_RANK,
-                "sharing": next(iter(sharing), 1),
+                "sharing": sharing(more),
             }
-            for name, (ranks, settings, dtype, recompute, shape, pack_len, *sharing) in zip(
-                NAMES, CASES, strict=True
-            )
+            for name, case in zip(NAMES, CASES, strict=True)
+            for ranks, settings, dtype, recompute, shape, pack_len, *more in [case]
             if ranks == world_size
         ]
         script = REPOSITORY / "tests" / "support" / "memory_cases.py"
@@ -108,9 +119,17 @@ def measured(tmp_path_factory) -> dict[str, dict]:
     return found
 
 
+def adapted(more: list[dict | int]) -> dict:
+    return {"adapter": more[0]} if more and isinstance(more[0], dict) else {}
+
+
+def sharing(more: list[dict | int]) -> int:
+    return next((x for x in more if isinstance(x, int)), 1)
+
+
 def planned(case: tuple) -> tuple[ModelShape, Setup]:
-    ranks, settings, dtype, recompute, shape, pack_len, *sharing = case
-    n = next(iter(sharing), 1)
+    ranks, settings, dtype, recompute, shape, pack_len, *more = case
+    n, adapter = sharing(more), adapted(more).get("adapter")
     setup = Setup(
         gpus=ranks,
         zero_stage=settings["stage"],
@@ -121,6 +140,7 @@ def planned(case: tuple) -> tuple[ModelShape, Setup]:
         checkpointing=recompute,
         offload=read_offload(settings),
         buffers=ZeroBuffers.from_settings(settings),
+        adapter=Adapter(**adapter) if adapter else None,
         device="cpu",
     )
     return planned_shape(shape, "test"), setup

@@ -150,11 +150,11 @@ def test_what_a_run_can_go_on_from(tmp_path, layout, problem):
     state = {"version": 1, "world_size": 4, "layout": saved}
     (tmp_path / "versatune_state.json").write_text(json.dumps(state))
     if problem is None:
-        read = ck.read_state(tmp_path, saved | {"model.adapter": None} | layout)
+        read = ck.read_state(tmp_path, saved | {"model.adapter": None} | layout, {"hidden_size": "8"})
         assert read == state | {"layout": {"model.adapter": None} | saved}
     else:
         with pytest.raises(StateError, match=problem):
-            ck.read_state(tmp_path, saved | {"model.adapter": None} | layout)
+            ck.read_state(tmp_path, saved | {"model.adapter": None} | layout, {})
 
 
 def test_shards_are_bounded_and_indexed(tmp_path):

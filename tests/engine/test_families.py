@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +14,14 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from versatune_ds.apps.bench.shapes import _llama, find_shape
+from versatune_ds.apps.plan.memory import trained_parameters
 from versatune_ds.config.load import validate_config
-from versatune_ds.config.schema import Model
+from versatune_ds.config.schema import Adapter, Model
 from versatune_ds.engine.backend.deepspeed_backend import build_for_evaluation
+from versatune_ds.engine.backend.parameters import live_shape, parameter_size
 from versatune_ds.engine.checkpointing.hf_export import export_model
 from versatune_ds.engine.model import packed_lm
+from versatune_ds.engine.model.adapters import add_adapter
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.families import (
     FAMILIES,
@@ -210,6 +214,37 @@ def test_flops_by_hand():
 def test_flops_as_most_papers_count_by_hand():
     # 2 packs of 6 slots: (6 x 2000 + 12 x 2 x 8 x 6) x 12 = (12,000 + 1,152) x 12
     assert SHAPE.step_flops_6n(slot_tokens=12, pack_len=6) == 157_824
+
+
+def test_a_frozen_model_has_no_product_for_the_gradients_of_its_weights():
+    """Forward and the input's gradient of 1,000 weights; all three of the adapter's 70. Layers run twice cost
+    another forward; attention has no weights and costs what it did."""
+    frozen = dataclasses.replace(SHAPE, trained=70)
+    counts = {"real_tokens": 8, "supervised_tokens": 4, "sum_squared_lengths": 34}
+    expected = 4 * 1000 * 8 + 6 * 70 * 8 + 4 * 10 * 50 * 4 + 3_264
+    assert frozen.step_flops(**counts) == expected
+    assert frozen.step_flops(**counts, recomputed=0.5) == expected + 1070 * 8 + 3_264 / 6
+    assert frozen.step_flops_6n(slot_tokens=12, pack_len=6) == (4 * 2000 + 6 * 70 + 12 * 2 * 8 * 6) * 12
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "qwen3_moe, some layers dense"])
+def test_an_adapters_parameters_by_formula_are_those_of_peft(name):
+    """All linear layers but the head; of a mixture the attention's. So does a run count its model."""
+    adapter = Adapter(rank=3, kind="dora")
+    planned, lm = planned_shape(family_config(name), name), family_model(name)
+    add_adapter(lm, adapter, seed=0)
+    live = live_shape(PackedCausalLM(lm, "chunked"))
+    assert live.trained == trained_parameters(planned, adapter) > 0
+    assert (live.parameters, live.nonembedding_parameters) == (
+        planned.parameters,
+        planned.nonembedding_parameters,
+    )
+
+
+def test_weights_in_4_bits_count_as_what_they_stand_for():
+    weight = torch.nn.Parameter(torch.zeros(50, 1, dtype=torch.uint8), requires_grad=False)
+    weight.quant_state = SimpleNamespace(shape=torch.Size([10, 10]))
+    assert parameter_size(weight) == 100
 
 
 def test_one_full_sample_with_every_label_differs_by_the_embedding_and_half_of_attention():

@@ -58,6 +58,7 @@ CASES = {
         "untied-unpacked-zero3-lora-recompute",
         "untied-packed-zero1-dora",
         "untied-packed-zero3-dora",
+        "experts-packed-zero3-lora",
         "longrope-packed-zero3",
         *(f"experts-packed-{how}" for how in ("zero2", "zero3", "zero3-recompute", "zero3-frozen")),
         *(f"untied-packed-zero{stage}-by2" for stage in range(4)),
@@ -87,7 +88,7 @@ BF16_CASES = ["untied-packed-zero3-bf16", "tied-packed-zero1-bf16", "untied-pack
 def models(tmp_path_factory) -> Path:
     """Tiny models with saved weights: `untied` (Llama), `tied` (Qwen2), and others.
 
-    Adapters by peft for the first two: `untied-lora` and so on. `experts`: Qwen3-MoE; `lie`: Llama whose
+    Adapters by peft for the first three: `untied-lora` and so on. `experts`: Qwen3-MoE; `lie`: Llama whose
     configuration ties a head that the files hold; `longrope`: Phi 3, whose positions turn at 8 tokens;
     `wrapped`: Gemma 3 in a model of images, beside it `wrapped_alone`, the same as a text model.
     """
@@ -135,7 +136,11 @@ def models(tmp_path_factory) -> Path:
             get_peft_model(copy.deepcopy(model), config).save_pretrained(folder / f"{name}-{kind}")
     experts = Qwen3MoeConfig(**shape, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=24)
     experts.router_aux_loss_coef = AUX
-    Qwen3MoeForCausalLM(experts).save_pretrained(folder / "experts")
+    model = Qwen3MoeForCausalLM(experts)
+    model.save_pretrained(folder / "experts")
+    attention = [f"{part}_proj" for part in "qkvo"]
+    config = LoraConfig(r=4, lora_alpha=6.0, target_modules=attention, init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(folder / "experts-lora")
     longrope = family_model("phi3, longrope", vocab_size=cases.VOCAB_SIZE, initializer_range=0.1)
     longrope.save_pretrained(folder / "longrope")
     lie = shutil.copytree(folder / "untied", folder / "lie") / "config.json"
@@ -254,7 +259,8 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
     max_norm = cases.MAX_NORM if "clip" in case else 0.0
     adapter = next((word for word in case.split("-") if word in ("lora", "dora")), None)
     ours = results(ranks)[case]
-    expected = reference(case.split("-")[0], max_norm, adapter=adapter, frozen="frozen" in case)
+    frozen = "frozen" in case or adapter is not None
+    expected = reference(case.split("-")[0], max_norm, adapter=adapter, frozen=frozen)
     for step in ("first", "second"):
         assert expected[f"norm_{step}"] > 2 * max_norm  # clipping is no trifle
         # rows 0 and 1 of the buffer: loss sum and supervised tokens per domain

@@ -26,6 +26,9 @@ FILES = {
     "router": "versatune_ds/engine/model/router.py",
     "sequence": "versatune_ds/engine/model/sequence.py",
     "source": "versatune_ds/engine/model/source.py",
+    "adapters": "versatune_ds/engine/model/adapters.py",
+    "merge": "versatune_ds/engine/checkpointing/adapter_export.py",
+    "derived": "versatune_ds/config/derive.py",
     "attention": "versatune_ds/engine/model/attention.py",
     "shape": "versatune_ds/engine/model/shape.py",
     "optimizer": "versatune_ds/engine/backend/optimizer.py",
@@ -34,10 +37,16 @@ FILES = {
     "skipping": "versatune_ds/engine/skipping.py",
     "checkpoint": "versatune_ds/engine/checkpointing/folder.py",
     "saving": "versatune_ds/engine/checkpointing/saver.py",
+    "host copy": "versatune_ds/engine/checkpointing/host_copy.py",
     "intervals": "versatune_ds/engine/checkpointing/due.py",
     "saved shards": "versatune_ds/engine/backend/saved_shards.py",
     "export": "versatune_ds/engine/checkpointing/hf_export.py",
     "sinks": "versatune_ds/observability/sinks.py",
+    "trackers": "versatune_ds/observability/trackers.py",
+    "secrets": "versatune_ds/config/secrets.py",
+    "foreign": "versatune_ds/apps/move_in/foreign.py",
+    "foreign training": "versatune_ds/apps/move_in/training.py",
+    "push": "versatune_ds/apps/push.py",
     "throughput": "versatune_ds/observability/throughput.py",
     "records": "versatune_ds/observability/records.py",
     "repositories": "versatune_ds/data/rows/repositories.py",
@@ -69,6 +78,7 @@ FILES = {
     "chunked": "kernels/versatune_kernels/chunked.py",
     "segments": "kernels/versatune_kernels/sums.py",
     "operator": "kernels/versatune_kernels/fused_op.py",
+    "loss": "kernels/versatune_kernels/loss.py",
 }
 TESTS = {
     "loop": "tests/engine/test_loop.py",
@@ -80,6 +90,7 @@ TESTS = {
     "skipping": "tests/engine/test_skipping.py",
     "checkpoint": "tests/engine/test_checkpoint.py",
     "saving": "tests/engine/test_saving.py",
+    "best": "tests/engine/test_best_checkpoint.py",
     "export": "tests/engine/test_export.py",
     "reshard": "tests/engine/test_reshard.py",
     "model": "tests/engine/test_model.py",
@@ -87,8 +98,13 @@ TESTS = {
     "router": "tests/engine/test_router.py",
     "sequence": "tests/engine/test_sequence.py",
     "sequence runs": "tests/engine/test_sequence_runs.py",
+    "adapters": "tests/engine/test_adapters.py",
+    "derived": "tests/config/test_derive.py",
     "step": "tests/engine/test_step.py",
     "sinks": "tests/observability/test_sinks.py",
+    "trackers": "tests/observability/test_trackers.py",
+    "import": "tests/apps/test_import_config.py",
+    "push": "tests/apps/test_push.py",
     "throughput": "tests/observability/test_throughput.py",
     "records": "tests/observability/test_records.py",
     "containers": "tests/data/test_containers.py",
@@ -262,8 +278,8 @@ fault(
 fault(
     "the last held-out losses are not measured",
     "loop",
-    " or done == run.prepared.total_steps):",
-    "):",
+    " or done == run.prepared.total_steps)\n",
+    ")\n",
     "loop::test_the_last_step_is_evaluated_and_saved_whatever_the_interval",
 )
 fault(
@@ -531,8 +547,8 @@ fault(
 fault(
     "attention FLOPs are not halved by the causal mask",
     "shape",
-    "attention = 6.0 *",
-    "attention = 12.0 *",
+    "attention = (6.0 + again)",
+    "attention = (12.0 + again)",
     "families::test_flops_by_hand",
 )
 fault(
@@ -651,6 +667,81 @@ fault(
     "0.0 if frozen else settings.router_aux_loss",
     "settings.router_aux_loss",
     "router::test_frozen_routers_train_nothing_and_add_nothing",
+)
+fault(
+    "routers are balanced beside an adapter",
+    "model",
+    'settings.router == "frozen" or settings.adapter is not None',
+    'settings.router == "frozen"',
+    "router::test_frozen_routers_train_nothing_and_add_nothing",
+)
+ADAPTED = "adapters::test_a_new_adapter_changes_nothing_yet_and_is_all_that_is_trained"
+MERGED = "export::test_the_text_part_of_a_model_of_images_is_merged_alone"
+fault(
+    "routers and experts get adapters",
+    "adapters",
+    "lora_config(settings, _targets(lm, settings))",
+    "lora_config(settings, settings.targets)",
+    "adapters::test_of_a_mixture_all_linear_is_its_attention[qwen3_moe]",
+    "adapters::test_of_a_mixture_all_linear_is_its_attention[mixtral]",
+)
+fault(
+    "the model trains beside its adapter",
+    "adapters",
+    "    if started is not None:\n",
+    "    lm.requires_grad_(True)\n    if started is not None:\n",
+    ADAPTED,
+)
+fault("adapters begin as chance has it", "adapters", "    torch.manual_seed(seed)\n", "", ADAPTED)
+fault(
+    "dropout is left out",
+    "adapters",
+    "lora_dropout=settings.dropout",
+    "lora_dropout=0.0",
+    "adapters::test_dropout_is_of_the_adapters_input_in_training_only",
+)
+fault(
+    "adapters are added up without their scales",
+    "adapters",
+    "factors[folder] * part.scaling / scale",
+    "factors[folder]",
+    "adapters::test_several_adapters_are_added_up_exactly",
+)
+fault(
+    "a merge leaves the scale out",
+    "merge",
+    "weight.float() + scale * (b @ a)",
+    "weight.float() + b @ a",
+    f"{MERGED}[gemma3-lora]",
+    f"{MERGED}[mistral3-dora]",
+)
+fault(
+    "a merge leaves the lengths of rows out",
+    "merge",
+    "    if length is None:\n",
+    "    if True:\n",
+    f"{MERGED}[mistral3-dora]",
+)
+fault(
+    "a frozen model's work counts as if it trained",
+    "shape",
+    "6.0 if self.trained is None else 4.0",
+    "6.0",
+    "families::test_a_frozen_model_has_no_product_for_the_gradients_of_its_weights",
+)
+fault(
+    "an adapter of a reference trains at the model's rate",
+    "derived",
+    " * ADAPTER_RATE**change",
+    "",
+    "derived::test_large_references_are_trained_as_adapters",
+)
+fault(
+    "a frozen head has a third product",
+    "loss",
+    "training and weight.requires_grad",
+    "training",
+    "autograd::test_three_products_per_chunk_and_none_for_what_is_frozen",
 )
 fault(
     "the export holds experts as transformers does",
@@ -938,10 +1029,52 @@ fault(
     NEWER,
 )
 fault(
+    "the best checkpoint is pruned",
+    "checkpoint",
+    "if p.name != kept and not",
+    "if not",
+    "best::test_the_best_one_outlives_the_newest_until_a_better_one_is_complete",
+)
+fault(
+    "a lost best checkpoint stays the one to beat",
+    "run",
+    "        best.forget_best()\n",
+    "",
+    "best::test_without_its_checkpoint_another_one_becomes_the_best",
+)
+fault(
+    "the last parameters are exported, not the best ones",
+    "run",
+    "            step = self.load_best()\n",
+    "",
+    "best::test_the_run_exports_its_best_parameters_and_not_its_last",
+)
+fault(
+    "a resumed run evaluates again what its checkpoint knows",
+    "loop",
+    " or done == known:",
+    ":",
+    "best::test_a_resumed_run_has_the_same_best_one",
+)
+fault(
+    "the best checkpoint is written twice",
+    "saving",
+    'if self._newest != note["step"]:',
+    "if True:",
+    "best::test_a_checkpoint_that_is_there_already_is_not_written_again",
+)
+fault(
+    "the losses that are known stand for all",
+    "stopping",
+    "    if not counted or any(",
+    "    counted = [c for c in counted if c[1] and c[1] > 0]\n    if not counted or any(",
+    "stopping::test_what_an_evaluation_is_judged_by",
+)
+fault(
     "milestones are pruned",
     "checkpoint",
-    "if not (milestone and step_of(path) % milestone == 0)",
-    "if True",
+    "and not (milestone and step_of(p) % milestone == 0)",
+    "",
     "checkpoint::test_pruning_keeps_the_newest_and_milestones",
 )
 fault(
@@ -982,7 +1115,7 @@ fault(
 )
 fault(
     "a copy in the background shares the model's memory",
-    "saving",
+    "host copy",
     "storage.clone() if storage",
     "storage if storage",
     "saving::test_a_host_copy_is_apart_and_keeps_what_is_shared",
@@ -1174,6 +1307,41 @@ fault(
     "            self._file.truncate(end)\n        return end",
     "        return end",
     "sinks::test_torn_last_line_is_cut_off_with_a_warning",
+)
+fault(
+    "a resumed run starts another run of its tracker",
+    "trackers",
+    "        if not file.exists():\n",
+    "        if True:\n",
+    "trackers::test_mlflow_goes_on_in_the_same_run",
+)
+fault(
+    "what another package says keeps values of secret variables",
+    "secrets",
+    '            text = text.replace(value, "***")\n',
+    "            pass\n",
+    "trackers::test_no_secret_in_what_is_said",
+)
+fault(
+    "imported settings repeat a secret",
+    "foreign",
+    "find_secret({name: value}) is not None",
+    "False",
+    "import::test_llama_factory",
+)
+fault(
+    "an imported step forgets the ranks",
+    "foreign training",
+    "packs_per_step=samples * ranks",
+    "packs_per_step=samples",
+    "import::test_llama_factory",
+)
+fault(
+    "a pushed repository is open to all",
+    "push",
+    "private=not public",
+    "private=False",
+    "push::test_what_was_exported_lies_on_the_hub_with_its_card",
 )
 
 # --- templates ----------------------------------------------------------------------------------------------
@@ -1752,7 +1920,7 @@ fault(
 fault(
     "a probe is ignored",
     "controller",
-    "sums = self._window if probe_sums is None else self._checked_sums(probe_sums)",
+    "sums = self._checked_sums(measured) if measured is not None and from_probe else self._window",
     "sums = self._window",
     "controller::test_probe_losses_replace_the_window",
 )
@@ -1794,8 +1962,8 @@ fault(
 fault(
     "skipped steps move weights",
     "controller",
-    "return not skipped and step > 0",
-    "return step > 0",
+    "asked = not skipped and step > 0",
+    "asked = step > 0",
     "controller::test_a_skipped_step_moves_no_weights_unless_they_are_scheduled",
 )
 fault(

@@ -50,7 +50,7 @@ def perform(case, config, device):
         return None if reference is None else reference.to_json(table)
     if case["what"] == "reference_from_model":
         return reference_from_model(config, case["model"], device, path).to_json(table)
-    evaluation, folder = evaluate_in_group(config, case["model"], device, config_path=path)
+    evaluation, folder = evaluate_in_group(config, case["model"], device)
     return {"folder": str(folder), "source": evaluation.model}
 
 

@@ -107,6 +107,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
     }
     for kind in {"lora", "dora"} & set(words):
         model["adapter"] = {**ADAPTER, "kind": kind, "start_from": str(models / f"{words[0]}-{kind}")}
+        if words[0] == "experts":
+            del model["adapter"]["targets"]  # all-linear
     max_norm = MAX_NORM if "clip" in words else 0
     raw = settings(model, layout, zero, max_norm)
     if "sums" in words:

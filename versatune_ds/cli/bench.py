@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from versatune_ds.cli import place
 from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
 
 if TYPE_CHECKING:
@@ -81,12 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="end a slice that takes longer (building included), note it, and go on with the next",
     )
     parser.add_argument(
-        "--out", type=Path, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
+        "--out", type=place, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
     )
     parser.add_argument("--name", help="name of the result's files; default: made from the settings")
     parser.add_argument(
         "--page",
-        type=Path,
+        type=place,
         metavar="FOLDER",
         help="measure nothing: compare the results in FOLDER on one page",
     )

@@ -1,18 +1,17 @@
 """`versatune-ds plan`: does a run fit, and which settings fit best.
 
-Memory per GPU and host and checkpoint size of a run, from shapes alone; not data, time or cost. Without
---zero, --checkpointing and --offload the settings that fit with the least extra work are chosen. Leaves with
-1 when the run does not fit.
+Memory per GPU and host and checkpoint size of a run (of all of a model, or of an adapter), from shapes alone;
+not data, time or cost. Without --zero, --checkpointing and --offload the settings that fit with the least
+extra work are chosen. Leaves with 1 when the run does not fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from versatune_ds.cli import at_least
+from versatune_ds.cli import at_least, place, place_text
 from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
 
 DEFAULT_PACKS = 128
@@ -21,8 +20,10 @@ DEFAULT_PACKS = 128
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", metavar="NAME|FOLDER", help="shape as in bench, or a folder")
-    what.add_argument("--config", type=Path, metavar="FILE", help="take everything from a run's settings")
+    what.add_argument(
+        "--model", type=place_text, metavar="NAME|FOLDER", help="shape as in bench, or a folder"
+    )
+    what.add_argument("--config", type=place, metavar="FILE", help="take everything from a run's settings")
     parser.add_argument("--gpus", type=at_least(1), required=True, metavar="N")
     parser.add_argument("--gpu", required=True, metavar="NAME", help="h100-80g, a100-80g, ...")
     parser.add_argument("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="default: 8")
@@ -40,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage")
     parser.add_argument("--checkpointing", metavar="off|all|N", help="recompute activations")
     parser.add_argument("--offload", choices=("none", "optimizer", "all"), help="to host memory")
+    parser.add_argument("--adapter", choices=("lora", "dora", "qlora"), help="train one beside the model")
+    parser.add_argument("--rank", type=at_least(1), metavar="N", help="of the adapter; default: 16")
     parser.add_argument("--host-gib", type=float, default=1024.0, metavar="X", help="memory of a node (1024)")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --config")
@@ -52,9 +55,11 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.apps.plan.memory import Setup, setup_fields
     from versatune_ds.apps.plan.plan import Machine, as_text, make_plan
     from versatune_ds.config.load import load_config
+    from versatune_ds.config.schema import Adapter
     from versatune_ds.data.plan.balance import check_world_size
     from versatune_ds.engine.backend.ranks import count_groups
     from versatune_ds.engine.model.sequence import check_heads
+    from versatune_ds.foundations.errors import ConfigError
 
     machine = Machine(gpu=find_gpu(args.gpu), gpus_per_node=args.gpus_per_node, host_gib=args.host_gib)
     model = args.model
@@ -63,6 +68,12 @@ def run(args: argparse.Namespace) -> int:
         config = load_config(args.config, args.overrides)
         fields, model = setup_fields(config), config.model.source
     chosen = {"zero_stage": args.zero, "checkpointing": _checkpointing(args), "offload": args.offload}
+    if args.adapter is not None:
+        fields["adapter"] = Adapter(kind=args.adapter)
+    if args.rank is not None:
+        if fields.get("adapter") is None:
+            raise ConfigError(f"--rank {args.rank} is of an adapter: give --adapter too")
+        fields["adapter"] = fields["adapter"].model_copy(update={"rank": args.rank})
     sizes = {
         "pack_len": args.seq_len,
         "packs_per_step": args.packs_per_step,

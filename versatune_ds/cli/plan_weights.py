@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from versatune_ds.cli import place
 from versatune_ds.foundations import constants
 
 if TYPE_CHECKING:
@@ -28,10 +29,10 @@ NOTE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
-    parser.add_argument("--history", required=True, type=Path, metavar="FILE", help="weights.jsonl of a run")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings of a run")
+    parser.add_argument("--history", required=True, type=place, metavar="FILE", help="weights.jsonl of a run")
+    parser.add_argument("--config", type=place, metavar="FILE", help="settings of a run")
     parser.add_argument(
-        "--out", type=Path, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
+        "--out", type=place, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win")
 

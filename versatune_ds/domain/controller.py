@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.domain.alarms import reference_alarms, weight_alarms
+from versatune_ds.domain.guard import OverfitGuard, SampleLosses
 from versatune_ds.domain.reference import ReferenceLosses, initial_weights
 from versatune_ds.domain.replay import resolve_schedule
 from versatune_ds.domain.statistics import DomainSums
@@ -97,6 +98,7 @@ class WeightController:
         )
         k = len(table)
         self._weights = self._initial
+        self._guard = None if weights.guard is None else OverfitGuard(table.names, weights.guard)
         self._window = DomainSums.zeros(k)
         self._losses = np.zeros(k)
         self._stderr = np.full(k, np.nan)
@@ -106,8 +108,10 @@ class WeightController:
 
     @property
     def weights(self) -> Vector:
-        """float64[k], a copy of the weights in force."""
-        return self._weights.copy()
+        """float64[k], a copy of the weights in force: the strategy's, less what the guard holds."""
+        if self._guard is None or self._settings.shadow:
+            return self._weights.copy()
+        return self._guard.guarded(self._weights, self._domains)
 
     @property
     def window(self) -> DomainSums:
@@ -116,12 +120,17 @@ class WeightController:
 
     @property
     def needs_probe(self) -> bool:
-        """Whether `update` expects the sums of a held-out probe."""
-        return self._settings.loss_source == "probe"
+        """Whether `update` expects the losses of a held-out probe."""
+        return self._settings.needs_probe
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether it expects them sample by sample."""
+        return self._guard is not None
 
     def digest(self) -> int:
         """63-bit hash of the weights in force, to be equal on all ranks."""
-        return weights_digest(self._weights)
+        return weights_digest(self.weights)
 
     def observe(self, step_sums: DomainSums | npt.NDArray[np.float64]) -> None:
         """Add a training step's sums (float64[NUM_ROWS, k], reduced over all ranks) to the window.
@@ -138,9 +147,10 @@ class WeightController:
             skipped: the last of them was not applied. What its losses would have moved waits for the next
                 update, whose window then is longer; a schedule asks no losses and does not wait.
         """
+        asked = not skipped and step > 0 and step % self._settings.every_n_steps == 0
         if self._strategy.is_scheduled:
-            return step > 0 and step in self._schedule
-        return not skipped and step > 0 and step % self._settings.every_n_steps == 0
+            return (step > 0 and step in self._schedule) or (self._guard is not None and asked)
+        return asked
 
     def initial_update(self) -> WeightUpdate:
         """The record of step 0: the initial weights and what floor and cap changed in them."""
@@ -170,25 +180,30 @@ class WeightController:
         return reference_alarms(self._table, losses, lref, np.where(measured, gamma, 0.0), measured)
 
     def update(
-        self, step: int, probe_sums: DomainSums | npt.NDArray[np.float64] | None = None
+        self, step: int, probe: DomainSums | SampleLosses | npt.NDArray[np.float64] | None = None
     ) -> WeightUpdate:
         """Compute new weights from the window, put them in force (unless `shadow`), reset the window.
 
         Args:
             step: optimizer steps done, larger than at the last update.
-            probe_sums: held-out sums (float64[NUM_ROWS, k]), exactly when `loss_source` is `probe`.
+            probe: held-out losses, exactly when `needs_probe`: sums (float64[NUM_ROWS, k]), or with
+                `needs_samples` those of every sample.
 
         Raises:
             ValueError: `step` does not rise, or probe sums are missing or unexpected.
         """
         if step <= self._last_step:
             raise ValueError(f"update at step {step} after one at step {self._last_step}: steps must rise")
-        if (probe_sums is not None) != self.needs_probe:
+        if (probe is not None) != self.needs_probe or isinstance(probe, SampleLosses) != self.needs_samples:
             raise ValueError(f"loss_source is {self._settings.loss_source}: probe sums missing or unexpected")
-        sums = self._window if probe_sums is None else self._checked_sums(probe_sums)
+        measured = probe.sums if isinstance(probe, SampleLosses) else probe
+        from_probe = self._settings.loss_source == "probe"
+        sums = self._checked_sums(measured) if measured is not None and from_probe else self._window
         measurement = self._measure(sums)
         proposal = self._propose(step, measurement)
         record = self._record(step, sums, measurement, proposal)
+        if self._guard is not None and isinstance(probe, SampleLosses):
+            record = self._guard_record(self._guard, step, probe, record, proposal.after)
         if not self._settings.shadow:
             self._weights = proposal.after
         self._losses, self._stderr = measurement.losses, measurement.stderr
@@ -200,6 +215,7 @@ class WeightController:
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs; JSON-exact."""
+        guard = {} if self._guard is None else {"guard": self._guard.state()}
         return {
             "version": STATE_VERSION,
             "fingerprint": self._fingerprint(),
@@ -210,6 +226,7 @@ class WeightController:
             "stderr": optional(self._stderr, ~np.isnan(self._stderr)),
             "update_count": self._update_count,
             "last_step": self._last_step,
+            **guard,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -239,6 +256,8 @@ class WeightController:
             raise StateError(f"weight controller state is damaged: {error!r}") from None
         if window.num_domains != len(self._table):
             raise StateError(f"weight controller state has a window of {window.num_domains} domains")
+        if self._guard is not None and "guard" in state:  # else it begins to watch now
+            self._guard.load_state(state["guard"])
         self._weights, self._initial, self._window = weights, initial, window
         self._measured = ~np.isnan(losses)
         self._losses, self._stderr = np.nan_to_num(losses), stderr
@@ -335,6 +354,23 @@ class WeightController:
             entropy=entropy(proposal.after),
             reasons=measurement.reasons + proposal.reasons,
             alarms=self._alarms(measurement, proposal.after),
+        )
+
+    def _guard_record(
+        self, guard: OverfitGuard, step: int, probe: SampleLosses, record: WeightUpdate, after: Vector
+    ) -> WeightUpdate:
+        """The record with what the guard makes of the probe and of the strategy's new weights."""
+        before = self.weights
+        held, returned = guard.observe(step, probe)
+        guarded = guard.guarded(after, self._domains)
+        return replace(
+            record,
+            before=self._table.by_name(before),
+            after=self._table.by_name(guarded),
+            entropy=entropy(guarded),
+            reasons=record.reasons + returned + guard.stands(after),
+            alarms=record.alarms + held,
+            guard=guard.to_json(),
         )
 
     def _limited(self, proposed: Vector, previous: Vector) -> Vector:

@@ -57,10 +57,15 @@ class WeightUpdate:
     """Why the numbers are what they are, in words."""
     alarms: list[str]
     """See `versatune_ds.domain.alarms`."""
+    guard: dict[str, Any] | None = None
+    """By domain: `OverfitGuard.to_json`; None without a guard."""
 
     def to_json(self) -> dict[str, Any]:
         """A dict that `json.dumps` writes as one line of weights.jsonl; floats read back bit for bit."""
-        return asdict(self)
+        line = asdict(self)
+        if self.guard is None:
+            del line["guard"]
+        return line
 
 
 @dataclass(frozen=True)

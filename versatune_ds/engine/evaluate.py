@@ -21,6 +21,7 @@ from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.collate import Batch, collate, rows_of
 from versatune_ds.data.plan.balance import by_cost, rank_packs
 from versatune_ds.data.plan.packing import Pack, pack_all
+from versatune_ds.domain.guard import SampleLosses
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.ranks import Ranks
@@ -123,6 +124,13 @@ def evaluate_samples(backend: Backend, held_out: HeldOut) -> tuple[list[np.ndarr
                 losses[domain][samples[of_domain]] = loss[of_domain]
                 tokens[domain][samples[of_domain]] = count[of_domain]
     return losses, tokens
+
+
+def probe_losses(backend: Backend, held_out: HeldOut, *, each_sample: bool) -> DomainSums | SampleLosses:
+    """What `WeightController.update` takes: sums, or the losses of every sample; a collective."""
+    if each_sample:
+        return SampleLosses(*evaluate_samples(backend, held_out))
+    return evaluate(backend, held_out, len(held_out.samples)).sums
 
 
 def _forward(backend: Backend, held_out: HeldOut) -> Iterator[tuple[Pack, Batch, LossOutput]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from versatune_ds.config.schema import Config
@@ -26,6 +25,7 @@ from versatune_ds.domain.reference import ReferenceLosses, load_reference
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
 from versatune_ds.engine.backend.ranks import Ranks
+from versatune_ds.engine.checkpointing.hf_export import Companions
 from versatune_ds.engine.model.sequence import check_heads
 from versatune_ds.engine.model.source import check_files, load_architecture
 from versatune_ds.engine.preflight import checks as preflight
@@ -45,6 +45,10 @@ class Prepared:
     table: DomainTable
     tokenizer: Any
     """With its chat template; None where samples were given instead of caches."""
+    architecture: Any
+    """The transformers config of the model; None where samples were given."""
+    companions: Companions | None
+    """What the finished model has beside its weights; None where nothing is exported."""
     train: Sequence[Any]
     """Token cache of each domain, None for one without."""
     held_out: Sequence[Any]
@@ -66,12 +70,11 @@ class Prepared:
         return WeightController(self.table, self.config.domains, self.config.weights, self.reference)
 
 
-def prepare_run(config: Config, device_type: str, config_path: Path | None = None) -> Prepared:
+def prepare_run(config: Config, device_type: str) -> Prepared:
     """Open and check what a run needs; every rank calls it.
 
     Args:
         device_type: "cpu" or "cuda", where the model will run.
-        config_path: the settings' file, for error texts that name a command.
 
     Raises:
         ConfigError, DataError, StateError: settings, data or run folder that cannot be used.
@@ -89,19 +92,22 @@ def prepare_run(config: Config, device_type: str, config_path: Path | None = Non
     check_files(config.model)
     tokenizer = load_tokenizer(config)
     set_chat_template(tokenizer, config.data.chat_template)
-    caches = open_caches_on_all_nodes(config, config_path)
+    caches = open_caches_on_all_nodes(config)
     corpus = Corpus.from_caches(caches["train"], table.names)
     planner = planner_settings(config, table)
     corpus.check(planner)
     preflight.check_architecture(architecture, tokenizer, corpus)
     preflight.check_router(config.model, architecture)
     encoder = ChatEncoder.build(tokenizer, config.data.chat_template)
+    exported = config.checkpoint.export_at_end
     prepared = Prepared(
         config=config,
         ranks=ranks,
         deepspeed=settings,
         table=table,
         tokenizer=tokenizer,
+        architecture=architecture,
+        companions=Companions.of(config, tokenizer, architecture) if exported else None,
         train=caches["train"],
         held_out=caches["eval"],
         evaluated=preflight.evaluated_caches(config, table, caches["eval"]),
@@ -134,6 +140,8 @@ def prepare_on_samples(config: Config, samples: Sequence[Any]) -> Prepared:
         deepspeed=deepspeed_config(config, ranks.dp.size),
         table=table,
         tokenizer=None,
+        architecture=None,
+        companions=None,
         train=samples,
         held_out=[None] * len(table),
         evaluated=[None] * len(table),

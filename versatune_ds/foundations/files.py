@@ -43,7 +43,7 @@ def fsync_tree(folder: Path) -> None:
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, durably, so that readers see all of it or none."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # of a link, the file that it leads to
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -79,6 +79,15 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file, or one that holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def remove_temporaries(path: Path) -> None:
     """Remove what killed processes left of atomic writes of `path`; only while no other process writes it."""
     for leftover in path.parent.glob(f".{path.name}.*"):
@@ -105,7 +114,25 @@ def canonical_hash(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def expanded(path: str) -> str:
+    """A path with `~`, `~USER`, `$NAME` and `${NAME}` filled in.
+
+    Raises:
+        ValueError: no such user or variable, and no file of that very name.
+    """
+    full = os.path.expandvars(os.path.expanduser(path))
+    if os.path.lexists(full):
+        return full
+    if full.startswith("~"):
+        raise ValueError(f"{path}: there is no user {full.split('/', 1)[0][1:]!r}")
+    if unset := re.search(r"\$(\w+|\{[^}]*\})", full):
+        raise ValueError(f"{path}: the environment has no {unset[1].strip('{}')}")
+    return full
+
+
 def folder_name(name: str) -> str:
-    """A folder name for any name; names with odd characters get a hash, so that no two fall together."""
+    """A folder name for any name. Names with odd characters get a hash, so that no two fall together, and so
+    do names that end like a file of ours that may lie beside them (unit.json)."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:60].lstrip(".")
-    return safe if safe == name else f"{safe}-{canonical_hash(name)[:8]}"
+    odd = safe != name or Path(name).suffix in (".json", ".jsonl", ".lock")
+    return f"{safe}-{canonical_hash(name)[:8]}" if odd else safe

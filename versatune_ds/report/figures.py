@@ -111,7 +111,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One picture: lines over optimizer steps."""
+    """One picture: lines over optimizer steps or tokens."""
 
     title: str
     """Read out by screen readers; the visible title stands in the page."""
@@ -121,6 +121,7 @@ class Chart:
     width: float = 420
     """Pixels of the page at full size."""
     height: float = 240
+    x_label: str = "optimizer step"
     percent: bool = False
     """y is a share, printed in %."""
     from_zero: bool = False
@@ -163,7 +164,7 @@ def line_chart(chart: Chart) -> Markup:
         for series in chart.series:
             _draw(axes, series)
         axes.set_xlim(*chart.x_range)
-        axes.set_xlabel("optimizer step")
+        axes.set_xlabel(chart.x_label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=TICK_STEPS))
         axes.xaxis.set_major_formatter(FuncFormatter(compact))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))

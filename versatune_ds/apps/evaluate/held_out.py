@@ -67,7 +67,6 @@ def run_evaluation(
     against: str | None = None,
     tasks: Benchmarks | None = None,
     out: Path | None = None,
-    config_path: Path | None = None,
 ) -> Evaluated:
     """Evaluate a model and write evaluation.json; every rank calls it.
 
@@ -77,7 +76,6 @@ def run_evaluation(
         against: what to compare with: an evaluation.json, or a model, which is then evaluated first.
         tasks: benchmarks to run besides.
         out: folder to write into.
-        config_path: the settings' file, for error texts that name a command.
 
     Raises:
         VersaTuneError: settings, data or models cannot be used, or the two cannot be compared.
@@ -89,8 +87,8 @@ def run_evaluation(
     if against is not None and Path(against).is_file():
         before = ModelEvaluation.read(Path(against))
     elif against is not None:
-        before, _ = evaluate_in_group(config, against, device, tasks=tasks, config_path=config_path)
-    after, folder = evaluate_in_group(config, model, device, tasks=tasks, out=out, config_path=config_path)
+        before, _ = evaluate_in_group(config, against, device, tasks=tasks)
+    after, folder = evaluate_in_group(config, model, device, tasks=tasks, out=out)
     changes = [] if before is None else compare(after, before)
     close_process_group()
     return Evaluated(after, before, changes, folder)
@@ -103,7 +101,6 @@ def evaluate_in_group(
     *,
     tasks: Benchmarks | None = None,
     out: Path | None = None,
-    config_path: Path | None = None,
 ) -> tuple[ModelEvaluation, Path]:
     """Evaluate one model within a process group and write evaluation.json; returns also its folder.
 
@@ -111,7 +108,7 @@ def evaluate_in_group(
     """
     target = resolve_target(model, config)
     folder = out or target.out
-    evaluation = measure(config, target.source, device, config_path)
+    evaluation = measure(config, target.source, device)
     write_evaluation(evaluation, folder)
     if tasks is None:
         return evaluation, folder
@@ -146,15 +143,12 @@ def _write(evaluation: ModelEvaluation, folder: Path) -> None:
         evaluation.write(folder / constants.EVALUATION_FILE)
 
 
-def measure(
-    config: Config, source: str, device: torch.device, config_path: Path | None = None
-) -> ModelEvaluation:
+def measure(config: Config, source: str, device: torch.device) -> ModelEvaluation:
     """Held-out losses of a model, sample by sample; a collective.
 
     Args:
         config: the run's settings: data, tokenizer, pack length, dtype, attention, DeepSpeed file.
         source: Hugging Face folder or hub name.
-        config_path: the settings' file, for error texts that name a command.
 
     Raises:
         ConfigError, DataError, StateError: settings, model or data cannot be used.
@@ -165,7 +159,7 @@ def measure(
     table = DomainTable(config.domains.names)
     tokenizer = load_tokenizer(derived)
     _check_vocabulary(source, derived, tokenizer)
-    caches = preflight.evaluated_caches(config, table, open_caches(derived, config_path=config_path)["eval"])
+    caches = preflight.evaluated_caches(config, table, open_caches(derived)["eval"])
     architecture = load_architecture(derived.model)
     preflight.check_architecture(architecture, tokenizer, Corpus.from_caches(caches, table.names))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read

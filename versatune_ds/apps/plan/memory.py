@@ -9,12 +9,16 @@ element of `model.dtype`:
     forward    tensors kept for backward (`layer_activations`), gathered weights of ZeRO-3, the loss
     step       fp32 gradients of the partition; without a fused AdamW (CPU) two more of its temporaries
 
-Of a pack that ranks share (`batch.sequence_parallel`) each holds its own rows. Buffers follow DeepSpeed
-0.19.8. `Part.checked` tells what `tests/apps/test_plan_memory.py` compares with real small runs on CPUs,
-allocation by allocation; the rest is marked as a model.
+Of a pack that ranks share (`batch.sequence_parallel`) each holds its own rows. With an adapter N is that of
+the adapter. The frozen model beside it has s bytes a parameter (qlora: its layers' matrices half a byte and a
+bit), keeps nothing that only a weight's gradient needs, and its head gets none. The adapter keeps its inputs
+and their products with A.
+
+Buffers follow DeepSpeed 0.19.8. `Part.checked` tells what `tests/apps/test_plan_memory.py` compares with
+real small runs on CPUs, allocation by allocation; the rest is marked as a model.
 
 What is not covered: CUDA's allocator beyond a margin, liger-kernel and torch.compile (both lower the
-activations), NVMe offload, LoRA. ZeRO++'s secondary partition is an estimate.
+activations), NVMe offload. ZeRO++'s secondary partition is an estimate.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import Adapter, Config
 from versatune_ds.data.collate import rows_of
 from versatune_ds.domain.statistics import NUM_ROWS
 from versatune_ds.engine.model.dtypes import DTYPES
@@ -41,6 +45,8 @@ Checkpointing = Literal["off", "all"] | int
 GIB = 2**30
 FP32, LONG, INT = 4, 8, 4
 """Bytes of an element."""
+NF4 = 0.5 + 0.127 / 8
+"""Bytes of a weight in 4 bits with its doubly quantised scales (arXiv 2305.14314, section 3)."""
 
 # Model, not measured: what CUDA, cuBLAS and NCCL take for themselves, and what the allocator loses to holes.
 CUDA_CONTEXT_BYTES = int(1.5 * GIB)
@@ -93,6 +99,8 @@ class Setup:
     logits_dtype: Literal["fp32", "compute"] = "fp32"
     supervised: float = 0.5
     """Share of positions with a label."""
+    adapter: Adapter | None = None
+    """What is trained in the model's place."""
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu: as the tests run: chunked loss, sdpa with a mask, an AdamW that is not fused."""
 
@@ -120,6 +128,11 @@ class Setup:
     def shards(self) -> int:
         """Ranks that share the optimizer state."""
         return self.gpus if self.zero_stage else 1
+
+    @property
+    def is_qlora(self) -> bool:
+        """The model in 4 bits, which ZeRO-3 cannot divide."""
+        return self.adapter is not None and self.adapter.kind == "qlora"
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -160,6 +173,7 @@ def setup_fields(config: Config) -> dict[str, Any]:
         "checkpointing": config.model.activation_checkpointing,
         "offload": read_offload(zero),
         "buffers": ZeroBuffers.from_settings(zero),
+        "adapter": config.model.adapter,
     }
 
 
@@ -218,29 +232,63 @@ def memory_plan(shape: ModelShape, setup: Setup) -> MemoryPlan:
     return MemoryPlan(held, forward, step, margin, host)
 
 
+def adapter_sizes(shape: ModelShape, adapter: Adapter | None) -> list[int]:
+    """Elements of an adapter's tensors: A, B and DoRA's lengths of every layer that has one."""
+    if adapter is None:
+        return []
+    linears = shape.targets(adapter)
+    sizes = [adapter.rank * width for linear in linears for width in (linear.width, linear.out)]
+    return (sizes + [linear.out for linear in linears] * (adapter.kind == "dora")) * shape.layers
+
+
+def trained_parameters(shape: ModelShape, adapter: Adapter | None) -> int:
+    """Parameters that have gradients and an optimizer state."""
+    return shape.parameters if adapter is None else sum(adapter_sizes(shape, adapter))
+
+
 def layer_activations(shape: ModelShape, setup: Setup) -> int:
     """Bytes that one layer keeps for backward when nothing is recomputed.
 
     Per token: its norms (the input in fp32, the normalised one in `dtype`, or in fp32 where a family scales
     in it, and the scaled one in `dtype`), q, k, v and the attention output, and gate, activated gate, up and
     their product of the MLP; for experts these of each choice, with its input and its output. Beside them one
-    fp32 number per norm, per expert, and per head for attention. Of a shared pack attention keeps its output
-    before and after the exchange, and key-value heads once for each rank that needs them.
+    fp32 number per norm, per expert, and per head for attention. Of a shared pack there are key-value heads
+    for each rank that needs them, and attention's output before and after its exchange.
+
+    A frozen layer lacks what only its weights' gradients need: normalised inputs, what goes into matrices.
     """
-    s = setup.element
-    normed = FP32 + (FP32 if shape.fp32_norms else s)
-    norm = shape.hidden * (normed + s)
-    n = setup.sequence_parallel
-    kv_width = math.lcm(shape.kv_heads, n) * shape.head_size
-    attention = ((2 if n == 1 else 3) * shape.query_width + 2 * kv_width) * s
-    mlp = 4 * shape.mlp * s
+    s, is_trained, n = setup.element, setup.adapter is None, setup.sequence_parallel
+    normed = FP32 + (FP32 if shape.fp32_norms else s) * is_trained
+    norm = shape.hidden * (normed + s * is_trained)
+    attention = 2 * (shape.query_width + math.lcm(shape.kv_heads, n) * shape.head_size) * s
+    targets = () if setup.adapter is None else shape.targets(setup.adapter)
+    if n > 1 and (is_trained or any(x.source == "attention" for x in targets)):
+        attention += shape.query_width * s
+    if shape.joined:  # v is a part of what the joined matrix gave, which is kept whole
+        attention += (shape.query_width + shape.kv_width) * s
+    mlp = (3 + is_trained) * shape.mlp * s
     if shape.experts is not None:
-        choice = (4 * shape.experts.mlp + 2 * shape.hidden) * s
+        choice = ((3 + is_trained) * shape.experts.mlp + (1 + is_trained) * shape.hidden) * s
         mlp = shape.experts.active * choice + FP32 * shape.experts.count
-    rest = FP32 * (shape.norms + shape.heads)
+    rest = FP32 * (shape.norms + shape.heads) + _adapter_activations(shape, setup)
     if shape.query_key_norms:
         rest += (shape.query_width + shape.kv_width) * normed + FP32 * (shape.heads + shape.kv_heads)
     return setup.rows * (shape.norms * norm + attention + mlp + rest)
+
+
+def _adapter_activations(shape: ModelShape, setup: Setup) -> int:
+    """Bytes a token that the adapters of a layer keep: what goes into A (once for layers that share it; with
+    dropout each its own and a mask) and into B, and for the gradient of DoRA's lengths two outputs."""
+    adapter, s = setup.adapter, setup.element
+    if adapter is None:
+        return 0
+    linears = shape.targets(adapter)
+    inputs = {x.source: x.width * s for x in linears if x.source != "attention"}  # which attention keeps
+    kept = sum(inputs.values()) + len(linears) * adapter.rank * s
+    if adapter.dropout:
+        mask = s if setup.device == "cpu" else 1
+        kept = sum(x.width * (s + mask) for x in linears) + len(linears) * adapter.rank * s
+    return kept + sum(2 * x.out * s for x in linears) * (adapter.kind == "dora")
 
 
 def recomputed_layers(layers: int, policy: Checkpointing) -> int:
@@ -256,9 +304,12 @@ def saved_activations(shape: ModelShape, setup: Setup) -> int:
     recomputed = recomputed_layers(shape.layers, setup.checkpointing)
     kept = (shape.layers - recomputed) * layer_activations(shape, setup)
     inputs = recomputed * tokens * shape.hidden * s
-    last_norm = tokens * (shape.hidden * (FP32 + s) + FP32)
+    norm = tokens * (shape.hidden * FP32 + FP32)
+    last_norm = norm + tokens * shape.hidden * s if setup.adapter is None else norm
     rotary = 2 * shape.head_size * tokens * s
-    return kept + inputs + last_norm + rotary
+    # below the first adapter nothing has a gradient
+    first_norm = norm if setup.adapter is not None and not recomputed else 0
+    return kept + inputs + last_norm + rotary - first_norm
 
 
 def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
@@ -266,8 +317,9 @@ def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     tokens, s = setup.rows, setup.element
     parts = [Part("activations kept for backward", saved_activations(shape, setup), True)]
     recomputes = setup.checkpointing != "off"
-    # In backward: gradients of the MLP's product, its two factors and the hidden states around it.
-    working = tokens * s * (3 * shape.mlp + 2 * shape.hidden)
+    # In backward: gradients of the MLP's product, its two factors and the hidden states around it. The
+    # product itself, of a frozen layer, has gone by then.
+    working = tokens * s * ((3 if setup.adapter is None else 2) * shape.mlp + 2 * shape.hidden)
     if recomputes:
         working += layer_activations(shape, setup)
     # The layer's own work stands against the loss's: they are not there at the same time.
@@ -285,31 +337,36 @@ def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     """Logits of a chunk and the gradients that the fused loss computes in its forward pass."""
     tokens, s, width, vocab = setup.rows, setup.element, shape.hidden, shape.vocab
     labels = max(1, round(setup.supervised * tokens))
+    is_trained = setup.adapter is None
+    what = "loss: gradients of head and hidden states" if is_trained else "loss: gradient of hidden states"
     if setup.device == "cuda":
-        spec = Spec(1.0, 0.0, setup.logits_dtype, chunk_tokens=0, grad_hidden=True, grad_weight=True)
+        spec = Spec(1.0, 0.0, setup.logits_dtype, chunk_tokens=0, grad_hidden=True, grad_weight=is_trained)
         rows, fp32_sum = triton_chunks(spec, labels, width, vocab, DTYPES[setup.dtype])
         gradient = FP32 if setup.dtype == "fp16" else s
         logits = min(rows, labels) * row_stride(vocab) * (FP32 if setup.logits_dtype == "fp32" else s)
-        weight = vocab * width * (FP32 if fp32_sum else gradient)
+        weight = vocab * width * (FP32 if fp32_sum else gradient) * is_trained
         rounded = vocab * width * gradient if fp32_sum and gradient != FP32 else 0
         hidden = tokens * width * gradient + min(rows, labels) * width * 2 * s
         return (
             Part("loss: logits of a chunk", max(logits, rounded), False),
-            Part("loss: gradients of head and hidden states", weight + hidden, False),
+            Part(what, weight + hidden, False),
         )
     rows = min(auto_chunk_tokens(labels, width, vocab), labels)
     logits = rows * vocab * (FP32 + (s if s < FP32 else 0))
     block = min(vocab, VOCAB_BLOCK) * width * FP32 if s < FP32 else 0
-    weight = vocab * width * (FP32 + (s if s < FP32 else 0))
+    weight = vocab * width * (FP32 + (s if s < FP32 else 0)) * is_trained
     hidden = tokens * width * FP32 + 2 * rows * width * FP32
     return (
         Part("loss: logits of a chunk", logits + block, True),
-        Part("loss: gradients of head and hidden states", weight + hidden, True),
+        Part(what, weight + hidden, True),
     )
 
 
 def _gathered(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
-    """Whole weights that ZeRO-3 holds for a while."""
+    """Whole weights that ZeRO-3, or qlora's products, hold for a while."""
+    if setup.is_qlora:
+        largest = max(linear.width * linear.out for linear in shape.linears.values())
+        return (Part("a weight out of its 4 bits", largest * setup.element, False),)
     if setup.zero_stage < 3:
         return ()
     prefetch = setup.buffers.prefetch_bucket
@@ -318,23 +375,34 @@ def _gathered(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     return (Part("gathered parameters (ZeRO-3)", live * setup.element, True),)
 
 
+def frozen_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Of a whole model that an adapter stands beside."""
+    in_4_bits = shape.layers * sum(x.width * x.out for x in shape.linears.values()) if setup.is_qlora else 0
+    return int((shape.parameters - in_4_bits) * setup.element + in_4_bits * NF4)
+
+
 def _states(
     shape: ModelShape, setup: Setup
 ) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
     """(always held on the GPU, gradients of a step, added by the optimizer step, held in host memory)."""
-    n, s, stage, buffers = shape.parameters, setup.element, setup.zero_stage, setup.buffers
+    s, stage, buffers = setup.element, setup.zero_stage, setup.buffers
+    adapter = adapter_sizes(shape, setup.adapter)
+    n, largest = trained_parameters(shape, setup.adapter), max(adapter, default=shape.head_parameters)
     shard = math.ceil(n / setup.shards)
-    largest = shape.head_parameters
     held: list[Part] = []
     host: list[Part] = []
-    parameters = Part("parameters", (shard if stage == 3 else n) * s, True)
-    (host if setup.offload == "all" and stage == 3 else held).append(parameters)
+    parameters = [Part("parameters", (shard if stage == 3 else n) * s, True)]
+    if setup.adapter is not None:
+        frozen = frozen_bytes(shape, setup) // (setup.shards if stage == 3 else 1)
+        parameters.insert(0, Part("frozen model", frozen, not setup.is_qlora))
+    (host if setup.offload == "all" and stage == 3 else held).extend(parameters)
     if stage == 3:
-        vectors = (*shape.vectors * shape.layers, shape.hidden)
+        vectors = (*shape.vectors * shape.layers, shape.hidden, *adapter)
         small = [size for size in vectors if size < buffers.persistence_threshold]
         held.append(Part("parameters kept whole (small ones)", sum(small) * s, True))
         if buffers.hpz_ranks > 1:
-            held.append(Part("parameters, secondary copy (ZeRO++)", n * s // buffers.hpz_ranks, False))
+            whole = shape.parameters * s
+            held.append(Part("parameters, secondary copy (ZeRO++)", whole // buffers.hpz_ranks, False))
     states = [Part("moments", shard * 2 * FP32, True)]
     if stage:
         states.insert(0, Part("master weights", shard * FP32, True))

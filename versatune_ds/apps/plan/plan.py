@@ -25,6 +25,7 @@ from versatune_ds.apps.plan.memory import (
     memory_plan,
     recomputed_layers,
     total,
+    trained_parameters,
 )
 from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.observability.throughput import TERA
@@ -87,13 +88,14 @@ def compute_bound(shape: ModelShape, setup: Setup, gpu: Gpu) -> float:
 
     Each pack counts as one sample of full length (the dearest attention).
     """
-    flops = shape.step_flops(
+    trained = None if setup.adapter is None else trained_parameters(shape, setup.adapter)
+    flops = dataclasses.replace(shape, trained=trained).step_flops(
         real_tokens=setup.pack_len,
         supervised_tokens=round(setup.supervised * setup.pack_len),
         sum_squared_lengths=setup.pack_len**2,
+        recomputed=recomputed_layers(shape.layers, setup.checkpointing) / shape.layers,
     )
-    recomputed = recomputed_layers(shape.layers, setup.checkpointing) / shape.layers
-    return setup.gpus * gpu.peak_tflops * TERA * setup.pack_len / (flops * (1 + recomputed / 3))
+    return setup.gpus * gpu.peak_tflops * TERA * setup.pack_len / flops
 
 
 def options(shape: ModelShape, setup: Setup, machine: Machine) -> list[Option]:
@@ -105,7 +107,7 @@ def options(shape: ModelShape, setup: Setup, machine: Machine) -> list[Option]:
             machine,
         )
         for offload, recompute, stage in itertools.product(OFFLOAD, CHECKPOINTING, STAGES)
-        if offload != "all" or stage == 3
+        if (offload != "all" or stage == 3) and not (setup.is_qlora and stage == 3)
     ]
     order = {"fits": 0, "tight": 1, "does not fit": 2}
     return sorted(found, key=lambda c: (order[c.verdict], c.verdict != "fits" and c.memory.peak))
@@ -147,9 +149,10 @@ def describe(setup: Setup) -> str:
 
 
 def checkpoint_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Bytes of one checkpoint over all ranks: master weights and moments, and below ZeRO-3 the model too."""
-    model = shape.parameters * setup.element if setup.zero_stage in (1, 2) else 0
-    return shape.parameters * 12 + model
+    """Bytes of one checkpoint over all ranks, of what is trained: master weights and moments, and below
+    ZeRO-3 the parameters too."""
+    trained = trained_parameters(shape, setup.adapter)
+    return trained * (12 + (setup.element if setup.zero_stage in (1, 2) else 0))
 
 
 def make_plan(
@@ -170,7 +173,13 @@ def make_plan(
     chosen = ranked[0] if search else option(shape, asked, machine)
     better = [c for c in ranked if c.verdict == "fits" and c.setup != chosen.setup]
     return {
-        "model": {"parameters": shape.parameters, "family": shape.family, "layers": shape.layers},
+        "model": {
+            "parameters": shape.parameters,
+            "family": shape.family,
+            "layers": shape.layers,
+            "adapter": asked.adapter and asked.adapter.model_dump(include={"kind", "rank", "targets"}),
+            "trained_parameters": trained_parameters(shape, asked.adapter),
+        },
         "settings": {**_settings(chosen.setup), "chosen": search},
         "verdict": chosen.verdict,
         "gpu_memory_bytes": int(machine.gpu.memory_gb * GB),
@@ -214,8 +223,13 @@ def as_text(plan: dict[str, Any]) -> str:
     """The plan for a console."""
     settings, memory = plan["settings"], plan["memory"]
     room = plan["gpu_memory_bytes"]
+    adapter = plan["model"]["adapter"]
+    beside = adapter and (
+        f", frozen, {plan['model']['trained_parameters'] / 1e6:.1f} M of {adapter['kind']} of rank "
+        f"{adapter['rank']} trained,"
+    )
     lines = [
-        f"{plan['model']['parameters'] / 1e9:.2f} B parameters on {settings['gpus']} GPUs: "
+        f"{plan['model']['parameters'] / 1e9:.2f} B parameters{beside or ''} on {settings['gpus']} GPUs: "
         f"ZeRO-{settings['zero_stage']}, {settings['dtype']}, packs of {settings['pack_len']}"
         + (f", each shared by {n} GPUs" if (n := settings["sequence_parallel"]) > 1 else "")
         + f", {settings['packs_per_step']} packs a step, "

@@ -21,10 +21,15 @@ from deepspeed.accelerator import get_accelerator
 
 from versatune_ds.config.schema import DEFAULT_COLLECTIVE_TIMEOUT_S
 from versatune_ds.engine.backend.ranks import Ranks
-from versatune_ds.engine.faults.stale_files import remove_stale_files, shared_memory_buffer
+from versatune_ds.engine.faults.stale_files import (
+    remove_stale_files,
+    require_extension_folder,
+    shared_memory_buffer,
+)
 from versatune_ds.engine.model.sequence import SequenceGroup
 from versatune_ds.foundations import distributed
-from versatune_ds.foundations.errors import VersaTuneError
+from versatune_ds.foundations.errors import ConfigError, VersaTuneError
+from versatune_ds.foundations.launch import join
 
 
 def start_process_group(timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S) -> torch.device:
@@ -40,10 +45,17 @@ def start_process_group(timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S) -> torc
         VersaTuneError: the ranks do not meet.
     """
     set_only_rank()
+    require_extension_folder()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         device = torch.device("cpu")
     else:
+        if distributed.local_rank() >= accelerator.device_count():
+            raise ConfigError(
+                f"rank {distributed.rank()} on {socket.gethostname()} has the local rank "
+                f"{distributed.local_rank()} and sees {accelerator.device_count()} devices; a node needs one "
+                "for each of its ranks, and each must see all (srun: --gpus-per-node, not --gpus-per-task)"
+            )
         accelerator.set_device(distributed.local_rank())
         device = torch.device(accelerator.device_name(), distributed.local_rank())
     remove_stale_files()
@@ -114,7 +126,8 @@ def leave_process_group() -> None:
 
 
 def set_only_rank() -> None:
-    """Without a launcher: the environment that one would give to the only rank."""
+    """Without any launcher: the environment that one would give to the only rank."""
+    join("train", os.environ)
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:

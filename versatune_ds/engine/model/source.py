@@ -10,6 +10,7 @@ What is not covered: the files behind a hub name, which are there only after tra
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from versatune_ds.config.schema import Model
+from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 from versatune_ds.foundations.errors import ConfigError
 
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 """Names of weights in a model of images and text, and in its text part alone; transformers' key_mapping."""
 READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 """Of files that are read beside the weights."""
+UNIMPORTANT = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""Keys of a transformers config that change nothing here, beside ids of tokens."""
 ROWS = 4096
 """Rows of two matrices that are compared at once."""
 
@@ -54,6 +58,11 @@ def _architecture(settings: Model) -> Any:
     source = settings.source
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise ConfigError(f"model.source {source} is not a folder; give a folder or a hub name")
+    if (Path(source) / ADAPTER_CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"{source} holds an adapter, and a whole model is needed: write one with versatune-ds export RUN "
+            "--merge (to train on from it, name its base as model.source and it as model.adapter.start_from)"
+        )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
@@ -71,6 +80,27 @@ def _architecture(settings: Model) -> Any:
     text.tie_word_embeddings = config.tie_word_embeddings
     text.quantization_config = getattr(config, "quantization_config", None)
     return text
+
+
+def facts(architecture: Any) -> dict[str, str]:
+    """What of a transformers config decides what the model computes: key -> value as JSON."""
+    return {
+        key: json.dumps(value, sort_keys=True, default=str)
+        for key, value in architecture.to_dict().items()
+        if not key.startswith("_") and not key.endswith("_token_id") and key not in UNIMPORTANT
+    }
+
+
+def count_parameters(settings: Model) -> int:
+    """All parameters of a model, a tied matrix once; its weights are not read.
+
+    Raises:
+        ConfigError: as `load_architecture`.
+    """
+    architecture = load_architecture(settings)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(architecture, trust_remote_code=settings.trust_remote_code)
+    return sum(parameter.numel() for parameter in lm.parameters())
 
 
 def check_files(settings: Model) -> None:
@@ -104,11 +134,14 @@ def weight_map(folder: Path) -> dict[str, Path]:
     if not whole.is_file() and index.is_file():
         files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     elif not whole.is_file() and any(folder.glob("*.bin")):
+        code = (
+            "from transformers import AutoModelForCausalLM as A; "
+            f"A.from_pretrained({str(folder)!r}, use_safetensors=False, dtype='auto')"
+            f".save_pretrained({str(folder)!r})"
+        )
         raise ConfigError(
             f"model.source {folder} has its weights only in .bin files, pickles, which could run code; if "
-            'you trust them, write them as safetensors once: python -c "from transformers import '
-            f"AutoModelForCausalLM as A; A.from_pretrained('{folder}', use_safetensors=False, dtype='auto')"
-            f".save_pretrained('{folder}')\""
+            f"you trust them, write them as safetensors once: {shlex.join(['python', '-c', code])}"
         )
     found: dict[str, Path] = {}
     for file in files:
