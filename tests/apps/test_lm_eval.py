@@ -13,7 +13,7 @@ import yaml
 from versatune_ds.apps.evaluate import lm_eval as benchmarks
 from versatune_ds.apps.evaluate.lm_eval import check_benchmarks_can_run, read_metric
 from versatune_ds.config.benchmarks import load_benchmarks
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.foundations.errors import ConfigError
 
 QUESTIONS = [

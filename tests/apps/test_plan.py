@@ -9,14 +9,7 @@ import pytest
 
 from versatune_ds.apps.bench.shapes import find_shape, write_model_folder
 from versatune_ds.apps.plan.gpus import GPUS, find_gpu
-from versatune_ds.apps.plan.memory import (
-    GIB,
-    Setup,
-    layer_activations,
-    memory_plan,
-    saved_activations,
-    total,
-)
+from versatune_ds.apps.plan.memory import layer_activations, memory_plan, saved_activations, total
 from versatune_ds.apps.plan.plan import (
     CHECKPOINTING,
     OFFLOAD,
@@ -28,8 +21,9 @@ from versatune_ds.apps.plan.plan import (
     options,
     remedies,
 )
+from versatune_ds.apps.plan.setup import GIB, Setup
 from versatune_ds.cli.main import main
-from versatune_ds.config.schema import Adapter
+from versatune_ds.config.model import Adapter
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.observability.throughput import PEAK_TFLOPS
 

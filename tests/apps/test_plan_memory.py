@@ -8,16 +8,10 @@ import pytest
 from launching import REPOSITORY, case_file, launch_soundly
 
 from versatune_ds.apps.bench.shapes import _llama, _qwen2
-from versatune_ds.apps.plan.memory import (
-    Setup,
-    ZeroBuffers,
-    memory_plan,
-    read_offload,
-    saved_activations,
-    total,
-)
+from versatune_ds.apps.plan.memory import memory_plan, saved_activations, total
 from versatune_ds.apps.plan.plan import checkpoint_bytes
-from versatune_ds.config.schema import Adapter
+from versatune_ds.apps.plan.setup import Setup, read_offload
+from versatune_ds.config.model import Adapter
 from versatune_ds.engine.model.families import planned_shape
 from versatune_ds.engine.model.shape import ModelShape
 
@@ -46,7 +40,9 @@ def zero(stage: int, **more) -> dict:
         "stage3_max_live_parameters": 200_000,
         "stage3_max_reuse_distance": 200_000,
     }
-    return {"stage": stage, "reduce_bucket_size": 20_000, **(of_stage_3 if stage == 3 else {}), **more}
+    # one that shows in the sum, as at stages 1 and 2 there are two of them
+    bucket = 200_000 if stage in (1, 2) else 20_000
+    return {"stage": stage, "reduce_bucket_size": bucket, **(of_stage_3 if stage == 3 else {}), **more}
 
 
 OPTIMIZER_ON_HOST = {"offload_optimizer": {"device": "cpu"}}
@@ -57,6 +53,9 @@ CASES = [
     (1, zero(0), "fp32", "off", QWEN2, 256),
     (1, zero(1), "bf16", "off", QWEN3, 768),
     (1, zero(2), "fp32", 2, TIED, 768),
+    (1, zero(1), "fp32", "selective", TIED, 768),
+    (1, zero(1), "bf16", "selective", QWEN3, 768),
+    (1, zero(2), "fp32", "offload", TIED, 768),
     (1, zero(2, **OPTIMIZER_ON_HOST), "bf16", "off", QWEN2, 512),
     (1, zero(3), "bf16", "off", QWEN2, 256),
     (1, zero(1), "fp32", "off", GEMMA3, 768),
@@ -139,7 +138,7 @@ def planned(case: tuple) -> tuple[ModelShape, Setup]:
         sequence_parallel=n,
         checkpointing=recompute,
         offload=read_offload(settings),
-        buffers=ZeroBuffers.from_settings(settings),
+        zero=settings,
         adapter=Adapter(**adapter) if adapter else None,
         device="cpu",
     )

@@ -15,7 +15,7 @@ from versatune_ds.config.derive import (
     with_model,
 )
 from versatune_ds.config.load import load_config
-from versatune_ds.config.schema import Adapter
+from versatune_ds.config.model import Adapter
 from versatune_ds.foundations.errors import ConfigError
 
 

@@ -18,7 +18,7 @@ from small_runs import cut_back, small_run
 from tiny_families import family_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from versatune_ds.config.schema import Adapter, Model
+from versatune_ds.config.model import Adapter, Model
 from versatune_ds.engine.fingerprints import model_fingerprint
 from versatune_ds.engine.model.adapters import add_adapter
 from versatune_ds.engine.model.source import load_architecture

@@ -23,7 +23,7 @@ from tiny_families import family_model, image_text_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from versatune_ds.cli.main import main
-from versatune_ds.config.schema import Adapter, Model
+from versatune_ds.config.model import Adapter, Model
 from versatune_ds.engine.checkpointing.adapter_export import adapter_tensors, merged_tensors
 from versatune_ds.engine.checkpointing.hf_export import Companions, ShardWriter, export_checkpoint
 from versatune_ds.engine.model.adapters import PREFIX

@@ -9,14 +9,14 @@ import pytest
 import torch
 from export_memory import NoCompanions
 from safetensors.torch import load_file
-from tiny_families import FAMILY_CONFIGS, VOCAB_SIZE, family_config, family_model
+from tiny_families import FAMILY_CONFIGS, VOCAB_SIZE, attend_by_sample, family_config, family_model
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from versatune_ds.apps.bench.shapes import _llama, find_shape
 from versatune_ds.apps.plan.memory import trained_parameters
 from versatune_ds.config.load import validate_config
-from versatune_ds.config.schema import Adapter, Model
+from versatune_ds.config.model import Adapter, Model
 from versatune_ds.engine.backend.deepspeed_backend import build_for_evaluation
 from versatune_ds.engine.backend.parameters import live_shape, parameter_size
 from versatune_ds.engine.checkpointing.hf_export import export_model
@@ -55,7 +55,7 @@ def test_parameters_are_those_of_the_built_model(kind):
     assert shape.layer_parameters == max(layers)
     embeddings = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.lm_head)}
     assert shape.nonembedding_parameters == total - sum(embeddings.values())
-    built = built_shape(model.config, shape.parameters, shape.nonembedding_parameters)
+    built = built_shape(model.config, (shape.parameters, shape.nonembedding_parameters))
     assert built.step_flops_6n(slot_tokens=3, pack_len=2) == shape.step_flops_6n(slot_tokens=3, pack_len=2)
 
 
@@ -99,8 +99,9 @@ def pack_of(lengths: tuple[int, ...]) -> dict:
 def test_a_pack_has_the_losses_and_gradients_of_transformers_and_is_exported(kind, tmp_path):
     """Each sample alone in a model that has seen no other; then the export, loaded by transformers."""
     lm = family_model(kind)
+    capped = lm.config._attn_implementation
     routers = Routers(lm.config, None) if experts_of(lm.config) else None
-    pack, model = pack_of(LENGTHS), PackedCausalLM(lm, "chunked", routers=routers)
+    pack, model = pack_of(LENGTHS), PackedCausalLM(attend_by_sample(lm), "chunked", routers=routers)
     losses, expected = [], {}
     for ids in pack["input_ids"].split(LENGTHS):
         lm = family_model(kind)
@@ -132,7 +133,6 @@ def test_a_pack_has_the_losses_and_gradients_of_transformers_and_is_exported(kin
 
     backend = SimpleNamespace(model=model, parameters=model.named_parameters)
     export_model(backend, NoCompanions(), tmp_path / "model", 1 << 30)
-    capped = model.lm.config._attn_implementation
     loaded, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", attn_implementation=capped, output_loading_info=True
     )
@@ -287,11 +287,11 @@ def test_shape_from_a_model_configuration():
         vocab_size=100,
         head_dim=32,
     )
-    shape = built_shape(config, 23456, 12345)
+    shape = built_shape(config, (23456, 12345))
     assert (shape.query_width, shape.layers) == (128, 3)
     assert (shape.parameters, shape.nonembedding_parameters) == (23456, 12345)
     config.head_dim = None  # Llama configurations without it: hidden size / heads
-    assert built_shape(config, 1, 1).query_width == 64
+    assert built_shape(config, (1, 1)).query_width == 64
 
 
 def test_a_published_mfu_in_both_conventions():

@@ -14,7 +14,7 @@ from saved_checkpoints import write_checkpoint
 from tiny_families import image_text_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.engine.backend.parameters import parameter_counts
 from versatune_ds.engine.checkpointing.hf_export import export_checkpoint, export_model
 from versatune_ds.engine.model import source

@@ -24,6 +24,7 @@ from launching import TRAIN_CASES, case_file, free_port, launch, rank_environmen
 from safetensors.torch import load_file
 
 from versatune_ds.engine.model import attention
+from versatune_ds.engine.model.attention import BY_SAMPLE
 from versatune_kernels import KernelError, linear_cross_entropy
 
 HAS_CUDA = torch.cuda.is_available()
@@ -273,7 +274,7 @@ def test_a_run_takes_the_attention_and_loss_of_its_device(runs, device):
     model = json.loads((runs / "whole" / "run.json").read_text())["model"]
     flash = importlib.util.find_spec("flash_attn") is not None
     on_cuda = "flash_attention_2" if flash else "versatune_varlen"
-    assert model["dtype"] == "bf16" and model["attention"] == ("sdpa" if device == "cpu" else on_cuda)
+    assert model["dtype"] == "bf16" and model["attention"] == (BY_SAMPLE if device == "cpu" else on_cuda)
     losses = [line["loss"] for line in read_jsonl(runs / "whole" / "metrics.jsonl")]
     assert len(losses) == 6 and losses[-1] < losses[0]
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from versatune_ds.cli.main import main
-from versatune_ds.config.schema import Adapter, Model
+from versatune_ds.config.model import Adapter, Model
 from versatune_ds.engine.model.attention import choose_attention
 from versatune_ds.engine.model.packed_lm import build_model
 from versatune_ds.engine.model.router import Routers, balance

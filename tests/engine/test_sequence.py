@@ -17,12 +17,12 @@ from tiny_families import family_config
 from transformers import AutoConfig, Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.data.collate import rows_of
 from versatune_ds.engine.backend import deepspeed_backend
 from versatune_ds.engine.backend.ranks import Group, Ranks
 from versatune_ds.engine.model import isolation
-from versatune_ds.engine.model.attention import VARLEN, choose_attention
+from versatune_ds.engine.model.attention import BY_SAMPLE, VARLEN, choose_attention
 from versatune_ds.engine.model.sequence import check_heads
 from versatune_ds.engine.model.source import load_architecture
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
@@ -69,7 +69,7 @@ def test_heads_that_cannot_be_shared_are_refused_with_the_numbers_that_can():
 
 
 def test_shared_packs_take_kernels_that_are_made_for_them():
-    assert choose_attention(Model(source="x"), "cpu", False, True).implementation == "sdpa"
+    assert choose_attention(Model(source="x"), "cpu", False, True).implementation == BY_SAMPLE
     assert choose_attention(Model(source="x"), "cuda", False, True).implementation == VARLEN
     with pytest.raises(ConfigError, match=r"with model\.attention flash_attention_2"):
         choose_attention(Model(source="x", attention="flash_attention_2"), "cuda", False, True)

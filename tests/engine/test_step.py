@@ -27,6 +27,13 @@ EXPERTS = 64
 AUX = 0.3
 """Factor of the routers' balance loss of `experts`; large enough to be seen."""
 CASES_FILE = Path(cases.__file__)
+RECOMPUTED = {
+    f"{model}-packed-zero{stage}": [f"{model}-packed-zero{stage}-{word}" for word in cases.RECOMPUTE]
+    for model, stage in (("untied", 0), ("untied", 3), ("experts", 3))
+}
+"""On 2 ranks: without recomputation, and with each kind of it."""
+LONG = [f"untied-packed-zero{stage}-long" for stage in (1, 2, 3)]
+"""20 steps on 2 ranks, without overlap of communication; with `-overlap` behind it: with it."""
 
 CASES = {
     1: [
@@ -40,6 +47,8 @@ CASES = {
     2: [
         "untied-packed-zero3",
         "untied-unpacked-zero3",
+        "untied-packed-zero3-compile",
+        "tied-packed-zero3-compile-recompute",
         "tied-packed-zero3",
         "tied-packed-zero2",
         "untied-packed-zero3-triton",
@@ -62,7 +71,7 @@ CASES = {
         "longrope-packed-zero3",
         *(f"experts-packed-{how}" for how in ("zero2", "zero3", "zero3-recompute", "zero3-frozen")),
         *(f"untied-packed-zero{stage}-by2" for stage in range(4)),
-        "tied-unpacked-zero3-by2-recompute",
+        *(f"tied-unpacked-zero3-by2-{how}" for how in ("recompute", "selective", "hosted")),
         "untied-packed-zero2-by2-compile",
         "tied-packed-zero3-by2-lora",
         "untied-packed-zero3-by2-nan",
@@ -82,6 +91,9 @@ CASES = {
 
 BF16_CASES = ["untied-packed-zero3-bf16", "tied-packed-zero1-bf16", "untied-packed-zero1-bf16-sums-nan"]
 """On 2 ranks. They have a comparison of their own."""
+
+RECOMPUTING = [name for names in RECOMPUTED.values() for name in names]
+ONLY_TWO = [*BF16_CASES, *RECOMPUTING, "untied-packed-zero0", *LONG, *(f"{case}-overlap" for case in LONG)]
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +172,7 @@ def results(models, tmp_path_factory):
     @functools.cache
     def run(ranks: int) -> dict[str, dict[str, torch.Tensor]]:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        names = CASES[ranks] + (BF16_CASES if ranks == 2 else [])
+        names = CASES[ranks] + (ONLY_TWO if ranks == 2 else [])
         launch_soundly(CASES_FILE, ranks, [str(folder), str(models), *names])
         return {case: load_file(folder / f"{case}.safetensors") for case in names}
 
@@ -295,6 +307,27 @@ def check_routers(ours, expected, groups) -> None:
             for of_rank in mine
         ]
         assert all(own - other for own in reached for other in reached if own is not other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RECOMPUTING)
+def test_recomputation_changes_no_bit(case, results):
+    """Two steps: losses, and parameters, which are start and gradients."""
+    plain = next(plain for plain, names in RECOMPUTED.items() if case in names)
+    expected, found = results(2)[plain], results(2)[case]
+    assert expected.keys() == found.keys()
+    assert not [key for key in expected if not torch.equal(found[key], expected[key])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LONG)
+def test_overlapping_communication_changes_no_loss_and_no_parameter(case, results):
+    """Buckets smaller than a layer are filled and sent many times a step, two packs a rank and step."""
+    plain, overlapping = results(2)[case], results(2)[f"{case}-overlap"]
+    assert plain.keys() == overlapping.keys() and len([key for key in plain if "sums" in key]) == 20
+    assert plain["sums_19"][0].sum() < 0.8 * plain["sums_00"][0].sum()  # it learns
+    for key, expected in plain.items():
+        torch.testing.assert_close(overlapping[key], expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ FILES = {
     "phases": "versatune_ds/engine/phases.py",
     "backend": "versatune_ds/engine/backend/deepspeed_backend.py",
     "model": "versatune_ds/engine/model/packed_lm.py",
+    "recompute": "versatune_ds/engine/model/recompute.py",
+    "rounded": "versatune_ds/engine/backend/rounded_adamw.py",
     "families": "versatune_ds/engine/model/families.py",
     "rope": "versatune_ds/engine/model/rope.py",
     "router": "versatune_ds/engine/model/router.py",
@@ -85,6 +87,9 @@ TESTS = {
     "backend": "tests/engine/test_deepspeed_backend.py",
     "phases": "tests/engine/test_phases.py",
     "isolation": "tests/engine/test_isolation.py",
+    "recompute": "tests/engine/test_recompute.py",
+    "states": "tests/engine/test_optimizer_states.py",
+    "body": "tests/engine/test_body.py",
     "optimizer": "tests/engine/test_optimizer.py",
     "statistics": "tests/engine/test_statistics.py",
     "skipping": "tests/engine/test_skipping.py",
@@ -937,10 +942,73 @@ fault(
 )
 fault(
     "every second layer is recomputed for all",
-    "model",
-    'every = 1 if policy == "all"',
-    'every = 2 if policy == "all"',
+    "recompute",
+    "every = policy if isinstance(policy, int) else 1",
+    "every = policy if isinstance(policy, int) else 2",
     "isolation::test_checkpointed_layers_run_again_in_backward",
+)
+fault(
+    "products are computed again in spite of selective",
+    "recompute",
+    '    "aten::mm",\n',
+    "",
+    "recompute::test_selective_computes_no_product_and_no_attention_again",
+)
+fault(
+    "a layer's input stays where it is",
+    "recompute",
+    "host = tensor.detach().clone()",
+    "host = tensor.detach()",
+    "recompute::test_inputs_wait_in_memory_of_their_own_and_the_one_before_is_fetched_ahead",
+)
+fault(
+    "inputs of layers are kept for ever",
+    "recompute",
+    "self._last = weakref.ref(held)",
+    "self._last = lambda: held",
+    "recompute::test_nothing_is_held_after_backward",
+)
+fault(
+    "Liger overwrites kept products",
+    "model",
+    "unwanted = {*left_out, ",
+    "unwanted = {",
+    "body::test_liger_leaves_out_what_would_overwrite_kept_products",
+)
+fault(
+    "moments are rounded to the nearest",
+    "rounded",
+    "exp_avg_sq.copy_(rounded(second))\n    root = second",
+    "exp_avg_sq.copy_(second)\n    root = second",
+    "states::test_small_gradients_add_up_in_a_second_moment",
+)
+fault(
+    "bf16 weights are rounded to the nearest",
+    "rounded",
+    "weight.copy_(rounded(moved) if",
+    "weight.copy_(moved if",
+    "states::test_updates_smaller_than_a_bf16_step_are_not_lost",
+)
+fault(
+    "rounding is biased",
+    "rounded",
+    "torch.randint(0, 2**16,",
+    "torch.randint(0, 2**15,",
+    "states::test_rounding_is_right_on_average_and_goes_to_a_neighbour",
+)
+fault(
+    "bias correction of the second moment forgotten",
+    "rounded",
+    "root = second.sqrt_().div_((1 - beta2**step) ** 0.5)",
+    "root = second.sqrt_()",
+    "states::test_bf16_moments_follow_torchs_adamw",
+)
+fault(
+    "a window is one token too long, one sample after the other",
+    "attention",
+    "triu_(1 - sliding_window)",
+    "triu_(-sliding_window)",
+    "isolation::test_one_sample_after_the_other_is_the_block_diagonal_mask",
 )
 fault(
     "rotary frequencies stay rounded",
@@ -1604,13 +1672,6 @@ fault(
     f"{SHARED}[llama by 2]",
 )
 fault(
-    "a window of a shared pack is a token too wide",
-    "sequence",
-    "distance < sliding_window",
-    "distance <= sliding_window",
-    f"{SHARED}[mistral by 2]",
-)
-fault(
     "a skipped step names samples once for each rank",
     "skipping",
     " or run.backend.ranks.sp.rank > 0:",
@@ -2037,13 +2098,12 @@ GOOD = "triton::test_the_kernels_are_as_good_as_torch"
 FP32, FP16 = f"{GOOD}[fp32-torch.float32]", f"{GOOD}[fp32-torch.float16]"
 BF16 = (f"{GOOD}[fp32-torch.bfloat16]", f"{GOOD}[compute-torch.bfloat16]")
 ALL = (FP32, *BF16)
-LOSS_LOOP = "range(0, VOCAB_SIZE, TILE):\n        cols = start + tl.arange(0, TILE)\n        inside"
-GRADIENT_LOOP = LOSS_LOOP.replace("\n        ", "\n            ")
+LOSS_TAIL, GRADIENT_TAIL = (f"if VOCAB_SIZE % TILE:\n{indent}last" for indent in (" " * 8, " " * 12))
 fault(
     "negated gradient",
     "row kernels",
-    "grad.to(grad_ptr.dtype.element_ty), mask=inside",
-    "(-grad).to(grad_ptr.dtype.element_ty), mask=inside",
+    "return tl.exp(z - top) * of_probability\n",
+    "return -tl.exp(z - top) * of_probability\n",
     *ALL,
 )
 fault(
@@ -2073,30 +2133,30 @@ fault("squares are not squared", "row kernels", "value * value", "value", *ALL)
 fault(
     "last tile of the vocabulary dropped from the loss",
     "row kernels",
-    LOSS_LOOP,
-    LOSS_LOOP.replace("VOCAB_SIZE", "VOCAB_SIZE - TILE"),
+    LOSS_TAIL,
+    LOSS_TAIL.replace("VOCAB_SIZE % TILE", "VOCAB_SIZE < TILE"),
     *ALL,
 )
 fault(
     "last tile of the vocabulary dropped from the gradient",
     "row kernels",
-    GRADIENT_LOOP,
-    GRADIENT_LOOP.replace("VOCAB_SIZE", "VOCAB_SIZE - TILE"),
+    GRADIENT_TAIL,
+    GRADIENT_TAIL.replace("VOCAB_SIZE % TILE", "VOCAB_SIZE < TILE"),
     *ALL,
 )
 fault(
     "columns beyond the vocabulary count",
     "row kernels",
-    'z = tl.where(inside, z, -float("inf"))',
-    "z = tl.where(inside, z, 0.0)",
+    'tl.where(last < VOCAB_SIZE, z, -float("inf"))',
+    "tl.where(last < VOCAB_SIZE, z, 0.0)",
     *ALL,
 )
 fault("label V - 1 is no class", "row kernels", "(label < VOCAB_SIZE)", "(label < VOCAB_SIZE - 1)", *ALL)
 fault(
     "label V - 1 gets no gradient",
     "row kernels",
-    "cols == label",
-    "(cols == label) & (cols < VOCAB_SIZE - 1)",
+    "element_ty), mask=is_class)",
+    "element_ty), mask=is_class & (label < VOCAB_SIZE - 1))",
     *ALL,
 )
 fault(
@@ -2106,7 +2166,7 @@ fault(
     "tl.load(logits_ptr + (label + 1) % VOCAB_SIZE,",
     *ALL,
 )
-fault("sum of exponentials not rescaled", "row kernels", "exp_sum * tl.exp(top - shift)", "exp_sum", *ALL)
+fault("sum of exponentials not rescaled", "row kernels", "sums * tl.exp(tops - shifts)", "sums", *ALL)
 fault(
     "token weight only in the loss",
     "row kernels",
@@ -2116,8 +2176,16 @@ fault(
 )
 fault("normalizer forgotten", "row kernels", "* tl.load(factor_ptr)", "", *ALL)
 fault(
-    "slope of the softcap forgotten", "row kernels", "grad *= _capped_slope(z, softcap)", "grad *= 1.0", *ALL
+    "slope of the softcap forgotten", "row kernels", "* of_probability * _capped_slope(z, softcap)", "", *ALL
 )
+fault(
+    "slope of the softcap forgotten at the target",
+    "row kernels",
+    "grad *= _capped_slope(raw_target, softcap)",
+    "grad *= 1.0",
+    *ALL,
+)
+fault("lanes are not brought to one maximum", "row kernels", "sums * tl.exp(tops - shift)", "sums", *ALL)
 fault("backward forgets the last factor", "row kernels", "gradient * factor", "gradient", FP16)
 fault(
     "rows without a target keep their logits in the last tile",
@@ -2129,8 +2197,8 @@ fault(
 fault(
     "the gradient is stored beyond the row",
     "row kernels",
-    "grad.to(grad_ptr.dtype.element_ty), mask=inside",
-    "grad.to(grad_ptr.dtype.element_ty), mask=cols < VOCAB_SIZE + 1",
+    "grad.to(grad_ptr.dtype.element_ty), mask=last < VOCAB_SIZE",
+    "grad.to(grad_ptr.dtype.element_ty), mask=last < VOCAB_SIZE + 1",
     "triton::test_nothing_is_written_beyond_a_row",
 )
 fault(

@@ -20,7 +20,8 @@ from versatune_ds.data.collate import Batch, collate, rows_of
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.model.attention import AttentionChoice
-from versatune_ds.engine.model.packed_lm import PackedCausalLM, checkpoint_activations, model_inputs
+from versatune_ds.engine.model.packed_lm import PackedCausalLM, model_inputs
+from versatune_ds.engine.model.recompute import recompute_in_backward
 from versatune_ds.engine.model.router import Routers, experts_of
 from versatune_ds.engine.model.sequence import SequenceGroup, share_heads
 
@@ -66,7 +67,7 @@ def model(case: str, attention: AttentionChoice, group: SequenceGroup | None) ->
     kind, _, more = CASES[case]
     lm = family_model(kind, **more)
     lm.set_attn_implementation(attention.implementation)
-    checkpoint_activations(lm, "all" if case.startswith("recomputed") else "off")
+    recompute_in_backward(lm, "all" if case.startswith("recomputed") else "off")
     routers = Routers(lm.config, None) if experts_of(lm.config) else None
     return PackedCausalLM(lm, "chunked", routers=routers, sequence=group).train()
 

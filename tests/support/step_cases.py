@@ -43,6 +43,11 @@ WITHOUT_SUPERVISION = 2
 LEARNING_RATE, EPS = 0.5, 1.0
 RATES = {"first": 0.3, "poisoned": 5.0, "second": 0.45}
 """Of each step; none is that of the settings."""
+LONG = tuple(f"{step:02}" for step in range(20))
+RECOMPUTE = {"recompute": "all", "selective": "selective", "hosted": "offload", "second": 2}
+"""Words of a case for `model.activation_checkpointing`."""
+BUCKETS = {"reduce_bucket_size": 3000, "stage3_prefetch_bucket_size": 3000}
+"""Of the `-overlap` cases; a layer of the models has about 8,000 elements."""
 ADAPTER = {"rank": 4, "alpha": 6.0, "targets": ["q_proj", "v_proj", "down_proj"]}
 MAX_NORM = 0.25
 """Of the `-clip` cases; a fraction of the global gradient norm of both steps (checked in test_step.py)."""
@@ -89,19 +94,25 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
 
     Args:
         case: `<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-compile][-triton][-nan]
-            [-clip][-frozen][-bf16][-sums][-by<n>]`; frozen: its routers; sums: gradients are summed in fp32,
-            by another optimizer of DeepSpeed's; by: n ranks share a pack.
+            [-clip][-frozen][-bf16][-sums][-overlap][-long][-by<n>]`; recompute: or another word of RECOMPUTE;
+            frozen: its routers; sums: gradients are summed in fp32, by another optimizer of DeepSpeed's;
+            overlap: of communication, with buckets smaller than a layer; long: 20 steps; by: n ranks share a
+            pack.
     """
     words = case.split("-")
     layout = PACKED if "packed" in words else UNPACKED
     zero: dict = {"stage": int(next(w for w in words if w.startswith("zero")).removeprefix("zero"))}
     if "offload" in words:
         zero["offload_optimizer"] = {"device": "cpu"}
+    if "long" in words:
+        zero |= {"overlap_comm": "overlap" in words, **(BUCKETS if "overlap" in words else {})}
+        if zero["stage"] < 3:
+            zero.pop("stage3_prefetch_bucket_size", None)
     model = {
         "source": str(models / words[0]),
         "dtype": "bf16" if "bf16" in words else "fp32",
-        "activation_checkpointing": "all" if "recompute" in words else "off",
-        "compile": "body" if "compile" in words else "off",
+        "activation_checkpointing": next((RECOMPUTE[w] for w in words if w in RECOMPUTE), "off"),
+        "compile": "layers" if "compile" in words else "off",
         "router": "frozen" if "frozen" in words else "train",
         "loss_backend": "triton" if "triton" in words else "chunked",
     }
@@ -125,12 +136,13 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
     everything = [collate(pack, sources, PACK_LEN, 0) for pack in chosen]
     plan = SimpleNamespace(step=0, loss_weight=sum(batch.supervised_tokens for batch in everything))
     out = {}
-    for step in ("first", "poisoned", "second") if "nan" in words else ("first", "second"):
+    steps = ("first", "poisoned", "second") if "nan" in words else ("first", "second")
+    for step in LONG if "long" in words else steps:
         if step == "poisoned":
             poison_last_rank()
         accumulate(run, plan, batches)
         totals = run.statistics.reduce()
-        applied = apply_step(run, reason_to_skip(totals, run.spikes, run.backend), RATES[step])
+        applied = apply_step(run, reason_to_skip(totals, run.spikes, run.backend), RATES.get(step, 0.1))
         if step == "poisoned":
             LossHead.forward = ORIGINAL_FORWARD
             assert totals.sums is None and not applied

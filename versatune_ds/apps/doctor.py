@@ -80,7 +80,7 @@ def backends() -> list[Finding]:
     """What `auto` would choose here, and why."""
     import torch
 
-    from versatune_ds.config.schema import Model
+    from versatune_ds.config.model import Model
     from versatune_ds.engine.model.attention import choose_attention
     from versatune_ds.engine.model.packed_lm import liger_problem
     from versatune_kernels import resolve_backend

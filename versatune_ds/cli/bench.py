@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="activation_checkpointing",
         type=_policy,
         default="auto",
-        metavar="auto|off|all|N",
+        metavar="auto|off|all|selective|offload|N",
         help="recompute activations; auto: as little as fits by the memory model of `plan`",
     )
     parser.add_argument(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import Any, get_args
 
 from versatune_ds.cli import at_least, place, place_text
 from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
     parser.add_argument("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage")
-    parser.add_argument("--checkpointing", metavar="off|all|N", help="recompute activations")
+    parser.add_argument(
+        "--checkpointing", metavar="off|all|selective|offload|N", help="recompute activations"
+    )
     parser.add_argument("--offload", choices=("none", "optimizer", "all"), help="to host memory")
     parser.add_argument("--adapter", choices=("lora", "dora", "qlora"), help="train one beside the model")
     parser.add_argument("--rank", type=at_least(1), metavar="N", help="of the adapter; default: 16")
@@ -52,10 +54,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     from versatune_ds.apps.bench.shapes import find_shape
     from versatune_ds.apps.plan.gpus import find_gpu
-    from versatune_ds.apps.plan.memory import Setup, setup_fields
     from versatune_ds.apps.plan.plan import Machine, as_text, make_plan
+    from versatune_ds.apps.plan.setup import Setup, setup_fields
     from versatune_ds.config.load import load_config
-    from versatune_ds.config.schema import Adapter
+    from versatune_ds.config.model import Adapter
     from versatune_ds.data.plan.balance import check_world_size
     from versatune_ds.engine.backend.ranks import count_groups
     from versatune_ds.engine.model.sequence import check_heads
@@ -91,11 +93,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _checkpointing(args: argparse.Namespace) -> str | int | None:
-    text = args.checkpointing
-    if text is None or text in ("off", "all"):
+    from versatune_ds.config.model import Recompute
+    from versatune_ds.foundations.errors import ConfigError
+
+    text, policies = args.checkpointing, get_args(Recompute)
+    if text is None or text in policies:
         return text
     if text.isdigit() and int(text) > 0:
         return int(text)
-    from versatune_ds.foundations.errors import ConfigError
-
-    raise ConfigError(f"--checkpointing {text}: give off, all, or every how many layers to recompute one")
+    raise ConfigError(
+        f"--checkpointing {text}: give {', '.join(policies)}, or every how many layers to recompute one"
+    )

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from versatune_ds.config.load import validate_config
-from versatune_ds.config.schema import Adapter, Config
+from versatune_ds.config.model import Adapter
+from versatune_ds.config.schema import Config
 from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 
 LARGE_MODEL = 10**9

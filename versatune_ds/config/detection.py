@@ -13,6 +13,8 @@ from pydantic import Field
 
 from versatune_ds.config.section import PlaceText, Section
 
+MIN_PROBE_TEXTS = 10
+
 
 class Endpoint(Section):
     """A server that speaks OpenAI's API (vLLM's, for one) and gives log-probabilities."""
@@ -55,6 +57,13 @@ class JudgeSettings(Section):
     """model: folder or hub name of a causal LM, better an instruction-tuned one."""
     batch_size: int = Field(8, ge=1)
     """model: texts judged at a time on each rank."""
+    probe_texts: int = Field(300, ge=0)
+    """classifier: samples of a domain that it learns from, by their words and their hidden states in the
+    examined model; 0: words only, of more samples."""
+    encoder: PlaceText | None = None
+    """classifier: folder of a small embedding model (transformers, safetensors), as further features."""
+    topics: dict[str, list[str]] = Field(default_factory=dict)
+    """classifier: what a domain is about, a phrase a topic, in place of those known for common names."""
     max_chars: int = Field(8000, ge=1)
     """Characters of each text that the judge reads; longer ones are cut and counted."""
 
@@ -64,6 +73,10 @@ class JudgeSettings(Section):
             yield "kind endpoint needs a server: give `endpoint` with `url` and `model`"
         if self.kind == "model" and self.model is None:
             yield "kind model needs a local model: give its folder or hub name in `model`"
+        if self.encoder is not None and self.probe_texts == 0:
+            yield "encoder learns from `probe_texts` samples a domain: give more than 0"
+        if 0 < self.probe_texts < MIN_PROBE_TEXTS:
+            yield f"probe_texts: at least {MIN_PROBE_TEXTS} samples a domain, or 0 for words only"
 
 
 class Detect(Section):

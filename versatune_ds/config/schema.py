@@ -21,8 +21,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 
 from versatune_ds.config.detection import Detect
+from versatune_ds.config.model import Adapter, Model
 from versatune_ds.config.secrets import find_secret
-from versatune_ds.config.section import PREPARING, Place, PlaceText, Section
+from versatune_ds.config.section import PREPARING, Place, Section
 from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.foundations.text import command
 
@@ -52,77 +53,6 @@ class Run(Section):
     """End the run when a rank gives no sign of life, or makes no progress within a step or evaluation, for
     so many seconds. Longer than any step takes (the first one may compile); shorter than
     `collective_timeout_s`, or the ranks that wait fail before it is known for whom. None: never."""
-
-
-class Adapter(Section):
-    """A small trained part beside the frozen model, through peft (extra `adapter`; docs/adapters.md)."""
-
-    kind: Literal["lora", "dora", "qlora"] = "lora"
-    """`lora`: W + (alpha / rank) B A. `dora`: the rows of that sum get trained lengths, too. `qlora`: lora
-    over a model held in 4 bits (bitsandbytes; CUDA, ZeRO stage 0 to 2)."""
-    rank: int = Field(16, ge=1)
-    """Rows of A and columns of B."""
-    alpha: float = Field(32.0, gt=0)
-    """Scale of the product, times the rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the inputs of A that is left out in training."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Modules by the last part of their names, e.g. [q_proj, v_proj]; `all-linear`: all but the head, of a
-    mixture of experts those of its attention."""
-    start_from: PlaceText | dict[PlaceText, float] | None = None
-    """Adapter folder to go on from, or several, each with its factor in their sum; `rank` is then the sum of
-    their ranks. None: a new adapter."""
-
-    def problems(self) -> Iterator[str]:
-        """What does not hold together."""
-        heads = [name for name in self.targets if name in ("lm_head", "embed_tokens")]
-        if heads and not isinstance(self.targets, str):
-            yield f"targets: {heads[0]} cannot have an adapter: the loss takes the head's weight"
-
-
-class Yarn(Section):
-    """Positions beyond those that a model was made for (YaRN, arXiv 2309.00071), as its card asks."""
-
-    factor: float = Field(gt=1)
-    """How many times as many."""
-    original_max_position_embeddings: int = Field(ge=1)
-    """Positions that it was made for."""
-
-
-class Model(Section):
-    """The model, its tokenizer and how it computes."""
-
-    source: PlaceText
-    """Folder or hub name of a causal LM (docs/train.md has the families), or of a model of images and text,
-    whose text part is then trained. What would be trained wrongly is refused."""
-    weights: Literal["pretrained", "random"] = "pretrained"
-    """`random`: build from `source`'s config.json only and initialise with `run.seed`."""
-    tokenizer: PlaceText | None = None
-    """Folder or hub name of the tokenizer; default: `source`."""
-    adapter: Adapter | None = None
-    """Train an adapter and leave the model as it is. None: train all of it."""
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Compute precision; the optimizer always keeps fp32 master weights."""
-    yarn: Yarn | None = None
-    """Stretch the model's RoPE; written into the export's config.json. None: as its configuration says."""
-    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
-    """Attention for packs. `auto`: on CUDA flash-attn or torch's varlen kernel, else sdpa (docs/train.md)."""
-    activation_checkpointing: Literal["off", "all"] | Annotated[int, Field(ge=1, strict=True)] = "off"
-    """Recompute activations in backward: for no layer, every layer, or every n-th layer."""
-    loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
-    """Implementation of the fused linear + cross-entropy. `auto`: triton on CUDA, else chunked."""
-    logits_dtype: Literal["fp32", "compute"] = "fp32"
-    """`compute`: logits in `dtype`, half the memory a larger error (docs/train.md); triton only."""
-    liger: Literal["auto", "off"] = "auto"
-    """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
-    compile: Literal["off", "body"] = "off"
-    """`body`: torch.compile for everything before the head; the first steps are slow."""
-    router: Literal["train", "frozen"] = "train"
-    """Mixtures of experts. `frozen`: routers keep their weights, and their balance loss is only reported."""
-    router_aux_loss: float | None = Field(default=None, ge=0)
-    """Factor of the routers' balance loss; default: the model's own `router_aux_loss_coef`."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave it off unless you have read that code."""
 
 
 class Source(Section):
@@ -200,6 +130,9 @@ class Optimizer(Section):
     """Added to the root of the second moment."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay; not applied to biases and norms."""
+    states: Literal["fp32", "bf16_moments", "bf16_stochastic"] = "fp32"
+    """What is held between steps: fp32 master weights and moments; fp32 master weights and bf16 moments; both
+    in bf16, rounded at random. 12, 8 and 6 bytes a parameter (docs/train.md)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after warm-up."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
@@ -416,6 +349,8 @@ class Config(Section):
             for i, source in enumerate(sources):
                 if source.domain is not None and source.domain not in known:
                     yield f"data.{kind}[{i}].domain is {source.domain!r}; domains.names has {known}"
+        if self.optimizer.states == "bf16_stochastic" and self.model.dtype != "bf16":
+            yield f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
 
     def _problems_of_evaluation(self) -> Iterator[str]:
         if not self.data.eval and self.weights.needs_probe:

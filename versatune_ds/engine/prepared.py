@@ -25,7 +25,9 @@ from versatune_ds.domain.reference import ReferenceLosses, load_reference
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
 from versatune_ds.engine.backend.ranks import Ranks
+from versatune_ds.engine.backend.zero_sizes import with_sizes
 from versatune_ds.engine.checkpointing.hf_export import Companions
+from versatune_ds.engine.model.families import built_shape
 from versatune_ds.engine.model.sequence import check_heads
 from versatune_ds.engine.model.source import check_files, load_architecture
 from versatune_ds.engine.preflight import checks as preflight
@@ -89,6 +91,7 @@ def prepare_run(config: Config, device_type: str) -> Prepared:
     table = DomainTable(config.domains.names)
     architecture = load_architecture(config.model)
     check_heads(architecture.num_attention_heads, ranks.sp.size)
+    zero = with_sizes(settings["zero_optimization"], built_shape(architecture))
     check_files(config.model)
     tokenizer = load_tokenizer(config)
     set_chat_template(tokenizer, config.data.chat_template)
@@ -103,7 +106,7 @@ def prepare_run(config: Config, device_type: str) -> Prepared:
     prepared = Prepared(
         config=config,
         ranks=ranks,
-        deepspeed=settings,
+        deepspeed=settings | {"zero_optimization": zero},
         table=table,
         tokenizer=tokenizer,
         architecture=architecture,
@@ -134,10 +137,12 @@ def prepare_on_samples(config: Config, samples: Sequence[Any]) -> Prepared:
     ranks, table = Ranks.of_world(config.batch.sequence_parallel), DomainTable(config.domains.names)
     corpus, planner = Corpus.from_caches(samples, table.names), planner_settings(config, table)
     corpus.check(planner)
+    settings = deepspeed_config(config, ranks.dp.size)
+    zero = with_sizes(settings["zero_optimization"], built_shape(load_architecture(config.model)))
     return Prepared(
         config=config,
         ranks=ranks,
-        deepspeed=deepspeed_config(config, ranks.dp.size),
+        deepspeed=settings | {"zero_optimization": zero},
         table=table,
         tokenizer=None,
         architecture=None,

@@ -27,6 +27,7 @@ from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
 from versatune_ds.engine.backend.deepspeed_config import state_layout
 from versatune_ds.engine.backend.parameters import live_shape, parameter_counts
+from versatune_ds.engine.backend.zero_sizes import describe_sizes
 from versatune_ds.engine.checkpointing.export_target import check_room
 from versatune_ds.engine.checkpointing.folder import (
     checkpoint_name,
@@ -161,7 +162,7 @@ class Components:
             return last
         checkpoint = self.config.run.dir / constants.CHECKPOINTS_DIR / checkpoint_name(best.best_step)
         require_sound(checkpoint)
-        layout = state_layout(self.prepared.deepspeed, self.config.model)
+        layout = state_layout(self.prepared.deepspeed, self.config.model, self.config.optimizer.states)
         load_model_state(
             checkpoint, self.backend, read_state(checkpoint, layout, facts(self.prepared.architecture))
         )
@@ -237,7 +238,7 @@ def read_saved(checkpoint: Path | None, prepared: Prepared) -> tuple[dict[str, A
     if checkpoint is None:
         return None, TrainState.of(prepared, None)
     with going_on(checkpoint, prepared.config):
-        layout = state_layout(prepared.deepspeed, prepared.config.model)
+        layout = state_layout(prepared.deepspeed, prepared.config.model, prepared.config.optimizer.states)
         saved = read_state(checkpoint, layout, facts(prepared.architecture))
         state = TrainState.of(prepared, saved)
         if state.planner.step > prepared.total_steps:
@@ -407,6 +408,8 @@ def introduce(prepared: Prepared, backend: Backend) -> None:
         distributed.world_size(),
         backend.layout["ZeRO stage"],
     )
+    if backend.layout["ZeRO stage"]:
+        log.info("ZeRO: %s", describe_sizes(prepared.deepspeed["zero_optimization"]))
     if config.model.adapter is not None:
         adapter, targets = config.model.adapter, trained_targets(backend.model.lm)
         log.info(

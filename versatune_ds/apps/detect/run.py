@@ -24,7 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from versatune_ds.apps.detect.classifier import ClassifierJudge
+from versatune_ds.apps.detect.classifier import MAX_TRAINING_SAMPLES, ClassifierJudge
+from versatune_ds.apps.detect.embedding import Embedder
 from versatune_ds.apps.detect.endpoint import EndpointJudge
 from versatune_ds.apps.detect.generate import (
     GeneratedText,
@@ -110,7 +111,7 @@ def detect_in_group(config: Config, context: DetectContext) -> None:
     """`detect` within a process group that is already there, or without one."""
     table = DomainTable(config.domains.names)
     distributed.together(lambda: context.folder.mkdir(parents=True, exist_ok=True))
-    judge = distributed.together(build_judge, config, table, context.device)
+    judge = distributed.together(build_judge, config, table, context)
     try:
         generation = describe_generation(config, context.device)
         texts = generate_texts(config, context, generation)
@@ -198,7 +199,7 @@ def finish_texts(journal: Journal | None) -> dict[int, GeneratedText]:
 # --- step 2: judge ------------------------------------------------------------------------------------------
 
 
-def build_judge(config: Config, table: DomainTable, device: torch.device) -> DomainJudge | None:
+def build_judge(config: Config, table: DomainTable, context: DetectContext) -> DomainJudge | None:
     """The judge that `detect.judge` names, not opened yet; None on ranks that do not judge.
 
     Raises:
@@ -208,7 +209,7 @@ def build_judge(config: Config, table: DomainTable, device: torch.device) -> Dom
     if settings.kind == "model":
         assert settings.model is not None
         return ModelJudge(
-            table.names, judge_settings(settings.model, config.model), settings.batch_size, device
+            table.names, judge_settings(settings.model, config.model), settings.batch_size, context.device
         )
     if not distributed.is_main():
         return None
@@ -223,7 +224,21 @@ def build_judge(config: Config, table: DomainTable, device: torch.device) -> Dom
         load_tokenizer(config),
         config.detect.seed,
         settings.max_chars,
+        embedders=build_embedders(config, context.device),
+        topics=settings.topics,
+        folder=context.folder,
+        texts=settings.probe_texts or MAX_TRAINING_SAMPLES,
     )
+
+
+def build_embedders(config: Config, device: torch.device) -> list[Embedder]:
+    """The models whose vectors the classifier reads: the examined one, and an encoder where one is named."""
+    settings, found = config.detect.judge, []
+    if settings.probe_texts:
+        found.append(Embedder("base", subject(config), config.run.seed, device))
+    if settings.encoder:
+        found.append(Embedder("encoder", judge_settings(settings.encoder, config.model), 0, device))
+    return found
 
 
 def judge_texts(

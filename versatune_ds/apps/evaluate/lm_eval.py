@@ -18,7 +18,7 @@ import torch
 
 from versatune_ds.config.benchmarks import Benchmarks, Task
 from versatune_ds.config.derive import model_of
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.domain.evaluation import BenchmarkScore
 from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.foundations import distributed

@@ -23,28 +23,19 @@ activations), NVMe offload. ZeRO++'s secondary partition is an estimate.
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
-from versatune_ds.config.schema import Adapter, Config
-from versatune_ds.data.collate import rows_of
+from versatune_ds.apps.plan.setup import FP32, GIB, INT, LONG, Checkpointing, Setup, ZeroBuffers
+from versatune_ds.config.model import Adapter
 from versatune_ds.domain.statistics import NUM_ROWS
+from versatune_ds.engine.backend.rounded_adamw import SLICE
 from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.shape import ModelShape
-from versatune_ds.foundations.errors import ConfigError
 from versatune_kernels.chunked import VOCAB_BLOCK
 from versatune_kernels.contract import Spec
 from versatune_kernels.sizing import auto_chunk_tokens, row_stride, triton_chunks
 
-Offload = Literal["none", "optimizer", "all"]
-Checkpointing = Literal["off", "all"] | int
-
-GIB = 2**30
-FP32, LONG, INT = 4, 8, 4
-"""Bytes of an element."""
 NF4 = 0.5 + 0.127 / 8
 """Bytes of a weight in 4 bits with its doubly quantised scales (arXiv 2305.14314, section 3)."""
 
@@ -54,127 +45,6 @@ FRAGMENTATION = 0.06
 # Measured 2026-11-20 on 2 CPU cores: a rank with a tiny model holds 0.6 GiB in RAM; CUDA's libraries and
 # pinned batches add to it (model).
 HOST_PROCESS_BYTES = int(3.0 * GIB)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroBuffers:
-    """DeepSpeed's sizes, in elements; defaults are DeepSpeed's."""
-
-    reduce_bucket: int = 500_000_000
-    prefetch_bucket: int = 50_000_000
-    persistence_threshold: int = 100_000
-    max_live: int = 1_000_000_000
-    sub_group: int = 1_000_000_000
-    hpz_ranks: int = 1
-    """ZeRO++: ranks that share a secondary copy of the parameters; 1: none."""
-
-    @classmethod
-    def from_settings(cls, zero: dict[str, Any]) -> ZeroBuffers:
-        """Of a `zero_optimization` section."""
-        keys = {
-            "reduce_bucket": "reduce_bucket_size",
-            "prefetch_bucket": "stage3_prefetch_bucket_size",
-            "persistence_threshold": "stage3_param_persistence_threshold",
-            "max_live": "stage3_max_live_parameters",
-            "sub_group": "sub_group_size",
-            "hpz_ranks": "zero_hpz_partition_size",
-        }
-        given = {name: zero[key] for name, key in keys.items() if isinstance(zero.get(key), int | float)}
-        return cls(**{name: int(size) for name, size in given.items()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """Settings that memory depends on."""
-
-    gpus: int
-    zero_stage: int = 3
-    dtype: str = "bf16"
-    pack_len: int = 8192
-    packs_per_step: int = 128
-    sequence_parallel: int = 1
-    checkpointing: Checkpointing = "off"
-    offload: Offload = "none"
-    buffers: ZeroBuffers = ZeroBuffers()
-    logits_dtype: Literal["fp32", "compute"] = "fp32"
-    supervised: float = 0.5
-    """Share of positions with a label."""
-    adapter: Adapter | None = None
-    """What is trained in the model's place."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """cpu: as the tests run: chunked loss, sdpa with a mask, an AdamW that is not fused."""
-
-    @property
-    def element(self) -> int:
-        """Bytes of an element in `dtype`."""
-        return DTYPES[self.dtype].itemsize
-
-    @property
-    def packs_per_gpu(self) -> int:
-        """Micro-batches of a step on one GPU."""
-        return self.packs_per_step * self.sequence_parallel // self.gpus
-
-    @property
-    def rows(self) -> int:
-        """Tokens of a pack on one GPU."""
-        return rows_of(self.pack_len, self.sequence_parallel) // self.sequence_parallel
-
-    @property
-    def accumulates(self) -> bool:
-        """True if gradients outlive a micro-batch."""
-        return self.packs_per_gpu > 1
-
-    @property
-    def shards(self) -> int:
-        """Ranks that share the optimizer state."""
-        return self.gpus if self.zero_stage else 1
-
-    @property
-    def is_qlora(self) -> bool:
-        """The model in 4 bits, which ZeRO-3 cannot divide."""
-        return self.adapter is not None and self.adapter.kind == "qlora"
-
-    @property
-    def offloads_optimizer(self) -> bool:
-        """Master weights and moments in host memory."""
-        return self.offload != "none"
-
-
-def read_offload(zero: dict[str, Any]) -> Offload:
-    """What a `zero_optimization` section offloads."""
-
-    def is_on(key: str) -> bool:
-        return (zero.get(key) or {}).get("device", "none") != "none"
-
-    if is_on("offload_param"):
-        return "all"
-    return "optimizer" if is_on("offload_optimizer") else "none"
-
-
-def setup_fields(config: Config) -> dict[str, Any]:
-    """The fields of `Setup` that a run's settings decide.
-
-    Raises:
-        ConfigError: there is no such DeepSpeed file.
-    """
-    source: Any = config.deepspeed
-    if isinstance(source, Path):
-        if not source.is_file():
-            raise ConfigError(f"deepspeed: no file {source}; see configs/deepspeed/ for ready ones")
-        source = json.loads(source.read_text(encoding="utf-8"))
-    zero = source.get("zero_optimization", {"stage": 3})
-    return {
-        "zero_stage": int(zero.get("stage", 0)),
-        "dtype": config.model.dtype,
-        "logits_dtype": config.model.logits_dtype,
-        "pack_len": config.batch.pack_len,
-        "packs_per_step": config.batch.packs_per_step,
-        "sequence_parallel": config.batch.sequence_parallel,
-        "checkpointing": config.model.activation_checkpointing,
-        "offload": read_offload(zero),
-        "buffers": ZeroBuffers.from_settings(zero),
-        "adapter": config.model.adapter,
-    }
 
 
 class Part(NamedTuple):
@@ -219,7 +89,7 @@ def memory_plan(shape: ModelShape, setup: Setup) -> MemoryPlan:
         setup: the settings; `packs_per_step` is a multiple of `gpus` over `sequence_parallel`.
     """
     held, gradients, step, host = _states(shape, setup)
-    work = (*_activations(shape, setup), *_gathered(shape, setup), *_loss(shape, setup))
+    work = (*_activations(shape, setup), *_communication(shape, setup), *_loss(shape, setup))
     forward, step = (*gradients, *work), (*gradients, *step)
     tensors = total(held) + max(total(forward), total(step))
     margin: tuple[Part, ...] = ()
@@ -261,10 +131,9 @@ def layer_activations(shape: ModelShape, setup: Setup) -> int:
     normed = FP32 + (FP32 if shape.fp32_norms else s) * is_trained
     norm = shape.hidden * (normed + s * is_trained)
     attention = 2 * (shape.query_width + math.lcm(shape.kv_heads, n) * shape.head_size) * s
-    targets = () if setup.adapter is None else shape.targets(setup.adapter)
-    if n > 1 and (is_trained or any(x.source == "attention" for x in targets)):
+    if setup.device == "cpu" or n > 1:  # outputs of the samples and of all; before and after the exchange
         attention += shape.query_width * s
-    if shape.joined:  # v is a part of what the joined matrix gave, which is kept whole
+    if shape.joined and n == 1:  # v is a part of what the joined matrix gave, which is kept whole
         attention += (shape.query_width + shape.kv_width) * s
     mlp = (3 + is_trained) * shape.mlp * s
     if shape.experts is not None:
@@ -291,24 +160,42 @@ def _adapter_activations(shape: ModelShape, setup: Setup) -> int:
     return kept + sum(2 * x.out * s for x in linears) * (adapter.kind == "dora")
 
 
+def kept_outputs(shape: ModelShape, setup: Setup) -> int:
+    """Bytes that one layer keeps under `selective`: its input and the outputs of products and attention.
+
+    Per token: q, k, v, the attention output (and one fp32 number per head) and its product; gate, up and
+    down of the MLP, or of each choice of experts; of adapters A and B.
+    """
+    kv_width = math.lcm(shape.kv_heads, setup.sequence_parallel) * shape.head_size
+    width = 2 * shape.hidden + 2 * (shape.query_width + kv_width)
+    if shape.experts is None:
+        width += 2 * shape.mlp + shape.hidden
+    else:
+        width += shape.experts.active * (2 * shape.experts.mlp + shape.hidden) + shape.experts.count
+    if setup.adapter is not None:
+        width += sum(setup.adapter.rank + linear.out for linear in shape.targets(setup.adapter))
+    return setup.rows * (width * setup.element + FP32 * shape.heads)
+
+
 def recomputed_layers(layers: int, policy: Checkpointing) -> int:
-    """Layers whose activations are recomputed: none, all, or every n-th from the first."""
-    if policy == "off":
+    """Layers whose products are recomputed: none, all, or every n-th from the first."""
+    if policy in ("off", "selective"):
         return 0
-    return layers if policy == "all" else math.ceil(layers / int(policy))
+    return math.ceil(layers / policy) if isinstance(policy, int) else layers
 
 
 def saved_activations(shape: ModelShape, setup: Setup) -> int:
     """Bytes that the layers and the last norm keep for backward, after a whole forward."""
     s, tokens = setup.element, setup.rows
     recomputed = recomputed_layers(shape.layers, setup.checkpointing)
-    kept = (shape.layers - recomputed) * layer_activations(shape, setup)
-    inputs = recomputed * tokens * shape.hidden * s
+    is_selective = setup.checkpointing == "selective"
+    kept = (shape.layers - recomputed) * (kept_outputs if is_selective else layer_activations)(shape, setup)
+    inputs = 0 if setup.inputs_on_host else recomputed * tokens * shape.hidden * s
     norm = tokens * (shape.hidden * FP32 + FP32)
     last_norm = norm + tokens * shape.hidden * s if setup.adapter is None else norm
     rotary = 2 * shape.head_size * tokens * s
     # below the first adapter nothing has a gradient
-    first_norm = norm if setup.adapter is not None and not recomputed else 0
+    first_norm = norm if setup.adapter is not None and not recomputed and not is_selective else 0
     return kept + inputs + last_norm + rotary - first_norm
 
 
@@ -322,14 +209,15 @@ def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     working = tokens * s * ((3 if setup.adapter is None else 2) * shape.mlp + 2 * shape.hidden)
     if recomputes:
         working += layer_activations(shape, setup)
+    if setup.checkpointing == "selective":
+        working -= kept_outputs(shape, setup)
     # The layer's own work stands against the loss's: they are not there at the same time.
     beyond_loss = max(0, working - total(_loss(shape, setup)))
     if beyond_loss:
         name = "one layer recomputed, and its backward" if recomputes else "backward of one layer"
         parts.append(Part(f"{name}, beyond the loss buffer", beyond_loss, False))
     batch = tokens * (3 * LONG + 2 * INT)
-    mask = setup.pack_len**2 if setup.device == "cpu" else 0  # bool, block-diagonal
-    parts.append(Part("batch", batch + mask, True))
+    parts.append(Part("batch", batch, True))
     return tuple(parts)
 
 
@@ -362,16 +250,20 @@ def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     )
 
 
-def _gathered(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
-    """Whole weights that ZeRO-3, or qlora's products, hold for a while."""
+def _communication(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
+    """Whole weights that ZeRO-3, or qlora's products, hold for a while; buckets of the other stages, which go
+    after backward."""
     if setup.is_qlora:
         largest = max(linear.width * linear.out for linear in shape.linears.values())
         return (Part("a weight out of its 4 bits", largest * setup.element, False),)
-    if setup.zero_stage < 3:
+    if setup.zero_stage == 0:
         return ()
-    prefetch = setup.buffers.prefetch_bucket
+    buffers = ZeroBuffers.of(shape, setup)
+    if setup.zero_stage < 3:
+        buckets = 2 if buffers.overlap else 1
+        return (Part("communication buckets", buckets * buffers.reduce_bucket * setup.element, True),)
     largest = max(shape.head_parameters, shape.layer_parameters)
-    live = min(shape.parameters, max(setup.buffers.max_live, largest + prefetch))
+    live = min(shape.parameters, max(buffers.max_live, largest + buffers.prefetch_bucket))
     return (Part("gathered parameters (ZeRO-3)", live * setup.element, True),)
 
 
@@ -385,7 +277,7 @@ def _states(
     shape: ModelShape, setup: Setup
 ) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
     """(always held on the GPU, gradients of a step, added by the optimizer step, held in host memory)."""
-    s, stage, buffers = setup.element, setup.zero_stage, setup.buffers
+    s, stage, buffers = setup.element, setup.zero_stage, ZeroBuffers.of(shape, setup)
     adapter = adapter_sizes(shape, setup.adapter)
     n, largest = trained_parameters(shape, setup.adapter), max(adapter, default=shape.head_parameters)
     shard = math.ceil(n / setup.shards)
@@ -403,9 +295,9 @@ def _states(
         if buffers.hpz_ranks > 1:
             whole = shape.parameters * s
             held.append(Part("parameters, secondary copy (ZeRO++)", whole // buffers.hpz_ranks, False))
-    states = [Part("moments", shard * 2 * FP32, True)]
+    states = [Part("moments", shard * 2 * setup.moment, True)]
     if stage:
-        states.insert(0, Part("master weights", shard * FP32, True))
+        states.insert(0, Part("master weights", shard * setup.master, True))
     (host if setup.offloads_optimizer else held).extend(states)
     if stage in (1, 2):
         held.append(Part("gradient of the largest weight, still referenced", largest * s, True))
@@ -422,13 +314,16 @@ def _states(
         held.append(gradients)  # one flat buffer for the whole run
     else:
         of_step.append(gradients)
-    if stage >= 2:
-        bucket = buffers.reduce_bucket if stage == 3 else min(buffers.reduce_bucket, n)
-        held.append(Part("communication bucket", bucket * s, True))
+    if stage == 3:
+        held.append(Part("communication bucket", buffers.reduce_bucket * s, True))
+    if setup.inputs_on_host:
+        host.append(Part("inputs of layers", shape.layers * setup.rows * shape.hidden * s, False))
     held.append(Part("statistics", NUM_ROWS * 8 * 64, True))
     if stage and not setup.offloads_optimizer:
         one_group = min(shard, buffers.sub_group) if stage == 3 else shard
-        step.append(Part("fp32 gradients of the partition", one_group * FP32, True))
-        if setup.device == "cpu":
+        step.append(Part("gradients of the partition, as master weights", one_group * setup.master, True))
+        if setup.states != "fp32":
+            step.append(Part("temporaries of AdamW", min(one_group, SLICE) * 6 * FP32, True))
+        elif setup.device == "cpu":
             step.append(Part("temporaries of AdamW", one_group * 2 * FP32, True))
     return tuple(held), tuple(of_step), tuple(step), tuple(host)

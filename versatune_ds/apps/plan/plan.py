@@ -17,16 +17,13 @@ from typing import Any, NamedTuple
 
 from versatune_ds.apps.plan.gpus import Gpu
 from versatune_ds.apps.plan.memory import (
-    GIB,
-    Checkpointing,
     MemoryPlan,
-    Offload,
-    Setup,
     memory_plan,
     recomputed_layers,
     total,
     trained_parameters,
 )
+from versatune_ds.apps.plan.setup import GIB, Checkpointing, Offload, Setup
 from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.observability.throughput import TERA
 
@@ -152,7 +149,8 @@ def checkpoint_bytes(shape: ModelShape, setup: Setup) -> int:
     """Bytes of one checkpoint over all ranks, of what is trained: master weights and moments, and below
     ZeRO-3 the parameters too."""
     trained = trained_parameters(shape, setup.adapter)
-    return trained * (12 + (setup.element if setup.zero_stage in (1, 2) else 0))
+    parameters = setup.element if setup.zero_stage in (1, 2) else 0
+    return trained * (setup.master + 2 * setup.moment + parameters)
 
 
 def make_plan(
@@ -207,7 +205,7 @@ def make_plan(
 
 def _settings(setup: Setup) -> dict[str, Any]:
     batch = ("pack_len", "sequence_parallel", "packs_per_step")
-    names = ("gpus", "zero_stage", "dtype", *batch, "checkpointing", "offload")
+    names = ("gpus", "zero_stage", "dtype", *batch, "checkpointing", "offload", "states")
     return {name: getattr(setup, name) for name in names}
 
 
@@ -233,7 +231,8 @@ def as_text(plan: dict[str, Any]) -> str:
         f"ZeRO-{settings['zero_stage']}, {settings['dtype']}, packs of {settings['pack_len']}"
         + (f", each shared by {n} GPUs" if (n := settings["sequence_parallel"]) > 1 else "")
         + f", {settings['packs_per_step']} packs a step, "
-        f"activation_checkpointing {settings['checkpointing']}, offload {settings['offload']}"
+        f"activation_checkpointing {settings['checkpointing']}, "
+        f"offload {settings['offload']}, optimizer.states {settings['states']}"
         + (" (chosen: the least extra work that fits)" if settings["chosen"] else ""),
         f"verdict: {plan['verdict']} - {memory['peak_bytes'] / GIB:.1f} of {room / GIB:.1f} GiB on each GPU",
         "",

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from versatune_ds.config.load import load_settings
-from versatune_ds.config.schema import Adapter
+from versatune_ds.config.model import Adapter
 from versatune_ds.config.section import Place, Section
 from versatune_ds.config.weights import share_problems
 

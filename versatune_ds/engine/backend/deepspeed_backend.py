@@ -24,6 +24,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+from deepspeed.utils import set_z3_leaf_modules
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -42,6 +43,7 @@ from versatune_ds.engine.backend.reshard import load_resharded
 from versatune_ds.engine.backend.safe_loading import tensors_only
 from versatune_ds.engine.model.adapters import MAGNITUDE
 from versatune_ds.engine.model.attention import AttentionChoice, choose_attention
+from versatune_ds.engine.model.dtypes import multiplies_bf16
 from versatune_ds.engine.model.isolation import PROBE_TOKENS, isolation_leak, sharing_error
 from versatune_ds.engine.model.packed_lm import (
     PackedCausalLM,
@@ -237,7 +239,9 @@ def build_backend(
     optimizer = build_optimizer(model, config.optimizer, offloads_optimizer(settings))
     live, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     restore_buffers(model, buffers)
-    layout = state_layout(settings, config.model)
+    if config.model.compile == "layers":
+        model.compile_layers()
+    layout = state_layout(settings, config.model, config.optimizer.states)
     backend = DeepSpeedBackend(live, model, device, attention, settings, layout, ranks)
     check_isolation(backend, config)
     return backend
@@ -277,6 +281,8 @@ def _build_model(
         log.warning("model.trust_remote_code is on: Python code of %s will run here", config.model.source)
     if config.model.dtype == "fp16" and device.type == "cpu":
         raise ConfigError("model.dtype fp16 needs CUDA; use bf16 or fp32 on CPUs")
+    if config.model.dtype == "bf16" and device.type == "cpu" and not multiplies_bf16():
+        log.warning("this CPU has no bf16 units: fp32 is many times faster here; set model.dtype: fp32")
     try:
         loss = resolve_backend(config.model.loss_backend, device.type)
     except KernelError as error:
@@ -298,6 +304,9 @@ def _build_model(
     model = build_model(config.model, attention, config.run.seed, device.type, sequence)
     if is_zero3:
         _share_with_dora(model)
+        if config.model.compile == "layers":
+            # fetched and released as one, outside of what is compiled, not by hooks of each matrix in it
+            set_z3_leaf_modules(model, list({type(layer) for layer in model.layers}))
     unset_hf_deepspeed_config()
     del zero3
     return model, attention

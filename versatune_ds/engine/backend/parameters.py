@@ -28,9 +28,9 @@ def live_shape(model: PackedCausalLM) -> ModelShape:
     """The shape of a built model, for its FLOPs; with an adapter in it, of the frozen model beside that."""
     total, body = parameter_counts(model)
     if model.lm.get_output_embeddings().weight.requires_grad:
-        return built_shape(model.lm.config, total, body)
+        return built_shape(model.lm.config, (total, body))
     trained = parameter_counts(model, trained=True)[0]
-    return built_shape(model.lm.config, total - trained, body - trained, trained)
+    return built_shape(model.lm.config, (total - trained, body - trained), trained)
 
 
 def parameter_size(parameter: Any) -> int:

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.engine.model.adapters import MAGNITUDE, PREFIX, file_name, lora_config
 from versatune_ds.engine.model.source import TEXT_PART
 from versatune_ds.foundations import constants

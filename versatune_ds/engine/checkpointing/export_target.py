@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.foundations.constants import CHECKPOINTS_DIR, EXPORT_DIR, EXPORT_FILE
 from versatune_ds.foundations.errors import ConfigError, StateError
 from versatune_ds.foundations.files import fsync_dir, fsync_tree, read_json_object, write_json_atomic

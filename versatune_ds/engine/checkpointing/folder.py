@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from versatune_ds.config.schema import Checkpoint
 from versatune_ds.engine.backend.backend import Backend
+from versatune_ds.engine.backend.zero_sizes import DEEPSPEED_SUB_GROUP, SUB_GROUP_KEY
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.constants import (
     BEST_FILE,
@@ -266,8 +267,14 @@ def read_state(path: Path, layout: dict[str, Any], architecture: Mapping[str, st
     ]
     if changed:
         raise StateError(f"it holds another model: {', '.join(changed)}; set that back")
-    # before there were adapters the layout did not speak of them
-    saved = state["layout"] = {"model.adapter": None, **state["layout"]}
+    # what older layouts do not speak of
+    groups = DEEPSPEED_SUB_GROUP if state["layout"]["ZeRO stage"] == 3 else None
+    saved = state["layout"] = {
+        "model.adapter": None,
+        SUB_GROUP_KEY: groups,
+        "optimizer.states": "fp32",
+        **state["layout"],
+    }
     unsharded = "ZeRO stage 0" if 0 in (saved["ZeRO stage"], layout["ZeRO stage"]) else None
     changes = (
         ("model.dtype", "another precision"),
@@ -287,8 +294,8 @@ def load_model_state(path: Path, backend: Backend, state: dict[str, Any]) -> Non
     """Load model, optimizer and random generator states; every rank calls it.
 
     With the number of ranks and the layout it was saved in, the run goes on bit for bit. Otherwise the
-    generators are seeded from the checkpoint's name and the rank: generator states belong to ranks. (The
-    models drop nothing out, so no training step draws from them.)
+    generators are seeded from the checkpoint's name and the rank: generator states belong to ranks. (Only
+    an adapter's dropout and the rounding of `optimizer.states` draw from them.)
 
     Args:
         state: our own state of the checkpoint.

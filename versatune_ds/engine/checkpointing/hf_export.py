@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from versatune_ds.config.load import load_config
-from versatune_ds.config.schema import Config, Model
+from versatune_ds.config.model import Model
+from versatune_ds.config.schema import Config
 from versatune_ds.data.encode.chat_encoder import stop_token
 from versatune_ds.data.encode.tokenizer import load_tokenizer, set_chat_template
 from versatune_ds.engine.backend.backend import Backend

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from versatune_ds.config.schema import Adapter
+from versatune_ds.config.model import Adapter
 from versatune_ds.engine.model.router import experts_of
 from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 from versatune_ds.foundations.errors import ConfigError

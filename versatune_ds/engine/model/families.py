@@ -106,16 +106,18 @@ def planned_shape(config: Mapping[str, Any], origin: str) -> ModelShape:
         raise ConfigError(f"{origin}: {error}") from error
 
 
-def built_shape(config: Any, parameters: int, nonembedding: int, trained: int | None = None) -> ModelShape:
-    """The shape of a built model of any family; of one without a plan only what its FLOPs need is right.
+def built_shape(
+    config: Any, counted: tuple[int, int] | None = None, trained: int | None = None
+) -> ModelShape:
+    """The shape of a model of any family; of one without a plan only what its FLOPs need is right.
 
     Args:
         config: its transformers configuration.
-        parameters: all, a tied embedding and head once.
-        nonembedding: all but the embedding and the head.
+        counted: parameters of the built model: all, a tied embedding and head once; all but these two. None:
+            by formula.
         trained: those of an adapter beside it, in neither of the two; None: the model itself is trained.
     """
-    return dataclasses.replace(_shape(config, (parameters, nonembedding)), trained=trained)
+    return dataclasses.replace(_shape(config, counted), trained=trained)
 
 
 def _experts(config: Any, family: Family) -> Experts | None:

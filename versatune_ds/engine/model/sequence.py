@@ -30,7 +30,13 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AttentionInterface
 
-from versatune_ds.engine.model.attention import AttentionChoice, varlen_attention
+from versatune_ds.engine.model.attention import (
+    BY_SAMPLE,
+    VARLEN,
+    AttentionChoice,
+    sample_attention,
+    varlen_attention,
+)
 from versatune_ds.foundations.errors import ConfigError
 from versatune_kernels import LossOutput
 
@@ -57,15 +63,6 @@ class SequenceGroup(NamedTuple):
         return out._replace(sample_loss=sums[0], sample_tokens=sums[1].long(), sample_loss_sq=sums[2])
 
 
-class SharedPack(NamedTuple):
-    """What attention must know of one pack; an argument of transformers' that reaches every layer."""
-
-    group: SequenceGroup | None
-    """None: this rank has all rows."""
-    masks: dict[int | None, torch.Tensor]
-    """Of this pack, by window; filled as layers ask."""
-
-
 def check_heads(heads: int, ranks: int) -> None:
     """Refuse a number of ranks that cannot share the heads.
 
@@ -86,12 +83,15 @@ def check_heads(heads: int, ranks: int) -> None:
 
 def share_heads(choice: AttentionChoice, ranks: int) -> AttentionChoice:
     """The chosen attention with the heads shared by `ranks` ranks, known to transformers by the new name."""
-    name = f"ulysses_{choice.implementation}"
-    inner = masked_attention if choice.implementation == "sdpa" else varlen_attention
+    is_varlen = choice.implementation == VARLEN
+    inner = varlen_attention if is_varlen else sample_attention
+    name = f"ulysses_{VARLEN if is_varlen else BY_SAMPLE}"
     AttentionInterface.register(name, functools.partial(attention_over_heads, inner))
-    return AttentionChoice(name, f"{choice.reason}; heads are shared by {ranks} ranks")
+    how = choice.reason if is_varlen else "sdpa, one sample after the other"
+    return AttentionChoice(name, f"{how}; heads are shared by {ranks} ranks")
 
 
+@torch.compiler.disable  # collectives
 def attention_over_heads(
     inner: Attention,
     module: nn.Module,
@@ -100,7 +100,7 @@ def attention_over_heads(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    shared_pack: SharedPack,
+    sequence_group: SequenceGroup | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a pack whose rows are spread over a group, for transformers' AttentionInterface.
@@ -108,13 +108,13 @@ def attention_over_heads(
     Args:
         inner: attention of all rows and a share of the heads; same arguments.
         query: [1, H, T / n, d]; key, value: [1, K, T / n, d].
+        sequence_group: the group; None: this rank has all rows.
         kwargs: as in `varlen_attention`, of the whole pack.
 
     Returns:
         [1, T / n, H, d] and None (no attention weights).
     """
-    group = shared_pack.group
-    kwargs["masks"] = shared_pack.masks
+    group = sequence_group
     if group is None:
         return inner(module, query, key, value, None, **kwargs)
     copies = math.lcm(key.shape[1], group.size) // key.shape[1]
@@ -127,47 +127,6 @@ def attention_over_heads(
     out, _ = inner(module, *rows.split(heads, dim=1), None, **kwargs)
     back = _exchanged(out[0].unflatten(0, (group.size, -1)), group)  # [n, T / n, H / n, d]
     return back.transpose(0, 1).flatten(1, 2).unsqueeze(0), None
-
-
-def masked_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    dropout: float = 0.0,
-    *,
-    cu_seq_lens_q: torch.Tensor,
-    max_length_q: int,
-    masks: dict[int | None, torch.Tensor],
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """What `varlen_attention` computes, by torch's sdpa; with a block-diagonal mask if it must be."""
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ConfigError("batch.sequence_parallel: heads neither cap scores nor have sinks; set it to 1")
-    is_one_sample = sliding_window is None and max_length_q == query.shape[2]
-    if sliding_window not in masks and not is_one_sample:
-        rows = torch.arange(query.shape[2], device=query.device)
-        sample = torch.bucketize(rows, cu_seq_lens_q, right=True)
-        distance = rows.unsqueeze(1) - rows
-        seen = (sample.unsqueeze(1) == sample) & (distance >= 0)
-        if sliding_window is not None:
-            seen &= distance < sliding_window
-        # to be added to the scores: of a mask of booleans each layer would keep such a copy
-        masks[sliding_window] = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, -torch.inf)
-    copies = query.shape[1] // key.shape[1]
-    out = nn.functional.scaled_dot_product_attention(
-        query,
-        key.repeat_interleave(copies, dim=1),
-        value.repeat_interleave(copies, dim=1),
-        attn_mask=masks.get(sliding_window),
-        dropout_p=dropout,
-        is_causal=is_one_sample,
-        scale=scaling,
-    )
-    return out.transpose(1, 2), None
 
 
 def _exchanged(tensor: torch.Tensor, group: SequenceGroup) -> torch.Tensor:

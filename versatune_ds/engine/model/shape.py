@@ -38,7 +38,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from versatune_ds.config.schema import Adapter
+from versatune_ds.config.model import Adapter
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from versatune_ds.config.schema import Config, Model
+from versatune_ds.config.model import Model
+from versatune_ds.config.schema import Config
 from versatune_ds.config.weights import Weights
 from versatune_ds.data.cache.cache import check_file
 from versatune_ds.data.cache.prepare import naming_the_command, open_caches
