@@ -245,6 +245,7 @@ def test_command_reads_a_runs_settings(capsys):
         "packs_per_step": 128,
         "checkpointing": "all",
         "offload": "none",
+        "states": "fp32",
         "chosen": False,
     }
     assert any("ZeRO++" in part["what"] for part in plan["memory"]["always"])

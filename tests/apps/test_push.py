@@ -12,6 +12,7 @@ from launching import free_port
 from safetensors.torch import save_file
 
 from versatune_ds.cli.main import main
+from versatune_ds.foundations.constants import EXIT_STATE
 from versatune_ds.report.card import model_card
 from versatune_ds.report.runs import read_run
 
@@ -121,3 +122,16 @@ def test_a_hub_that_refuses_is_said_without_the_token(hub, run, capsys):
     said = capsys.readouterr().err
     assert "could not be pushed to me/tuned" in said and "HF_TOKEN" in said and TOKEN not in said
     assert json.dumps(hub.files) == "{}"
+
+
+def test_a_card_of_the_users_own_stays(hub, run, capsys):
+    """Ours is one of the export's files, which another export replaces."""
+    (run / "model" / "versatune_export.json").write_text('{"files": ["adapter_config.json"]}')
+    for _ in range(2):
+        assert main(["export", str(run), "--push", "me/tuned"]) == 0
+    listed = json.loads((run / "model" / "versatune_export.json").read_text())["files"]
+    assert listed == ["README.md", "adapter_config.json"]
+    (run / "model" / "README.md").write_text("# My own words")
+    assert main(["export", str(run), "--push", "me/tuned"]) == EXIT_STATE
+    assert "holds README.md, which this program did not write" in capsys.readouterr().err
+    assert (run / "model" / "README.md").read_text() == "# My own words"

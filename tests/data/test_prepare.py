@@ -201,6 +201,15 @@ def test_training_refuses_missing_caches_and_domains(tmp_path: Path, tokenizer: 
         open_caches(config)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_a_pointer_in_place_of_a_file_is_named(tmp_path: Path, tokenizer: Path, name: str) -> None:
+    model = shutil.copytree(tokenizer, tmp_path / "model")
+    (model / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    config = data_config(tmp_path, model, write_jsonl(tmp_path / "a.jsonl", pairs(1)))
+    with pytest.raises(ConfigError, match=rf"{name}: a Git LFS pointer lies there.*git lfs pull"):
+        prepare(config)
+
+
 def test_domains_may_be_named_like_files_of_ours_or_like_paths(tmp_path: Path, tokenizer: Path) -> None:
     """Alone in their units, and together in one."""
     names = (

@@ -201,7 +201,7 @@ class TestRuns:
     @pytest.mark.parametrize("name", ["moments", "stochastic", "stochastic_sharded"])
     def test_losses_are_near_those_of_fp32_states(self, runs, name):
         found, expected = losses(runs / name), losses(runs / "fp32")
-        assert expected[-1] < 0.97 * expected[0] and found != expected
+        assert expected[-1] < 0.985 * expected[0] and found != expected
         assert found == pytest.approx(expected, rel=5e-3)
 
     @pytest.mark.parametrize("name", ["moments_moved", "stochastic_moved"])
@@ -212,7 +212,9 @@ class TestRuns:
         assert saved.keys() == loaded.keys()
         different = [k for k in saved if not torch.equal(saved[k].flatten(), loaded[k].flatten())]
         assert not different
-        assert {saved[k].dtype for k in saved if k.startswith("exp_avg")} == {torch.bfloat16}
+        moments = [tensor.float() for key, tensor in saved.items() if key.startswith("exp_avg")]
+        assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in moments)
+        assert any(tensor.abs().max() > 0 for tensor in moments)
         assert losses(runs / name) == pytest.approx(losses(runs / source), rel=5e-3)
 
     def test_a_run_with_fp32_states_goes_on_with_less(self, runs):

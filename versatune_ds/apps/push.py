@@ -12,9 +12,10 @@ import os
 from pathlib import Path
 
 from versatune_ds.config.secrets import redacted
+from versatune_ds.engine.checkpointing.export_target import add_file
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import SaveError, StateError
-from versatune_ds.foundations.files import write_text_atomic
+from versatune_ds.foundations.files import require_own
 from versatune_ds.report.card import model_card
 from versatune_ds.report.runs import read_run
 
@@ -32,7 +33,7 @@ def push(run_dir: Path, export: Path, repository: str, *, step: int | None, publ
         public: of a repository that is made now.
 
     Raises:
-        StateError: the folder holds no model.
+        StateError: the folder holds no model, or a card of somebody else.
         SaveError: the hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
@@ -40,7 +41,8 @@ def push(run_dir: Path, export: Path, repository: str, *, step: int | None, publ
     if not any(export.glob("*.safetensors")):
         raise StateError(f"{export} holds no safetensors files; export the model first")
     is_adapter = (export / constants.ADAPTER_CONFIG_FILE).is_file()
-    write_text_atomic(export / CARD_FILE, model_card(read_run(run_dir), step, is_adapter=is_adapter))
+    require_own(export, {CARD_FILE: "- versatune-ds\n"}, "write what you want to say on the hub")
+    add_file(export, CARD_FILE, model_card(read_run(run_dir), step, is_adapter=is_adapter))
     hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     message = f"{run_dir.resolve().name}, trained with versatune_ds"
     try:

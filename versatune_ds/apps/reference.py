@@ -33,7 +33,7 @@ from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.domain.alarms import reference_alarms
 from versatune_ds.domain.evaluation import ModelEvaluation
-from versatune_ds.domain.reference import Fingerprints, ReferenceLosses, checked_losses
+from versatune_ds.domain.reference import REFERENCE_FORMAT, Fingerprints, ReferenceLosses, checked_losses
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
@@ -42,7 +42,13 @@ from versatune_ds.engine.run import report_alarms
 from versatune_ds.engine.train import train_in_group
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import DataError, DivergenceError, StateError
-from versatune_ds.foundations.files import canonical_hash, folder_name, write_json_atomic, writing
+from versatune_ds.foundations.files import (
+    canonical_hash,
+    folder_name,
+    require_own,
+    write_json_atomic,
+    writing,
+)
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.strategies.rules import learnable_potential
 from versatune_ds.strategies.simplex import Vector
@@ -73,6 +79,7 @@ def write_reference(
     Returns:
         The file, or None when it was asked to stop; the same command then goes on.
     """
+    require_own(out, {constants.REFERENCE_FILE: REFERENCE_FORMAT})
     if losses is not None:
         given = given_reference(config, losses)
         return distributed.on_main(_write, given, config, out)

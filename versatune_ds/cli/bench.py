@@ -113,11 +113,15 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.apps.bench.slices import run_slices
     from versatune_ds.config.load import validate_settings
     from versatune_ds.foundations import distributed
+    from versatune_ds.foundations.files import require_own
 
     args.data = None if args.data == "synthetic" else args.data
     given = {name: getattr(args, name) for name in BenchSettings.model_fields}
     settings = validate_settings(BenchSettings, given, "bench")
     check_settings(settings)
+    path = args.out / (args.name or _name(args, distributed.world_size()))
+    signs = {f"{path.name}.json": '"schema_version"', f"{path.name}.md": "# Trainer benchmark"}
+    require_own(path.parent, signs)
     slices = choose_slices(settings, device_memory())
     write = functools.partial(write_results, args, settings, len(slices))
     all_measured = run_slices(settings, slices, args.slice_limit_s, write)
@@ -156,8 +160,9 @@ def write_results(
 def write_page(folder: Path) -> int:
     """comparison.md of all results in a folder; settings that failed stand in its failures.txt."""
     from versatune_ds.apps.bench.results import page, read_results
-    from versatune_ds.foundations.files import write_text_atomic
+    from versatune_ds.foundations.files import require_own, write_text_atomic
 
+    require_own(folder, {"comparison.md": "# Trainer benchmarks"}, "give another --page")
     failures = folder / "failures.txt"
     failed = failures.read_text(encoding="utf-8").splitlines() if failures.is_file() else []
     text = page(read_results(folder), failed)

@@ -39,9 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Detect, or draw; print the path of what was written."""
     if args.compare is not None:
+        from versatune_ds.foundations.files import require_own
+        from versatune_ds.report.figures import SOFTWARE
         from versatune_ds.report.knowledge import draw_knowledge
 
         picture = args.out or DEFAULT_PICTURE
+        require_own(picture.parent, {picture.name: SOFTWARE})
         draw_knowledge(args.compare, picture)
         print(picture)
         return EXIT_OK

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.apps.inspect import inspect, to_lines
     from versatune_ds.apps.trace import trace
     from versatune_ds.config.load import load_config
-    from versatune_ds.report.page import to_html
+    from versatune_ds.report.page import to_html, write_html
 
     config = load_config(args.config, args.overrides, to_train=False)
     if args.row is not None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         page = inspect(config, domain=args.domain, samples=args.samples, packs=args.packs)
     if args.html is not None:
-        args.html.write_text(to_html(page), encoding="utf-8")
+        write_html(args.html, to_html(page), "--html")
         print(args.html)
         return EXIT_OK
     for line in to_lines(page, sys.stdout):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from versatune_ds.config.section import PlaceText, Section
 
@@ -87,8 +87,7 @@ class Model(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Model:
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
         if self.compile != "off" and self.activation_checkpointing in ("selective", "offload"):
-            raise ValueError(f"compile cannot trace activation_checkpointing {self.activation_checkpointing}")
-        return self
+            yield f"compile cannot trace activation_checkpointing {self.activation_checkpointing}"

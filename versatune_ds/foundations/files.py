@@ -15,7 +15,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -88,10 +88,41 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def require_own(folder: Path, signs: Mapping[str, str], cure: str = "give another place with --out") -> None:
+    """Refuse to replace files that this program did not write, before the work that they would be for.
+
+    Args:
+        signs: name of each file that will be written -> text that such a file holds in its first 64 KiB.
+        cure: what else to do.
+
+    Raises:
+        StateError: files of these names are there and hold something else.
+    """
+    foreign = [name for name, sign in signs.items() if not _has(folder / name, sign.encode())]
+    if foreign:
+        raise StateError(
+            f"{folder} holds {', '.join(foreign)}, which this program did not write and would replace; move "
+            f"that away, or {cure}"
+        )
+
+
+def _has(path: Path, sign: bytes) -> bool:
+    """Whether a file holds a text near its beginning, or nothing; or is not there."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1 << 16)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return not head or sign in head
+
+
 def remove_temporaries(path: Path) -> None:
     """Remove what killed processes left of atomic writes of `path`; only while no other process writes it."""
     for leftover in path.parent.glob(f".{path.name}.*"):
-        leftover.unlink(missing_ok=True)
+        if re.fullmatch(r"[a-z0-9_]{8}", leftover.name[len(path.name) + 2 :]):  # not an editor's .NAME.swp
+            leftover.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:

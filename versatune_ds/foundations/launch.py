@@ -39,7 +39,7 @@ JOB_NAMES = ("PMIX_NAMESPACE", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 FIRST_PORT, PORTS = 20000, 20000
 RANKED = ("train", "bench", "detect", "evaluate", "reference")
 """Verbs that work on many ranks."""
-HARMLESS = ("sample", "prepare", "inspect", "plan", "doctor")
+HARMLESS = ("sample", "import-config", "prepare", "inspect", "plan", "doctor")
 """Verbs that any number of processes may run at once."""
 
 

@@ -49,7 +49,7 @@ DASHES: tuple[tuple[float, ...] | None, ...] = (None, (4, 1.6), (1.2, 1.4), (5, 
 HATCHES = ("", "///", "...", "xxx")
 MARKERS = ("o", "s", "^", "D")
 POINTS_PER_INCH = 72
-PNG_DPI = 150
+PNG_DPI, SOFTWARE = 150, "versatune_ds"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -414,7 +414,7 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     with drawing():
-        figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": SOFTWARE})
     return buffer.getvalue()
 
 

@@ -17,9 +17,12 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
+from versatune_ds.foundations.files import require_own, write_text_atomic, writing
 from versatune_ds.foundations.text import in_columns
 from versatune_ds.report.measures import MINUS, NOTHING
 
+SIGN = "· VersaTune</title>"
+"""What every page has near its beginning."""
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -153,6 +156,22 @@ def to_html(page: Page, folder: Path = Path()) -> str:
     environment.globals.update(dash=figures.dash_index, colors=figures.NUM_COLORS, dashes=figures.DASHES)
     style = figures.palette_css() + (TEMPLATES / "page.css").read_text(encoding="utf-8")
     return environment.get_template("page.html.j2").render(page=page, style=Markup(style))
+
+
+def write_html(path: Path, text: str, option: str) -> None:
+    """Write a page's text, in place of an earlier page.
+
+    Args:
+        option: that names the place, for the error text.
+
+    Raises:
+        StateError: it cannot be written, or something else is there.
+    """
+    cure = f"give another place with {option}"
+    require_own(path.parent, {path.name: SIGN}, cure)
+    with writing(path, cure):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, text)
 
 
 def to_markdown(page: Page) -> str:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.foundations import constants
-from versatune_ds.foundations.files import write_text_atomic, writing
 from versatune_ds.report.figures import INK, MUTED, Chart, Row, Series, line_chart, row_chart
 from versatune_ds.report.follow import state_of
 from versatune_ds.report.measures import (
@@ -36,7 +35,7 @@ from versatune_ds.report.measures import (
     window_of,
     x_range,
 )
-from versatune_ds.report.page import Fold, Page, PageSection, Picture, to_html
+from versatune_ds.report.page import Fold, Page, PageSection, Picture, to_html, write_html
 from versatune_ds.report.profile import profile_section
 from versatune_ds.report.runs import SHARE_UNITS, RunData, read_runs, smooth
 from versatune_ds.report.tables import (
@@ -125,10 +124,7 @@ def _write(runs: Sequence[RunData], folders: Sequence[Path], out: Path | None, *
     path = default / constants.REPORT_FILE if out is None else Path(out)
     if path.is_dir():
         path = path / constants.REPORT_FILE
-    page = render(runs, path.parent, **shown)
-    with writing(path, "give another place with --out"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, page)
+    write_html(path, render(runs, path.parent, **shown), "--out")
     return path
 
 

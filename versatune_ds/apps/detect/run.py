@@ -54,13 +54,19 @@ from versatune_ds.engine.backend.process_group import close_process_group, start
 from versatune_ds.engine.faults.signals import StopRequest
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError, VersaTuneError
-from versatune_ds.foundations.files import canonical_hash, write_json_atomic
+from versatune_ds.foundations.files import canonical_hash, require_own, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.counting import WorkProgress
 
 log = get_logger(__name__)
 
 SEQUENCES_FILE = "sequences.jsonl"
+SIGNS = {
+    **dict.fromkeys((SEQUENCES_FILE, JUDGEMENTS_FILE), '"index"'),
+    DETECTION_FILE: '"generation"',
+    KNOWLEDGE_FILE: '"interval_95"',
+}
+"""See `require_own`."""
 
 Job = TypeVar("Job")
 
@@ -110,6 +116,7 @@ def detect(config: Config, folder: Path) -> Path | None:
 def detect_in_group(config: Config, context: DetectContext) -> None:
     """`detect` within a process group that is already there, or without one."""
     table = DomainTable(config.domains.names)
+    distributed.together(require_own, context.folder, SIGNS)
     distributed.together(lambda: context.folder.mkdir(parents=True, exist_ok=True))
     judge = distributed.together(build_judge, config, table, context)
     try:

@@ -27,7 +27,7 @@ from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.data.plan.corpus import Corpus
-from versatune_ds.domain.evaluation import Change, ModelEvaluation, compare
+from versatune_ds.domain.evaluation import EVALUATION_FORMAT, Change, ModelEvaluation, compare
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.deepspeed_backend import build_for_evaluation
@@ -42,7 +42,7 @@ from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.engine.provenance import describe_hardware, describe_versions
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError, DivergenceError
-from versatune_ds.foundations.files import writing
+from versatune_ds.foundations.files import require_own, writing
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
@@ -108,6 +108,7 @@ def evaluate_in_group(
     """
     target = resolve_target(model, config)
     folder = out or target.out
+    distributed.together(require_own, folder, {constants.EVALUATION_FILE: EVALUATION_FORMAT})
     evaluation = measure(config, target.source, device)
     write_evaluation(evaluation, folder)
     if tasks is None:

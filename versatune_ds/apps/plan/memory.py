@@ -7,7 +7,7 @@ element of `model.dtype`:
     always     parameters s N (ZeRO-3: / w), master weights 4 N / w, two moments 8 N / w
     both       gradients s N (ZeRO-2 and 3: / w)
     forward    tensors kept for backward (`layer_activations`), gathered weights of ZeRO-3, the loss
-    step       fp32 gradients of the partition; without a fused AdamW (CPU) two more of its temporaries
+    step       gradients of the partition in the dtype of its master weights
 
 Of a pack that ranks share (`batch.sequence_parallel`) each holds its own rows. With an adapter N is that of
 the adapter. The frozen model beside it has s bytes a parameter (qlora: its layers' matrices half a byte and a
@@ -203,11 +203,15 @@ def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     """Saved tensors, the layer in backward, and the batch."""
     tokens, s = setup.rows, setup.element
     parts = [Part("activations kept for backward", saved_activations(shape, setup), True)]
-    recomputes = setup.checkpointing != "off"
+    # If layers stand behind the last recomputed one, theirs have gone before it comes back.
+    policy = setup.checkpointing
+    recomputes = policy != "off" and (isinstance(policy, str) or (shape.layers - 1) % policy == 0)
     # In backward: gradients of the MLP's product, its two factors and the hidden states around it. The
     # product itself, of a frozen layer, has gone by then.
     working = tokens * s * ((3 if setup.adapter is None else 2) * shape.mlp + 2 * shape.hidden)
-    if recomputes:
+    policy = setup.checkpointing
+    above = isinstance(policy, int) and (shape.layers - 1) % policy > 0  # what the last layer kept has gone
+    if recomputes and not above:
         working += layer_activations(shape, setup)
     if setup.checkpointing == "selective":
         working -= kept_outputs(shape, setup)
@@ -324,6 +328,4 @@ def _states(
         step.append(Part("gradients of the partition, as master weights", one_group * setup.master, True))
         if setup.states != "fp32":
             step.append(Part("temporaries of AdamW", min(one_group, SLICE) * 6 * FP32, True))
-        elif setup.device == "cpu":
-            step.append(Part("temporaries of AdamW", one_group * 2 * FP32, True))
     return tuple(held), tuple(of_step), tuple(step), tuple(host)

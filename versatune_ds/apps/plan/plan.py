@@ -231,8 +231,8 @@ def as_text(plan: dict[str, Any]) -> str:
         f"ZeRO-{settings['zero_stage']}, {settings['dtype']}, packs of {settings['pack_len']}"
         + (f", each shared by {n} GPUs" if (n := settings["sequence_parallel"]) > 1 else "")
         + f", {settings['packs_per_step']} packs a step, "
-        f"activation_checkpointing {settings['checkpointing']}, "
-        f"offload {settings['offload']}, optimizer.states {settings['states']}"
+        f"activation_checkpointing {settings['checkpointing']}, offload {settings['offload']}"
+        + (f", optimizer.states {settings['states']}" if settings["states"] != "fp32" else "")
         + (" (chosen: the least extra work that fits)" if settings["chosen"] else ""),
         f"verdict: {plan['verdict']} - {memory['peak_bytes'] / GIB:.1f} of {room / GIB:.1f} GiB on each GPU",
         "",

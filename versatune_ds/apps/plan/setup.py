@@ -79,7 +79,7 @@ class Setup:
     states: str = "fp32"
     """`optimizer.states`."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """cpu: as the tests run: chunked loss, sdpa with a mask, an AdamW that is not fused."""
+    """cpu: as the tests run: chunked loss, sdpa, one sample after the other."""
 
     @property
     def element(self) -> int:

@@ -53,7 +53,7 @@ def build_optimizer(model: nn.Module, settings: Optimizer, offload: bool) -> tor
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
-    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **common)
+    return torch.optim.AdamW(groups, fused=True, **common)
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:

@@ -15,7 +15,13 @@ from pathlib import Path
 from versatune_ds.config.model import Model
 from versatune_ds.foundations.constants import CHECKPOINTS_DIR, EXPORT_DIR, EXPORT_FILE
 from versatune_ds.foundations.errors import ConfigError, StateError
-from versatune_ds.foundations.files import fsync_dir, fsync_tree, read_json_object, write_json_atomic
+from versatune_ds.foundations.files import (
+    fsync_dir,
+    fsync_tree,
+    read_json_object,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 NAMES_SHOWN = 4
 
@@ -63,6 +69,14 @@ def replace(temporary: Path, folder: Path) -> None:
         shutil.rmtree(folder)
     temporary.rename(folder)
     fsync_dir(folder.parent)
+
+
+def add_file(folder: Path, name: str, text: str) -> None:
+    """Write a file into an export as one of its own."""
+    write_text_atomic(folder / name, text)
+    about = read_json_object(folder / EXPORT_FILE)
+    if about:  # exports did not always have a list
+        write_json_atomic(folder / EXPORT_FILE, {**about, "files": sorted({*about["files"], name})})
 
 
 def check_room(folder: Path, needed: int) -> None:

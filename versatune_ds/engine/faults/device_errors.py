@@ -61,7 +61,7 @@ def out_of_memory(config: Config, where: str, reason: str) -> str:
         f"batch.pack_len (now {batch.pack_len})",
         f"batch.sequence_parallel, raised (now {batch.sequence_parallel}; ranks that share a pack)",
     ]
-    if config.model.activation_checkpointing != "all":
+    if config.model.activation_checkpointing not in ("all", "offload"):
         cures.append(
             f"model.activation_checkpointing: all (now {config.model.activation_checkpointing}; less memory, "
             "more compute)"

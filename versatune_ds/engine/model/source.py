@@ -20,13 +20,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from versatune_ds.config.model import Model
+from versatune_ds.data.encode.tokenizer import READ_SUFFIXES, refuse_pointers
 from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 from versatune_ds.foundations.errors import ConfigError
 
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 """Names of weights in a model of images and text, and in its text part alone; transformers' key_mapping."""
-READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-"""Of files that are read beside the weights."""
 UNIMPORTANT = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 """Keys of a transformers config that change nothing here, beside ids of tokens."""
 ROWS = 4096
@@ -63,6 +62,7 @@ def _architecture(settings: Model) -> Any:
             f"{source} holds an adapter, and a whole model is needed: write one with versatune-ds export RUN "
             "--merge (to train on from it, name its base as model.source and it as model.adapter.start_from)"
         )
+    refuse_pointers(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
@@ -111,14 +111,8 @@ def check_files(settings: Model) -> None:
     """
     pretrained = settings.weights == "pretrained"
     suffixes = (*READ_SUFFIXES, ".safetensors") if pretrained else READ_SUFFIXES
-    for folder in map(Path, (settings.source, settings.tokenizer or settings.source)):
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
-        pointers = [path.name for path in files if path.suffix in suffixes and _is_pointer(path)]
-        if pointers:
-            raise ConfigError(
-                f"{folder}: {', '.join(pointers)}: a Git LFS pointer lies there, not the file; run git lfs "
-                "pull in that folder"
-            )
+    for folder in (settings.source, settings.tokenizer or settings.source):
+        refuse_pointers(folder, suffixes)
     if pretrained and Path(settings.source).is_dir():
         weight_map(Path(settings.source))
 
@@ -170,7 +164,3 @@ def holds_own_head(folder: Path) -> bool:
         return embedding.get_shape() != head.get_shape() or not all(
             torch.equal(embedding[i : i + ROWS], head[i : i + ROWS]) for i in range(0, rows, ROWS)
         )
-
-
-def _is_pointer(path: Path) -> bool:
-    return path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs")
