@@ -112,7 +112,11 @@ class BatchSettings(Section):
     pack_len: int = Field(8192, ge=8)
     """Tokens in a pack. One pack is one micro-batch on one rank."""
     packs_per_step: int = Field(ge=1)
-    """Packs in an optimizer step over all ranks; gradient accumulation is packs_per_step / ranks."""
+    """Packs in an optimizer step over all ranks; gradient accumulation is packs_per_step / ranks (times
+    `sequence_parallel`)."""
+    sequence_parallel: int = Field(1, ge=1)
+    """Ranks that share a pack, each with a slice of its tokens (Ulysses); for packs too long for one GPU.
+    Divides the ranks and the model's attention heads."""
 
 
 class Optimizer(Section):
