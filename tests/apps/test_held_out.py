@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = REPOSITORY / "tests" / "support" / "measure_cases.py"
 DOMAINS = ["law", "medicine", "code"]
+SHARED = "batch.sequence_parallel=2"
 TABLE = DomainTable(DOMAINS)
 
 
@@ -86,9 +87,15 @@ def measured(folder) -> Path:
         case(folder, "evaluate", "stage0", "deepspeed={zero_optimization: {stage: 0}}", model=model),
         case(folder, "evaluate", "broken", model=str(broken)),
     ]
+    shared = [
+        case(folder, "evaluate", "shared", SHARED, model=model),
+        case(folder, "reference", "reference_shared", SHARED),
+    ]
     evaluations = folder / "trained" / "evaluation.json"
     run_cases(folder, 2, cases[:5])
     shutil.copy(evaluations, folder / "two_ranks_zero3.json")
+    run_cases(folder, 2, shared)
+    shutil.copy(evaluations, folder / "shared_packs.json")
     run_cases(folder, 1, cases[5:])
     shutil.copy(evaluations, folder / "one_rank_stage0.json")
     return folder
@@ -168,20 +175,28 @@ def test_a_stopped_measurement_goes_on_where_it_was(measured):
 
 
 def test_evaluation_is_that_of_the_run_on_any_ranks_and_stage(measured):
-    """The exported model's losses are the last line of eval.jsonl; two ranks ZeRO-3 == one rank, no ZeRO."""
+    """The exported model's losses are the last line of eval.jsonl; two ranks ZeRO-3, each with packs of its
+    own or sharing them == one rank, no ZeRO."""
     last = read_jsonl(measured / "trained" / "eval.jsonl")[-1]
     first = ModelEvaluation.read(measured / "two_ranks_zero3.json")
     second = ModelEvaluation.read(measured / "one_rank_stage0.json")
+    shared = ModelEvaluation.read(measured / "shared_packs.json")
     assert outcome(measured / "evaluated")["result"]["source"].endswith("trained/model")
-    for found in (first, second):
+    for found in (first, second, shared):
         sums = found.sums
         assert TABLE.by_name(sums.mean_loss()) == pytest.approx(last["domain_loss"], rel=1e-5)
         assert TABLE.by_name(sums.stderr()) == pytest.approx(last["domain_stderr"], rel=1e-3)
         assert {name: int(n) for name, n in TABLE.by_name(sums.samples).items()} == last["domain_samples"]
-    assert first.fingerprints == second.fingerprints
+    assert first.fingerprints == second.fingerprints == shared.fingerprints
     for name in DOMAINS:
-        np.testing.assert_allclose(first.losses[name], second.losses[name], rtol=1e-4)
-        assert np.array_equal(first.tokens[name], second.tokens[name])
+        for other in (second, shared):
+            np.testing.assert_allclose(first.losses[name], other.losses[name], rtol=1e-4)
+            assert np.array_equal(first.tokens[name], other.tokens[name])
+
+
+def test_reference_losses_of_shared_packs_are_the_same(measured):
+    apart, shared = (outcome(measured / name)["result"] for name in ("reference", "reference_shared"))
+    assert shared["losses"] == pytest.approx(apart["losses"], rel=1e-3)
 
 
 def test_reference_of_a_model_is_its_evaluation(measured):

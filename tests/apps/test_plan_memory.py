@@ -48,7 +48,7 @@ def zero(stage: int, **more) -> dict:
 OPTIMIZER_ON_HOST = {"offload_optimizer": {"device": "cpu"}}
 ALL_ON_HOST = {**OPTIMIZER_ON_HOST, "offload_param": {"device": "cpu"}}
 LORA = {"rank": 32}
-# (ranks, ZeRO, dtype, checkpointing, shape, tokens a pack[, adapter])
+# (ranks, ZeRO, dtype, checkpointing, shape, tokens a pack[, adapter or ranks that share a pack])
 CASES = [
     (1, zero(0), "fp32", "off", QWEN2, 256),
     (1, zero(1), "bf16", "off", QWEN3, 768),
@@ -70,6 +70,9 @@ CASES = [
     (2, zero(3), "fp32", "off", QWEN3, 768),
     (2, zero(3), "bf16", "all", QWEN2, 768),
     (2, zero(3, **ALL_ON_HOST), "bf16", "off", QWEN2, 256),
+    (2, zero(1), "fp32", "off", QWEN2, 768, 2),
+    (2, zero(2), "bf16", "all", TIED, 768, 2),
+    (2, zero(3), "fp32", "off", QWEN3, 768, 2),
     (1, zero(1), "bf16", "off", QWEN2, 768, LORA),
     (1, zero(2), "fp32", 2, QWEN3, 768, {**LORA, "targets": ["q_proj", "v_proj", "down_proj"]}),
     (1, zero(2), "fp32", "off", GEMMA3, 768, {**LORA, "dropout": 0.1}),
@@ -83,8 +86,9 @@ CASES = [
 PACKS_PER_RANK = 2
 NAMES = [
     f"ranks{ranks}-zero{settings['stage']}-{dtype}-recompute_{recompute}-offload_{read_offload(settings)}"
-    f"-{shape['model_type']}" + "".join(f"-{a.get('kind', 'lora')}" for a in adapter)
-    for ranks, settings, dtype, recompute, shape, _, *adapter in CASES
+    f"-{shape['model_type']}"
+    + "".join(f"-by{x}" if isinstance(x, int) else f"-{x.get('kind', 'lora')}" for x in more)
+    for ranks, settings, dtype, recompute, shape, _, *more in CASES
 ]
 
 
@@ -98,13 +102,14 @@ def measured(tmp_path_factory) -> dict[str, dict]:
             {
                 "name": name,
                 "zero": settings,
-                "model": {"dtype": dtype, "activation_checkpointing": recompute, **adapted(adapter)},
+                "model": {"dtype": dtype, "activation_checkpointing": recompute, **adapted(more)},
                 "shape": shape,
                 "pack_len": pack_len,
                 "packs": PACKS_PER_RANK,
+                "sharing": sharing(more),
             }
             for name, case in zip(NAMES, CASES, strict=True)
-            for ranks, settings, dtype, recompute, shape, pack_len, *adapter in [case]
+            for ranks, settings, dtype, recompute, shape, pack_len, *more in [case]
             if ranks == world_size
         ]
         script = REPOSITORY / "tests" / "support" / "memory_cases.py"
@@ -113,22 +118,28 @@ def measured(tmp_path_factory) -> dict[str, dict]:
     return found
 
 
-def adapted(adapter: list[dict]) -> dict:
-    return {"adapter": adapter[0]} if adapter else {}
+def adapted(more: list[dict | int]) -> dict:
+    return {"adapter": more[0]} if more and isinstance(more[0], dict) else {}
+
+
+def sharing(more: list[dict | int]) -> int:
+    return next((x for x in more if isinstance(x, int)), 1)
 
 
 def planned(case: tuple) -> tuple[ModelShape, Setup]:
-    ranks, settings, dtype, recompute, shape, pack_len, *adapter = case
+    ranks, settings, dtype, recompute, shape, pack_len, *more = case
+    n, adapter = sharing(more), adapted(more).get("adapter")
     setup = Setup(
         gpus=ranks,
         zero_stage=settings["stage"],
         dtype=dtype,
         pack_len=pack_len,
-        packs_per_step=PACKS_PER_RANK * ranks,
+        packs_per_step=PACKS_PER_RANK * ranks // n,
+        sequence_parallel=n,
         checkpointing=recompute,
         offload=read_offload(settings),
         zero=settings,
-        adapter=Adapter(**adapter[0]) if adapter else None,
+        adapter=Adapter(**adapter) if adapter else None,
         device="cpu",
     )
     return planned_shape(shape, "test"), setup
@@ -146,3 +157,13 @@ def test_plan_is_within_ten_percent_of_measured_memory(measured, name, case):
     if real["activations"]:
         assert saved_activations(shape, setup) == pytest.approx(real["activations"], rel=TOLERANCE)
     assert checkpoint_bytes(shape, setup) == pytest.approx(real["checkpoint"], rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("-by2")])
+def test_what_a_rank_holds_of_a_shared_pack_falls(measured, name):
+    """Beside the same setting with packs of its own: a half, and attention's output once more."""
+    shared, apart = measured[name], measured[name.removesuffix("-by2")]
+    assert shared["state"] == pytest.approx(apart["state"], rel=0.02)
+    assert shared["activations"] <= 0.6 * apart["activations"]
+    assert shared["peak"] - shared["state"] < 0.8 * (apart["peak"] - apart["state"])

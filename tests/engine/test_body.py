@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from versatune_ds.apps.doctor import backends
 from versatune_ds.config.model import Model
-from versatune_ds.engine.model.attention import choose_attention, isolation_leak
+from versatune_ds.engine.model.attention import choose_attention
+from versatune_ds.engine.model.isolation import isolation_leak
 from versatune_ds.engine.model.packed_lm import apply_liger, build_model
 
 VOCAB_SIZE = 64

@@ -16,17 +16,17 @@ from transformers import LlamaConfig
 from versatune_ds.config.model import Model
 from versatune_ds.engine.backend import deepspeed_backend
 from versatune_ds.engine.backend.deepspeed_backend import MAX_ISOLATION_LEAK
+from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.model import attention, packed_lm
 from versatune_ds.engine.model.attention import (
     BY_SAMPLE,
-    PROBE_TOKENS,
     VARLEN,
     choose_attention,
-    isolation_leak,
     sample_attention,
     varlen_attention,
 )
 from versatune_ds.engine.model.families import MIXTURES
+from versatune_ds.engine.model.isolation import PROBE_TOKENS, isolation_leak
 from versatune_ds.engine.model.packed_lm import PackedCausalLM
 from versatune_ds.engine.model.recompute import recompute_in_backward
 from versatune_ds.engine.model.rope import turning_length
@@ -74,7 +74,7 @@ def test_a_mixture_in_bf16_passes_the_probe():
 )
 def test_positions_that_depend_on_length_would_be_found_out(monkeypatch, kind, turn):
     """As transformers computes them, the longest sample chooses the frequencies of all."""
-    monkeypatch.setattr(packed_lm, "rotate_by_sample", lambda model: None)
+    monkeypatch.setattr(packed_lm, "rotate_by_sample", lambda model: [])
     model = PackedCausalLM(family_model(kind), "auto").eval()
     assert turning_length(model.lm.config) == turn
     assert isolation_leak(model, VOCAB_SIZE, CPU, turn or PROBE_TOKENS) == 0.0
@@ -94,19 +94,20 @@ def test_a_length_of_one_kind_of_layer_counts():
 def test_a_run_probes_beyond_the_turning_length(monkeypatch):
     """And no further than a sample can be, which is a pack."""
     asked = []
-    monkeypatch.setattr(deepspeed_backend, "isolation_leak", lambda *given: asked.append(given[3:]) or 0.0)
+    monkeypatch.setattr(deepspeed_backend, "isolation_leak", lambda *given: asked.append(given[3]) or 0.0)
     for kind, pack_len in (("phi3, longrope", 32), ("phi3, longrope", 6), ("mistral", 32)):
         backend = SimpleNamespace(
             model=PackedCausalLM(family_model(kind), "auto"),
             evaluating=contextlib.nullcontext,
             forward=None,
             device=CPU,
+            ranks=Ranks.of_world(),
         )
         settings = SimpleNamespace(
             batch=SimpleNamespace(pack_len=pack_len), model=SimpleNamespace(dtype="fp32")
         )
         deepspeed_backend.check_isolation(backend, settings)
-    assert asked == [(14,), (6,), ()]
+    assert asked == [14, 6, PROBE_TOKENS]
 
 
 @pytest.mark.parametrize("policy", ["off", "all", 2])

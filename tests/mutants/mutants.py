@@ -26,6 +26,7 @@ FILES = {
     "families": "versatune_ds/engine/model/families.py",
     "rope": "versatune_ds/engine/model/rope.py",
     "router": "versatune_ds/engine/model/router.py",
+    "sequence": "versatune_ds/engine/model/sequence.py",
     "source": "versatune_ds/engine/model/source.py",
     "adapters": "versatune_ds/engine/model/adapters.py",
     "merge": "versatune_ds/engine/checkpointing/adapter_export.py",
@@ -100,6 +101,8 @@ TESTS = {
     "model": "tests/engine/test_model.py",
     "families": "tests/engine/test_families.py",
     "router": "tests/engine/test_router.py",
+    "sequence": "tests/engine/test_sequence.py",
+    "sequence runs": "tests/engine/test_sequence_runs.py",
     "adapters": "tests/engine/test_adapters.py",
     "derived": "tests/config/test_derive.py",
     "step": "tests/engine/test_step.py",
@@ -244,8 +247,8 @@ fault("the first pack ends a step", "loop", "is_last=i == len(batches) - 1)", "i
 fault(
     "losses are divided by all tokens, not the supervised ones",
     "loop",
-    "normalizer = plan.loss_weight /",
-    "normalizer = plan.tokens /",
+    "normalizer, passes = plan.loss_weight /",
+    "normalizer, passes = plan.tokens /",
     PLAIN,
 )
 fault(
@@ -423,7 +426,7 @@ fault(
 fault(
     "a NaN of one domain reaches the others",
     "statistics",
-    "torch.where(of_domain, per_sample, 0.0)",
+    "torch.where(of_domain & self.counts, per_sample, 0.0)",
     "(of_domain * per_sample)",
     "statistics::test_a_nan_marks_the_step_and_no_other_domain",
 )
@@ -593,7 +596,7 @@ fault(
 fault(
     "the longest sample chooses the rotary frequencies of a pack",
     "model",
-    "        rotate_by_sample(lm)\n",
+    "self._rotary: list[Any] = rotate_by_sample(lm)",
     "",
     f"{ALTERED}[llama, dynamic rope]",
     f"{ALTERED}[phi3, longrope]",
@@ -1615,6 +1618,74 @@ fault(
     WEIGHED,
 )
 
+# --- packs that ranks share ---------------------------------------------------------------------------------
+
+SHARED = "sequence::test_a_shared_pack_is_the_whole_one"
+SHARED_STEP = "step::test_two_steps_equal_plain_pytorch"
+fault(
+    "losses of shared packs are averaged over groups, not ranks",
+    "loop",
+    "plan.loss_weight / backend.ranks.size",
+    "plan.loss_weight / backend.ranks.dp.size",
+    f"{SHARED_STEP}[2-untied-packed-zero3-by2]",
+)
+fault(
+    "samples of a shared pack count once for each rank",
+    "statistics",
+    "of_domain & self.counts",
+    "of_domain",
+    f"{SHARED_STEP}[2-untied-packed-zero3-by2]",
+)
+fault(
+    "the balance loss of a shared pack is averaged over too many packs",
+    "loop",
+    "len(batches) / backend.ranks.sp.size",
+    "len(batches)",
+    f"{SHARED_STEP}[2-experts-packed-zero3-by2]",
+)
+fault(
+    "routers balance a rank's rows",
+    "router",
+    "    if group is not None:\n",
+    "    if False:\n",
+    f"{SHARED}[qwen3_moe by 2]",
+)
+fault(
+    "a part of a sample chooses its rotary frequencies",
+    "rope",
+    "if part is not None and embeddings:",
+    "if False:",
+    f"{SHARED}[llama, dynamic rope by 4]",
+)
+fault(
+    "key-value heads go to other ranks than their query heads",
+    "sequence",
+    "(x.repeat_interleave(copies, dim=1) for x in",
+    "(x.repeat(1, copies, 1, 1) for x in",
+    f"{SHARED}[wide by 3]",
+)
+fault(
+    "a sample's loss is that of a rank's rows",
+    "model",
+    "return out if group is None else group.whole_samples(out)",
+    "return out",
+    f"{SHARED}[llama by 2]",
+)
+fault(
+    "a skipped step names samples once for each rank",
+    "skipping",
+    " or run.backend.ranks.sp.rank > 0:",
+    ":",
+    "sequence runs::test_a_skipped_step_names_each_sample_once",
+)
+fault(
+    "a model that mixes tokens outside of attention shares its packs",
+    "backend",
+    "if not error <= MAX_ISOLATION_LEAK[config.model.dtype]:",
+    "if False:",
+    "sequence::test_a_model_that_mixes_tokens_outside_of_attention_is_refused",
+)
+
 # --- packs and batches --------------------------------------------------------------------------------------
 
 PACK = "collate::test_a_pack_of_two_samples_and_padding"
@@ -1910,8 +1981,8 @@ fault(
 fault(
     "a probe is ignored",
     "controller",
-    "sums = self._checked_sums(measured) if measured is not None and from_probe else self._window",
-    "sums = self._window",
+    "sums = self._checked_sums(probe.sums if isinstance(probe, SampleLosses) else probe)",
+    "pass",
     "controller::test_probe_losses_replace_the_window",
 )
 fault(

@@ -1,7 +1,8 @@
 """Memory of real small runs, allocation by allocation; a script started by `launch`.
 
 Usage: memory_cases.py OUT_FOLDER CASES.json, a list of {"name": ..., "model": {...}, "zero": {...}, "packs":
-packs per rank, "shape": config.json as a dict, "pack_len": T}. Rank 0 leaves OUT_FOLDER/NAME.json with bytes:
+packs per rank, "shape": config.json as a dict, "pack_len": T, "sharing": ranks of a pack}. Rank 0 leaves
+OUT_FOLDER/NAME.json with bytes:
 
     state        allocated by building the engine and training two steps, and still held
     activations  saved for backward by one forward, without parameters and without the loss's own
@@ -125,9 +126,10 @@ def saved_activations(backend: Any, batch: Any) -> int:
 
     inputs, before = model_inputs(batch, 1.0), {id(tensor) for tensor in _living()}
     body = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen")
+    options = {"sequence_group": backend.model.sequence} if batch.parts > 1 else {}
     backend.model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = backend.model.body(**{key: inputs[key] for key in body}).last_hidden_state[0]
+        hidden = backend.model.body(**{key: inputs[key] for key in body}, **options).last_hidden_state[0]
     del hidden
     gc.collect()
     for tensor in _living():
@@ -142,7 +144,11 @@ def settings(case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
         "model": {"source": str(model), "weights": "random", **case["model"]},
         "data": {"train": [{"path": "unused", "domain": "a"}]},
         "domains": {"names": ["a", "b"]},
-        "batch": {"pack_len": case["pack_len"], "packs_per_step": case["packs"] * distributed.world_size()},
+        "batch": {
+            "pack_len": case["pack_len"],
+            "packs_per_step": case["packs"] * distributed.world_size() // case["sharing"],
+            "sequence_parallel": case["sharing"],
+        },
         "train": {"max_steps": 3},
         "deepspeed": {"zero_optimization": case["zero"]},
     }
@@ -162,11 +168,10 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
         Pack(np.zeros(1, np.int32), np.array([i], np.int64), np.array([length], np.int32))
         for i in range(config.batch.packs_per_step)
     ]
-    mine = rank_packs(packs, distributed.rank(), distributed.world_size())
-    batches = [collate(pack, [source, source], length, 0) for pack in mine]
-    plan = SimpleNamespace(
-        step=0, loss_weight=sum(b.supervised_tokens for b in batches) * distributed.world_size()
-    )
+    ranks = Ranks.of_world(case["sharing"])
+    mine = rank_packs(packs, *ranks.dp)
+    batches = [collate(pack, [source, source], length, 0).part(*ranks.sp) for pack in mine]
+    plan = SimpleNamespace(step=0, loss_weight=sum(b.supervised_tokens for b in batches) * ranks.size)
     out: dict[str, Any] = {"ranks": distributed.world_size()}
 
     def step() -> None:
@@ -174,7 +179,6 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
         assert apply_step(run, reason_to_skip(run.statistics.reduce(), run.spikes, run.backend), 1e-4)
 
     before = held_bytes()  # of earlier cases: DeepSpeed's destroy() does not let go of everything
-    ranks = Ranks.of_world()
     made, shape = deepspeed_config(config, ranks.dp.size), planned_shape(case["shape"], case["name"])
     made["zero_optimization"] = with_sizes(made["zero_optimization"], shape)
     backend = build_backend(config, made, ranks, device)

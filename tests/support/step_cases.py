@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
 from versatune_ds.config.load import validate_config
-from versatune_ds.data.collate import collate
+from versatune_ds.data.collate import collate, rows_of
 from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
@@ -94,9 +94,10 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
 
     Args:
         case: `<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-compile][-triton][-nan]
-            [-clip][-frozen][-bf16][-sums][-overlap][-long]`; recompute: or another word of RECOMPUTE; frozen:
-            its routers; sums: gradients are summed in fp32, by another optimizer of DeepSpeed's; overlap: of
-            communication, with buckets smaller than a layer; long: 20 steps.
+            [-clip][-frozen][-bf16][-sums][-overlap][-long][-by<n>]`; recompute: or another word of RECOMPUTE;
+            frozen: its routers; sums: gradients are summed in fp32, by another optimizer of DeepSpeed's;
+            overlap: of communication, with buckets smaller than a layer; long: 20 steps; by: n ranks share a
+            pack.
     """
     words = case.split("-")
     layout = PACKED if "packed" in words else UNPACKED
@@ -124,14 +125,14 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
     if "sums" in words:
         raw["deepspeed"]["data_types"] = {"grad_accum_dtype": "fp32"}
     config = validate_config(raw, case)
-    ranks = Ranks.of_world()
+    ranks = Ranks.of_world(next((int(w.removeprefix("by")) for w in words if w.startswith("by")), 1))
     backend = build_backend(config, deepspeed_config(config, ranks.dp.size), ranks, device)
-    statistics = StepStatistics(2, device, backend.model.routers)
+    statistics = StepStatistics(2, device, backend.model.routers, counts=ranks.sp.rank == 0)
     run = SimpleNamespace(backend=backend, statistics=statistics, spikes=SpikeGuard(None, 10))
     chosen = packs(layout)
-    mine = rank_packs(chosen, distributed.rank(), distributed.world_size())
+    mine = rank_packs(chosen, *ranks.dp)
     sources = [Samples(), Samples()]
-    batches = [collate(pack, sources, PACK_LEN, 0) for pack in mine]
+    batches = [collate(pack, sources, rows_of(PACK_LEN, ranks.sp.size), 0).part(*ranks.sp) for pack in mine]
     everything = [collate(pack, sources, PACK_LEN, 0) for pack in chosen]
     plan = SimpleNamespace(step=0, loss_weight=sum(batch.supervised_tokens for batch in everything))
     out = {}

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="default: 8")
     parser.add_argument("--seq-len", type=at_least(1), metavar="T", help="batch.pack_len; default: 8192")
     parser.add_argument(
+        "--sequence-parallel", type=at_least(1), metavar="N", help="GPUs that share a pack; default: 1"
+    )
+    parser.add_argument(
         "--packs-per-step",
         type=at_least(1),
         metavar="N",
@@ -56,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.config.load import load_config
     from versatune_ds.config.model import Adapter
     from versatune_ds.data.plan.balance import check_world_size
+    from versatune_ds.engine.backend.ranks import count_groups
+    from versatune_ds.engine.model.sequence import check_heads
     from versatune_ds.foundations.errors import ConfigError
 
     machine = Machine(gpu=find_gpu(args.gpu), gpus_per_node=args.gpus_per_node, host_gib=args.host_gib)
@@ -71,11 +76,18 @@ def run(args: argparse.Namespace) -> int:
         if fields.get("adapter") is None:
             raise ConfigError(f"--rank {args.rank} is of an adapter: give --adapter too")
         fields["adapter"] = fields["adapter"].model_copy(update={"rank": args.rank})
-    sizes = {"pack_len": args.seq_len, "packs_per_step": args.packs_per_step, "dtype": args.dtype}
+    sizes = {
+        "pack_len": args.seq_len,
+        "packs_per_step": args.packs_per_step,
+        "sequence_parallel": args.sequence_parallel,
+        "dtype": args.dtype,
+    }
     fields |= {key: value for key, value in {**chosen, **sizes}.items() if value is not None}
-    check_world_size(fields["packs_per_step"], args.gpus)
+    setup, shape = Setup(**fields, gpus=args.gpus), find_shape(model)
+    check_world_size(setup.packs_per_step, count_groups(args.gpus, setup.sequence_parallel))
+    check_heads(shape.heads, setup.sequence_parallel)
     search = args.config is None and all(value is None for value in chosen.values())
-    plan = make_plan(find_shape(model), Setup(**fields, gpus=args.gpus), machine, search=search)
+    plan = make_plan(shape, setup, machine, search=search)
     print(json.dumps(plan, indent=2) if args.json else as_text(plan))
     return EXIT_FAILURE if plan["verdict"] == "does not fit" else EXIT_OK
 

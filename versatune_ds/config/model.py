@@ -42,6 +42,15 @@ class Adapter(Section):
             yield f"targets: {heads[0]} cannot have an adapter: the loss takes the head's weight"
 
 
+class Yarn(Section):
+    """Positions beyond those that a model was made for (YaRN, arXiv 2309.00071), as its card asks."""
+
+    factor: float = Field(gt=1)
+    """How many times as many."""
+    original_max_position_embeddings: int = Field(ge=1)
+    """Positions that it was made for."""
+
+
 class Model(Section):
     """The model, its tokenizer and how it computes."""
 
@@ -56,6 +65,8 @@ class Model(Section):
     """Train an adapter and leave the model as it is. None: train all of it."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Compute precision; the optimizer keeps fp32 master weights (or see `optimizer.states`)."""
+    yarn: Yarn | None = None
+    """Stretch the model's RoPE; written into the export's config.json. None: as its configuration says."""
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
     """Attention for packs. `auto`: on CUDA flash-attn or torch's varlen kernel, else sdpa (docs/train.md)."""
     activation_checkpointing: Recompute | Annotated[int, Field(ge=1, strict=True)] = "off"

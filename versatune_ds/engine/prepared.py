@@ -28,6 +28,7 @@ from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.backend.zero_sizes import with_sizes
 from versatune_ds.engine.checkpointing.hf_export import Companions
 from versatune_ds.engine.model.families import built_shape
+from versatune_ds.engine.model.sequence import check_heads
 from versatune_ds.engine.model.source import check_files, load_architecture
 from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.engine.preflight.consistency import code_and_settings, require_consistency
@@ -81,7 +82,7 @@ def prepare_run(config: Config, device_type: str) -> Prepared:
         ConfigError, DataError, StateError: settings, data or run folder that cannot be used.
     """
     require_consistency("code, settings and model", code_and_settings(config))
-    ranks = Ranks.of_world()
+    ranks = Ranks.of_world(config.batch.sequence_parallel)
     settings = deepspeed_config(config, ranks.dp.size)
     preflight.check_folder(config)
     check_shared_folder(config.run.dir)
@@ -89,6 +90,7 @@ def prepare_run(config: Config, device_type: str) -> Prepared:
     preflight.check_adapter(config.model, settings, device_type)
     table = DomainTable(config.domains.names)
     architecture = load_architecture(config.model)
+    check_heads(architecture.num_attention_heads, ranks.sp.size)
     zero = with_sizes(settings["zero_optimization"], built_shape(architecture))
     check_files(config.model)
     tokenizer = load_tokenizer(config)
@@ -132,7 +134,7 @@ def prepare_on_samples(config: Config, samples: Sequence[Any]) -> Prepared:
     Raises:
         ConfigError, DataError: settings or samples that cannot be used.
     """
-    ranks, table = Ranks.of_world(), DomainTable(config.domains.names)
+    ranks, table = Ranks.of_world(config.batch.sequence_parallel), DomainTable(config.domains.names)
     corpus, planner = Corpus.from_caches(samples, table.names), planner_settings(config, table)
     corpus.check(planner)
     settings = deepspeed_config(config, ranks.dp.size)

@@ -284,9 +284,12 @@ def assemble(
             state.planner,
             *prepared.ranks.dp,
             pad_id=prepared.pad_id,
+            part=prepared.ranks.sp,
             pin_memory=backend.device.type == "cuda",
         ),
-        statistics=StepStatistics(len(prepared.table), backend.device, backend.model.routers),
+        statistics=StepStatistics(
+            len(prepared.table), backend.device, backend.model.routers, counts=prepared.ranks.sp.rank == 0
+        ),
         saver=Saver(
             config.run.dir / constants.CHECKPOINTS_DIR,
             config.checkpoint,

@@ -151,16 +151,16 @@ def accumulate(run: Components, plan: StepPlan, batches: list[Batch]) -> list[to
     """Forward and backward over this rank's packs; returns the per-sample losses, still on the device.
 
     The loss of every pack is divided by the weight of all labels of the step over all ranks. The backend
-    then averages gradients over the ranks that share out the packs, hence the factor of their number.
+    then averages gradients over all ranks, hence the factor of their number.
     """
     backend = run.backend
-    normalizer = plan.loss_weight / backend.ranks.dp.size
+    normalizer, passes = plan.loss_weight / backend.ranks.size, len(batches) / backend.ranks.sp.size
     sample_losses = []
     for i, batch in enumerate(batches):
         place = plan.step + 1, f"of pack {i + 1} of {len(batches)}"
         with phase(FORWARD, *place):
             on_device = batch.to(backend.device, non_blocking=True)
-            out = backend.forward(**model_inputs(on_device, normalizer, len(batches)))
+            out = backend.forward(**model_inputs(on_device, normalizer, passes))
         with phase(STATISTICS, *place):
             run.statistics.add(out, on_device.sample_domains, on_device.sample_ids, on_device.token_weight)
         with phase(BACKWARD, *place):

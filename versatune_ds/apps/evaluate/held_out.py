@@ -36,6 +36,7 @@ from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.evaluate import HeldOut, evaluate_samples
 from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
+from versatune_ds.engine.model.sequence import check_heads
 from versatune_ds.engine.model.source import load_architecture
 from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.engine.provenance import describe_hardware, describe_versions
@@ -163,9 +164,9 @@ def measure(config: Config, source: str, device: torch.device) -> ModelEvaluatio
     architecture = load_architecture(derived.model)
     preflight.check_architecture(architecture, tokenizer, Corpus.from_caches(caches, table.names))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read
-    held_out = HeldOut(
-        caches, config.batch.pack_len, config.evaluation.max_samples_per_domain, pad_id, Ranks.of_world()
-    )
+    ranks = Ranks.of_world(config.batch.sequence_parallel)
+    check_heads(architecture.num_attention_heads, ranks.sp.size)
+    held_out = HeldOut(caches, config.batch.pack_len, config.evaluation.max_samples_per_domain, pad_id, ranks)
     lacking = [name for name, cache in zip(table.names, caches, strict=True) if cache is None]
     if lacking:
         log.warning("not evaluated, for lack of held-out data or by choice: %s", ", ".join(lacking))

@@ -9,15 +9,16 @@ element of `model.dtype`:
     forward    tensors kept for backward (`layer_activations`), gathered weights of ZeRO-3, the loss
     step       gradients of the partition in the dtype of its master weights
 
-With an adapter N is that of the adapter. The frozen model beside it has s bytes a parameter (qlora: its
-layers' matrices half a byte and a bit), keeps nothing that only a weight's gradient needs, and its head gets
-none. The adapter keeps its inputs and their products with A.
+Of a pack that ranks share (`batch.sequence_parallel`) each holds its own rows. With an adapter N is that of
+the adapter. The frozen model beside it has s bytes a parameter (qlora: its layers' matrices half a byte and a
+bit), keeps nothing that only a weight's gradient needs, and its head gets none. The adapter keeps its inputs
+and their products with A.
 
 Buffers follow DeepSpeed 0.19.8. `Part.checked` tells what `tests/apps/test_plan_memory.py` compares with
 real small runs on CPUs, allocation by allocation; the rest is marked as a model.
 
 What is not covered: CUDA's allocator beyond a margin, liger-kernel and torch.compile (both lower the
-activations), NVMe offload, sequence parallelism. ZeRO++'s secondary partition is an estimate.
+activations), NVMe offload. ZeRO++'s secondary partition is an estimate.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def memory_plan(shape: ModelShape, setup: Setup) -> MemoryPlan:
 
     Args:
         shape: the model.
-        setup: the settings; `packs_per_step` is a multiple of `gpus`.
+        setup: the settings; `packs_per_step` is a multiple of `gpus` over `sequence_parallel`.
     """
     held, gradients, step, host = _states(shape, setup)
     work = (*_activations(shape, setup), *_communication(shape, setup), *_loss(shape, setup))
@@ -121,17 +122,18 @@ def layer_activations(shape: ModelShape, setup: Setup) -> int:
     Per token: its norms (the input in fp32, the normalised one in `dtype`, or in fp32 where a family scales
     in it, and the scaled one in `dtype`), q, k, v and the attention output, and gate, activated gate, up and
     their product of the MLP; for experts these of each choice, with its input and its output. Beside them one
-    fp32 number per norm, per expert, and per head for attention.
+    fp32 number per norm, per expert, and per head for attention. Of a shared pack there are key-value heads
+    for each rank that needs them, and attention's output before and after its exchange.
 
     A frozen layer lacks what only its weights' gradients need: normalised inputs, what goes into matrices.
     """
-    s, is_trained = setup.element, setup.adapter is None
+    s, is_trained, n = setup.element, setup.adapter is None, setup.sequence_parallel
     normed = FP32 + (FP32 if shape.fp32_norms else s) * is_trained
     norm = shape.hidden * (normed + s * is_trained)
-    attention = 2 * (shape.query_width + shape.kv_width) * s
-    if setup.device == "cpu":  # the outputs of the samples, and all of them together
+    attention = 2 * (shape.query_width + math.lcm(shape.kv_heads, n) * shape.head_size) * s
+    if setup.device == "cpu" or n > 1:  # outputs of the samples and of all; before and after the exchange
         attention += shape.query_width * s
-    if shape.joined:  # v is a part of what the joined matrix gave, which is kept whole
+    if shape.joined and n == 1:  # v is a part of what the joined matrix gave, which is kept whole
         attention += (shape.query_width + shape.kv_width) * s
     mlp = (3 + is_trained) * shape.mlp * s
     if shape.experts is not None:
@@ -140,7 +142,7 @@ def layer_activations(shape: ModelShape, setup: Setup) -> int:
     rest = FP32 * (shape.norms + shape.heads) + _adapter_activations(shape, setup)
     if shape.query_key_norms:
         rest += (shape.query_width + shape.kv_width) * normed + FP32 * (shape.heads + shape.kv_heads)
-    return setup.pack_len * (shape.norms * norm + attention + mlp + rest)
+    return setup.rows * (shape.norms * norm + attention + mlp + rest)
 
 
 def _adapter_activations(shape: ModelShape, setup: Setup) -> int:
@@ -164,14 +166,15 @@ def kept_outputs(shape: ModelShape, setup: Setup) -> int:
     Per token: q, k, v, the attention output (and one fp32 number per head) and its product; gate, up and
     down of the MLP, or of each choice of experts; of adapters A and B.
     """
-    width = 2 * shape.hidden + 2 * (shape.query_width + shape.kv_width)
+    kv_width = math.lcm(shape.kv_heads, setup.sequence_parallel) * shape.head_size
+    width = 2 * shape.hidden + 2 * (shape.query_width + kv_width)
     if shape.experts is None:
         width += 2 * shape.mlp + shape.hidden
     else:
         width += shape.experts.active * (2 * shape.experts.mlp + shape.hidden) + shape.experts.count
     if setup.adapter is not None:
         width += sum(setup.adapter.rank + linear.out for linear in shape.targets(setup.adapter))
-    return setup.pack_len * (width * setup.element + FP32 * shape.heads)
+    return setup.rows * (width * setup.element + FP32 * shape.heads)
 
 
 def recomputed_layers(layers: int, policy: Checkpointing) -> int:
@@ -183,7 +186,7 @@ def recomputed_layers(layers: int, policy: Checkpointing) -> int:
 
 def saved_activations(shape: ModelShape, setup: Setup) -> int:
     """Bytes that the layers and the last norm keep for backward, after a whole forward."""
-    s, tokens = setup.element, setup.pack_len
+    s, tokens = setup.element, setup.rows
     recomputed = recomputed_layers(shape.layers, setup.checkpointing)
     is_selective = setup.checkpointing == "selective"
     kept = (shape.layers - recomputed) * (kept_outputs if is_selective else layer_activations)(shape, setup)
@@ -198,7 +201,7 @@ def saved_activations(shape: ModelShape, setup: Setup) -> int:
 
 def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     """Saved tensors, the layer in backward, and the batch."""
-    tokens, s = setup.pack_len, setup.element
+    tokens, s = setup.rows, setup.element
     parts = [Part("activations kept for backward", saved_activations(shape, setup), True)]
     # If layers stand behind the last recomputed one, theirs have gone before it comes back.
     policy = setup.checkpointing
@@ -224,7 +227,7 @@ def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
 
 def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     """Logits of a chunk and the gradients that the fused loss computes in its forward pass."""
-    tokens, s, width, vocab = setup.pack_len, setup.element, shape.hidden, shape.vocab
+    tokens, s, width, vocab = setup.rows, setup.element, shape.hidden, shape.vocab
     labels = max(1, round(setup.supervised * tokens))
     is_trained = setup.adapter is None
     what = "loss: gradients of head and hidden states" if is_trained else "loss: gradient of hidden states"
@@ -318,7 +321,7 @@ def _states(
     if stage == 3:
         held.append(Part("communication bucket", buffers.reduce_bucket * s, True))
     if setup.inputs_on_host:
-        host.append(Part("inputs of layers", shape.layers * setup.pack_len * shape.hidden * s, False))
+        host.append(Part("inputs of layers", shape.layers * setup.rows * shape.hidden * s, False))
     held.append(Part("statistics", NUM_ROWS * 8 * 64, True))
     if stage and not setup.offloads_optimizer:
         one_group = min(shard, buffers.sub_group) if stage == 3 else shard

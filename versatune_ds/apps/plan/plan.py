@@ -111,7 +111,7 @@ def options(shape: ModelShape, setup: Setup, machine: Machine) -> list[Option]:
 
 
 def remedies(shape: ModelShape, setup: Setup, machine: Machine) -> list[str]:
-    """What would make a run fit that does not: a shorter pack, or more GPUs."""
+    """What would make a run fit that does not: a shorter pack, more GPUs to a pack, or more GPUs."""
     texts = []
     pack_len = setup.pack_len // 2
     while pack_len >= SHORTEST_PACK:
@@ -120,9 +120,18 @@ def remedies(shape: ModelShape, setup: Setup, machine: Machine) -> list[str]:
             texts.append(f"batch.pack_len {pack_len} fits with {describe(best.setup)}")
             break
         pack_len //= 2
+    for n in range(setup.sequence_parallel + 1, setup.gpus + 1):
+        shared = dataclasses.replace(setup, sequence_parallel=n)
+        if setup.gpus % n or shape.heads % n or setup.packs_per_step % (setup.gpus // n):
+            continue
+        best = options(shape, shared, machine)[0]
+        if best.verdict == "fits":
+            texts.append(f"batch.sequence_parallel {n} fits with {describe(best.setup)}")
+            break
     gpus = 2 * setup.gpus
     while gpus <= MAX_GPUS:
-        packs = math.ceil(setup.packs_per_step / gpus) * gpus
+        groups = gpus // setup.sequence_parallel
+        packs = math.ceil(setup.packs_per_step / groups) * groups
         best = options(shape, dataclasses.replace(setup, gpus=gpus, packs_per_step=packs), machine)[0]
         if best.verdict == "fits":
             texts.append(f"{gpus} GPUs fit with {describe(best.setup)}")
@@ -195,16 +204,8 @@ def make_plan(
 
 
 def _settings(setup: Setup) -> dict[str, Any]:
-    names = (
-        "gpus",
-        "zero_stage",
-        "dtype",
-        "pack_len",
-        "packs_per_step",
-        "checkpointing",
-        "offload",
-        "states",
-    )
+    batch = ("pack_len", "sequence_parallel", "packs_per_step")
+    names = ("gpus", "zero_stage", "dtype", *batch, "checkpointing", "offload", "states")
     return {name: getattr(setup, name) for name in names}
 
 
@@ -227,9 +228,10 @@ def as_text(plan: dict[str, Any]) -> str:
     )
     lines = [
         f"{plan['model']['parameters'] / 1e9:.2f} B parameters{beside or ''} on {settings['gpus']} GPUs: "
-        f"ZeRO-{settings['zero_stage']}, {settings['dtype']}, packs of {settings['pack_len']}, "
-        f"{settings['packs_per_step']} packs a step, activation_checkpointing {settings['checkpointing']}, "
-        f"offload {settings['offload']}"
+        f"ZeRO-{settings['zero_stage']}, {settings['dtype']}, packs of {settings['pack_len']}"
+        + (f", each shared by {n} GPUs" if (n := settings["sequence_parallel"]) > 1 else "")
+        + f", {settings['packs_per_step']} packs a step, "
+        f"activation_checkpointing {settings['checkpointing']}, offload {settings['offload']}"
         + (f", optimizer.states {settings['states']}" if settings["states"] != "fp32" else "")
         + (" (chosen: the least extra work that fits)" if settings["chosen"] else ""),
         f"verdict: {plan['verdict']} - {memory['peak_bytes'] / GIB:.1f} of {room / GIB:.1f} GiB on each GPU",

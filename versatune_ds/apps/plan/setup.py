@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from versatune_ds.config.model import Adapter, Recompute
 from versatune_ds.config.schema import Config
+from versatune_ds.data.collate import rows_of
 from versatune_ds.engine.backend.zero_sizes import with_sizes
 from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.shape import ModelShape
@@ -65,6 +66,7 @@ class Setup:
     dtype: str = "bf16"
     pack_len: int = 8192
     packs_per_step: int = 128
+    sequence_parallel: int = 1
     checkpointing: Checkpointing = "off"
     offload: Offload = "none"
     zero: Mapping[str, Any] = field(default_factory=dict)
@@ -87,7 +89,12 @@ class Setup:
     @property
     def packs_per_gpu(self) -> int:
         """Micro-batches of a step on one GPU."""
-        return self.packs_per_step // self.gpus
+        return self.packs_per_step * self.sequence_parallel // self.gpus
+
+    @property
+    def rows(self) -> int:
+        """Tokens of a pack on one GPU."""
+        return rows_of(self.pack_len, self.sequence_parallel) // self.sequence_parallel
 
     @property
     def accumulates(self) -> bool:
@@ -154,6 +161,7 @@ def setup_fields(config: Config) -> dict[str, Any]:
         "logits_dtype": config.model.logits_dtype,
         "pack_len": config.batch.pack_len,
         "packs_per_step": config.batch.packs_per_step,
+        "sequence_parallel": config.batch.sequence_parallel,
         "states": config.optimizer.states,
         "checkpointing": config.model.activation_checkpointing,
         "offload": read_offload(zero),

@@ -85,7 +85,8 @@ WITHOUT_EFFECT = {
     "expert_parallel": "would put other layers into the model, which the trainer does not know",
     "hybrid_engine": "is for generating texts between steps, which the trainer does not do",
     "pipeline": "is for DeepSpeed's pipeline engine, which the trainer does not use",
-    "seq_parallel_communication_data_type": "is for sequence parallelism, which the trainer does not have",
+    "seq_parallel_communication_data_type": "is for DeepSpeed's sequence parallelism; set "
+    "batch.sequence_parallel",
     "tensor_parallel": "would change which ranks share data, which the trainer's sums do not know",
     "use_data_before_expert_parallelism": "is for expert parallelism, which the trainer does not have",
     "vocabulary_size": "only makes DeepSpeed print a warning",
@@ -150,7 +151,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
     Args:
         config: the run's settings.
-        world_size: number of ranks; must divide `batch.packs_per_step`.
+        world_size: ranks, or groups of them that share a pack; divides `batch.packs_per_step`.
 
     Raises:
         ConfigError: the file is missing or not JSON, sets a key that we own, that is unknown, that would have
@@ -165,7 +166,10 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         if key in WITHOUT_EFFECT:
             raise _without_effect(key, WITHOUT_EFFECT[key])
     merged["train_micro_batch_size_per_gpu"] = 1
-    check_world_size(config.batch.packs_per_step, world_size)
+    sharing = config.batch.sequence_parallel
+    check_world_size(
+        config.batch.packs_per_step, world_size, "ranks" if sharing == 1 else f"groups of {sharing} ranks"
+    )
     merged["gradient_accumulation_steps"] = config.batch.packs_per_step // world_size
     merged["gradient_clipping"] = config.optimizer.max_grad_norm
     if config.model.dtype == "bf16":

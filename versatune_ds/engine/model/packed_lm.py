@@ -29,8 +29,9 @@ from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.families import LogitRule, logit_rule
 from versatune_ds.engine.model.recompute import recompute_in_backward
-from versatune_ds.engine.model.rope import rotate_by_sample
+from versatune_ds.engine.model.rope import rotate_by_sample, set_ends
 from versatune_ds.engine.model.router import ROUTER, Routers, experts_of
+from versatune_ds.engine.model.sequence import SequenceGroup
 from versatune_ds.engine.model.source import TEXT_PART, check_files, holds_own_head, load_architecture
 from versatune_ds.engine.phases import LOSS, timed
 from versatune_ds.foundations import distributed
@@ -95,6 +96,7 @@ class PackedCausalLM(nn.Module):
         liger: what `apply_liger` did.
         logits_dtype: `model.logits_dtype`.
         routers: of a mixture of experts.
+        sequence: the ranks that share a pack; then `lm` attends by `sequence.share_heads`.
 
     Raises:
         ConfigError: an output layer or a change of the logits that the loss cannot follow.
@@ -107,15 +109,16 @@ class PackedCausalLM(nn.Module):
         liger: str = "off",
         logits_dtype: str = "fp32",
         routers: Routers | None = None,
+        sequence: SequenceGroup | None = None,
     ) -> None:
         super().__init__()
-        self.liger, self.routers = liger, routers
+        self.liger, self.routers, self.sequence = liger, routers, sequence
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
         self.tied = lm.get_input_embeddings().weight is head.weight
         lm.set_output_embeddings(LossHead(head.weight, loss_backend, logits_dtype, logit_rule(lm.config)))
-        rotate_by_sample(lm)
+        self._rotary: list[Any] = rotate_by_sample(lm)
         self.lm: Any = lm
 
     @property
@@ -164,16 +167,24 @@ class PackedCausalLM(nn.Module):
         num_valid: int,
         normalizer: float,
         token_weight: torch.Tensor | None = None,
-        passes: int = 1,
+        passes: float = 1,
+        parts: int = 1,
     ) -> LossOutput:
         """Loss of one pack (see `data.collate.Batch` for shapes), divided by `normalizer`.
 
         Args:
             token_weight: floating [T]. Factor of each token in the loss, not in the sums; None: 1.
-            passes: packs of a step on this rank, over which the routers' loss is averaged.
+            passes: packs of a step on this rank, over which the routers' loss is averaged; a fraction of
+                them where ranks share packs.
+            parts: ranks that share the pack. Of more than one, the loss is that of this rank's rows, and the
+                sums of samples are the pack's.
         """
         routers = self.routers if self.training else None
-        options = {} if routers is None else {"output_router_logits": True}
+        options: dict[str, Any] = {} if routers is None else {"output_router_logits": True}
+        group = self.sequence if parts > 1 else None
+        if self.sequence is not None:
+            options["sequence_group"] = group
+        set_ends(self._rotary, cu_seqlens, len(input_ids), group and group.rank)
         body = self.body(input_ids, position_ids, cu_seqlens, max_seqlen, **options)
         hidden = body.last_hidden_state.squeeze(0)
         head = self.lm.get_output_embeddings()
@@ -182,13 +193,17 @@ class PackedCausalLM(nn.Module):
                 hidden, labels, sample_ids, num_samples, num_valid, normalizer, token_weight
             )
         if routers is not None:
-            extra = routers.observe(body.router_logits, sample_ids >= 0)
+            extra = routers.observe(body.router_logits, sample_ids >= 0, group)
             out = out._replace(loss=out.loss + extra / passes)
-        return out
+        return out if group is None else group.whole_samples(out)
 
 
 def build_model(
-    settings: Model, attention: AttentionChoice, seed: int, device_type: str = "cpu"
+    settings: Model,
+    attention: AttentionChoice,
+    seed: int,
+    device_type: str = "cpu",
+    sequence: SequenceGroup | None = None,
 ) -> PackedCausalLM:
     """Build the model, pretrained or random; every rank calls it.
 
@@ -200,6 +215,7 @@ def build_model(
         attention: from `choose_attention`.
         seed: of random initialisation; ranks must use the same.
         device_type: "cpu" or "cuda", where the model will run.
+        sequence: the ranks that share a pack.
 
     Raises:
         ConfigError: it cannot be built, or a pretrained folder lacks weights or holds others.
@@ -222,7 +238,7 @@ def build_model(
         for name, parameter in lm.named_parameters():
             if settings.router == "frozen" and name.endswith(ROUTER):
                 parameter.requires_grad_(False)
-    return PackedCausalLM(lm, settings.loss_backend, liger, settings.logits_dtype, routers)
+    return PackedCausalLM(lm, settings.loss_backend, liger, settings.logits_dtype, routers, sequence)
 
 
 def four_bits(settings: Model) -> dict[str, Any]:
@@ -349,7 +365,7 @@ def apply_liger(lm: PreTrainedModel, choice: str, device_type: str, left_out: tu
     return f"{parts} (liger-kernel {importlib.metadata.version('liger-kernel')})"
 
 
-def model_inputs(batch: Batch, normalizer: float, passes: int = 1) -> dict[str, Any]:
+def model_inputs(batch: Batch, normalizer: float, passes: float = 1) -> dict[str, Any]:
     """Keyword arguments of `PackedCausalLM.forward` for a batch on the model's device."""
     return {
         "input_ids": batch.input_ids,
@@ -363,6 +379,7 @@ def model_inputs(batch: Batch, normalizer: float, passes: int = 1) -> dict[str, 
         "normalizer": normalizer,
         "passes": passes,
         "token_weight": batch.token_weight,
+        "parts": batch.parts,
     }
 
 

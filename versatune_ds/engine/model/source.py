@@ -33,11 +33,27 @@ ROWS = 4096
 
 
 def load_architecture(settings: Model) -> Any:
-    """The transformers config of the model, or of its text part.
+    """The transformers config of the model, or of its text part, with the positions of `model.yarn`.
 
     Raises:
-        ConfigError: no such folder or hub name, no usable config.json there, or no causal LM.
+        ConfigError: no such folder or hub name, no usable config.json there, no causal LM, or another RoPE
+            than `model.yarn` can stretch.
     """
+    config, yarn = _architecture(settings), settings.yarn
+    if yarn is not None:
+        rope = getattr(config, "rope_parameters", None) or {}
+        stretched = {**rope, "rope_type": "yarn", **yarn.model_dump()}
+        if rope.get("rope_type") != "default" and rope != stretched:  # an export of ours has it already
+            raise ConfigError(
+                f"model.yarn stretches plain RoPE, and {settings.source} has {rope or 'none'}; leave it out"
+            )
+        config.rope_parameters = stretched
+        config.max_position_embeddings = int(yarn.factor * yarn.original_max_position_embeddings)
+    return config
+
+
+def _architecture(settings: Model) -> Any:
+    """The configuration as it lies there."""
     source = settings.source
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise ConfigError(f"model.source {source} is not a folder; give a folder or a hub name")

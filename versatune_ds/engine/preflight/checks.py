@@ -224,7 +224,7 @@ def check_architecture(architecture: Any, tokenizer: Any, corpus: Corpus) -> Non
         log.warning(
             "the longest sample has %d tokens, and the model was made for %d positions; set "
             "data.overlong and "
-            "batch.pack_len, or a rope scaling in the model's config",
+            "batch.pack_len, or model.yarn",
             longest,
             positions,
         )
