@@ -94,6 +94,8 @@ flash_attention: true
 gradient_checkpointing: offload
 warmup_steps: 10
 evals_per_epoch: 4
+eval_steps: 5
+load_best_model_at_end: true
 loss_watchdog_threshold: 5.0
 fsdp: [full_shard, auto_wrap]
 """
@@ -219,6 +221,7 @@ def test_axolotl(imported):
     assert (talks.format, talks.columns) == ("sharegpt", {})
     assert (own.format, own.columns) == ("alpaca", {"instruction": "ask", "output": "reply"})
     assert [source.domain for source in ours.data.eval] == ["talks"]
+    assert (ours.evaluation.every_n_steps, ours.evaluation.select) == (5, "overall")
     assert ours.deepspeed == {"zero_optimization": {"stage": 3}} and ours.data.chat_template == "tokenizer"
     for line in (
         "# datasets[1].shards: 4 ",

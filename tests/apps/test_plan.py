@@ -213,10 +213,10 @@ def test_command_chooses_and_prints_json(capsys):
 
 def test_command_plans_an_adapter(capsys):
     arguments = ["plan", "--model", "qwen2.5-32b", "--gpus", "2", "--gpu", "h100-80g"]
-    assert main(arguments) == 0 and "offload optimizer (chosen" in capsys.readouterr().out
+    assert main(arguments) == 0 and "offload optimizer" in capsys.readouterr().out
     assert main([*arguments, "--adapter", "lora", "--rank", "64"]) == 0
     text = capsys.readouterr().out
-    assert "frozen, 536.9 M of lora of rank 64 trained, on 2 GPUs" in text and "offload none (chosen" in text
+    assert "frozen, 536.9 M of lora of rank 64 trained, on 2 GPUs" in text and "offload none" in text
 
 
 def test_command_says_what_would_fit_and_leaves_with_1(capsys):

@@ -8,7 +8,8 @@ import pytest
 
 from versatune_ds.config.weights import Domains, Guard, Weights
 from versatune_ds.domain.controller import WeightController
-from versatune_ds.domain.guard import OverfitGuard, SampleLosses, rise_of, without
+from versatune_ds.domain.probes.guard import OverfitGuard, without
+from versatune_ds.domain.probes.samples import SampleLosses, rise_of
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import StateError
 

@@ -354,7 +354,8 @@ class Config(Section):
 
     def _problems_of_evaluation(self) -> Iterator[str]:
         if not self.data.eval and self.weights.needs_probe:
-            asked = "loss_source probe" if self.weights.loss_source == "probe" else "guard"
+            by_guard = "guard" if self.weights.guard is not None else f"strategy {self.weights.strategy}"
+            asked = "loss_source probe" if self.weights.loss_source == "probe" else by_guard
             yield f"weights.{asked} measures held-out losses: give data.eval"
         if not self.data.eval and self.evaluation.every_n_steps is not None:
             yield "evaluation.every_n_steps is set: give data.eval"
@@ -370,6 +371,7 @@ class Config(Section):
         by_domain: dict[str, Any] = {
             "domains.initial": self.domains.initial,
             "weights.reference": self.weights.reference,
+            "weights.objective": self.weights.objective,
         }
         if isinstance(self.weights.schedule, list):
             for entry in self.weights.schedule:

@@ -77,7 +77,7 @@ class ScheduledWeights(Section):
 
 
 class Guard(Section):
-    """Overfitted domains lose their share: `domain/guard.py`. It probes at every weight update."""
+    """Overfitted domains lose their share: `domain/probes/guard.py`. It probes at every weight update."""
 
     probes: int = Field(3, ge=1)
     """Probes in a row at which a domain's held-out loss must have risen before it is held."""
@@ -90,7 +90,8 @@ class Weights(Section):
 
     strategy: StrategyName = "constant"
     """`constant` keeps `domains.initial`; `uniform` and `inverse` ((1 - p) / Z) are static too; `manual`
-    follows `schedule`; `fostering`, `expansion`, `doremi` and `raw_loss` move with the losses."""
+    follows `schedule`; `fostering`, `expansion`, `doremi` and `raw_loss` move with the losses, `marginal`
+    with what the tokens of each domain did for held-out losses."""
     every_n_steps: int = Field(100, ge=1)
     """Optimizer steps between updates, and the length of the loss window."""
     form: Literal["linear", "exponential"] = "linear"
@@ -107,7 +108,9 @@ class Weights(Section):
     epsilon: float = Field(1.0, ge=0)
     """expansion: tolerance of the gate."""
     eta: float = Field(1.0, ge=0)
-    """doremi: step size of the exponentiated gradient."""
+    """doremi and marginal: step size of the exponentiated gradient."""
+    objective: dict[str, float] | None = None
+    """marginal: weight of every domain's held-out loss in what is to be lowered; None: all alike."""
     smoothing: float = Field(1e-3, ge=0, le=1)
     """doremi: share of the uniform distribution mixed in after each update."""
     schedule: list[ScheduledWeights] | Place | None = None
@@ -123,6 +126,9 @@ class Weights(Section):
     """probe and guard: held-out samples per domain."""
     noise_z: float = Field(0.0, ge=0)
     """Standard errors subtracted from a loss difference before it counts as gamma or phi; 0 is the paper."""
+    update_z: float = Field(0.0, ge=0)
+    """An update is applied only if it is longer than this many of its standard errors, else the window goes
+    on until the next one; 0: always. Try 1."""
     min_tokens: int = Field(1, ge=1)
     """A domain with fewer supervised tokens in the window keeps its previous loss and gamma; phi is 0."""
     guard: Guard | None = None
@@ -133,13 +139,19 @@ class Weights(Section):
     @property
     def needs_probe(self) -> bool:
         """Whether held-out losses are measured at every update."""
-        return self.loss_source == "probe" or self.guard is not None
+        return self.loss_source == "probe" or self.guard is not None or STRATEGIES[self.strategy].by_gain
 
     def problems(self) -> Iterator[str]:
         """What does not hold together."""
         lacking = [name for name in STRATEGIES[self.strategy].requires if not getattr(self, name)]
         if lacking:
             yield from (f"strategy {self.strategy} {NEEDED[name]}" for name in lacking)
+        strategy = STRATEGIES[self.strategy]
+        if self.update_z > 0 and (strategy.by_gain or not strategy.moves_with_losses):
+            instead = "; noise_z is its limit" if strategy.by_gain else ""
+            yield f"update_z has no effect: no losses move {self.strategy}'s weights{instead}"
+        if self.objective is not None:
+            yield from share_problems(self.objective, "objective")
         if isinstance(self.schedule, list):
             steps = [entry.step for entry in self.schedule]
             if steps != sorted(set(steps)):

@@ -21,7 +21,7 @@ from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.collate import Batch, collate, rows_of
 from versatune_ds.data.plan.balance import by_cost, rank_packs
 from versatune_ds.data.plan.packing import Pack, pack_all
-from versatune_ds.domain.guard import SampleLosses
+from versatune_ds.domain.probes.samples import SampleLosses
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.ranks import Ranks

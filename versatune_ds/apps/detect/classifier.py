@@ -1,16 +1,16 @@
 """The embedded judge: linear models on words and hidden states, trained on the user's own prepared domains.
 
 It is measured twice: in-source, on held-out data (or a fifth of the training data), and with whole sources
-left out, on samples of files or groups of samples that it has not seen (`sources.py`). A generated text is of
-no source, so the second number is the one to look at; where the two part, a warning says so. From the left-
-out texts come also the trust in each kind of feature (`learning.py`), the table that corrects the mixture for
-the judge's own mistakes (`domain/knowledge.py`), and the limit beyond which a text is unlike all that it has
-learned from: such a text is judged "unknown" and feeds no domain.
+left out, on samples of files or groups of samples that it has not seen (`sources.py`). A generated text is
+of no source, so the second number is the one to look at; where the two part, a warning says so. From the
+left- out texts come also the trust in each kind of feature (`learning.py`), the table that corrects the
+mixture for the judge's own mistakes (`domain/knowledge.py`), and the limit beyond which a text is unlike
+all that it has learned from: such a text is judged "unknown" and feeds no domain.
 
 A long text is judged by windows, whose mean counts.
 
-What is not covered: what no source of the training data is like. Groups of one corpus are more alike than two
-corpora are: expect less on foreign texts than on left-out ones (docs/detect.md has a measurement).
+What is not covered: what no source of the training data is like. Groups of one corpus are more alike than
+two corpora are: expect less on foreign texts than on left-out ones (docs/detect.md has a measurement).
 """
 
 from __future__ import annotations

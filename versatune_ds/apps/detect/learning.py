@@ -6,11 +6,11 @@
 
     log p_j(x) = sum_c a_c log p_cj(x) + const        c: kind of features, j: domain
 
-The a_c >= 0 are fitted (ridge towards 1) on predictions for sources that the linear models had not seen: they
-say how far each kind carries over. There is no bias by domain: left-out sources do not show which one another
-text needs. Strong regularisation keeps the linear models near the means of the domains, which carries over
-better than margins do. Domains weigh the same, and so do, half-way, the sources of a domain; the topics of a
-domain together weigh as much as its samples.
+The a_c >= 0 are fitted (ridge towards 1) on predictions for sources that the linear models had not seen:
+they say how far each kind carries over. There is no bias by domain: left-out sources do not show which one
+another text needs. Strong regularisation keeps the linear models near the means of the domains, which
+carries over better than margins do. Domains weigh the same, and so do, half-way, the sources of a domain;
+the topics of a domain together weigh as much as its samples.
 
 What is not covered: where texts and vectors come from (`sources.py`, `embedding.py`).
 """

@@ -4,9 +4,9 @@
     2. judge       judgements.jsonl    a line per text with content
     3. aggregate   knowledge.json      and knowledge.png
 
-detection.json says what the first two files were made with. A run that is started again does what is missing:
-whole batches in step 1, single texts in step 2. With other settings it refuses rather than mixing texts;
-another judge only needs judgements.jsonl moved away.
+detection.json says what the first two files were made with. A run that is started again does what is
+missing: whole batches in step 1, single texts in step 2. With other settings it refuses rather than mixing
+texts; another judge only needs judgements.jsonl moved away.
 
 Steps 1 and 2 go in rounds over the ranks: each rank generates a batch (judges a share), rank 0 gathers and
 writes. In the same exchange the ranks learn of errors and of requests to stop, so that they leave together.

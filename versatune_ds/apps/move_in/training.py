@@ -38,8 +38,8 @@ LEFT = {
         ("push_to_hub", "hub_model_id"), "only when asked: versatune-ds export RUN --push OWNER/NAME"
     ),
     "resume_from_checkpoint": "a run goes on from its own checkpoints by itself (run.resume)",
+    "activation_offloading": "set model.activation_checkpointing: offload",
     "special_tokens": "the tokenizer's own are taken; change them in the model's folder",
-    "load_best_model_at_end": "the last parameters are exported",
     "load_in_8bit": "the frozen model is held in model.dtype",
 }
 IGNORED = (
@@ -136,7 +136,7 @@ def carry_batch(given: Foreign, length: str, ranks: int) -> None:
         given.leave("lr_scheduler_type", schedule, "cosine is taken")
     optimizer = given.take("optim")
     if optimizer not in (None, *PLAIN_ADAMW):
-        given.leave("optim", optimizer, "AdamW with fp32 state is taken")
+        given.leave("optim", optimizer, "AdamW is taken; optimizer.states says in what its state is held")
     given.set(
         "optimizer",
         lr=float(given.take("learning_rate")),
@@ -176,10 +176,11 @@ def carry_run(given: Foreign, *, has_held_out: bool) -> None:
     given.set("run", dir=str(given.take("output_dir")), seed=int(given.take("seed")))
     saves, evaluates = _every(given, "save", "steps"), _every(given, "eval", "no")
     given.set("checkpoint", every_n_steps=saves, keep_last=given.take("save_total_limit"))
-    patience = given.take("early_stopping_patience")
+    patience, best = given.take("early_stopping_patience"), given.is_on("load_best_model_at_end")
     if evaluates is not None and has_held_out:
-        given.set("evaluation", every_n_steps=evaluates, patience=patience or None)
-    elif evaluates is not None or patience:
+        select = "overall" if best else None
+        given.set("evaluation", every_n_steps=evaluates, patience=patience or None, select=select)
+    elif evaluates is not None or patience or best:
         given.note(
             "data",
             "Their evaluation (eval_steps) needs held-out rows in data.eval, then evaluation.every_n_steps.",

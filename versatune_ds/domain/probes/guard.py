@@ -1,15 +1,9 @@
 """The guard: which domains are being overfitted, seen from the held-out losses of the same samples.
 
-With S_i(t) the summed token losses of held-out sample i at probe t, n_i its supervised tokens and b the probe
-with the domain's lowest loss so far, the rise of a domain over its n samples is
-
-    r = sum d_i / sum n_i                                   d_i = S_i(t) - S_i(b), nats per supervised token
-    se(r)^2 = n / (n - 1) * sum (d_i - r n_i)^2 / (sum n_i)^2
-
-(ratio estimator: Cochran, Sampling Techniques, 3rd ed., section 2.11). Both probes read the same samples, so
-what both find hard cancels. A domain has risen while r > z se(r). After `probes` risen probes in a row it is
-held: its share goes to the others. A held domain comes back when its loss is no longer risen, or when it has
-risen beyond noise since it was held: then leaving it out harms it more than training on it did.
+A domain has risen while its loss is more than z standard errors above its lowest one (`samples.rise_of`).
+After `probes` risen probes in a row it is held: its share goes to the others. A held domain comes back when
+its loss is no longer risen, or when it has risen beyond noise since it was held: then leaving it out harms
+it more than training on it did.
 
 What is not covered: going back to a domain's best checkpoint. `best_steps` says where that would be.
 """
@@ -18,57 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from versatune_ds.config.weights import Domains, Guard
-from versatune_ds.domain.statistics import DomainSums
+from versatune_ds.domain.probes.samples import Array, Rise, SampleLosses, rise_of
 from versatune_ds.foundations.errors import StateError
 from versatune_ds.strategies.rules import Mask
 from versatune_ds.strategies.simplex import Vector, project
-
-Array = npt.NDArray[np.float64]
-
-
-class SampleLosses(NamedTuple):
-    """Held-out losses of a probe, the same samples each time; one array per domain, empty without data."""
-
-    losses: Sequence[Array]
-    """float64[n]: summed token losses in nats."""
-    tokens: Sequence[Array]
-    """[n]: supervised tokens."""
-
-    @property
-    def sums(self) -> DomainSums:
-        """Sums by domain."""
-        ids = np.concatenate([np.full(len(values), j) for j, values in enumerate(self.losses)])
-        return DomainSums.from_samples(
-            ids, np.concatenate(self.losses), np.concatenate(self.tokens), len(self.losses)
-        )
-
-
-class Rise(NamedTuple):
-    """How much a held-out loss has risen: nats per supervised token; `stderr` is NaN below two samples."""
-
-    value: float
-    stderr: float
-
-    def beyond(self, z: float) -> bool:
-        """Whether it is more than z standard errors; a rise of unknown error is not."""
-        return self.value > z * self.stderr
-
-
-def rise_of(now: Array, then: Array, tokens: Array) -> Rise:
-    """`Rise` of one domain between two probes; float64[n] each. Without a supervised token: NaN."""
-    n, total = int((tokens > 0).sum()), math.fsum(tokens)
-    if total <= 0:
-        return Rise(math.nan, math.nan)
-    change = now - then
-    value = math.fsum(change) / total
-    residual = math.fsum((change - value * tokens) ** 2)
-    return Rise(value, math.sqrt(n / (n - 1) * residual) / total if n >= 2 else math.nan)
 
 
 def without(weights: Vector, held: Mask, *, min_weight: float, max_weight: float) -> Vector:
