@@ -315,6 +315,7 @@ class WeightController:
 
     def _inputs(self, step: int, measurement: Measurement) -> UpdateInputs:
         reference = np.zeros(len(self._table)) if self._reference is None else self._reference.losses
+        noise_z = self._settings.noise_z
         return UpdateInputs(
             weights=self._weights,
             losses=measurement.losses,
@@ -322,7 +323,7 @@ class WeightController:
             reference=reference,
             gamma=measurement.gamma,
             phi=measurement.phi,
-            advantage=self._gains and self._gains.advantage(self._weights, self._settings.noise_z),
+            advantage=None if self._gains is None else self._gains.advantage(self._weights, noise_z),
             target=self._target,
             scheduled=self._schedule.get(step, self._weights),
         )
