@@ -10,6 +10,7 @@ What was trained on is noted by each rank as it trains, not derived from plans.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -49,6 +50,8 @@ def runs(tmp_path_factory) -> Path:
         batch={"pack_len": 192, "packs_per_step": 2},
         train={"max_steps": STEPS},
         weights={"every_n_steps": 3},
+        # a best checkpoint that is due anyway, and others that are not
+        evaluation={"every_n_steps": 3, "max_samples_per_domain": 2, "select": "overall"},
         checkpoint={"every_n_steps": EVERY, "keep_last": 2},
         deepspeed={"zero_optimization": {"stage": 2}},
     )
@@ -143,7 +146,7 @@ def test_final_parameters_and_moments_are_equal_bit_for_bit(runs):
     assert all(torch.equal(ours[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "weights.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "weights.jsonl", "eval.jsonl"])
 def test_losses_and_weights_are_equal(runs, name):
     def without_clock(line: dict) -> dict:
         return {key: value for key, value in line.items() if not key.endswith(CLOCK)}
@@ -152,6 +155,17 @@ def test_losses_and_weights_are_equal(runs, name):
         [without_clock(line) for line in read_jsonl(runs / n / name)] for n in ("killed", "whole")
     )
     assert ours == expected
+
+
+def test_the_best_checkpoint_and_the_newest_are_the_same(runs):
+    ours, expected = (
+        sorted(p.name for p in (runs / n / "checkpoints").iterdir()) for n in ("killed", "whole")
+    )
+    assert ours == expected
+    ours, expected = (
+        json.loads((runs / n / "checkpoints" / "best.json").read_text()) for n in ("killed", "whole")
+    )
+    assert ours == expected and (runs / "killed" / "checkpoints" / ours["checkpoint"]).is_dir()
 
 
 def test_nothing_is_lost_and_nothing_seen_twice(runs):

@@ -5,6 +5,7 @@ Whole runs under DeepSpeed are compared with each other elsewhere; what is wrong
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.evaluate import HeldOut, evaluate_samples
 from versatune_ds.engine.prepared import count_steps
 from versatune_ds.foundations.errors import DivergenceError
+from versatune_ds.report.report import write_report
 
 STEPS, PEAK = 6, 0.2
 RATES = [PEAK * share for share in (1 / 3, 2 / 3, 1, 1, 0.7, 0.4)]
@@ -410,13 +412,13 @@ def test_a_resumed_run_knows_its_earlier_losses_and_skips(config):
 
 def test_a_resumed_run_knows_its_best_evaluation(config):
     """At a rate at which it only gets worse."""
-    overrides = ("optimizer.lr=1e3", "train.max_steps=4", "evaluation={every_n_steps: 2, patience: 5}")
+    overrides = ("optimizer.lr=1e3", "train.max_steps=6", "evaluation={every_n_steps: 1, patience: 5}")
     ours = run(config, "worse", *overrides)
-    expected = saved_state(ours.folder, 4)["early_stopping"]
-    assert expected["best_step"] == 0 and expected["waited"] == 1
-    cut_back(ours.folder, config.parent / "worse_resumed", 2)
+    expected = saved_state(ours.folder, 6)["early_stopping"]
+    assert expected["best_step"] < 4 and expected["waited"] == 5 - expected["best_step"]
+    cut_back(ours.folder, config.parent / "worse_resumed", 4)
     resumed = run(config, "worse_resumed", *overrides)
-    assert saved_state(resumed.folder, 4)["early_stopping"] == expected
+    assert saved_state(resumed.folder, 6)["early_stopping"] == expected
 
 
 def test_checkpoints_in_the_background_are_published_while_training_goes_on(config):
@@ -436,3 +438,29 @@ def test_checkpoints_in_the_background_are_published_while_training_goes_on(conf
     run(config, "background", "checkpoint.asynchronous=true", "evaluation={}", disturb=disturb)
     assert seen == [[2]] * 3
     assert checkpoints(folder) == [2, 4, 6]
+
+
+def test_a_profile_of_two_steps_has_the_phases_and_stands_in_the_report(config, whole):
+    profiled = run(config, "profiled", "train.profile={steps: [2, 3]}", "train.max_steps=4")
+    folder = profiled.folder / "profile"
+    found = json.loads((folder / "profile.json").read_text())
+    assert found["steps"] == [2, 3] and found["device"] == "cpu" and len(found["items"]) == 10
+    calls = {phase["name"]: phase["calls"] for phase in found["phases"]}
+    packs = 2 * 3
+    assert [calls[name] for name in ("forward", "backward", "waiting for data")] == [packs, packs, 2]
+    assert 0 < sum(item["seconds"] for item in found["items"]) <= found["wall_s"]
+    assert any(item["name"].startswith("aten::") for item in found["items"])
+    trace = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))
+    named = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
+    assert named.count("forward") == packs and "optimizer step" in named
+
+    page = write_report([profiled.folder], profiled.folder.parent / "page.html").read_text()
+    assert 'href="profiled/profile/trace.json.gz"' in page and found["items"][9]["name"] in page
+    assert "Profile" not in write_report([whole.folder], profiled.folder.parent / "other.html").read_text()
+
+
+def test_a_profile_that_was_not_reached_is_missed_with_a_word(config, caplog):
+    with caplog.at_level("WARNING", "versatune_ds"):
+        short = run(config, "short", "train={epochs: 0.001, profile: {steps: [40, 41]}}")
+    assert "did not get through the steps 40 to 41" in caplog.text
+    assert not (short.folder / "profile").exists()

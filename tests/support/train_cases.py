@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from versatune_ds.config.load import load_config
 from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.domain.controller import WeightController
+from versatune_ds.domain.early_stopping import EarlyStopping
 from versatune_ds.engine import train
 from versatune_ds.engine.backend import deepspeed_backend
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
@@ -50,6 +51,7 @@ ORIGINAL_PART, ORIGINAL_BEGIN, ORIGINAL_WRITE = saving.write_part, saving.Share.
 ORIGINAL_PUBLISH, ORIGINAL_FLUSH = checkpoint.publish, export.ShardWriter._flush
 ORIGINAL_BUILD, ORIGINAL_AVAILABLE = deepspeed_backend.build_model, saving.available_bytes
 ORIGINAL_UPDATE = WeightController.update
+ORIGINAL_OBSERVE = EarlyStopping.observe
 UNLIMITED = resource.RLIM_INFINITY
 LAST_STEP = 5
 """Index of the last step of runs that write slowly."""
@@ -337,7 +339,13 @@ def record_samples() -> None:
     train.accumulate = accumulate
 
 
+def lowest_after(best: int) -> None:
+    """Held-out losses are lowest after this step, whatever they are."""
+    EarlyStopping.observe = lambda self, step, _: ORIGINAL_OBSERVE(self, step, 1.0 + abs(step - best))
+
+
 SABOTAGE = {
+    "lowest after step 4": lambda: lowest_after(4),
     "record samples": record_samples,
     "write slowly": write_slowly,
     "no room for a copy": no_room_for_a_copy,
@@ -376,7 +384,7 @@ def repair() -> None:
     saving.available_bytes = ORIGINAL_AVAILABLE
     checkpoint.publish, export.ShardWriter._flush = ORIGINAL_PUBLISH, ORIGINAL_FLUSH
     deepspeed_backend.build_model = ORIGINAL_BUILD
-    WeightController.update = ORIGINAL_UPDATE
+    WeightController.update, EarlyStopping.observe = ORIGINAL_UPDATE, ORIGINAL_OBSERVE
     resource.setrlimit(resource.RLIMIT_FSIZE, (UNLIMITED, UNLIMITED))
 
 
@@ -391,7 +399,7 @@ def main(cases: Path) -> None:
         dump_at(case.get("dump", []))
         outcome = None
         try:
-            train.train_in_group(config, device, Path(case["config"]))
+            train.train_in_group(config, device)
         except VersaTuneError as error:  # raised on all ranks alike: the group is still whole
             outcome = {"type": type(error).__name__, "text": str(error)}
         finally:

@@ -9,36 +9,67 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from versatune_ds.cli import place
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import ConfigError, StateError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--step", type=int, help="checkpoint to export; default: the newest sound one")
-    parser.add_argument("--out", type=Path, help="target folder; default: RUN/model-step-N")
+    parser.add_argument("run_dir", type=place, metavar="RUN", help="run folder")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--step",
+        type=int,
+        help="checkpoint to export; default: the best one (evaluation.select), or else the newest",
+    )
+    which.add_argument("--newest", action="store_true", help="the newest sound checkpoint, not the best one")
+    parser.add_argument("--out", type=place, help="target folder; default: RUN/model-step-N")
     parser.add_argument("--merge", action="store_true", help="the base model with the adapter added")
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload it to the Hugging Face hub with a model card; RUN/model as it is, if there is one",
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: a new repository is open to all")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export and print where the model lies."""
-    from versatune_ds.engine.checkpointing.folder import checkpoint_name, damage, newest_sound_checkpoint
+    """Export, push if asked to, and print where the model lies."""
+    if args.public and args.push is None:
+        raise ConfigError("--public: say where to with --push OWNER/NAME")
+    finished = args.run_dir / constants.EXPORT_DIR
+    as_it_is = not (args.step or args.newest or args.out or args.merge) and finished.is_dir()
+    target, step = (finished, None) if args.push and as_it_is else export(args)
+    print(target)
+    if args.push:
+        from versatune_ds.apps.push import push
+
+        print(push(args.run_dir, target, args.push, step=step, public=args.public))
+    return constants.EXIT_OK
+
+
+def export(args: argparse.Namespace) -> tuple[Path, int]:
+    """Write a checkpoint as a folder; returns it, and the checkpoint's step."""
+    from versatune_ds.engine.checkpointing.folder import (
+        best_or_newest,
+        checkpoint_name,
+        newest_sound_checkpoint,
+        require_sound,
+    )
     from versatune_ds.engine.checkpointing.hf_export import export_from_run
 
     if not (args.run_dir / constants.RESOLVED_CONFIG_FILE).is_file():
         raise ConfigError(f"{args.run_dir} is not a run folder: it has no {constants.RESOLVED_CONFIG_FILE}")
     folder = args.run_dir / constants.CHECKPOINTS_DIR
-    newest = args.step is None
-    checkpoint = newest_sound_checkpoint(folder) if newest else folder / checkpoint_name(args.step)
+    if args.step is None:
+        checkpoint = newest_sound_checkpoint(folder) if args.newest else best_or_newest(folder)
+    else:
+        checkpoint = folder / checkpoint_name(args.step)
     if checkpoint is None or not checkpoint.is_dir():
         raise StateError(f"{folder} holds no such checkpoint; checkpoint.every_n_steps makes them")
-    if not newest and (problem := damage(checkpoint)) is not None:
-        raise StateError(
-            f"{checkpoint} is damaged: {problem}; restore the file, or leave out --step to export the newest "
-            "sound checkpoint"
-        )
+    if args.step is not None:
+        require_sound(checkpoint)
     target = args.out or args.run_dir / f"model-{checkpoint.name}{'-merged' if args.merge else ''}"
     export_from_run(args.run_dir, checkpoint, target, args.merge)
-    print(target)
-    return constants.EXIT_OK
+    return target, int(checkpoint.name.rpartition("-")[2])

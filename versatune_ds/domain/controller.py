@@ -315,7 +315,7 @@ class WeightController:
 
     def _inputs(self, step: int, measurement: Measurement) -> UpdateInputs:
         reference = np.zeros(len(self._table)) if self._reference is None else self._reference.losses
-        noise_z = self._settings.noise_z
+        gains = self._gains
         return UpdateInputs(
             weights=self._weights,
             losses=measurement.losses,
@@ -323,7 +323,7 @@ class WeightController:
             reference=reference,
             gamma=measurement.gamma,
             phi=measurement.phi,
-            advantage=None if self._gains is None else self._gains.advantage(self._weights, noise_z),
+            advantage=None if gains is None else gains.advantage(self._weights, self._settings.noise_z),
             target=self._target,
             scheduled=self._schedule.get(step, self._weights),
         )

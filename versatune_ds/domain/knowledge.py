@@ -43,9 +43,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from versatune_ds.domain.json_input import numbers, read_object, require_format
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import DataError
+from versatune_ds.foundations.json_input import numbers, read_object, require_format
 
 KNOWLEDGE_FORMAT = "versatune_ds.knowledge"
 KNOWLEDGE_VERSION = 1

@@ -16,9 +16,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from versatune_ds.config.weights import Domains, ScheduledWeights
-from versatune_ds.domain.json_input import read_steps
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import ConfigError, DataError
+from versatune_ds.foundations.json_input import read_steps
 from versatune_ds.strategies.simplex import SUM_TOLERANCE, Vector, normalise
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from versatune_ds.data.plan.planner import PlannerState
 from versatune_ds.domain.controller import WeightController
-from versatune_ds.domain.early_stopping import EarlyStopping
+from versatune_ds.domain.early_stopping import OVERALL, EarlyStopping, selected_loss
 from versatune_ds.engine.prepared import Prepared
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.observability.records import EvalRecord
 
 log = get_logger(__name__)
 
@@ -76,12 +77,12 @@ class TrainState:
         Raises:
             ConfigError, StateError: it was saved with other data or settings.
         """
-        train = prepared.config.train
+        train, evaluation = prepared.config.train, prepared.config.evaluation
         state = cls(
             PlannerState.initial(len(prepared.table)),
             prepared.new_controller(),
             SpikeGuard(train.spike_factor, train.spike_window, () if saved is None else saved["losses"]),
-            EarlyStopping(prepared.config.evaluation.patience),
+            EarlyStopping(evaluation.patience, evaluation.select or OVERALL),
             0,
         )
         if saved is not None:
@@ -92,10 +93,14 @@ class TrainState:
             state.skipped_in_a_row = int(saved["skipped_in_a_row"])
         return state
 
-    def observe_evaluation(self, done: int, total_steps: int, loss: float | None) -> None:
-        """Decide whether to stop early, and say so."""
-        stopping = self.early_stopping
-        stopping.observe(done, loss)
+    def observe_evaluation(self, record: EvalRecord, total_steps: int) -> None:
+        """Decide whether to stop early, and say so. The model before the first step is never the best."""
+        stopping, done = self.early_stopping, record.step
+        if done == 0:
+            return
+        stopping.observe(
+            done, selected_loss(stopping.select, record.domain_loss, record.domain_supervised_tokens)
+        )
         if stopping.exhausted and done < total_steps:
             log.info(
                 "stopping early after step %d: %d evaluations in a row without a lower held-out loss than "

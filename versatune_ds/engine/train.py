@@ -18,7 +18,6 @@ What is not covered: how a run is opened (`engine/run.py`), and what each part d
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from versatune_ds.data.collate import Batch
 from versatune_ds.data.plan.planner import StepPlan
 from versatune_ds.engine.backend.optimizer import learning_rate
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
-from versatune_ds.engine.checkpointing.hf_export import Companions, export_model
 from versatune_ds.engine.evaluate import HeldOut, evaluate, probe_losses
 from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.faults.heartbeat import Heartbeat
@@ -51,9 +49,10 @@ from versatune_ds.engine.run import Components, open_run, report_alarms
 from versatune_ds.engine.skipping import FP16_OVERFLOW, NONFINITE_GRADIENT, reason_to_skip, report_skip
 from versatune_ds.engine.statistics import Flags
 from versatune_ds.engine.step_record import record_step
-from versatune_ds.foundations import constants, distributed
+from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.foundations.text import command
 from versatune_ds.observability.records import EvalRecord
 
 log = get_logger(__name__)
@@ -62,25 +61,22 @@ log = get_logger(__name__)
 # --- the run ------------------------------------------------------------------------------------------------
 
 
-def train(config: Config, config_path: Path | None = None) -> None:
+def train(config: Config) -> None:
     """Train a model by its settings; returns when the run is finished or was asked to stop and has saved.
-
-    Args:
-        config_path: the settings' file, for error texts that name a command.
 
     Raises:
         VersaTuneError: bad settings, data or state, or a run that diverged.
     """
     device = start_process_group(config.run.collective_timeout_s)
-    train_in_group(config, device, config_path)
+    train_in_group(config, device)
     close_process_group()
 
 
-def train_in_group(config: Config, device: torch.device, config_path: Path | None = None) -> bool:
+def train_in_group(config: Config, device: torch.device) -> bool:
     """`train` within a process group that is already there and stays; False when it was asked to stop."""
     watched = Heartbeat(config.run.hang_timeout_s)
     with StopRequest() as stop, watched, RunLock(config.run.dir), explained(config):
-        run = open_run(config, device, config_path)
+        run = open_run(config, device)
         try:
             finished = run_steps(run, stop)
             if finished:
@@ -120,7 +116,7 @@ def run_steps(run: Components, stop: StopRequest) -> bool:
 def run_step(run: Components, step: int, stop: StopRequest) -> Flags:
     """One optimizer step; returns what the ranks agreed on at its boundary."""
     done, state = step + 1, run.state
-    with recording() as times:
+    with run.profiler.step(done), recording() as times:
         rate = learning_rate(run.config.optimizer, step, run.prepared.total_steps)
         with phase(DATA_WAIT, done):
             plan, batches = run.loader.take(state.controller.weights)
@@ -155,16 +151,16 @@ def accumulate(run: Components, plan: StepPlan, batches: list[Batch]) -> list[to
     """Forward and backward over this rank's packs; returns the per-sample losses, still on the device.
 
     The loss of every pack is divided by the weight of all labels of the step over all ranks. The backend
-    then averages gradients over the ranks that share out the packs, hence the factor of their number.
+    then averages gradients over all ranks, hence the factor of their number.
     """
     backend = run.backend
-    normalizer = plan.loss_weight / backend.ranks.dp.size
+    normalizer, passes = plan.loss_weight / backend.ranks.size, len(batches) / backend.ranks.sp.size
     sample_losses = []
     for i, batch in enumerate(batches):
         place = plan.step + 1, f"of pack {i + 1} of {len(batches)}"
         with phase(FORWARD, *place):
             on_device = batch.to(backend.device, non_blocking=True)
-            out = backend.forward(**model_inputs(on_device, normalizer, len(batches)))
+            out = backend.forward(**model_inputs(on_device, normalizer, passes))
         with phase(STATISTICS, *place):
             run.statistics.add(out, on_device.sample_domains, on_device.sample_ids, on_device.token_weight)
         with phase(BACKWARD, *place):
@@ -211,23 +207,22 @@ def record_weights(run: Components, line: dict[str, Any]) -> None:
 
 def evaluate_when_due(run: Components, done: int) -> None:
     """Held-out losses before the first step, every n steps, and after the last."""
-    every = run.config.evaluation.every_n_steps
-    if run.held_out is None or every is None or not (done % every == 0 or done == run.prepared.total_steps):
+    every, known = run.config.evaluation.every_n_steps, run.state.early_stopping.last_step
+    is_due = every is not None and (done % every == 0 or done == run.prepared.total_steps)
+    if run.held_out is None or not is_due or done == known:
         return
     record_evaluation(run, done, run.held_out)
-    if run.state.early_stopping.exhausted and run.config.checkpoint.every_n_steps:
-        run.save(done)  # a restart then knows that the run is over
+    run.save_evaluated(done)
 
 
 def record_evaluation(run: Components, done: int, held_out: HeldOut) -> None:
     """Evaluate on all ranks; a line of eval.jsonl and the console."""
     result = evaluate(run.backend, held_out, len(run.table))
-    names = run.table.names
     record = EvalRecord(
         step=done,
         domain_loss=run.table.by_name(result.sums.mean_loss()),
-        domain_supervised_tokens=dict(zip(names, map(int, result.sums.tokens), strict=True)),
-        domain_samples=dict(zip(names, map(int, result.samples), strict=True)),
+        domain_supervised_tokens=dict(zip(run.table.names, map(int, result.sums.tokens), strict=True)),
+        domain_samples=dict(zip(run.table.names, map(int, result.samples), strict=True)),
         domain_stderr=run.table.by_name(result.sums.stderr()),
         eval_s=result.seconds,
     )
@@ -235,7 +230,7 @@ def record_evaluation(run: Components, done: int, held_out: HeldOut) -> None:
     run.progress.evaluation(record)
     if done == 0:
         report_alarms(run.state.controller.starting_alarms(result.sums))
-    run.state.observe_evaluation(done, run.prepared.total_steps, record.loss)
+    run.state.observe_evaluation(record, run.prepared.total_steps)
 
 
 # --- the end ------------------------------------------------------------------------------------------------
@@ -243,11 +238,7 @@ def record_evaluation(run: Components, done: int, held_out: HeldOut) -> None:
 
 def finish(run: Components) -> None:
     """Export the model and say where things lie."""
-    target = run.folder / constants.EXPORT_DIR
     if run.config.checkpoint.export_at_end:
-        shard_bytes = int(run.config.checkpoint.export_shard_gb * 1e9)
-        companions = Companions.of(run.config, run.prepared.tokenizer, run.backend.model.lm.config)
         with phase("export", is_limited=False):
-            export_model(run.backend, companions, target, shard_bytes)
-        run.progress.note(f"model: {target}")
-    run.progress.note(f"run folder: {run.folder} (versatune-ds report {run.folder})")
+            run.progress.note(f"model: {run.export()}")
+    run.progress.note(f"run folder: {run.folder} ({command('report', run.folder)})")

@@ -28,12 +28,20 @@ RUN_LOCK_FILE: Final = "run.lock"
 RUN_HOLDER_FILE: Final = "run.lock.json"
 CHECKPOINTS_DIR: Final = "checkpoints"
 EXPORT_DIR: Final = "model"
+EXPORT_FILE: Final = "versatune_export.json"
+PROFILE_DIR: Final = "profile"
 ADAPTER_CONFIG_FILE: Final = "adapter_config.json"
+
+# Files of a profile folder.
+PROFILE_FILE: Final = "profile.json"
+PROFILE_TRACE_FILE: Final = "trace.json.gz"
+PROFILE_MEMORY_FILE: Final = "memory.pickle"
 
 # Files of a checkpoint folder.
 CHECKPOINT_STATE_FILE: Final = "versatune_state.json"
 CHECKPOINT_MANIFEST_FILE: Final = "manifest.json"
 LATEST_FILE: Final = "latest.json"
+BEST_FILE: Final = "best.json"
 
 # Exit codes of the command line; docs/faults.md says what to do about each.
 EXIT_OK: Final = 0

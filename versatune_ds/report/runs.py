@@ -118,11 +118,15 @@ class RunData:
     """[e, k]."""
     eval_s: Array
     """[e] seconds."""
+    best: Mapping[str, Any]
+    """checkpoints/best.json, empty where no checkpoint is kept for its loss."""
     evaluation: ModelEvaluation | None
     """evaluation.json of `versatune-ds evaluate`, if there is one."""
     alarms: tuple[Alarm, ...]
     notes: tuple[str, ...]
     """What was found damaged or missing, in words."""
+    x_label: str = "optimizer step"
+    """What all `..steps` count (`measures.by_tokens`)."""
 
     def column(self, name: str) -> int | None:
         """Index of a domain, or None if the run does not have it."""
@@ -165,6 +169,7 @@ def read_run(folder: Path, label: str | None = None) -> RunData:
     settings_file = folder / constants.RESOLVED_CONFIG_FILE
     config_text, config = _read_mapping(settings_file, yaml.safe_load, "settings are unknown", notes)
     metrics_file = folder / constants.METRICS_FILE
+    best = folder / constants.CHECKPOINTS_DIR / constants.BEST_FILE
     first_line = next(_read_jsonl(metrics_file, []), {})
     evals = list(_read_jsonl(folder / constants.EVAL_FILE, notes))
     updates = list(_read_jsonl(folder / constants.WEIGHTS_FILE, notes))
@@ -192,6 +197,7 @@ def read_run(folder: Path, label: str | None = None) -> RunData:
         eval_loss=_column(evals, "loss"),
         eval_domain_loss=_matrix(evals, "domain_loss", names),
         eval_s=_column(evals, "eval_s"),
+        best=_read_mapping(best, json.loads, "the best one is unknown", notes)[1] if best.is_file() else {},
         evaluation=_read_evaluation(folder / constants.EVALUATION_FILE, notes),
         alarms=_alarms(skip_reasons, updates),
         notes=tuple(notes),

@@ -73,6 +73,7 @@ FACTS: tuple[Fact, ...] = (
     ("Packing efficiency", lambda run: _packing(run)),
     ("Training loss", lambda run: _loss(*train_loss(run))),
     ("Held-out loss", lambda run: _loss(*first_last(run.eval_loss))),
+    ("Best checkpoint", lambda run: _best(run)),
     ("Throughput", lambda run: _throughput(run)),
     ("MFU, useful work", lambda run: percent(median(run.series["mfu"]))),
     ("MFU, 6N + 12 L H T", lambda run: percent(median(run.series["mfu_6n"]))),
@@ -113,6 +114,18 @@ def _duration(seconds: Any) -> str:
 
 def _loss(first: float, last: float) -> str:
     return NOTHING if math.isnan(first) else f"{arrow(first, last)} ({change(first, last)})"
+
+
+def _best(run: RunData) -> str:
+    """Which step was taken, and why."""
+    step, loss, select = (run.best.get(key) for key in ("step", "loss", "select"))
+    if not isinstance(step, int) or not isinstance(loss, int | float):
+        return NOTHING
+    later = run.eval_steps[run.eval_steps > 0]
+    lowest = (
+        f"after step {step:,}: held-out loss {number(loss)} ({_flat(select)}), the lowest of {len(later)}"
+    )
+    return f"{lowest} evaluations up to step {int(later.max(initial=step)):,}"
 
 
 def _model(run: RunData) -> str:

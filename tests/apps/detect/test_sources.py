@@ -20,7 +20,7 @@ from versatune_ds.apps.detect.sources import (
     without_wording,
 )
 from versatune_ds.apps.detect.topics import topics_of
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 
 WORDS = [f"w{i}" for i in range(200)]
 

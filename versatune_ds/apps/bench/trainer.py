@@ -278,7 +278,7 @@ def open_bench_run(config: Config, settings: BenchSettings, device: torch.device
         for i in range(len(config.domains.names))
     ]
     if settings.data is not None:
-        samples = open_caches(load_config(settings.data), config_path=settings.data)["train"]
+        samples = open_caches(load_config(settings.data))["train"]
         check_tokens(samples, vocab_size, settings)
     return open_run_on(config, samples, device)
 

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from versatune_ds.apps.detect.generate import load_model, load_text_tokenizer, subject_fingerprint
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.engine.fingerprints import model_fingerprint
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import canonical_hash, write_bytes_atomic

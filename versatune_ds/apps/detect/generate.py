@@ -25,7 +25,8 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from versatune_ds.config.detection import Detect
-from versatune_ds.config.schema import Config, Model
+from versatune_ds.config.model import Model
+from versatune_ds.config.schema import Config
 from versatune_ds.engine.fingerprints import model_fingerprint, weight_files
 from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.packed_lm import load_lm

@@ -21,7 +21,7 @@ import torch
 
 from versatune_ds.apps.detect.generate import load_model, load_text_tokenizer, subject_fingerprint
 from versatune_ds.apps.detect.judge import PLAIN_ENDING, PROMPT_VERSION, Judgement, question, shares
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.foundations.errors import ConfigError
 
 

@@ -54,13 +54,19 @@ from versatune_ds.engine.backend.process_group import close_process_group, start
 from versatune_ds.engine.faults.signals import StopRequest
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError, VersaTuneError
-from versatune_ds.foundations.files import canonical_hash, write_json_atomic
+from versatune_ds.foundations.files import canonical_hash, require_own, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.counting import WorkProgress
 
 log = get_logger(__name__)
 
 SEQUENCES_FILE = "sequences.jsonl"
+SIGNS = {
+    **dict.fromkeys((SEQUENCES_FILE, JUDGEMENTS_FILE), '"index"'),
+    DETECTION_FILE: '"generation"',
+    KNOWLEDGE_FILE: '"interval_95"',
+}
+"""See `require_own`."""
 
 Job = TypeVar("Job")
 
@@ -77,13 +83,12 @@ class DetectContext(NamedTuple):
     stop: StopRequest
 
 
-def detect(config: Config, folder: Path, config_path: Path | None = None) -> Path | None:
+def detect(config: Config, folder: Path) -> Path | None:
     """Detect a model's knowledge distribution; every rank calls it, alone or under a launcher.
 
     Args:
         config: the run's settings.
         folder: for the files; made when absent.
-        config_path: the settings' file, for error texts that name a command.
 
     Returns:
         Path of knowledge.json; None when the run was asked to stop before it was done.
@@ -99,7 +104,7 @@ def detect(config: Config, folder: Path, config_path: Path | None = None) -> Pat
     path: Path | None = folder / KNOWLEDGE_FILE
     with StopRequest() as stop:
         try:
-            detect_in_group(config, DetectContext(folder, device, stop), config_path)
+            detect_in_group(config, DetectContext(folder, device, stop))
         except DetectionStopped:
             log.info("stopped as asked (%s); start the same command to go on", stop.reason)
             path = None
@@ -108,11 +113,12 @@ def detect(config: Config, folder: Path, config_path: Path | None = None) -> Pat
     return path
 
 
-def detect_in_group(config: Config, context: DetectContext, config_path: Path | None = None) -> None:
+def detect_in_group(config: Config, context: DetectContext) -> None:
     """`detect` within a process group that is already there, or without one."""
     table = DomainTable(config.domains.names)
+    distributed.together(require_own, context.folder, SIGNS)
     distributed.together(lambda: context.folder.mkdir(parents=True, exist_ok=True))
-    judge = distributed.together(build_judge, config, table, context, config_path)
+    judge = distributed.together(build_judge, config, table, context)
     try:
         generation = describe_generation(config, context.device)
         texts = generate_texts(config, context, generation)
@@ -200,9 +206,7 @@ def finish_texts(journal: Journal | None) -> dict[int, GeneratedText]:
 # --- step 2: judge ------------------------------------------------------------------------------------------
 
 
-def build_judge(
-    config: Config, table: DomainTable, context: DetectContext, config_path: Path | None
-) -> DomainJudge | None:
+def build_judge(config: Config, table: DomainTable, context: DetectContext) -> DomainJudge | None:
     """The judge that `detect.judge` names, not opened yet; None on ranks that do not judge.
 
     Raises:
@@ -219,7 +223,7 @@ def build_judge(
     if settings.kind == "endpoint":
         assert settings.endpoint is not None
         return EndpointJudge(table.names, settings.endpoint)
-    caches = open_caches(config, config_path=config_path, all_domains=False)
+    caches = open_caches(config, all_domains=False)
     return ClassifierJudge(
         table.names,
         caches["train"],

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from versatune_ds.config.schema import Config
-from versatune_ds.engine.checkpointing.folder import NAME, damage, newest_sound_checkpoint
+from versatune_ds.engine.checkpointing.folder import NAME, best_or_newest, damage
 from versatune_ds.engine.checkpointing.hf_export import export_from_run
 from versatune_ds.engine.fingerprints import weight_files
 from versatune_ds.foundations import constants, distributed
@@ -77,17 +77,17 @@ def _is_model(folder: Path) -> bool:
 
 
 def _model_of_run(run: Path) -> str:
-    """The exported model of a run, or of its newest sound checkpoint."""
+    """The exported model of a run, or of its best or else newest sound checkpoint."""
     model = run / constants.EXPORT_DIR
     if _is_model(model):
         return str(model)
-    checkpoint = newest_sound_checkpoint(run / constants.CHECKPOINTS_DIR)
+    checkpoint = best_or_newest(run / constants.CHECKPOINTS_DIR)
     if checkpoint is None:
         raise StateError(
             f"{run} holds neither {constants.EXPORT_DIR}/ nor a checkpoint: the run has not got that far; "
             "set checkpoint.every_n_steps to have checkpoints before its end"
         )
-    log.info("%s has no %s/ yet: its newest checkpoint is evaluated", run, constants.EXPORT_DIR)
+    log.info("%s has no %s/ yet: its checkpoint %s is evaluated", run, constants.EXPORT_DIR, checkpoint.name)
     return distributed.on_main(_export, run, checkpoint)
 
 

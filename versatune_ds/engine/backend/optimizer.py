@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from versatune_ds.config.schema import Optimizer
+from versatune_ds.engine.backend.rounded_adamw import RoundedAdamW
 
 
 def learning_rate(settings: Optimizer, step: int, total_steps: int) -> float:
@@ -46,11 +47,13 @@ def build_optimizer(model: nn.Module, settings: Optimizer, offload: bool) -> tor
     """AdamW over `model`; DeepSpeed's CPU Adam when the optimizer is offloaded."""
     groups = parameter_groups(model, settings.weight_decay)
     common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    if settings.states != "fp32":
+        return RoundedAdamW(groups, **common)
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
-    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **common)
+    return torch.optim.AdamW(groups, fused=True, **common)
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from versatune_ds.engine.backend.rounded_adamw import RoundedAdamW
 from versatune_ds.engine.backend.saved_shards import MASTER, MOMENTS, SavedShards
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError
@@ -50,7 +51,8 @@ def load_resharded(folder: Path, world_size: int, live: Any) -> None:
             "over a state that was divided otherwise; resume it with the ranks and settings it was saved with"
         )
     for flat in flats:
-        optimizer.optimizer.state[flat] = {kind: torch.zeros_like(flat) for kind in MOMENTS}
+        dtype = torch.bfloat16 if isinstance(optimizer.optimizer, RoundedAdamW) else flat.dtype
+        optimizer.optimizer.state[flat] = {kind: torch.zeros_like(flat, dtype=dtype) for kind in MOMENTS}
     if partitioned:
         optimizer.checkpoint_event_prologue()
         for parameter, name in live.param_names.items():

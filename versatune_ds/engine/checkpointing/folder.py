@@ -1,9 +1,9 @@
 """Checkpoints that are complete or invisible.
 
 A checkpoint is written into a hidden folder (`engine/checkpointing/saver.py`), every file is hashed into a
-manifest, and only then the folder gets its name; `latest.json` follows. A crash at any moment leaves the
-older checkpoints untouched. Loading verifies the manifest first: a damaged newest checkpoint is reported with
-its reason and the one before is used.
+manifest, and only then the folder gets its name; `latest.json` follows, and `best.json` if its evaluation was
+the best. A crash at any moment leaves the older checkpoints untouched. Loading verifies the manifest first: a
+damaged newest checkpoint is reported with its reason and the one before is used.
 
 Inside: DeepSpeed's model and optimizer shards, one file of our own state (planner cursor, weights, statistics
 window, file offsets, counters), one file of random generator states per rank, and the manifest.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from safetensors.torch import load_file
 
 from versatune_ds.config.schema import Checkpoint
 from versatune_ds.engine.backend.backend import Backend
+from versatune_ds.engine.backend.zero_sizes import DEEPSPEED_SUB_GROUP, SUB_GROUP_KEY
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.constants import (
+    BEST_FILE,
     CHECKPOINT_MANIFEST_FILE,
     CHECKPOINT_STATE_FILE,
     LATEST_FILE,
@@ -92,16 +94,20 @@ def begin(folder: Path, temporary: Path) -> None:
     for unfinished in folder.glob(f"{UNFINISHED_PREFIX}*"):
         shutil.rmtree(unfinished)
     remove_temporaries(folder / LATEST_FILE)
+    remove_temporaries(folder / BEST_FILE)
     temporary.mkdir()
 
 
-def publish(temporary: Path, step: int, world_size: int, settings: Checkpoint) -> Path:
+def publish(
+    temporary: Path, step: int, world_size: int, settings: Checkpoint, best: Mapping[str, Any] | None = None
+) -> Path:
     """Make a written checkpoint visible and prune older ones by `settings`; rank 0 only.
 
     Args:
         temporary: its folder, with the lists of all ranks.
         step: finished optimizer steps.
         world_size: ranks that have written.
+        best: note on the best evaluation, which may be that of another step.
 
     Returns:
         The finished checkpoint folder.
@@ -120,8 +126,82 @@ def publish(temporary: Path, step: int, world_size: int, settings: Checkpoint) -
     temporary.rename(final)
     fsync_dir(folder)
     write_json_atomic(folder / LATEST_FILE, {"checkpoint": final.name, "step": step})
-    _prune(folder, settings)
+    keep(folder, settings, best if best and best["step"] == step else None)
     return final
+
+
+def keep(folder: Path, settings: Checkpoint, best: Mapping[str, Any] | None = None) -> None:
+    """Write down which checkpoint is the best, if that is a new one, and prune the others; rank 0 only."""
+    if best is not None:
+        write_json_atomic(folder / BEST_FILE, {"checkpoint": checkpoint_name(best["step"]), **best})
+    _prune(folder, settings)
+
+
+def restore_best(folder: Path, best: Mapping[str, Any] | None) -> bool:
+    """Write down the best checkpoint as the run knows it that starts now; rank 0 only.
+
+    Args:
+        best: None: there is none.
+
+    Returns:
+        Whether it is there.
+    """
+    if best is not None and (folder / checkpoint_name(best["step"])).is_dir():
+        write_json_atomic(folder / BEST_FILE, {"checkpoint": checkpoint_name(best["step"]), **best})
+        return True
+    (folder / BEST_FILE).unlink(missing_ok=True)
+    return False
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """The note on the best checkpoint, or None where none is kept.
+
+    Raises:
+        StateError: it cannot be read.
+    """
+    path = folder / BEST_FILE
+    if not path.is_file():
+        return None
+    try:
+        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {"checkpoint": checkpoint_name(int(note["step"])), **note}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); remove it, and say which checkpoint "
+            "you want"
+        ) from error
+
+
+def best_or_newest(folder: Path) -> Path | None:
+    """The best checkpoint where one is kept, else the newest sound one; says which. A collective.
+
+    Raises:
+        StateError: the best one is damaged, or checkpoints exist and none is sound.
+    """
+    note = distributed.on_main(read_best, folder)
+    if note is None:
+        return newest_sound_checkpoint(folder)
+    path: Path = folder / note["checkpoint"]
+    require_sound(path)
+    log.info(
+        "%s has the lowest held-out loss: %s of %s (evaluation.select)",
+        path.name,
+        note.get("loss"),
+        note.get("select"),
+    )
+    return path
+
+
+def require_sound(path: Path) -> None:
+    """Refuse a checkpoint that is not as it was written; a collective.
+
+    Raises:
+        StateError: on all ranks.
+    """
+    problem = damage(path, distributed.rank(), distributed.world_size())
+    cure = "restore it, or take another one: versatune-ds export RUN --newest, or --step N"
+    error = None if problem is None else StateError(f"{path} is damaged: {problem}; {cure}")
+    distributed.raise_together(error)
 
 
 def newest_sound_checkpoint(folder: Path) -> Path | None:
@@ -167,19 +247,34 @@ def saved_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
+def read_state(path: Path, layout: dict[str, Any], architecture: Mapping[str, str]) -> dict[str, Any]:
     """Our own state of a checkpoint that this run wants to go on from.
 
     Args:
         path: a sound checkpoint.
         layout: how this run lays out model and optimizer state (ZeRO stage, dtype, offload).
+        architecture: of this run's model.
 
     Raises:
-        StateError: as `saved_state`, or a layout that cannot become this run's.
+        StateError: as `saved_state`, or another model, or a layout that cannot become this run's.
     """
     state = saved_state(path)
-    # before there were adapters the layout did not speak of them
-    saved = state["layout"] = {"model.adapter": None, **state["layout"]}
+    old = state.get("architecture", {})  # checkpoints did not always say
+    changed = [
+        f"{key} is {old[key]} there and {architecture[key]} in model.source"
+        for key in sorted(architecture.keys() & old.keys())
+        if old[key] != architecture[key]
+    ]
+    if changed:
+        raise StateError(f"it holds another model: {', '.join(changed)}; set that back")
+    # what older layouts do not speak of
+    groups = DEEPSPEED_SUB_GROUP if state["layout"]["ZeRO stage"] == 3 else None
+    saved = state["layout"] = {
+        "model.adapter": None,
+        SUB_GROUP_KEY: groups,
+        "optimizer.states": "fp32",
+        **state["layout"],
+    }
     unsharded = "ZeRO stage 0" if 0 in (saved["ZeRO stage"], layout["ZeRO stage"]) else None
     changes = (
         ("model.dtype", "another precision"),
@@ -189,9 +284,8 @@ def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
     for key, why in changes:
         if why is not None and saved[key] != layout[key]:
             raise StateError(
-                f"{path} was written with {key} {saved[key]!r}; this run has {layout[key]!r}, and {why} "
-                "cannot go on from it. Set it back, or export the checkpoint and start a new run from the "
-                "exported model"
+                f"it was written with {key} {saved[key]!r}; this run has {layout[key]!r}, and {why} cannot "
+                "go on from it; set it back"
             )
     return state
 
@@ -200,8 +294,8 @@ def load_model_state(path: Path, backend: Backend, state: dict[str, Any]) -> Non
     """Load model, optimizer and random generator states; every rank calls it.
 
     With the number of ranks and the layout it was saved in, the run goes on bit for bit. Otherwise the
-    generators are seeded from the checkpoint's name and the rank: generator states belong to ranks. (The
-    models drop nothing out, so no training step draws from them.)
+    generators are seeded from the checkpoint's name and the rank: generator states belong to ranks. (Only
+    an adapter's dropout and the rounding of `optimizer.states` draw from them.)
 
     Args:
         state: our own state of the checkpoint.
@@ -247,10 +341,11 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
 
 
 def _prune(folder: Path, settings: Checkpoint) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the milestones."""
-    milestone = settings.milestone_every_n_steps
+    """Delete all but the newest `keep_last` checkpoints, the milestones and the best one."""
+    milestone, best = settings.milestone_every_n_steps, read_best(folder)
     old = list_checkpoints(folder)[settings.keep_last :]
-    _remove(path for path in old if not (milestone and step_of(path) % milestone == 0))
+    kept = best and best["checkpoint"]
+    _remove(p for p in old if p.name != kept and not (milestone and step_of(p) % milestone == 0))
 
 
 def _remove(paths: Iterable[Path]) -> None:
@@ -258,4 +353,7 @@ def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         doomed = path.with_name(f"{UNFINISHED_PREFIX}{path.name}-removed")
         path.rename(doomed)
-        shutil.rmtree(doomed)
+        if doomed.is_symlink():  # moved elsewhere, which was not this program
+            doomed.unlink()
+        else:
+            shutil.rmtree(doomed)

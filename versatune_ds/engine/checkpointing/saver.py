@@ -24,15 +24,13 @@ What is not covered: page-locked copies, several checkpoints in flight, and fold
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
 import socket
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +41,7 @@ from versatune_ds.config.schema import Checkpoint
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.checkpointing import folder as folders
 from versatune_ds.engine.checkpointing.due import LossBound, checkpoint_due
+from versatune_ds.engine.checkpointing.host_copy import Need, host_bytes, host_copy, hosts_without_room
 from versatune_ds.engine.phases import phase
 from versatune_ds.engine.statistics import Flags
 from versatune_ds.foundations import distributed
@@ -53,76 +52,6 @@ from versatune_ds.foundations.host_memory import available_bytes
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
-
-USABLE = 0.9
-"""Of a host's available memory; the rest is for what it does meanwhile (data, buffers of the files)."""
-
-
-class Need(NamedTuple):
-    """What one rank would copy, and the memory it sees."""
-
-    host: str
-    copy_bytes: int
-    available_bytes: int
-
-
-def hosts_without_room(needs: Sequence[Need]) -> list[str]:
-    """Hosts whose memory cannot take the copies of all their ranks, each with what it lacks, in words."""
-    found = []
-    for host in sorted({need.host for need in needs}):
-        ranks = [need for need in needs if need.host == host]
-        wanted, free = sum(n.copy_bytes for n in ranks), min(n.available_bytes for n in ranks)
-        if wanted > USABLE * free:
-            found.append(
-                f"{host} (the copies of {len(ranks)} rank(s) take {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB "
-                "are free)"
-            )
-    return found
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors that `host_copy` copies."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif type(value) in (dict, OrderedDict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif type(value) in (list, tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
-def host_bytes(value: Any) -> int:
-    """What `host_copy` of a state takes; memory that tensors share counts once."""
-    storages = (tensor.untyped_storage() for tensor in _tensors(value))
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
-
-
-def host_copy(value: Any, storages: dict[int, tuple[Any, Any]] | None = None) -> Any:
-    """Copy a state into host memory, so that training may go on to change it.
-
-    Tensors that share memory share it in the copy too, as `torch.save` would write it.
-
-    Args:
-        value: tensors in dictionaries, lists and tuples; anything else is deep-copied.
-        storages: copies made so far, by address, with their originals, which must not be freed meanwhile.
-    """
-    storages = {} if storages is None else storages
-    if isinstance(value, torch.Tensor):
-        storage = value.untyped_storage()
-        if storage._cdata not in storages:
-            storages[storage._cdata] = (
-                storage,
-                storage.clone() if storage.device.type == "cpu" else storage.cpu(),
-            )
-        empty = torch.empty(0, dtype=value.dtype)
-        held = storages[storage._cdata][1]
-        return empty.set_(held, value.storage_offset(), value.size(), value.stride())
-    if type(value) in (dict, OrderedDict):
-        return type(value)((key, host_copy(item, storages)) for key, item in value.items())
-    if type(value) in (list, tuple):
-        return type(value)(host_copy(item, storages) for item in value)
-    return copy.deepcopy(value)
 
 
 class Share:
@@ -231,6 +160,7 @@ class Saver:
         settings: when, how, and what to keep.
         backend: whose state is saved.
         clock: monotonic seconds.
+        newest: step of the checkpoint that the run goes on from; 0: none.
     """
 
     def __init__(
@@ -239,9 +169,11 @@ class Saver:
         settings: Checkpoint,
         backend: Backend,
         clock: Callable[[], float] = time.monotonic,
+        newest: int = 0,
     ) -> None:
         self._folder, self._settings, self._backend, self._clock = folder, settings, backend, clock
         self._share = Share()
+        self._newest, self._best = newest, dict[str, Any]()
         self._in_flight: InFlight | None = None
         self._problem: SaveError | None = None
         """Publishing failed on rank 0."""
@@ -301,6 +233,27 @@ class Saver:
         with phase("checkpoint", step, is_limited=False):
             self._save(step, state)
 
+    def keep_best(self, note: dict[str, Any], state: Callable[[], dict[str, Any]]) -> None:
+        """Keep the checkpoint that `note` is about until another one is better; save it if it is not yet.
+
+        Args:
+            note: `EarlyStopping.note` after the evaluation of the parameters in hand.
+            state: as for `save`.
+
+        Raises:
+            SaveError: on all ranks, when one could not write.
+        """
+        self._best = note
+        if self._newest != note["step"]:
+            self.save(note["step"], state)
+        elif self._in_flight is None:  # else it is noted when it is complete
+            if distributed.is_main():
+                try:
+                    folders.keep(self._folder, self._settings, note)
+                except OSError as error:
+                    self._problem = SaveError(self._describe(error))
+            self._raise_together()
+
     def finish(self) -> None:
         """Wait until everything is complete.
 
@@ -320,7 +273,7 @@ class Saver:
     def _save(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """Complete the last checkpoint, then write this one or hand it over."""
         self._complete()
-        began = self._clock()
+        self._newest, began = step, self._clock()
         folder = self._folder / folders.unfinished_name(step)
         self._share.begin(folder, keep=self._settings.asynchronous)
         if distributed.is_main():
@@ -374,7 +327,7 @@ class Saver:
         if distributed.is_main():
             reached = self._clock()
             try:
-                folders.publish(folder, step, distributed.world_size(), self._settings)
+                folders.publish(folder, step, distributed.world_size(), self._settings, self._best)
             except OSError as error:
                 self._problem = SaveError(self._describe(error))
                 shutil.rmtree(folder, ignore_errors=True)
