@@ -47,7 +47,7 @@ test: $(VENV)/.installed-test
 # torch from PyPI is a CUDA build: it runs on CPUs, and pip fetches about 2.9 GB
 $(OLDEST)/.installed: setup.py constraints-oldest.txt versatune_ds/__init__.py
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt -e . triton pytest pytest-timeout pytest-xdist hypothesis
+	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt -e ".[adapter]" triton pytest pytest-timeout pytest-xdist hypothesis
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed

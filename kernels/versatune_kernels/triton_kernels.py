@@ -41,6 +41,7 @@ def row_kernel(
     BY_PROBABILITY: tl.constexpr,
     TRAINING: tl.constexpr,
     TILE: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Loss of row program_id(0) and, when TRAINING, the gradient of its raw logits.
 
@@ -72,25 +73,29 @@ def row_kernel(
 
     # 1. The target, before anything is overwritten. A label that is no class gives a NaN loss.
     is_class = (label >= 0) & (label < VOCAB_SIZE)
-    target = tl.load(logits_ptr + label, mask=is_class, other=float("nan")).to(tl.float32)
-    target *= logit_scale
-    if HAS_SOFTCAP:
-        target = _capped(target, softcap)
+    raw_target = tl.load(logits_ptr + label, mask=is_class, other=float("nan")).to(tl.float32) * logit_scale
+    target = _capped(raw_target, softcap) if HAS_SOFTCAP else raw_target
 
-    # 2. Online softmax: the largest logit, and the sum of exp(z - largest) rescaled as it grows.
-    top = -float("inf")
-    exp_sum = 0.0
-    for start in range(0, VOCAB_SIZE, TILE):
-        cols = start + tl.arange(0, TILE)
-        inside = cols < VOCAB_SIZE
-        z = tl.load(logits_ptr + cols, mask=inside, other=0.0).to(tl.float32) * logit_scale
+    # 2. Online softmax, each lane for itself: its largest logit, and its sum of exp(z - largest), rescaled
+    # as that grows. Lanes meet once, after the row. Only the last tile may be ragged: a mask in the others
+    # would make their loads scalar.
+    tops = tl.full([LANES], -float("inf"), tl.float32)
+    sums = tl.zeros([LANES], tl.float32)
+    cols = tl.arange(0, TILE // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    for start in range(0, VOCAB_SIZE // TILE * TILE, TILE):
+        z = tl.load(logits_ptr + start + cols).to(tl.float32) * logit_scale
         if HAS_SOFTCAP:
             z = _capped(z, softcap)
-        z = tl.where(inside, z, -float("inf"))
-        new_top = tl.maximum(top, tl.max(z, 0))
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf would be NaN
-        exp_sum = exp_sum * tl.exp(top - shift) + tl.sum(tl.exp(z - shift), 0)
-        top = new_top
+        tops, sums = _grown(tops, sums, z)
+    if VOCAB_SIZE % TILE:
+        last = VOCAB_SIZE // TILE * TILE + cols
+        z = tl.load(logits_ptr + last, mask=last < VOCAB_SIZE, other=0.0).to(tl.float32) * logit_scale
+        if HAS_SOFTCAP:
+            z = _capped(z, softcap)
+        tops, sums = _grown(tops, sums, tl.where(last < VOCAB_SIZE, z, -float("inf")))
+    top = tl.max(tops, 0)
+    shift = tl.where(top == -float("inf"), 0.0, top)
+    exp_sum = tl.sum(sums * tl.exp(tops - shift), 0)
 
     # 3. The loss. Not log(sum of all exp(z)) - target: at logits of 1e4 that has lost all but three digits.
     nll = tl.log(exp_sum) + (top - target)
@@ -106,17 +111,38 @@ def row_kernel(
     if TRAINING:
         factor = token_weight * logit_scale * tl.load(factor_ptr)
         of_probability = factor / exp_sum
-        for start in range(0, VOCAB_SIZE, TILE):
-            cols = start + tl.arange(0, TILE)
-            inside = cols < VOCAB_SIZE
-            z = tl.load(logits_ptr + cols, mask=inside, other=0.0).to(tl.float32) * logit_scale
-            capped = _capped(z, softcap) if HAS_SOFTCAP else z
-            grad = tl.exp(capped - top) * of_probability
-            grad -= tl.where(cols == label, factor, 0.0)
-            if HAS_SOFTCAP:
-                grad *= _capped_slope(z, softcap)
+        for start in range(0, VOCAB_SIZE // TILE * TILE, TILE):
+            z = tl.load(logits_ptr + start + cols).to(tl.float32) * logit_scale
+            grad = _probability(z, top, of_probability, softcap, HAS_SOFTCAP)
             tl.debug_barrier()  # all threads have read the tile, and all tiles below it
-            tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+            tl.store(grad_ptr + start + cols, grad.to(grad_ptr.dtype.element_ty))
+        if VOCAB_SIZE % TILE:
+            last = VOCAB_SIZE // TILE * TILE + cols
+            z = tl.load(logits_ptr + last, mask=last < VOCAB_SIZE, other=0.0).to(tl.float32) * logit_scale
+            grad = _probability(z, top, of_probability, softcap, HAS_SOFTCAP)
+            tl.debug_barrier()
+            tl.store(grad_ptr + last, grad.to(grad_ptr.dtype.element_ty), mask=last < VOCAB_SIZE)
+        grad = tl.exp(target - top) * of_probability - factor
+        if HAS_SOFTCAP:
+            grad *= _capped_slope(raw_target, softcap)
+        tl.debug_barrier()  # the tile with the target's probability has been written
+        tl.store(grad_ptr + label, grad.to(grad_ptr.dtype.element_ty), mask=is_class)
+
+
+@triton.jit
+def _grown(tops, sums, z):
+    """Each lane's largest logit and sum of exp(z - largest), with a tile [TILE / LANES, LANES] more."""
+    new_tops = tl.maximum(tops, tl.max(z, 0))
+    shifts = tl.where(new_tops == -float("inf"), 0.0, new_tops)  # -inf - -inf would be NaN
+    return new_tops, sums * tl.exp(tops - shifts) + tl.sum(tl.exp(z - shifts[None, :]), 0)
+
+
+@triton.jit
+def _probability(z, top, of_probability, softcap, HAS_SOFTCAP: tl.constexpr):
+    """The gradient of raw logits that are not the target."""
+    if HAS_SOFTCAP:
+        return tl.exp(_capped(z, softcap) - top) * of_probability * _capped_slope(z, softcap)
+    return tl.exp(z - top) * of_probability
 
 
 @triton.jit

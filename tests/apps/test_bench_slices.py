@@ -24,7 +24,7 @@ from versatune_ds.apps.bench import trainer as bench
 from versatune_ds.apps.bench.fit import DeviceMemory, Slice, choose_slices
 from versatune_ds.apps.bench.samples import random_samples
 from versatune_ds.apps.bench.settings import ZERO_FILE, BenchSettings, bench_config, check_settings
-from versatune_ds.apps.plan.memory import GIB
+from versatune_ds.apps.plan.setup import GIB
 from versatune_ds.cli.main import main
 from versatune_ds.foundations.errors import ConfigError, PeerLostError
 

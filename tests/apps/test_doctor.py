@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from versatune_ds.apps import doctor
+from versatune_ds.apps import doctor, host_checks
 from versatune_ds.cli.main import main
 
 
@@ -38,7 +38,7 @@ def test_a_package_of_ours_named_kernels_is_a_problem(tmp_path, monkeypatch):
 
 
 def test_low_disk_is_a_problem(tmp_path, monkeypatch):
-    assert str(tmp_path) in doctor.disk(tmp_path / "not" / "yet" / "there").text
+    assert str(tmp_path) in doctor.disk(tmp_path).text
     monkeypatch.setattr(doctor, "LOW_DISK_GB", 1e9)
     assert doctor.disk(tmp_path).is_problem
 
@@ -48,11 +48,15 @@ def test_the_verb_prints_choices_and_leaves_with_1_on_problems(trap, tmp_path, m
     monkeypatch.setattr(doctor, "SHARED_MEMORY", tmp_path)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setattr(doctor, "LOW_DISK_GB", 0)
+    monkeypatch.setattr(host_checks, "SPEED_MB", 1)
+    monkeypatch.setattr(host_checks, "LEAST_MB_S", 0)
+    monkeypatch.setattr(host_checks, "LEAST_SHARED_GIB", 0)
+    monkeypatch.setattr(host_checks, "LEAST_FILES", 0)
     if trap:
         (tmp_path / "extensions").mkdir()
         (tmp_path / "extensions" / "lock").touch()
-    assert main(["doctor", str(tmp_path)]) == int(trap)
+    assert main(["doctor", str(tmp_path / "not" / "yet" / "there")]) == int(trap)
     out = capsys.readouterr().out
-    for word in ("deepspeed", "attention", "sdpa", "loss", "chunked", "accelerator"):
+    for word in ("deepspeed", "attention", "sdpa", "loss", "chunked", "accelerator", "NCCL", "clock"):
         assert word in out
     assert ("!!" in out) == trap

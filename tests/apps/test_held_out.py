@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from launching import REPOSITORY, case_file, launch, launch_soundly, read_jsonl
 from small_runs import prepare_run, sample_settings
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = REPOSITORY / "tests" / "support" / "measure_cases.py"
 DOMAINS = ["law", "medicine", "code"]
+SHARED = "batch.sequence_parallel=2"
 TABLE = DomainTable(DOMAINS)
 
 
@@ -65,6 +67,8 @@ def measured(folder) -> Path:
     """Two processes on two ranks; the second starts what the first did not finish."""
     model = str(folder / "trained" / "model")
     broken = folder / "trained_broken"
+    tokenizer = yaml.safe_load((folder / "config.yaml").read_text())["model"]["source"]
+    proxy = f"{{source: {model}, tokenizer: {tokenizer}, dtype: fp32}}"
     cases = [
         case(folder, "train", "trained"),
         case(folder, "reference", "reference", stop_in=["medicine", 3]),
@@ -77,13 +81,22 @@ def measured(folder) -> Path:
         case(folder, "reference", "reference"),
         case(folder, "reference_from_model", "reference_of_model", model=model),
         case(folder, "evaluate", "evaluated", model=str(folder / "trained")),
+        case(
+            folder, "reference", "reference_lora", f"reference.model={proxy}", "reference.adapter={rank: 4}"
+        ),
         case(folder, "evaluate", "stage0", "deepspeed={zero_optimization: {stage: 0}}", model=model),
         case(folder, "evaluate", "broken", model=str(broken)),
     ]
+    shared = [
+        case(folder, "evaluate", "shared", SHARED, model=model),
+        case(folder, "reference", "reference_shared", SHARED),
+    ]
     evaluations = folder / "trained" / "evaluation.json"
-    run_cases(folder, 2, cases[:4])
+    run_cases(folder, 2, cases[:5])
     shutil.copy(evaluations, folder / "two_ranks_zero3.json")
-    run_cases(folder, 1, cases[4:])
+    run_cases(folder, 2, shared)
+    shutil.copy(evaluations, folder / "shared_packs.json")
+    run_cases(folder, 1, cases[5:])
     shutil.copy(evaluations, folder / "one_rank_stage0.json")
     return folder
 
@@ -119,6 +132,17 @@ def test_training_stops_early_and_stays_stopped(measured):
     assert (measured / "trained" / "model" / "model.safetensors").is_file()
 
 
+def test_references_are_trained_as_adapters(measured):
+    """The loss falls from the model's own; nothing else of the model is trained or kept."""
+    reference = outcome(measured / "reference_lora")["result"]
+    assert reference["provenance"]["adapter"]["rank"] == 4
+    for name in DOMAINS:
+        lines = read_jsonl(measured / "reference_lora" / name / "eval.jsonl")
+        assert lines[0]["domain_loss"][name] - 0.01 > reference["losses"][name]
+        resolved = load_config(measured / "reference_lora" / name / "resolved.yaml")
+        assert resolved.model.adapter.rank == 4 and resolved.optimizer.lr == 5e-3
+
+
 def test_reference_is_the_lowest_held_out_loss_of_each_domain(measured):
     for rank in (0, 1):
         reference = outcome(measured / "reference", rank)["result"]
@@ -151,20 +175,28 @@ def test_a_stopped_measurement_goes_on_where_it_was(measured):
 
 
 def test_evaluation_is_that_of_the_run_on_any_ranks_and_stage(measured):
-    """The exported model's losses are the last line of eval.jsonl; two ranks ZeRO-3 == one rank, no ZeRO."""
+    """The exported model's losses are the last line of eval.jsonl; two ranks ZeRO-3, each with packs of its
+    own or sharing them == one rank, no ZeRO."""
     last = read_jsonl(measured / "trained" / "eval.jsonl")[-1]
     first = ModelEvaluation.read(measured / "two_ranks_zero3.json")
     second = ModelEvaluation.read(measured / "one_rank_stage0.json")
+    shared = ModelEvaluation.read(measured / "shared_packs.json")
     assert outcome(measured / "evaluated")["result"]["source"].endswith("trained/model")
-    for found in (first, second):
+    for found in (first, second, shared):
         sums = found.sums
         assert TABLE.by_name(sums.mean_loss()) == pytest.approx(last["domain_loss"], rel=1e-5)
         assert TABLE.by_name(sums.stderr()) == pytest.approx(last["domain_stderr"], rel=1e-3)
         assert {name: int(n) for name, n in TABLE.by_name(sums.samples).items()} == last["domain_samples"]
-    assert first.fingerprints == second.fingerprints
+    assert first.fingerprints == second.fingerprints == shared.fingerprints
     for name in DOMAINS:
-        np.testing.assert_allclose(first.losses[name], second.losses[name], rtol=1e-4)
-        assert np.array_equal(first.tokens[name], second.tokens[name])
+        for other in (second, shared):
+            np.testing.assert_allclose(first.losses[name], other.losses[name], rtol=1e-4)
+            assert np.array_equal(first.tokens[name], other.tokens[name])
+
+
+def test_reference_losses_of_shared_packs_are_the_same(measured):
+    apart, shared = (outcome(measured / name)["result"] for name in ("reference", "reference_shared"))
+    assert shared["losses"] == pytest.approx(apart["losses"], rel=1e-3)
 
 
 def test_reference_of_a_model_is_its_evaluation(measured):

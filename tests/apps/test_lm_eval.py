@@ -13,7 +13,7 @@ import yaml
 from versatune_ds.apps.evaluate import lm_eval as benchmarks
 from versatune_ds.apps.evaluate.lm_eval import check_benchmarks_can_run, read_metric
 from versatune_ds.config.benchmarks import load_benchmarks
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.foundations.errors import ConfigError
 
 QUESTIONS = [
@@ -105,6 +105,33 @@ def test_a_local_task_gives_the_accuracy_of_the_likeliest_choice(tasks, model, m
     assert score.value == pytest.approx(accuracy(model))
     assert set(found.not_run) == {"Only named", "Lost"}
     assert "no task" in found.not_run["Only named"] and "no_such_task" in found.not_run["Lost"]
+
+
+@pytest.mark.slow
+def test_an_adapter_folder_is_scored_on_its_base_model(tasks, model, tmp_path, monkeypatch):
+    """As far from the base that the scores of the two differ."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    for seed in range(20):
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=4, lora_alpha=400, init_lora_weights=False, target_modules=["q_proj", "down_proj"]
+        )
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(adapter)
+        whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter)
+        whole.merge_and_unload().save_pretrained(merged)
+        for folder in (adapter, merged):
+            AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+        if accuracy(merged) != accuracy(model):
+            break
+    assert accuracy(merged) != accuracy(model)
+    settings = Model(source=str(model), dtype="fp32")
+    found = benchmarks.run_benchmarks(str(adapter), tasks, settings, torch.device("cpu"), lambda _: None)
+    assert [score.value for score in found.scores] == pytest.approx([accuracy(merged)])
 
 
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(tasks, monkeypatch):

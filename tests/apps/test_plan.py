@@ -9,14 +9,7 @@ import pytest
 
 from versatune_ds.apps.bench.shapes import find_shape, write_model_folder
 from versatune_ds.apps.plan.gpus import GPUS, find_gpu
-from versatune_ds.apps.plan.memory import (
-    GIB,
-    Setup,
-    layer_activations,
-    memory_plan,
-    saved_activations,
-    total,
-)
+from versatune_ds.apps.plan.memory import layer_activations, memory_plan, saved_activations, total
 from versatune_ds.apps.plan.plan import (
     CHECKPOINTING,
     OFFLOAD,
@@ -28,7 +21,9 @@ from versatune_ds.apps.plan.plan import (
     options,
     remedies,
 )
+from versatune_ds.apps.plan.setup import GIB, Setup
 from versatune_ds.cli.main import main
+from versatune_ds.config.model import Adapter
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.observability.throughput import PEAK_TFLOPS
 
@@ -149,13 +144,60 @@ def test_more_gpus_are_a_remedy():
         assert (best.verdict == "fits") is fits
 
 
+def test_shared_packs_divide_what_grows_with_tokens_and_are_a_remedy(capsys):
+    shape = find_shape("qwen2.5-32b")
+    setups = [Setup(gpus=32, packs_per_step=32, pack_len=65536, sequence_parallel=n) for n in (1, 2, 4, 8)]
+    layers = [layer_activations(shape, setup) for setup in setups]
+    # with 8 key-value heads nothing is held twice but attention's output, [T / n, 40 x 128] in bf16
+    assert layers[1:] == [layers[0] / n + 65536 / n * 40 * 128 * 2 for n in (2, 4, 8)]
+    held = [total(memory_plan(shape, setup).held) for setup in setups]
+    assert len(set(held)) == 1
+    longer = dataclasses.replace(setups[0], pack_len=131072)
+    text = next(text for text in remedies(shape, longer, H100) if "sequence_parallel" in text)
+    assert text.startswith("batch.sequence_parallel 4 fits with ZeRO-3")
+    arguments = ["plan", "--model", "qwen2.5-32b", "--gpus", "32", "--gpu", "h100-80g", "--seq-len", "131072"]
+    assert main([*arguments, "--sequence-parallel", "4"]) == 0
+    assert "packs of 131072, each shared by 4 GPUs" in capsys.readouterr().out
+    for wrong, reason in (("16", "40 attention heads cannot"), ("5", "32 ranks are no multiple")):
+        assert main([*arguments, "--sequence-parallel", wrong]) == 2
+        assert reason in capsys.readouterr().err
+
+
 def test_the_bound_is_the_peak_over_the_work():
     shape, setup = find_shape("llama-2-7b"), Setup(gpus=2, packs_per_step=64)
     a_pack = 6 * shape.nonembedding_parameters * 8192 + 6 * 4096 * 32000 * 4096 + 6 * 32 * 4096 * 8192**2
     bound = compute_bound(shape, setup, H100.gpu)
     assert bound == pytest.approx(2 * 989.4e12 / (a_pack / 8192), rel=1e-6)
     recomputing = compute_bound(shape, dataclasses.replace(setup, checkpointing="all"), H100.gpu)
-    assert recomputing == pytest.approx(bound * 3 / 4, rel=1e-6)
+    twice = a_pack + (a_pack - 6 * 4096 * 32000 * 4096) / 3  # the head is not computed again
+    assert recomputing == pytest.approx(bound * a_pack / twice, rel=1e-6)
+
+
+def test_an_adapter_leaves_the_weights_and_takes_their_gradients_and_states():
+    """And the head's gradient, of Qwen2.5-32B 1.6 GB."""
+    shape = find_shape("qwen2.5-32b")
+    full, lora = (Setup(gpus=8, checkpointing="all", adapter=adapter) for adapter in (None, Adapter(rank=16)))
+    parts = {part.name: part.bytes for part in memory_plan(shape, lora).held}
+    assert parts["frozen model"] == shape.parameters * 2 // 8
+    # rank 16 on q, k, v, o, gate, up and down of 64 layers
+    widths = [(5120, 5120), (5120, 1024), (5120, 1024), (5120, 5120), *[(5120, 27648)] * 2, (27648, 5120)]
+    trained = 64 * 16 * sum(a + b for a, b in widths)
+    assert parts["master weights"] + parts["moments"] == trained // 8 * 12
+    assert checkpoint_bytes(shape, lora) == 12 * trained
+    gradients = [
+        part.bytes
+        for setup in (full, lora)
+        for part in memory_plan(shape, setup).forward_backward
+        if part.name.startswith("loss: gradient")
+    ]
+    assert gradients[0] - gradients[1] == shape.head_parameters * 2
+
+
+def test_4_bits_are_held_whole_by_every_rank():
+    shape, qlora = find_shape("qwen2.5-32b"), Setup(gpus=2, adapter=Adapter(kind="qlora"))
+    assert {c.setup.zero_stage for c in options(shape, qlora, H100)} == {1, 2}
+    frozen = memory_plan(shape, dataclasses.replace(qlora, zero_stage=2)).held[0]
+    assert frozen.name == "frozen model" and frozen.bytes / 1e9 == pytest.approx(16.1 + 3.1, abs=0.2)
 
 
 def test_every_part_says_what_it_rests_on():
@@ -183,6 +225,14 @@ def test_command_chooses_and_prints_json(capsys):
     assert f"at most {plan['bound_tokens_per_s']:,.0f} tokens/s" in text
 
 
+def test_command_plans_an_adapter(capsys):
+    arguments = ["plan", "--model", "qwen2.5-32b", "--gpus", "2", "--gpu", "h100-80g"]
+    assert main(arguments) == 0 and "offload optimizer" in capsys.readouterr().out
+    assert main([*arguments, "--adapter", "lora", "--rank", "64"]) == 0
+    text = capsys.readouterr().out
+    assert "frozen, 536.9 M of lora of rank 64 trained, on 2 GPUs" in text and "offload none" in text
+
+
 def test_command_says_what_would_fit_and_leaves_with_1(capsys):
     arguments = ["plan", "--model", "llama-2-7b", "--gpus", "1", "--gpu", "h100-80g"]
     assert main([*arguments, "--zero", "2"]) == 1
@@ -193,6 +243,7 @@ def test_command_says_what_would_fit_and_leaves_with_1(capsys):
     assert "verdict: does not fit" in text and "What would fit:" in text
     assert main([*arguments, "--checkpointing", "some"]) == 2
     assert main(["plan", "--model", "llama-2-7b", "--gpus", "3", "--gpu", "l4", "--packs-per-step", "8"]) == 2
+    assert main([*arguments, "--rank", "8"]) == 2
 
 
 def test_command_reads_a_runs_settings(capsys):
@@ -204,9 +255,11 @@ def test_command_reads_a_runs_settings(capsys):
         "zero_stage": 3,
         "dtype": "bf16",
         "pack_len": 4096,
+        "sequence_parallel": 1,
         "packs_per_step": 128,
         "checkpointing": "all",
         "offload": "none",
+        "states": "fp32",
         "chosen": False,
     }
     assert any("ZeRO++" in part["what"] for part in plan["memory"]["always"])

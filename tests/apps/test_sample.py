@@ -363,9 +363,10 @@ def parse(*words: str) -> argparse.Namespace:
 
 
 def test_verb_prints_files_and_next_command_then_says_already_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = parse(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    args = parse()
     assert args.run(args) == 0
     first = capsys.readouterr().out
     assert "data/train/law.jsonl" in first and "model/config.json" in first
@@ -373,6 +374,9 @@ def test_verb_prints_files_and_next_command_then_says_already_there(
     assert args.run(args) == 0
     second = capsys.readouterr().out
     assert "already" in second and "law.jsonl" not in second
+    args = parse("elsewhere")
+    assert args.run(args) == 0
+    assert "next: settings like configs/quickstart.yaml, with elsewhere in place" in capsys.readouterr().out
 
 
 def test_verb_defaults_to_the_quick_start_folder() -> None:

@@ -52,6 +52,13 @@ def test_fine_tuning_starts_from_the_mixture_of_the_base_unless_an_arm_says_othe
     assert jobs["law_expansion"].weights.target == "law"
 
 
+def test_an_adapter_is_trained_by_all_but_the_base():
+    plan = plan_of("strategies", "model.adapter={rank: 4}")
+    tuned = [*plan.references(), *plan.arms(REFERENCE)]
+    assert {job.config.model.adapter.rank for job in tuned} == {4}
+    assert plan.base().config.model.adapter is None
+
+
 def test_reference_runs_see_one_domain_and_are_evaluated_on_the_way():
     jobs = plan_of().references()
     assert [job.arm for job in jobs] == list(REFERENCE)

@@ -52,6 +52,25 @@ def test_the_sample_from_raw_files_to_model_and_report(tmp_path):
     )
 
 
+def test_a_c_locale_names_files_and_domains_in_any_script(tmp_path, monkeypatch):
+    """Python takes it for ASCII only where it is told not to do what it does by default."""
+    for name, value in (("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0")):
+        monkeypatch.setenv(name, value)
+    run_command("versatune-ds", "sample", "sample", cwd=tmp_path)
+    (tmp_path / "sample" / "data" / "train" / "law.jsonl").rename(tmp_path / "données 法.jsonl")
+    config = {
+        "run": {"dir": "run"},
+        "model": {"source": "sample/model", "weights": "random"},
+        "data": {"train": [{"path": "données 法.jsonl", "domain": "法律"}], "chat_template": "chatml"},
+        "domains": {"names": ["法律"]},
+        "batch": {"packs_per_step": 1},
+        "train": {"max_steps": 1},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    out = run_command("versatune-ds", "prepare", "--config", "config.yaml", cwd=tmp_path)
+    assert "prepared: cache" in out
+
+
 def test_a_mistake_is_one_line_and_an_exit_code(tmp_path):
     out = run_command("versatune-ds", "train", "--config", str(tmp_path / "none.yaml"), code=2)
     assert out.startswith("versatune-ds: error:") and "Traceback" not in out

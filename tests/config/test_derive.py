@@ -7,8 +7,15 @@ from pathlib import Path
 import pytest
 from launching import REPOSITORY
 
-from versatune_ds.config.derive import proxy_config, single_domain_config, with_model
+from versatune_ds.config.derive import (
+    LARGE_MODEL,
+    proxy_config,
+    reference_adapter,
+    single_domain_config,
+    with_model,
+)
 from versatune_ds.config.load import load_config
+from versatune_ds.config.model import Adapter
 from versatune_ds.foundations.errors import ConfigError
 
 
@@ -48,6 +55,30 @@ def test_without_a_reference_section_the_run_itself_is_the_example(quickstart):
     assert derived.batch == config.batch
     assert derived.evaluation.every_n_steps == 1  # a domain smaller than a step
     assert derived.evaluation.max_samples_per_domain == 3
+
+
+PRETRAINED = "reference.model={source: large}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parameters", "adapter", "rate"),
+    [
+        ([PRETRAINED], LARGE_MODEL, None, 1),
+        ([PRETRAINED], LARGE_MODEL + 1, Adapter(), 10),
+        ([PRETRAINED, "reference.lr=0.5"], LARGE_MODEL + 1, Adapter(), 0.5),
+        ([PRETRAINED, "reference.adapter=off"], LARGE_MODEL + 1, None, 1),
+        ([PRETRAINED, "reference.adapter={rank: 4}"], 9, Adapter(rank=4), 10),
+        (["reference.model={source: x, weights: random}"], LARGE_MODEL + 1, None, 1),
+        (["model.adapter={rank: 8}", "reference={}"], 9, Adapter(rank=8), 1),
+        (["model.adapter={rank: 8}", "reference.adapter=off"], 9, None, 0.1),
+    ],
+)
+def test_large_references_are_trained_as_adapters(quickstart, overrides, parameters, adapter, rate):
+    """10 times the run's learning rate, where the run's own is for all of a model."""
+    config = quickstart("optimizer.lr=1", *overrides)
+    chosen = reference_adapter(config, parameters)
+    derived = single_domain_config(config, "law", Path("out"), 100, chosen)
+    assert chosen == derived.model.adapter == adapter and derived.optimizer.lr == pytest.approx(rate)
 
 
 def test_another_model_keeps_the_tokenizer(quickstart):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import get_args
 
 import pytest
@@ -9,7 +10,9 @@ import yaml
 from pydantic import BaseModel
 
 from versatune_ds.apps.study.config import Study
+from versatune_ds.cli.main import build_parser
 from versatune_ds.config.benchmarks import Benchmarks
+from versatune_ds.config.derive import proxy_config, with_model
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.config.schema import Config
 from versatune_ds.foundations.errors import ConfigError
@@ -52,7 +55,7 @@ def test_overrides_win_and_defaults_fill(file):
         ("domains.initial={law: 1}", "missing domains ['code']"),
         ("weights.strategy=fostering", "give `reference`"),
         ("weights={strategy: expansion, reference: {law: 1, code: 1}}", "name it in `target`"),
-        ("weights.strategy=expansion", "every domain); strategy expansion grows one domain: name it"),
+        ("weights.strategy=expansion", "strategy expansion grows one domain: name it"),
         ("weights.strategy=manual", "follows `schedule`"),
         ("weights.reference={law: 0, code: 1}", "reference loss of law is 0.0"),
         ("weights.loss_source=probe", "give data.eval"),
@@ -177,3 +180,105 @@ def test_secrets_in_settings_are_refused_and_not_repeated(file, override, place)
 )
 def test_ordinary_settings_are_not_taken_for_secrets(file, override):
     load_config(file, [override])
+
+
+PLACES = (
+    *("run.dir", "model.source", "model.tokenizer", "data.cache_dir", "domains.initial", "weights.schedule"),
+    *("weights.reference", "deepspeed", "detect.model", "detect.judge.model", "model.adapter.start_from"),
+    *("reference.model.source", "reference.model.tokenizer"),
+)
+
+
+def test_home_and_variables_are_filled_in_wherever_a_path_stands(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "scratch")
+    config = load_config(file, [f"{place}=~/a/$SCRATCH/${{SCRATCH}}" for place in PLACES])
+    for place in PLACES:
+        value = config
+        for part in place.split("."):
+            value = getattr(value, part)
+        assert str(value) == "/home/me/a/scratch/scratch", place
+    write_resolved(config, tmp_path / "resolved.yaml")
+    monkeypatch.setenv("HOME", "/elsewhere")
+    assert load_config(tmp_path / "resolved.yaml") == config
+    adapters = load_config(file, ["model.adapter={start_from: {~/a: 1.0}}"]).model.adapter
+    assert adapters is not None and adapters.start_from == {"/elsewhere/a": 1.0}
+    (tmp_path / "$NAME").mkdir()
+    assert load_config(file, [f"run.dir={tmp_path}/$NAME"]).run.dir == tmp_path / "$NAME"
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [("$NOWHERE/x", "NOWHERE"), ("a/${NOWHERE}", "NOWHERE"), ("~nobody_here/x", "no user 'nobody_here'")],
+)
+def test_what_cannot_be_filled_in_is_an_error_and_no_folder_of_that_name(file, value, problem):
+    for place in ("run.dir", "model.source", "weights.reference"):
+        with pytest.raises(ConfigError, match=rf"{place}: .*{problem}"):
+            load_config(file, [f"{place}={value}"])
+
+
+def test_a_printed_command_reads_the_same_settings(file, tmp_path, monkeypatch):
+    """Blanks, quotes and braces, as a shell takes words apart; and of settings that follow from these."""
+    path = file.rename(tmp_path / "my settings.yaml")
+    overrides = ["run.dir=my runs/it's", 'data.train=[{path: "a b.jsonl", domain: law}]', "train.max_steps=9"]
+    config = load_config(path, overrides)
+    for printed in (config.command("prepare"), with_model(config, "another").command("prepare")):
+        program, verb, option, name, *words = shlex.split(printed)
+        assert (program, verb, option) == ("versatune-ds", "prepare", "--config")
+        assert load_config(name, words) == config
+
+
+def test_places_in_arguments_are_filled_in(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("PART", "part")
+    args = build_parser().parse_args(["export", "~/run", "--out=~/$PART"])
+    assert (str(args.run_dir), str(args.out)) == ("/home/me/run", "/home/me/part")
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["evaluate", "--config", "c.yaml", "--model=$NOWHERE/m"])
+    assert "the environment has no NOWHERE" in capsys.readouterr().err
+
+
+BAD = [
+    "evaluation.every_n_steps=5",  # there is no data.eval
+    "weights.loss_source=probe",
+    "weights.strategy=doremi",
+    "weights.reference={law: -1.0, medicine: 2.0}",
+    "weights.target=nobody",
+    "domains.min_weight=0.9",
+    "train.epochs=1",
+]
+WITHIN = ("reference loss of law is -1.0", "min_weight 0.9", "exactly one of `max_steps` and `epochs`")
+BETWEEN = (
+    *("evaluation.every_n_steps is set", "loss_source probe", "weights.target 'nobody'"),
+    "weights.reference: missing domains ['code', 'law'], unknown domains ['medicine']",
+)
+
+
+def test_all_problems_are_told_at_once(file):
+    """Within sections and between them, beside keys that are unknown and values of the wrong type."""
+    sound = ["weights.reference={medicine: 2.0}", "domains.min_weight=0", "train.epochs=null"]
+    types = ["optimizer.lr=fast", "batch.pack_length=3"]
+    cases = (
+        (BAD, (*WITHIN, "evaluation.every_n_steps is set")),
+        ([*BAD, *sound], BETWEEN),
+        ([*BAD, *sound, *types], (*BETWEEN, "optimizer.lr: ", "batch.pack_length: unknown key")),
+    )
+    for overrides, problems in cases:
+        with pytest.raises(ConfigError) as error:
+            load_config(file, overrides)
+        assert [problem for problem in problems if problem not in str(error.value)] == []
+
+
+def test_preparing_asks_only_for_what_it_needs(file, caplog, monkeypatch):
+    monkeypatch.setattr("versatune_ds.config.load.log.propagate", True)
+    config = load_config(file, BAD, to_train=False)
+    assert config.evaluation.every_n_steps == 5 and config.command("prepare").endswith("train.epochs=1")
+    assert "min_weight 0.9" in caplog.text and "`train` will refuse it" in caplog.text
+    assert (
+        proxy_config(load_config(file, [*BAD, "reference.model={source: p}"], to_train=False)).model.source
+        == "p"
+    )
+    refused = {"data.train=[{path: a, domain: x}]": "domains.names has", "optimizer.lr=fast": "optimizer.lr"}
+    for override, problem in refused.items():
+        with pytest.raises(ConfigError, match=problem):
+            load_config(file, [*BAD, override], to_train=False)

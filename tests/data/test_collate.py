@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from versatune_ds.data.collate import Batch, collate
+from versatune_ds.data.collate import Batch, collate, rows_of
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.foundations.errors import DataError
 
@@ -101,6 +101,23 @@ def test_any_pack_obeys_the_contract(masks: list[list[bool]], padding: int) -> N
         assert batch.input_ids[own].tolist() == tokens
         shifted = [t if m else -100 for t, m in zip(tokens[1:], mask[1:], strict=True)] + [-100]
         assert batch.labels[own].tolist() == shifted
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_parts_of_a_pack_are_its_rows_with_the_boundaries_of_all(parts: int) -> None:
+    source = Source(([1, 2, 3, 4, 5, 6, 7], [0, 1, 0.5, 0, 2, 1, 1]), ([9], [1]), ([7, 8, 9], [1, 1, 1]))
+    source.dtype = np.float32
+    whole = collate(pack((0, 0, 7), (0, 1, 1), (0, 2, 3)), [source], rows_of(12, parts), PAD)
+    found = [whole.part(rank, parts) for rank in range(parts)]
+    for name in ("input_ids", "labels", "position_ids", "sample_ids", "token_weight"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in found]), getattr(whole, name))
+    for part in found:
+        assert torch.equal(part.cu_seqlens, whole.cu_seqlens) and part.max_seqlen == whole.max_seqlen
+        assert torch.equal(part.sample_domains, whole.sample_domains) and part.parts == parts
+        assert part.supervised_tokens == int((part.labels != -100).sum())
+    assert sum(part.num_tokens for part in found) == whole.num_tokens == 11
+    assert [rows_of(n, parts) % parts for n in (8, 9, 13)] == [0, 0, 0]
+    assert whole.part(0, 1) is whole
 
 
 def test_to_moves_every_tensor_and_keeps_host_numbers() -> None:

@@ -78,9 +78,16 @@ def test_a_state_of_other_settings_is_refused(changes: dict[str, object], text: 
 def test_a_state_of_another_corpus_is_refused() -> None:
     corpus, settings, state = tiny()
     other = Corpus([np.array([5, 8], np.int32), corpus.lengths[1]], corpus.supervised, corpus.names)
-    with pytest.raises(StateError, match=r"corpus fingerprints was .* and is"):
+    with pytest.raises(StateError, match=r"the prepared training data of law changed .* since step 1; set"):
         plan_step(other, settings, state, [1.0, 0.0])
-    with pytest.raises(StateError, match="planner state has 2 domains, the corpus 1"):
+    three = [[*part, part[0]] for part in (corpus.lengths, corpus.supervised)]
+    more = Corpus(*three, (*corpus.names, "new"))
+    with pytest.raises(StateError, match=r"domains.names changed \(added new\)"):
+        plan_step(more, settings, state, [1.0, 0.0, 0.0])
+    other = dataclasses.replace(corpus, names=corpus.names[::-1])
+    with pytest.raises(StateError, match=r"domains.names changed \(their order\)"):
+        plan_step(other, settings, state, [1.0, 0.0])
+    with pytest.raises(StateError, match=r"domains.names changed \(added d0; gone law, code\)"):
         plan_step(random_corpus(0, [4], 9), settings, state, [1.0])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from prepared import content, data_config, pairs, write_jsonl
 
+from versatune_ds.cli.main import main
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.data.cache import prepare as prepare_module
 from versatune_ds.data.cache import units
@@ -181,8 +183,8 @@ def test_training_refuses_caches_of_other_settings(
     if rows := change.pop("rows", None):
         write_jsonl(path, pairs(rows))
     config = data_config(tmp_path, tokenizer, path, initial=initial, **change)
-    with pytest.raises(StateError, match=rf"differs in: {what}; run: versatune-ds prepare --config c.yaml"):
-        open_caches(config, config_path="c.yaml")
+    with pytest.raises(StateError, match=rf"differs in: {what}\nrun: versatune-ds prepare --config CONFIG"):
+        open_caches(config)
     prepare(config)
     open_caches(config)
 
@@ -191,7 +193,7 @@ def test_training_refuses_missing_caches_and_domains(tmp_path: Path, tokenizer: 
     path = write_jsonl(tmp_path / "a.jsonl", pairs(5))
     config = data_config(tmp_path, tokenizer, path)
     with pytest.raises(
-        StateError, match=r"train data of law is not prepared.*run: versatune-ds prepare --config"
+        StateError, match=r"train data of law is not prepared.*\nrun: versatune-ds prepare --config"
     ):
         open_caches(config)
     prepare(config)
@@ -199,14 +201,53 @@ def test_training_refuses_missing_caches_and_domains(tmp_path: Path, tokenizer: 
         open_caches(config)
 
 
-def test_the_command_names_the_resolved_settings_of_the_run(tmp_path: Path, tokenizer: Path) -> None:
-    config = data_config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", pairs(5)))
-    config.run.dir.mkdir()
-    write_resolved(config, config.run.dir / "resolved.yaml")
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_a_pointer_in_place_of_a_file_is_named(tmp_path: Path, tokenizer: Path, name: str) -> None:
+    model = shutil.copytree(tokenizer, tmp_path / "model")
+    (model / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    config = data_config(tmp_path, model, write_jsonl(tmp_path / "a.jsonl", pairs(1)))
+    with pytest.raises(ConfigError, match=rf"{name}: a Git LFS pointer lies there.*git lfs pull"):
+        prepare(config)
+
+
+def test_domains_may_be_named_like_files_of_ours_or_like_paths(tmp_path: Path, tokenizer: Path) -> None:
+    """Alone in their units, and together in one."""
+    names = (
+        "unit.json",
+        "rejected.jsonl",
+        "manifest.json",
+        "tokens.bin",
+        ".",
+        "..",
+        "a/b",
+        "a_b",
+        "é",
+        ".lock",
+    )
+    (tmp_path / "all").mkdir()
+    files = {name: write_jsonl(tmp_path / f"{i}.jsonl", pairs(i + 1)) for i, name in enumerate(names)}
+    for i, name in enumerate(names):
+        rows = [json.loads(line) | {"of": name} for line in files[name].read_text().splitlines()]
+        write_jsonl(tmp_path / "all" / f"{i}.jsonl", rows)
+    alone = [{"path": str(path), "domain": name} for name, path in files.items()]
+    for sources in (alone, [{"path": str(tmp_path / "all"), "domain_column": "of"}]):
+        config = data_config(tmp_path, tokenizer, sources, names=names)
+        prepare(config)
+        sizes = [len(cache) for cache in open_caches(config)["train"] if cache is not None]
+        assert sizes == list(range(1, len(names) + 1))
+        assert prepare(config).reused
+
+
+def test_the_printed_command_prepares_what_was_missing(tmp_path: Path, tokenizer: Path) -> None:
+    """Overrides included, and words with blanks."""
+    path = tmp_path / "my settings.yaml"
+    write_resolved(data_config(tmp_path, tokenizer, write_jsonl(tmp_path / "a b.jsonl", pairs(5))), path)
+    overrides = [f"data.cache_dir={tmp_path}/my cache", "domains.initial={law: 1, code: 0}"]
+    config = load_config(path, overrides)
     with pytest.raises(StateError) as caught:
         open_caches(config)
-    command = str(caught.value).rpartition("--config ")[2]
-    assert load_config(command) == config
+    assert main(shlex.split(str(caught.value).rpartition("\nrun: ")[2])[1:]) == 0
+    assert open_caches(config)["train"][0] is not None
 
 
 def test_the_same_content_is_found_although_its_times_changed(tmp_path: Path, tokenizer: Path) -> None:

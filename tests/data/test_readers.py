@@ -170,7 +170,7 @@ def test_links_that_lead_back_do_not_repeat_files(tmp_path: Path) -> None:
         (
             "a.orc",
             "a.orc",
-            r"""python -c "import pandas; pandas.read_orc\('\S*a.orc'\).to_json\('\S*a.jsonl', orient=""",
+            r"""python -c 'import pandas; pandas.read_orc\('"'"'\S*a.orc""",
         ),
         ("readme.txt", ".", "no data file found"),
         ("a.parquet.gz", "a.parquet.gz", "cannot be read"),

@@ -197,6 +197,49 @@ def test_a_rise_within_its_noise_does_not_close_the_gate(noise_z, phi, is_open):
     assert record.gate_open is is_open
 
 
+def test_an_update_within_its_noise_is_refused_and_its_window_goes_on():
+    # raw_loss from 1/3 each; losses 2, 1, 1 nats, of law with se = 1 (as above), of the others without error.
+    # law becomes e / (e + 2) = 0.576; at 2 +- 1 nats e^2 / (e^2 + 2) = 0.787 and 1/3: moves 0.243, se 0.227
+    noisy = DomainSums.from_samples([0, 0, 1, 1, 2, 2], [30.0, 10.0, 10.0, 10.0, 10.0, 10.0], [10] * 6, 3)
+    for update_z, after in ((0.0, 0.5761169), (1.05, 0.5761169), (1.1, 1 / 3)):
+        controller = controller_of("raw_loss", update_z=update_z)
+        controller.observe(noisy)
+        record = controller.update(10)
+        assert record.after["law"] == controller.weights[0] == pytest.approx(after, abs=1e-6)
+        refused = [reason for reason in record.reasons if reason.startswith("refused as noise")]
+        assert bool(refused) == (update_z == 1.1)
+    # the others lose half of that each: lengths sqrt(1.5) times as large
+    assert "the update is 0.2973 long, with a standard error of 0.2778" in refused[0]
+    assert controller.window == noisy and controller.state()["losses"] == [None] * 3
+    resumed = controller_of("raw_loss", update_z=1.1)
+    resumed.load_state(json.loads(json.dumps(controller.state())))
+    # twice the samples: se = 1 / sqrt(3), and the update is no longer noise
+    for each in (controller, resumed):
+        each.observe(noisy)
+        assert each.update(20).after["law"] == pytest.approx(0.5761169, abs=1e-6)
+        assert each.window == DomainSums.zeros(3) and each.state()["losses"] == [2.0, 1.0, 1.0]
+    assert controller.state() == resumed.state()
+
+
+def test_update_z_is_refused_where_no_losses_move_the_weights():
+    with pytest.raises(ValueError, match="update_z has no effect: no losses move constant's"):
+        Weights(strategy="constant", update_z=1.0)
+
+
+def test_a_gate_that_noise_could_turn_is_refused():
+    # open without earlier losses, whatever the noise; then code 2 -> 2.4, phi 0.2, mean 0.1 > 0.1 * 0.5:
+    # closed, but open at 2.4 - 1: law would be larger by 0.05, and the others move less than that
+    controller = controller_of("expansion", target="law", epsilon=0.1, update_z=1.0)
+    nats = [20.0, 20.0, 30.0, 10.0, 20.0, 20.0]
+    for step, code, opens in ((10, (30.0, 10.0), True), (20, (34.0, 14.0), False)):
+        nats[2:4] = code
+        controller.observe(DomainSums.from_samples([0, 0, 1, 1, 2, 2], nats, [10] * 6, 3))
+        before = controller.weights
+        record = controller.update(step)
+        assert record.gate_open is opens
+        assert (controller.weights != before).any() == opens, record.reasons
+
+
 def test_limits_hold_and_are_explained():
     controller = controller_of("raw_loss", limits={"min_weight": 0.1, "max_relative_change": 0.5})
     for step in range(10, 100, 10):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from versatune_ds.config.weights import Domains
-from versatune_ds.domain.knowledge import aggregate, bootstrap_means, read_knowledge
+from versatune_ds.domain.knowledge import aggregate, bootstrap_means, corrected, read_knowledge
 from versatune_ds.domain.reference import prior_weights
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import ConfigError, DataError
@@ -99,3 +99,38 @@ def test_bad_knowledge_files_are_refused(write, content, error, text):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.json: no such file; domains\.initial names it"):
         read_knowledge(tmp_path / "nowhere.json", "domains.initial")
+
+
+# --- the judge's own mistakes -------------------------------------------------------------------------------
+
+MISTAKEN = np.array([[0.8, 0.1, 0.1], [0.2, 0.6, 0.2], [0.0, 0.3, 0.7]])
+
+
+def test_shares_are_corrected_for_the_table_by_hand():
+    # 0.5 law, 0.3 code, 0.2 other are judged as 0.4 + 0.06, 0.05 + 0.18 + 0.06, 0.05 + 0.06 + 0.14
+    truth = np.array([0.5, 0.3, 0.2])
+    judged = np.array([0.46, 0.29, 0.25])
+    np.testing.assert_allclose(truth @ MISTAKEN, judged, rtol=1e-14)
+    np.testing.assert_allclose(corrected(judged, MISTAKEN), truth, atol=1e-6)
+    np.testing.assert_allclose(corrected(judged, np.eye(3)), judged, atol=1e-12)
+    # more of other than a judge could ever give to it: all is other, and no share is negative
+    np.testing.assert_allclose(corrected(np.array([0.0, 0.2, 0.8]), MISTAKEN), [0, 0, 1], atol=1e-6)
+    both = corrected(np.stack([judged, judged]), np.stack([MISTAKEN, np.eye(3)]))
+    np.testing.assert_allclose(both, [truth, judged], atol=1e-6)
+
+
+def test_sources_that_are_judged_differently_widen_the_intervals():
+    texts = np.repeat(np.eye(3), [46, 29, 25], axis=0)
+    alike = [row[None].repeat(5, axis=0) for row in MISTAKEN]
+    apart = [rows.copy() for rows in alike]
+    apart[0] += np.outer([-0.1, -0.1, 0.0, 0.1, 0.1], [1.0, -1.0, 0.0])
+    found = [
+        aggregate(TABLE, texts, np.zeros(100, dtype=int), 1, 0, sources=given)
+        for given in (None, alike, apart)
+    ]
+    assert "judged" not in found[0] and found[0]["domains"]["law"] == 0.46
+    for content in found[1:]:
+        assert content["judged"] == found[0]["domains"]
+        assert content["domains"]["law"] == pytest.approx(0.5, abs=1e-3)
+    widths = [np.diff(content["interval_95"]["law"])[0] for content in found]
+    assert widths[0] < widths[1] < widths[2]

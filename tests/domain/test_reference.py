@@ -137,7 +137,7 @@ def test_bits_per_byte_are_equal_on_both_sides(write):
 
 
 def test_bytes_need_to_be_known(write):
-    with pytest.raises(ConfigError, match=r"no bytes_per_token.*versatune-ds reference"):
+    with pytest.raises(ConfigError, match=r"no bytes_per_token.*the verb reference"):
         load_reference(write(FILE), TABLE, Fingerprints(), np.array([2.5, 8.0]))
     for sizes, text in (({"law": 4.0}, "no value for code"), ({"law": 4.0, "code": 0.0}, "must be > 0")):
         with pytest.raises(ConfigError, match=text):

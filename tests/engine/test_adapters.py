@@ -15,11 +15,13 @@ from launching import case_file, launch_soundly, read_jsonl, run_cases
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from small_runs import cut_back, small_run
+from tiny_families import family_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from versatune_ds.config.schema import Adapter, Model
+from versatune_ds.config.model import Adapter, Model
 from versatune_ds.engine.fingerprints import model_fingerprint
 from versatune_ds.engine.model.adapters import add_adapter
+from versatune_ds.engine.model.source import load_architecture
 from versatune_ds.engine.preflight.checks import check_adapter
 from versatune_ds.foundations.errors import ConfigError
 
@@ -82,6 +84,7 @@ def test_a_new_adapter_changes_nothing_yet_and_is_all_that_is_trained():
     trained = {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     again = tiny_model()
+    torch.rand(3)  # what another rank has drawn before
     add_adapter(again, Adapter(rank=2), seed=3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
@@ -110,6 +113,32 @@ def test_adapters_that_do_not_fit_are_refused(saved, settings, text):
         add_adapter(tiny_model(), Adapter(**{"targets": TARGETS, **settings}), seed=0)
 
 
+def test_dropout_is_of_the_adapters_input_in_training_only():
+    model = tiny_model()
+    add_adapter(model, Adapter(rank=2, dropout=0.5), seed=0)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    evaluated, trained = ([logits(model.train(mode)) for _ in range(2)] for mode in (False, True))
+    assert torch.equal(*evaluated) and not torch.allclose(*trained, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"])
+def test_of_a_mixture_all_linear_is_its_attention(kind):
+    """peft means routers and fused experts, too; routers would train without their balance loss."""
+    model = family_model(kind)
+    add_adapter(model, Adapter(rank=2), seed=0)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[4] for name in trained} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert all(".self_attn." in name for name in trained)
+    if kind != "qwen2_moe":  # whose shared expert has a layer of that name
+        older = "not found in the base model"  # peft before it mapped these names to experts
+        with pytest.raises(ConfigError, match=rf"experts and routers of .* cannot have|{older}"):
+            experts = ["w1", "w3"] if kind == "mixtral" else ["gate_proj", "up_proj"]
+            add_adapter(family_model(kind), Adapter(targets=experts), seed=0)
+
+
 def test_a_head_cannot_be_a_target():
     with pytest.raises(ValueError, match="lm_head cannot have an adapter"):
         Adapter(targets=["q_proj", "lm_head"])
@@ -125,6 +154,11 @@ def test_what_could_not_be_trained_here_is_refused_before_the_model():
         check(adapter=Adapter(), weights="random")
     with pytest.raises(ConfigError, match="qlora needs CUDA and bitsandbytes"):
         check(adapter=Adapter(kind="qlora"))
+
+
+def test_an_adapter_folder_is_no_model(saved):
+    with pytest.raises(ConfigError, match=r"holds an adapter.*export RUN --merge.*start_from"):
+        load_architecture(Model(source=str(saved / "two")))
 
 
 def test_a_combination_has_a_fingerprint_of_its_own(saved, tmp_path):
@@ -191,6 +225,14 @@ def test_a_checkpoint_holds_the_adapter_and_no_weight_of_the_model(runs):
     for path in (runs / "whole" / "checkpoints" / f"step-{CUT:08d}").glob("*model_states.pt"):
         names = torch.load(path, weights_only=False)["module"].keys()
         assert names and all("lora_" in name for name in names)
+
+
+@pytest.mark.slow
+def test_a_run_says_how_much_of_the_model_it_trains(runs):
+    info = json.loads((runs / "whole" / "run.json").read_text())
+    trained = load_file(runs / "whole" / "model" / "adapter_model.safetensors")
+    assert info["model"]["adapter"] == "lora, rank 4"
+    assert info["num_parameters_trained"] == sum(t.numel() for t in trained.values()) < info["num_parameters"]
 
 
 @pytest.mark.slow

@@ -35,13 +35,24 @@ def gone_on(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "weights.jsonl", "eval.jsonl", "skipped_steps.jsonl"])
-def test_it_goes_on_bit_for_bit(gone_on, name):
+def test_it_goes_on_as_it_would_have(gone_on, name):
+    """But for rounding: since then AdamW is fused on CPUs, and attention goes sample by sample."""
     if name == "skipped_steps.jsonl":
         assert (gone_on / "run" / name).read_bytes() == b""
         return
     ours, expected = lines(gone_on / "run", name), lines(BEGUN / "run", name)
     assert [line["step"] for line in ours] == [line["step"] for line in expected]
-    assert ours == expected
+    assert near(ours, expected)
+    assert not near([{**ours[-1], "step": 0}], expected[-1:])
+
+
+def near(ours, expected) -> bool:
+    """Equal, numbers to a relative 1e-4."""
+    if isinstance(expected, dict):
+        return ours.keys() == expected.keys() and all(near(ours[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(ours) == len(expected) and all(map(near, ours, expected))
+    return ours == (pytest.approx(expected, rel=1e-4) if isinstance(expected, float) else expected)
 
 
 def test_it_went_on_from_its_checkpoint(gone_on):

@@ -9,12 +9,12 @@ import types
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from versatune_ds.apps.doctor import backends
-from versatune_ds.config.schema import Model
-from versatune_ds.engine.model.attention import choose_attention, isolation_leak
+from versatune_ds.config.model import Model
+from versatune_ds.engine.model.attention import choose_attention
+from versatune_ds.engine.model.isolation import isolation_leak
 from versatune_ds.engine.model.packed_lm import apply_liger, build_model
 
 VOCAB_SIZE = 64
@@ -79,6 +79,12 @@ def test_liger_gives_norms_swiglu_and_rope_but_never_its_loss(liger):
     }
 
 
+def test_liger_leaves_out_what_would_overwrite_kept_products(liger):
+    assert "rms_norm, swiglu (" in apply_liger(tiny(), "auto", "cuda", ("rope",))
+    ((_, switches),) = liger
+    assert not switches["rope"] and switches["swiglu"]
+
+
 @pytest.mark.parametrize(
     ("choice", "device", "reason"), [("off", "cuda", "asked for"), ("auto", "cpu", "needs CUDA")]
 )
@@ -127,22 +133,41 @@ def _packs(num_packs):
         }
 
 
+def noting(graphs):
+    """A compiler that notes what it is given."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    def compile_graph(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    return compile_graph
+
+
 @pytest.mark.parametrize("policy", ["off", "all"])
-def test_a_compiled_body_gives_the_same_losses_and_gradients(monkeypatch, tmp_path, policy):
-    """With the compiler that traces and generates no code; the head runs as it is, behind the body."""
-    compile_module = nn.Module.compile
-    compiled = []
+def test_compiled_layers_give_the_same_losses_and_gradients(monkeypatch, tmp_path, policy):
+    """With the compiler that traces and generates no code; the head runs as it is, behind the layers."""
+    compile_function, graphs = torch.compile, []
+    compiler = noting(graphs)
 
-    def trace_only(module):
-        compiled.append(module)
-        compile_module(module, backend="aot_eager")
+    def trace_only(function):
+        return compile_function(function, backend=compiler, fullgraph=True)
 
-    monkeypatch.setattr(nn.Module, "compile", trace_only)
+    monkeypatch.setattr(torch, "compile", trace_only)
+    torch._dynamo.reset()
     tiny().save_pretrained(tmp_path)
     results = []
-    for choice in ("off", "body"):
-        settings = Model(source=str(tmp_path), dtype="fp32", compile=choice, activation_checkpointing=policy)
+    for choice in ("off", "layers"):
+        settings = Model(
+            source=str(tmp_path),
+            dtype="fp32",
+            attention="sdpa",
+            compile=choice,
+            activation_checkpointing=policy,
+        )
         model = build_model(settings, choose_attention(settings, "cpu"), seed=0).train()
+        if choice == "layers":
+            model.compile_layers()
         numbers = []
         for pack in _packs(4):
             model.zero_grad()
@@ -151,7 +176,8 @@ def test_a_compiled_body_gives_the_same_losses_and_gradients(monkeypatch, tmp_pa
             numbers += [out.loss.detach(), out.sample_loss]
             numbers += [p.grad.clone() for p in model.parameters()]
         results.append(numbers)
+        # of a pack of one sample, without a mask, and of others; not of each layer
+        assert len(graphs) == (2 if choice == "layers" else 0)
         assert isolation_leak(model, VOCAB_SIZE, torch.device("cpu")) == 0.0
-    assert compiled == [model.lm.base_model]
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)

@@ -80,16 +80,16 @@ def test_fingerprints_of_a_run(prepared):
 
 def test_a_cache_with_a_flipped_bit_is_refused_before_training(prepared):
     """Its size is right, so opening it alone would not tell."""
-    caches = preflight.open_verified_caches(prepared, None)
+    caches = preflight.open_verified_caches(prepared)
     tokens = caches["train"][0].folder / "tokens.bin"
     content = bytearray(tokens.read_bytes())
     content[len(content) // 2] ^= 1
     tokens.write_bytes(content)
     with pytest.raises(StateError, match=r"tokens\.bin: the content is not what was written") as failure:
-        preflight.open_verified_caches(prepared, None)
+        preflight.open_verified_caches(prepared)
     assert "versatune-ds prepare" in str(failure.value)
     prepare(prepared, progress=False)
-    preflight.open_verified_caches(prepared, None)
+    preflight.open_verified_caches(prepared)
 
 
 def test_the_ranks_of_a_node_share_the_check(prepared, monkeypatch):
@@ -100,7 +100,7 @@ def test_the_ranks_of_a_node_share_the_check(prepared, monkeypatch):
         looked.append(set())
         monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setenv("LOCAL_SIZE", "2")
-        caches = preflight.open_verified_caches(prepared, None)
+        caches = preflight.open_verified_caches(prepared)
     everything = {
         str(cache.folder / name)
         for of_split in caches.values()
@@ -114,7 +114,7 @@ def test_the_ranks_of_a_node_share_the_check(prepared, monkeypatch):
 
 @pytest.mark.parametrize("what", ["truncated", "half copied", "gone"])
 def test_other_damage_of_a_cache_is_named(prepared, what):
-    folder = preflight.open_verified_caches(prepared, None)["train"][0].folder
+    folder = preflight.open_verified_caches(prepared)["train"][0].folder
     if what == "truncated":
         content = (folder / "mask.bin").read_bytes()
         (folder / "mask.bin").write_bytes(content[:-1])
@@ -123,14 +123,14 @@ def test_other_damage_of_a_cache_is_named(prepared, what):
     else:
         shutil.rmtree(folder.parent)
     with pytest.raises(StateError, match="versatune-ds prepare"):
-        preflight.open_verified_caches(prepared, None)
+        preflight.open_verified_caches(prepared)
 
 
 def test_a_source_that_changed_after_prepare_is_named(prepared, tmp_path):
     write_jsonl(tmp_path / "law.jsonl", pairs(21))
     with pytest.raises(StateError, match=r"law\.jsonl.*changed|changed.*law\.jsonl") as failure:
-        preflight.open_verified_caches(prepared, None)
+        preflight.open_verified_caches(prepared)
     assert "versatune-ds prepare" in str(failure.value)
     (tmp_path / "law.jsonl").unlink()
     with pytest.raises(DataError, match=r"law\.jsonl"):
-        preflight.open_verified_caches(prepared, None)
+        preflight.open_verified_caches(prepared)

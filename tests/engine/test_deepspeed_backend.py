@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from versatune_ds.config.schema import Model, Optimizer
+from versatune_ds.config.model import Model
+from versatune_ds.config.schema import Optimizer
 from versatune_ds.engine.backend.deepspeed_backend import DeepSpeedBackend
 from versatune_ds.engine.backend.deepspeed_config import state_layout
 from versatune_ds.engine.backend.ranks import Group, Ranks
+from versatune_ds.engine.model.source import multiplies_bf16
 
 NAN = float("nan")
 
@@ -105,3 +107,17 @@ def test_an_evaluation_leaves_the_model_training_and_keeps_nothing(live):
     with backend.evaluating():
         assert not live.model.training and not live.model(torch.ones(1, 2)).requires_grad
     assert live.model.training and live.model(torch.ones(1, 2)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_f": True, "avx512_bf16": True}, True),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"neon": True, "bf16": True}, True),
+        ({"neon": True}, False),
+    ],
+)
+def test_cpus_without_bf16_units_are_known(capabilities, expected):
+    assert multiplies_bf16(capabilities) == expected
+    assert isinstance(multiplies_bf16(), bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -18,10 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from saved_checkpoints import write_checkpoint
 from small_runs import small_run
+from tiny_families import family_model, image_text_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from versatune_ds.cli.main import main
+from versatune_ds.config.model import Adapter, Model
+from versatune_ds.engine.checkpointing.adapter_export import adapter_tensors, merged_tensors
 from versatune_ds.engine.checkpointing.hf_export import Companions, ShardWriter, export_checkpoint
+from versatune_ds.engine.model.adapters import PREFIX
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import SaveError, StateError
 from versatune_ds.foundations.files import sha256_file
@@ -63,6 +68,7 @@ RUNS = {
     "stage_3_frozen": ([zero(3)], "freeze two"),
     "stage_2_lora": ([zero(2), *ADAPTED], None),
     "stage_3_lora": ([zero(3), *ADAPTED, "model.dtype=fp32"], None),
+    "stage_3_lora_moe": ([zero(3), *ADAPTED, "model.dtype=fp32", "model.source={moe}"], None),
     "stage_3_dora": ([zero(3), *ADAPTED, "model.dtype=fp32", "model.adapter.kind=dora"], None),
 }
 
@@ -86,12 +92,20 @@ def runs(tmp_path_factory) -> Path:
     base = folder / "base"
     shutil.copytree(untied, base)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(untied)).save_pretrained(base)
+    moe = folder / "moe"
+    shutil.copytree(untied, moe)
+    model = family_model("qwen3_moe", vocab_size=architecture["vocab_size"], max_position_embeddings=256)
+    model.save_pretrained(moe)
+    folders = {"{untied}": untied, "{base}": base, "{moe}": moe}
     cases = [
         {
             "config": str(config),
             "overrides": [
                 f"run.dir={folder / name}",
-                *(o.replace("{untied}", str(untied)).replace("{base}", str(base)) for o in overrides),
+                *(
+                    functools.reduce(lambda o, f: o.replace(f[0], str(f[1])), folders.items(), o)
+                    for o in overrides
+                ),
             ],
             "sabotage": sabotage,
         }
@@ -126,15 +140,16 @@ def test_a_checkpoint_gives_the_folder_that_the_run_itself_wrote(runs, name, cap
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["stage_3_lora", "stage_3_dora"])
+@pytest.mark.parametrize("name", ["stage_3_lora", "stage_3_dora", "stage_3_lora_moe"])
 def test_a_merged_model_computes_what_base_and_adapter_do(runs, name, capsys):
     """The adapter as peft loads it, trained away from 0, against the merged folder."""
     from peft import PeftModel
 
     run, merged = runs / name, runs / f"{name}_merged"
     assert main(["export", str(run), "--merge", "--out", str(merged)]) == 0
-    base = AutoModelForCausalLM.from_pretrained(runs / "base")
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(runs / "base"), run / "model")
+    source = runs / ("moe" if "moe" in name else "base")
+    base = AutoModelForCausalLM.from_pretrained(source)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), run / "model")
     ids = torch.arange(60).view(2, 30)
     with torch.no_grad():
         before, expected = base(ids).logits, adapted(ids).logits
@@ -142,9 +157,38 @@ def test_a_merged_model_computes_what_base_and_adapter_do(runs, name, capsys):
     assert (expected - before).abs().max() > 1e-3
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     assert json.loads((merged / "generation_config.json").read_text())["use_cache"]
+    written, read = (
+        {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+        for folder in (merged, source)
+    )
+    assert written == read  # of a mixture each expert by itself, as published
     capsys.readouterr()
     assert main(["export", str(runs / "stage_3"), "--merge", "--out", str(merged)]) == constants.EXIT_USAGE
     assert "this run trained the whole model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "method"), [("gemma3", "lora"), ("mistral3", "dora")])
+def test_the_text_part_of_a_model_of_images_is_merged_alone(tmp_path, kind, method):
+    """Its files name weights otherwise than the text model does, and hold a vision tower."""
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = image_text_model(kind)
+    wrapped.save_pretrained(tmp_path)
+    text = AutoModelForCausalLM.from_config(wrapped.config.text_config)
+    text.model.load_state_dict(wrapped.model.language_model.state_dict())
+    text.lm_head.load_state_dict(wrapped.lm_head.state_dict())
+    settings = Model(source=str(tmp_path), adapter=Adapter(kind=method, rank=2, alpha=6.0))
+    options = {"init_lora_weights": False, "use_dora": method == "dora", "target_modules": "all-linear"}
+    adapted = get_peft_model(text, LoraConfig(r=2, lora_alpha=6.0, **options))
+    for name, parameter in adapted.named_parameters():
+        if "magnitude" in name:
+            parameter.data.mul_(1.5)  # no longer the rows' own lengths
+    tensors = ((name.removeprefix(PREFIX), p.detach()) for name, p in adapted.named_parameters())
+    ours = dict(merged_tensors(settings, dict(adapter_tensors(tensors)), torch.float32))
+    expected = adapted.merge_and_unload().state_dict()
+    assert ours.keys() | {"lm_head.weight"} == expected.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -331,10 +375,28 @@ def test_a_full_disk_is_an_error_with_a_cure_and_leaves_the_older_export(tmp_pat
         flush(self)
 
     monkeypatch.setattr(ShardWriter, "_flush", full)
-    with pytest.raises(SaveError, match=r"No space left on device. Make room, then .* --out"):
+    with pytest.raises(SaveError, match=r"No space left on device; see to that, or take another"):
         export(tmp_path / "step", tmp_path / "model")
     assert contents(tmp_path / "model") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "step"]
+
+
+def test_what_no_export_wrote_is_not_replaced(tmp_path, weights, monkeypatch):
+    """Found before a weight is read; its own files are replaced."""
+    write_checkpoint(tmp_path / "step", weights, stage=2, ranks=2)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("kept")
+    export(tmp_path / "step", tmp_path / "model")
+    export(tmp_path / "step", tmp_path / "model", "bf16")
+    (tmp_path / "model" / "model.gguf").write_text("kept")
+    monkeypatch.setattr(ShardWriter, "add", lambda *_: pytest.fail("a weight was read"))
+    for name, file in (("notes", "mine.txt"), ("model", "model.gguf"), ("step", "versatune_state")):
+        with pytest.raises(StateError, match=rf"holds files that no export of this program wrote \(.*{file}"):
+            export(tmp_path / "step", tmp_path / name)
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "kept"
+    assert (tmp_path / "model" / "model.gguf").read_text() == "kept"
+    with pytest.raises(StateError, match="is no folder"):
+        export(tmp_path / "step", tmp_path / "notes" / "mine.txt")
 
 
 @pytest.fixture()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 from export_memory import NoCompanions
 from safetensors.torch import load_file
-from tiny_families import FAMILY_CONFIGS, VOCAB_SIZE, family_config, family_model
+from tiny_families import FAMILY_CONFIGS, VOCAB_SIZE, attend_by_sample, family_config, family_model
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from versatune_ds.apps.bench.shapes import _llama, find_shape
+from versatune_ds.apps.plan.memory import trained_parameters
 from versatune_ds.config.load import validate_config
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Adapter, Model
 from versatune_ds.engine.backend.deepspeed_backend import build_for_evaluation
+from versatune_ds.engine.backend.parameters import live_shape, parameter_size
 from versatune_ds.engine.checkpointing.hf_export import export_model
 from versatune_ds.engine.model import packed_lm
+from versatune_ds.engine.model.adapters import add_adapter
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.families import (
     FAMILIES,
@@ -51,7 +55,7 @@ def test_parameters_are_those_of_the_built_model(kind):
     assert shape.layer_parameters == max(layers)
     embeddings = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.lm_head)}
     assert shape.nonembedding_parameters == total - sum(embeddings.values())
-    built = built_shape(model.config, shape.parameters, shape.nonembedding_parameters)
+    built = built_shape(model.config, (shape.parameters, shape.nonembedding_parameters))
     assert built.step_flops_6n(slot_tokens=3, pack_len=2) == shape.step_flops_6n(slot_tokens=3, pack_len=2)
 
 
@@ -95,8 +99,9 @@ def pack_of(lengths: tuple[int, ...]) -> dict:
 def test_a_pack_has_the_losses_and_gradients_of_transformers_and_is_exported(kind, tmp_path):
     """Each sample alone in a model that has seen no other; then the export, loaded by transformers."""
     lm = family_model(kind)
+    capped = lm.config._attn_implementation
     routers = Routers(lm.config, None) if experts_of(lm.config) else None
-    pack, model = pack_of(LENGTHS), PackedCausalLM(lm, "chunked", routers=routers)
+    pack, model = pack_of(LENGTHS), PackedCausalLM(attend_by_sample(lm), "chunked", routers=routers)
     losses, expected = [], {}
     for ids in pack["input_ids"].split(LENGTHS):
         lm = family_model(kind)
@@ -128,7 +133,6 @@ def test_a_pack_has_the_losses_and_gradients_of_transformers_and_is_exported(kin
 
     backend = SimpleNamespace(model=model, parameters=model.named_parameters)
     export_model(backend, NoCompanions(), tmp_path / "model", 1 << 30)
-    capped = model.lm.config._attn_implementation
     loaded, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", attn_implementation=capped, output_loading_info=True
     )
@@ -212,6 +216,37 @@ def test_flops_as_most_papers_count_by_hand():
     assert SHAPE.step_flops_6n(slot_tokens=12, pack_len=6) == 157_824
 
 
+def test_a_frozen_model_has_no_product_for_the_gradients_of_its_weights():
+    """Forward and the input's gradient of 1,000 weights; all three of the adapter's 70. Layers run twice cost
+    another forward; attention has no weights and costs what it did."""
+    frozen = dataclasses.replace(SHAPE, trained=70)
+    counts = {"real_tokens": 8, "supervised_tokens": 4, "sum_squared_lengths": 34}
+    expected = 4 * 1000 * 8 + 6 * 70 * 8 + 4 * 10 * 50 * 4 + 3_264
+    assert frozen.step_flops(**counts) == expected
+    assert frozen.step_flops(**counts, recomputed=0.5) == expected + 1070 * 8 + 3_264 / 6
+    assert frozen.step_flops_6n(slot_tokens=12, pack_len=6) == (4 * 2000 + 6 * 70 + 12 * 2 * 8 * 6) * 12
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "qwen3_moe, some layers dense"])
+def test_an_adapters_parameters_by_formula_are_those_of_peft(name):
+    """All linear layers but the head; of a mixture the attention's. So does a run count its model."""
+    adapter = Adapter(rank=3, kind="dora")
+    planned, lm = planned_shape(family_config(name), name), family_model(name)
+    add_adapter(lm, adapter, seed=0)
+    live = live_shape(PackedCausalLM(lm, "chunked"))
+    assert live.trained == trained_parameters(planned, adapter) > 0
+    assert (live.parameters, live.nonembedding_parameters) == (
+        planned.parameters,
+        planned.nonembedding_parameters,
+    )
+
+
+def test_weights_in_4_bits_count_as_what_they_stand_for():
+    weight = torch.nn.Parameter(torch.zeros(50, 1, dtype=torch.uint8), requires_grad=False)
+    weight.quant_state = SimpleNamespace(shape=torch.Size([10, 10]))
+    assert parameter_size(weight) == 100
+
+
 def test_one_full_sample_with_every_label_differs_by_the_embedding_and_half_of_attention():
     strict = SHAPE.step_flops(real_tokens=6, supervised_tokens=6, sum_squared_lengths=36)
     common = SHAPE.step_flops_6n(slot_tokens=6, pack_len=6)
@@ -252,11 +287,11 @@ def test_shape_from_a_model_configuration():
         vocab_size=100,
         head_dim=32,
     )
-    shape = built_shape(config, 23456, 12345)
+    shape = built_shape(config, (23456, 12345))
     assert (shape.query_width, shape.layers) == (128, 3)
     assert (shape.parameters, shape.nonembedding_parameters) == (23456, 12345)
     config.head_dim = None  # Llama configurations without it: hidden size / heads
-    assert built_shape(config, 1, 1).query_width == 64
+    assert built_shape(config, (1, 1)).query_width == 64
 
 
 def test_a_published_mfu_in_both_conventions():

@@ -9,23 +9,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_families import FAMILY_CONFIGS, VOCAB_SIZE, family_model
+from tiny_families import FAMILY_CONFIGS, VOCAB_SIZE, attend_by_sample, family_model
 from torch.nn.attention import varlen
 from transformers import LlamaConfig
 
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.engine.backend import deepspeed_backend
 from versatune_ds.engine.backend.deepspeed_backend import MAX_ISOLATION_LEAK
+from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.model import attention, packed_lm
 from versatune_ds.engine.model.attention import (
-    PROBE_TOKENS,
+    BY_SAMPLE,
     VARLEN,
     choose_attention,
-    isolation_leak,
+    sample_attention,
     varlen_attention,
 )
 from versatune_ds.engine.model.families import MIXTURES
-from versatune_ds.engine.model.packed_lm import PackedCausalLM, checkpoint_activations
+from versatune_ds.engine.model.isolation import PROBE_TOKENS, isolation_leak
+from versatune_ds.engine.model.packed_lm import PackedCausalLM
+from versatune_ds.engine.model.recompute import recompute_in_backward
 from versatune_ds.engine.model.rope import turning_length
 from versatune_ds.foundations.errors import ConfigError
 
@@ -50,10 +53,12 @@ def tiny(config_class=LlamaConfig, **more):
     return AutoModelForCausalLM.from_config(config_class(**SHAPE, **more), attn_implementation="sdpa")
 
 
+@pytest.mark.parametrize("by_sample", [False, True])
 @pytest.mark.parametrize("kind", FAMILY_CONFIGS)
-def test_losses_of_a_sample_are_bit_equal_whatever_its_neighbour(kind):
+def test_losses_of_a_sample_are_bit_equal_whatever_its_neighbour(kind, by_sample):
     """With a neighbour whose halves lie on the other side of the lengths that positions depend on."""
-    model = PackedCausalLM(family_model(kind), "auto").eval()
+    lm = family_model(kind)
+    model = PackedCausalLM(attend_by_sample(lm) if by_sample else lm, "auto").eval()
     # an expert's product is over its tokens of all samples, and their number decides how it is summed
     bound = 1e-6 if model.lm.config.model_type in MIXTURES else 0.0
     assert isolation_leak(model, VOCAB_SIZE, CPU, 14) <= bound
@@ -69,7 +74,7 @@ def test_a_mixture_in_bf16_passes_the_probe():
 )
 def test_positions_that_depend_on_length_would_be_found_out(monkeypatch, kind, turn):
     """As transformers computes them, the longest sample chooses the frequencies of all."""
-    monkeypatch.setattr(packed_lm, "rotate_by_sample", lambda model: None)
+    monkeypatch.setattr(packed_lm, "rotate_by_sample", lambda model: [])
     model = PackedCausalLM(family_model(kind), "auto").eval()
     assert turning_length(model.lm.config) == turn
     assert isolation_leak(model, VOCAB_SIZE, CPU, turn or PROBE_TOKENS) == 0.0
@@ -89,25 +94,26 @@ def test_a_length_of_one_kind_of_layer_counts():
 def test_a_run_probes_beyond_the_turning_length(monkeypatch):
     """And no further than a sample can be, which is a pack."""
     asked = []
-    monkeypatch.setattr(deepspeed_backend, "isolation_leak", lambda *given: asked.append(given[3:]) or 0.0)
+    monkeypatch.setattr(deepspeed_backend, "isolation_leak", lambda *given: asked.append(given[3]) or 0.0)
     for kind, pack_len in (("phi3, longrope", 32), ("phi3, longrope", 6), ("mistral", 32)):
         backend = SimpleNamespace(
             model=PackedCausalLM(family_model(kind), "auto"),
             evaluating=contextlib.nullcontext,
             forward=None,
             device=CPU,
+            ranks=Ranks.of_world(),
         )
         settings = SimpleNamespace(
             batch=SimpleNamespace(pack_len=pack_len), model=SimpleNamespace(dtype="fp32")
         )
         deepspeed_backend.check_isolation(backend, settings)
-    assert asked == [(14,), (6,), ()]
+    assert asked == [14, 6, PROBE_TOKENS]
 
 
 @pytest.mark.parametrize("policy", ["off", "all", 2])
 def test_isolation_holds_with_recomputed_activations(policy):
     lm = tiny()
-    checkpoint_activations(lm, policy)
+    recompute_in_backward(lm, policy)
     recomputed = [layer.gradient_checkpointing for layer in lm.model.layers]
     assert recomputed == {"off": [False, False], "all": [True, True], 2: [True, False]}[policy]
     model = PackedCausalLM(lm, "auto").train()
@@ -117,7 +123,7 @@ def test_isolation_holds_with_recomputed_activations(policy):
 @pytest.mark.parametrize(("policy", "calls"), [("off", [1, 1]), ("all", [2, 2]), (2, [2, 1])])
 def test_checkpointed_layers_run_again_in_backward(policy, calls):
     lm = tiny()
-    checkpoint_activations(lm, policy)
+    recompute_in_backward(lm, policy)
     counted = [0, 0]
     for i, layer in enumerate(lm.model.layers):
         layer.mlp.register_forward_pre_hook(lambda *_, i=i: counted.__setitem__(i, counted[i] + 1))
@@ -167,15 +173,56 @@ def test_a_model_that_mixes_samples_is_found_out():
     assert leak > 10 * max(MAX_ISOLATION_LEAK.values())
 
 
-def test_cpu_takes_the_block_diagonal_mask_and_says_so():
+def test_cpu_takes_one_sample_after_the_other_and_says_so():
     choice = choose_attention(Model(source="x"), "cpu")
-    assert choice.implementation == "sdpa" and "block-diagonal" in choice.reason
+    assert choice.implementation == BY_SAMPLE and "one sample after the other" in choice.reason
+    choice = choose_attention(Model(source="x", attention="sdpa"), "cpu")
+    assert choice.implementation == "sdpa" and "quadratic" in choice.reason
     with pytest.raises(ConfigError, match="needs CUDA"):
         choose_attention(Model(source="x", attention="varlen"), "cpu")
 
 
+@pytest.mark.parametrize("window", [None, 3, 6])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_one_sample_after_the_other_is_the_block_diagonal_mask(kv_heads, window):
+    """Outputs and gradients; samples of one token, of a window's length and longer."""
+    q, k, v = (torch.randn(1, heads, 14, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads))
+    boundaries = torch.tensor([0, 6, 7, 14], dtype=torch.int32)
+    sample = torch.arange(3).repeat_interleave(boundaries.diff())
+    mask = (sample[:, None] == sample) & torch.ones(14, 14, dtype=torch.bool).tril()
+    if window is not None:  # as transformers masks: `kv_idx > q_idx - sliding_window`
+        mask &= torch.arange(14) > torch.arange(14)[:, None] - window
+    repeated = (x.repeat_interleave(4 // kv_heads, dim=1) for x in (k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, *repeated, attn_mask=mask, scale=0.3)
+    found, weights = sample_attention(
+        torch.nn.Identity(), q, k, v, None, 0.3, window, cu_seq_lens_q=boundaries, max_length_q=7
+    )
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+    assert weights is None
+    upstream = torch.randn_like(found)
+    gradients = [
+        torch.autograd.grad((out * upstream).sum(), (q, k, v)) for out in (found, expected.transpose(1, 2))
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_hopper_takes_flash_attention_3_where_it_is_installed(monkeypatch):
+    activated = []
+    monkeypatch.setattr(attention.attention_kernels, "activate_flash_attention_impl", activated.append)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # flash-attn is, too
+    for major, expected in ((10, "flash_attention_2"), (9, VARLEN)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda major=major: (major, 0))
+        choice = choose_attention(Model(source="x"), "cuda")
+        assert choice.implementation == expected and ("FlashAttention 3" in choice.reason) == (major == 9)
+    assert activated == ["FA3"]
+    asked = choose_attention(Model(source="x", attention="flash_attention_2"), "cuda")
+    capped = choose_attention(Model(source="x"), "cuda", caps_scores=True)
+    assert asked.implementation == capped.implementation == "flash_attention_2" and activated == ["FA3"]
+
+
 def test_cuda_prefers_flash_attention_and_falls_back_aloud(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "flash_attn" else None)
     assert choose_attention(Model(source="x"), "cuda").implementation == "flash_attention_2"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     choice = choose_attention(Model(source="x"), "cuda")
@@ -187,7 +234,9 @@ def test_cuda_prefers_flash_attention_and_falls_back_aloud(monkeypatch):
 
 def test_scores_that_a_model_caps_are_capped_or_refused(monkeypatch):
     for flash, on_cuda in ((None, "eager"), (object(), "flash_attention_2")):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, flash=flash: flash)
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, flash=flash: flash if name == "flash_attn" else None
+        )
         chosen = [
             choose_attention(Model(source="x"), device, True).implementation for device in ("cpu", "cuda")
         ]

@@ -23,10 +23,12 @@ def checkpoints(run) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
 
 
-def test_a_killed_rank_ends_the_run_with_its_name_and_the_next_start_goes_on(config):
+@pytest.mark.parametrize("sharing", [1, 2])
+def test_a_killed_rank_ends_the_run_with_its_name_and_the_next_start_goes_on(config, sharing):
+    """Also where the others wait for it in the middle of a pack that they share."""
     victim = 0  # it holds the lock and the store
-    run = config.parent / "killed"
-    with LaunchedRun(config, run, "checkpoint.every_n_steps=2") as launched:
+    run, shared = config.parent / f"killed_{sharing}", f"batch.sequence_parallel={sharing}"
+    with LaunchedRun(config, run, "checkpoint.every_n_steps=2", shared) as launched:
         launched.await_steps(3)
         pid = launched.ranks[victim].pid
         command = [BIN / "versatune-ds", "train", "--config", config, f"run.dir={run}"]
@@ -39,7 +41,7 @@ def test_a_killed_rank_ends_the_run_with_its_name_and_the_next_start_goes_on(con
     assert f"rank {victim} (process {pid} on " in output and "its process was killed" in output
     assert "Traceback" not in output.split("its process was killed")[0]  # the cause comes first
     done = checkpoints(run)[-1]
-    with LaunchedRun(config, run, f"train.max_steps={done + 2}") as again:
+    with LaunchedRun(config, run, f"train.max_steps={done + 2}", shared) as again:
         assert again.await_end(START_TIMEOUT_S) == 0
         output = again.output
     assert f"resuming from {run / 'checkpoints'}/step-{done:08d}" in output

@@ -5,6 +5,7 @@ Whole runs under DeepSpeed are compared with each other elsewhere; what is wrong
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.evaluate import HeldOut, evaluate_samples
 from versatune_ds.engine.prepared import count_steps
 from versatune_ds.foundations.errors import DivergenceError
+from versatune_ds.report.report import write_report
 
 STEPS, PEAK = 6, 0.2
 RATES = [PEAK * share for share in (1 / 3, 2 / 3, 1, 1, 0.7, 0.4)]
@@ -194,6 +196,21 @@ def test_the_probe_takes_its_own_number_of_samples(config):
     probe = ("weights.loss_source=probe", "weights.probe_samples=3", "train.max_steps=3", "evaluation={}")
     update = run(config, "probe", *probe).lines("weights")[1]
     assert set(update["samples"].values()) == {3.0}
+
+
+def test_batches_are_without_the_domains_that_the_guard_holds(config):
+    """At a rate that harms: held-out losses rise, of some domains before others."""
+    options = ("train.max_steps=8", "evaluation={}", "optimizer.lr=0.3", "optimizer.eps=1e-8")
+    guard = ("weights.every_n_steps=1", "weights.probe_samples=4", "weights.guard={probes: 1, noise_z: 2}")
+    guarded = run(config, "guarded", *options, *guard)
+    metrics, held = guarded.lines("metrics"), []
+    for line, following in zip(guarded.lines("weights")[1:], metrics[1:], strict=False):
+        assert following["weights"] == line["after"]
+        held.append([name for name, found in line["guard"].items() if found["held"]])
+        if 0 < len(held[-1]) < len(NAMES):
+            assert all(line["after"][name] == 0.0 for name in held[-1])
+            assert any(alarm.startswith("overfitting") for alarm in line["alarms"]) or held[-1] == held[-2]
+    assert any(0 < len(names) < len(NAMES) for names in held), held
 
 
 def test_the_last_step_is_evaluated_and_saved_whatever_the_interval(config):
@@ -421,3 +438,29 @@ def test_checkpoints_in_the_background_are_published_while_training_goes_on(conf
     run(config, "background", "checkpoint.asynchronous=true", "evaluation={}", disturb=disturb)
     assert seen == [[2]] * 3
     assert checkpoints(folder) == [2, 4, 6]
+
+
+def test_a_profile_of_two_steps_has_the_phases_and_stands_in_the_report(config, whole):
+    profiled = run(config, "profiled", "train.profile={steps: [2, 3]}", "train.max_steps=4")
+    folder = profiled.folder / "profile"
+    found = json.loads((folder / "profile.json").read_text())
+    assert found["steps"] == [2, 3] and found["device"] == "cpu" and len(found["items"]) == 10
+    calls = {phase["name"]: phase["calls"] for phase in found["phases"]}
+    packs = 2 * 3
+    assert [calls[name] for name in ("forward", "backward", "waiting for data")] == [packs, packs, 2]
+    assert 0 < sum(item["seconds"] for item in found["items"]) <= found["wall_s"]
+    assert any(item["name"].startswith("aten::") for item in found["items"])
+    trace = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))
+    named = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
+    assert named.count("forward") == packs and "optimizer step" in named
+
+    page = write_report([profiled.folder], profiled.folder.parent / "page.html").read_text()
+    assert 'href="profiled/profile/trace.json.gz"' in page and found["items"][9]["name"] in page
+    assert "Profile" not in write_report([whole.folder], profiled.folder.parent / "other.html").read_text()
+
+
+def test_a_profile_that_was_not_reached_is_missed_with_a_word(config, caplog):
+    with caplog.at_level("WARNING", "versatune_ds"):
+        short = run(config, "short", "train={epochs: 0.001, profile: {steps: [40, 41]}}")
+    assert "did not get through the steps 40 to 41" in caplog.text
+    assert not (short.folder / "profile").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from saved_checkpoints import write_checkpoint
 from tiny_families import image_text_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.engine.backend.parameters import parameter_counts
 from versatune_ds.engine.checkpointing.hf_export import export_checkpoint, export_model
 from versatune_ds.engine.model import source
@@ -120,8 +121,8 @@ def test_a_folder_with_pickled_weights_only_is_refused_with_a_command_that_works
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"only in .bin files.*as safetensors once: python -c") as error:
         build(folder)
-    command = str(error.value).split("python -c ")[1]
-    exec(command.strip('"'))
+    *_, code = shlex.split(str(error.value)[str(error.value).index("python -c") :])
+    exec(code)
     assert torch.equal(build(folder).lm.lm_head.weight, model.lm_head.weight)
 
 

@@ -7,8 +7,9 @@ import torch
 from plain_backend import plain_run
 from small_runs import cut_back, small_run
 
-from versatune_ds.config.schema import Model
+from versatune_ds.config.load import load_config
 from versatune_ds.engine.model.noise import EmbeddingNoise
+from versatune_ds.foundations.errors import ConfigError
 
 ALPHA, WIDTH, SEED = 5.0, 64, 3
 SAMPLES = torch.tensor([0] * 4 + [1] * 400 + [-1] * 10, dtype=torch.int32)
@@ -56,9 +57,10 @@ def test_it_follows_from_seed_step_and_pack_and_not_from_the_ranks(embedding, no
         assert not torch.allclose(once, drawn(embedding, noise, place), atol=1e-3)
 
 
-def test_it_is_refused_where_the_body_is_compiled():
-    with pytest.raises(ValueError, match="neftune_alpha: the noise is not compiled"):
-        Model(source="unused", neftune_alpha=5.0, compile="body")
+def test_it_is_refused_where_ranks_share_a_pack(tmp_path):
+    config = small_run(tmp_path, batch={"pack_len": 192, "packs_per_step": 2})
+    with pytest.raises(ConfigError, match="neftune_alpha: noise is for whole packs"):
+        load_config(config, ["model.neftune_alpha=5", "batch.sequence_parallel=2"])
 
 
 def test_a_resumed_run_has_the_noise_of_the_whole_one_and_evaluations_have_none(tmp_path):

@@ -118,6 +118,7 @@ def test_samples_beyond_the_positions_are_told(monkeypatch):
 
 def test_folders_that_hold_a_run_are_not_overwritten(tmp_path):
     preflight.check_folder(config(tmp_path / "new"))
+    (tmp_path / "run.json").write_text('{"config_fingerprint": "0"}')
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     preflight.check_folder(config(tmp_path))  # a run that died before its first checkpoint
     with pytest.raises(StateError, match=r"run\.resume is never"):
@@ -132,8 +133,14 @@ def test_missing_trackers_are_named_early(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     preflight.check_trackers(config())
-    for package, settings in (("wandb", {"wandb_project": "p"}), ("tensorboard", {"tensorboard": True})):
-        with pytest.raises(ConfigError, match=rf"{package} is asked for.*versatune-ds\[tracking\]"):
+    for package, extra, settings in (
+        ("wandb", "tracking", {"wandb_project": "p"}),
+        ("tensorboard", "tracking", {"tensorboard": True}),
+        ("mlflow", "mlflow", {"mlflow_experiment": "p"}),
+        ("swanlab", "swanlab", {"swanlab_project": "p"}),
+        ("trackio", "trackio", {"trackio_project": "p"}),
+    ):
+        with pytest.raises(ConfigError, match=rf"{package} is asked for.*versatune-ds\[{extra}\]"):
             preflight.check_trackers(config(metrics=settings))
 
 

@@ -227,7 +227,7 @@ def test_evaluations_without_a_number_are_no_reference(tmp_path):
 
 
 def test_fingerprints_tell_models_and_data_apart(folder, tmp_path):
-    from versatune_ds.config.schema import Model
+    from versatune_ds.config.model import Model
 
     tokenizer = qwen_like_tokenizer()
     one = tiny_model(tmp_path / "one", tokenizer, b"weights" * 1000)

@@ -31,6 +31,7 @@ STEPS, CUT, STOP = 6, 2, 4
 ZERO = {stage: f"deepspeed={{zero_optimization: {{stage: {stage}}}}}" for stage in (0, 1, 2)}
 # parameters above the threshold are gathered when needed, smaller ones stay whole: there are both
 ZERO[3] = "deepspeed={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 1500}}"
+GROUPS = ZERO[3].replace("1500", "1500, sub_group_size: 2000")
 ROUND_ROBIN = "deepspeed={zero_optimization: {stage: 2, round_robin_gradients: true}}"
 OFFLOAD = "deepspeed={zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}"
 FP32_SUMS = "deepspeed={zero_optimization: {stage: 1}, data_types: {grad_accum_dtype: fp32}}"
@@ -43,6 +44,7 @@ FROM_CUT = {
     "one_rank_stage_3": (1, ZERO[3]),
     "two_ranks_offload": (2, OFFLOAD),
     "three_ranks_round_robin": (3, ROUND_ROBIN),
+    "four_ranks_small_groups": (4, GROUPS),
 }
 
 
@@ -141,7 +143,7 @@ def runs(tmp_path_factory) -> Path:
     for name in FROM_CUT:
         cut_back(folder / "whole", folder / name, CUT)
     cut_back(folder / "stage_0", folder / "stage_0_one_rank", CUT)
-    for ranks in (2, 3, 1):
+    for ranks in (2, 3, 1, 4):
         cases = [
             case(name, zero, dump=(CUT,), sabotage="stop in step 3" if "stage_2" in name else None)
             for name, (wanted, zero) in FROM_CUT.items()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from versatune_ds.cli.main import main
-from versatune_ds.config.schema import Adapter, Model
+from versatune_ds.config.model import Adapter, Model
 from versatune_ds.engine.model.attention import choose_attention
 from versatune_ds.engine.model.packed_lm import build_model
 from versatune_ds.engine.model.router import Routers, balance
@@ -97,6 +97,9 @@ def test_frozen_routers_train_nothing_and_add_nothing(experts):
     frozen = {name for name, p in build(experts, router="frozen").named_parameters() if not p.requires_grad}
     assert frozen == {f"lm.model.layers.{i}.mlp.gate.weight" for i in range(4)}
     assert build(experts, router="frozen").routers.coefficient == 0.0
+    adapted = build(experts, adapter=Adapter())
+    assert adapted.routers.coefficient == 0.0
+    assert not any("gate" in name for name, p in adapted.named_parameters() if p.requires_grad)
     assert build(experts).routers.coefficient == 0.5
     assert build(experts, router_aux_loss=0.0).routers.coefficient == 0.0
     assert all(p.requires_grad for p in build(experts).parameters())

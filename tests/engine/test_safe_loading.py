@@ -11,7 +11,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.engine.backend.safe_loading import FORCE, tensors_only
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.packed_lm import build_model

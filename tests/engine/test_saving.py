@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import threading
@@ -19,6 +20,7 @@ from launching import read_jsonl, run_cases
 from safetensors.torch import load_file
 from small_runs import cut_back, small_run
 
+from versatune_ds.cli.main import main
 from versatune_ds.config.schema import Checkpoint
 from versatune_ds.engine.checkpointing import saver as saving
 from versatune_ds.engine.checkpointing.due import LossBound, checkpoint_due
@@ -303,7 +305,12 @@ def runs(tmp_path_factory) -> Path:
             case("every_step_background", *every_step, background),
             case("only_the_last", "checkpoint.every_n_steps=null", "checkpoint.max_lost_minutes=1000"),
             case("never", "checkpoint.every_n_steps=null"),
-            case("cannot_export", "checkpoint.export_shard_gb=0.0001", sabotage="cannot export"),
+            case(
+                "cannot_export",
+                "checkpoint.export_shard_gb=0.0001",
+                "checkpoint.every_n_steps=null",
+                sabotage="cannot export",
+            ),
         ],
     )
     for name in ("background", "background_stage_2"):
@@ -389,13 +396,18 @@ class TestFailure:
 class TestExport:
     pytestmark = pytest.mark.slow
 
-    def test_a_full_disk_ends_the_run_on_all_ranks_and_keeps_the_checkpoint(self, runs):
+    def test_a_full_disk_ends_the_run_on_all_ranks_and_keeps_the_weights(self, runs):
+        """In a checkpoint that nobody had asked for; the printed command writes the model from it."""
         run = runs / "cannot_export"
         for rank in (0, 1):
             outcome = json.loads((run / f"outcome_rank_{rank}.json").read_text())
             assert outcome["type"] == "SaveError" and "No space left on device" in outcome["text"]
-        assert f"step-{STEPS:08d}" in checkpoints(run)
+        assert checkpoints(run) == [f"step-{STEPS:08d}"]
         assert not [path for path in run.iterdir() if "model" in path.name]
+        assert main(shlex.split(outcome["text"].splitlines()[-1])[1:]) == 0
+        expected = load_file(runs / "whole" / "model" / "model.safetensors")
+        ours = {n: t for path in (run / "model").glob("*.safetensors") for n, t in load_file(path).items()}
+        assert ours.keys() == expected.keys() and all(torch.equal(ours[n], expected[n]) for n in expected)
 
 
 class TestBoundOnLostWork:

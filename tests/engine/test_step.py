@@ -28,6 +28,13 @@ EXPERTS = 64
 AUX = 0.3
 """Factor of the routers' balance loss of `experts`; large enough to be seen."""
 CASES_FILE = Path(cases.__file__)
+RECOMPUTED = {
+    f"{model}-packed-zero{stage}": [f"{model}-packed-zero{stage}-{word}" for word in cases.RECOMPUTE]
+    for model, stage in (("untied", 0), ("untied", 3), ("experts", 3))
+}
+"""On 2 ranks: without recomputation, and with each kind of it."""
+LONG = [f"untied-packed-zero{stage}-long" for stage in (1, 2, 3)]
+"""20 steps on 2 ranks, without overlap of communication; with `-overlap` behind it: with it."""
 
 CASES = {
     1: [
@@ -41,6 +48,8 @@ CASES = {
     2: [
         "untied-packed-zero3",
         "untied-unpacked-zero3",
+        "untied-packed-zero3-compile",
+        "tied-packed-zero3-compile-recompute",
         "tied-packed-zero3",
         "tied-packed-zero2",
         "untied-packed-zero3-triton",
@@ -59,22 +68,36 @@ CASES = {
         "untied-unpacked-zero3-lora-recompute",
         "untied-packed-zero1-dora",
         "untied-packed-zero3-dora",
+        "experts-packed-zero3-lora",
         *(f"tied-packed-zero{stage}-dft" for stage in (1, 2)),
         "untied-unpacked-zero3-dft-triton",
+        "untied-packed-zero3-by2-dft",
         *(f"tied-packed-zero{stage}-noise" for stage in (1, 2)),
         "untied-packed-zero3-noise-recompute",
         "untied-packed-zero3-noise-lora",
+        "untied-packed-zero2-noise-compile",
         *(f"tied-packed-zero{stage}-muon" for stage in (1, 2)),
         "untied-unpacked-zero3-muon",
         "untied-packed-zero3-muon-nan",
+        "untied-packed-zero2-by2-muon",
         "longrope-packed-zero3",
         *(f"experts-packed-{how}" for how in ("zero2", "zero3", "zero3-recompute", "zero3-frozen")),
+        *(f"untied-packed-zero{stage}-by2" for stage in range(4)),
+        *(f"tied-unpacked-zero3-by2-{how}" for how in ("recompute", "selective", "hosted")),
+        "untied-packed-zero2-by2-compile",
+        "tied-packed-zero3-by2-lora",
+        "untied-packed-zero3-by2-nan",
+        "untied-packed-zero1-by2-clip",
+        "longrope-packed-zero3-by2",
+        "experts-packed-zero3-by2",
     ],
     4: [
         "untied-packed-zero3",
         "untied-packed-zero3-noise",
         "tied-unpacked-zero3-recompute",
         "untied-packed-zero1",
+        *(f"untied-packed-zero{stage}-by{n}" for stage in (1, 2, 3) for n in (2, 4)),
+        "experts-packed-zero3-by2",
     ],
 }
 
@@ -82,12 +105,15 @@ CASES = {
 BF16_CASES = ["untied-packed-zero3-bf16", "tied-packed-zero1-bf16", "untied-packed-zero1-bf16-sums-nan"]
 """On 2 ranks. They have a comparison of their own."""
 
+RECOMPUTING = [name for names in RECOMPUTED.values() for name in names]
+ONLY_TWO = [*BF16_CASES, *RECOMPUTING, "untied-packed-zero0", *LONG, *(f"{case}-overlap" for case in LONG)]
+
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     """Tiny models with saved weights: `untied` (Llama), `tied` (Qwen2), and others.
 
-    Adapters by peft for the first two: `untied-lora` and so on. `experts`: Qwen3-MoE; `lie`: Llama whose
+    Adapters by peft for the first three: `untied-lora` and so on. `experts`: Qwen3-MoE; `lie`: Llama whose
     configuration ties a head that the files hold; `longrope`: Phi 3, whose positions turn at 8 tokens;
     `wrapped`: Gemma 3 in a model of images, beside it `wrapped_alone`, the same as a text model.
     """
@@ -135,7 +161,11 @@ def models(tmp_path_factory) -> Path:
             get_peft_model(copy.deepcopy(model), config).save_pretrained(folder / f"{name}-{kind}")
     experts = Qwen3MoeConfig(**shape, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=24)
     experts.router_aux_loss_coef = AUX
-    Qwen3MoeForCausalLM(experts).save_pretrained(folder / "experts")
+    model = Qwen3MoeForCausalLM(experts)
+    model.save_pretrained(folder / "experts")
+    attention = [f"{part}_proj" for part in "qkvo"]
+    config = LoraConfig(r=4, lora_alpha=6.0, target_modules=attention, init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(folder / "experts-lora")
     longrope = family_model("phi3, longrope", vocab_size=cases.VOCAB_SIZE, initializer_range=0.1)
     longrope.save_pretrained(folder / "longrope")
     lie = shutil.copytree(folder / "untied", folder / "lie") / "config.json"
@@ -155,7 +185,7 @@ def results(models, tmp_path_factory):
     @functools.cache
     def run(ranks: int) -> dict[str, dict[str, torch.Tensor]]:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        names = CASES[ranks] + (BF16_CASES if ranks == 2 else [])
+        names = CASES[ranks] + (ONLY_TWO if ranks == 2 else [])
         launch_soundly(CASES_FILE, ranks, [str(folder), str(models), *names])
         return {case: load_file(folder / f"{case}.safetensors") for case in names}
 
@@ -290,9 +320,10 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
     max_norm = cases.MAX_NORM if "clip" in case else 0.0
     adapter = next((word for word in case.split("-") if word in ("lora", "dora")), None)
     ours = results(ranks)[case]
+    frozen = "frozen" in case or adapter is not None
     objective = next((word for word in case.split("-") if word in ("dft", "noise", "muon")), "")
     model = case.split("-")[0]
-    expected = reference(model, max_norm, adapter=adapter, frozen="frozen" in case, objective=objective)
+    expected = reference(model, max_norm, adapter=adapter, frozen=frozen, objective=objective)
     for step in ("first", "second"):
         assert expected[f"norm_{step}"] > 2 * max_norm  # clipping is no trifle
         # rows 0 and 1 of the buffer: loss sum and supervised tokens per domain
@@ -301,7 +332,7 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
     assert names == {name for name in ours if name.startswith("parameter.")}
     atol = 1e-4 if objective == "muon" else 2e-6  # five steps of Newton-Schulz, of steps of 0.05
     if objective:
-        plain = reference(model, max_norm, adapter=adapter)
+        plain = reference(model, max_norm, adapter=adapter, frozen=frozen)
         assert max((plain[name] - expected[name]).abs().max() for name in names) > 1e-3
     for name in names:
         torch.testing.assert_close(
@@ -310,17 +341,17 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
         if adapter and "lora_" not in name:
             assert torch.equal(ours[name], expected[name]), f"{name} is frozen"
     if case.startswith("experts"):
-        check_routers(ours, expected, ranks)
+        check_routers(ours, expected, ranks // (2 if "by2" in case else 1))
 
 
-def check_routers(ours, expected, ranks) -> None:
-    """Their loss and loads; each rank's tokens reach experts that no other rank's do."""
+def check_routers(ours, expected, groups) -> None:
+    """Their loss and loads; tokens of each group of ranks reach experts that no other group's do."""
     for step in ("first", "second"):
         assert ours[f"routers_{step}"][0] == pytest.approx(float(expected[f"balance_{step}"]), rel=1e-5)
         load = expected[f"load_{step}"]
         assert torch.equal(ours[f"routers_{step}"][1:], load.sum(0).flatten().double())
         packs = cases.packs(cases.PACKED)
-        mine = [{tuple(p.samples) for p in rank_packs(packs, rank, ranks)} for rank in range(ranks)]
+        mine = [{tuple(p.samples) for p in rank_packs(packs, rank, groups)} for rank in range(groups)]
         reached = [
             {
                 (layer, e)
@@ -331,6 +362,27 @@ def check_routers(ours, expected, ranks) -> None:
             for of_rank in mine
         ]
         assert all(own - other for own in reached for other in reached if own is not other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RECOMPUTING)
+def test_recomputation_changes_no_bit(case, results):
+    """Two steps: losses, and parameters, which are start and gradients."""
+    plain = next(plain for plain, names in RECOMPUTED.items() if case in names)
+    expected, found = results(2)[plain], results(2)[case]
+    assert expected.keys() == found.keys()
+    assert not [key for key in expected if not torch.equal(found[key], expected[key])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LONG)
+def test_overlapping_communication_changes_no_loss_and_no_parameter(case, results):
+    """Buckets smaller than a layer are filled and sent many times a step, two packs a rank and step."""
+    plain, overlapping = results(2)[case], results(2)[f"{case}-overlap"]
+    assert plain.keys() == overlapping.keys() and len([key for key in plain if "sums" in key]) == 20
+    assert plain["sums_19"][0].sum() < 0.8 * plain["sums_00"][0].sum()  # it learns
+    for key, expected in plain.items():
+        torch.testing.assert_close(overlapping[key], expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.slow

@@ -27,15 +27,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_what_a_killed_writer_left_can_be_removed(tmp_path):
     path = tmp_path / "state.json"
-    for name in ("state.json", ".state.jsonl.abc", "other"):
+    for name in ("state.json", ".state.jsonl.abc", ".state.json.swp", "other"):
         (tmp_path / name).write_text("stays")
     kill = "os.replace = lambda *names: os.kill(os.getpid(), 9)"
     write = "files.write_json_atomic(pathlib.Path(sys.argv[1]), {})"
     code = f"import os, pathlib, sys; from versatune_ds.foundations import files; {kill}; {write}"
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
-    assert len(list(tmp_path.glob(".state.json.*"))) == 1
+    assert len(list(tmp_path.glob(".state.json.*"))) == 2
+    stay = [".state.json.swp", ".state.jsonl.abc", "other"]  # an editor's, for one
     files.remove_temporaries(path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".state.jsonl.abc", "other", "state.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*stay, "state.json"]
 
 
 def test_written_files_have_ordinary_permissions(tmp_path):

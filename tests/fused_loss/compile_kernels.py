@@ -42,7 +42,9 @@ def main() -> None:
         for vocab_size in VOCAB_SIZES:
             for logits, grad, flags in ROWS + MORE_ROWS * (vocab_size == VOCAB_SIZES[-1]):
                 types = {**ROW_TYPES, "logits_ptr": f"*{logits}", "grad_ptr": f"*{grad}"}
-                constants = {**flags, "VOCAB_SIZE": vocab_size, "TILE": triton_backend.VOCAB_TILE}
+                tile = triton_backend.VOCAB_TILE
+                constants = {**flags, "VOCAB_SIZE": vocab_size, "TILE": tile}
+                constants["LANES"] = tile // triton_backend.TILE_ROWS
                 built.append(build(triton_kernels.row_kernel, types, constants, capability, 8))
         types = dict(values_ptr="*fp32", labels_ptr="*i64", ids_ptr="*i32", num_tokens="i32")
         types.update(sums_ptr="*fp64", counts_ptr="*i64", squares_ptr="*fp64", ignore_index="i32")

@@ -110,8 +110,11 @@ def test_the_worked_numbers_of_the_triton_rule():
     assert _plan(8192) == (4096, False)
     assert _plan(8192, logits_dtype="compute") == (8192, False)
     assert _plan(10240, logits_dtype="compute") == (10240, False)
-    rows, fp32_sum = _plan(32768)
-    assert -(-32768 // rows) == 7 and fp32_sum, "more than four roundings of the sum"
+    assert _plan(32768) == (8448, False), "no fp32 sum: its memory is the chunks'"
+    assert _plan(40960) == (10240, False)
+    rows, fp32_sum = _plan(40961)
+    assert -(-40961 // rows) == 9 and fp32_sum, "more than four roundings of the sum"
+    assert _plan(32768, dtype=torch.float16).fp32_sum and _plan(32768, dtype=torch.float16).rows <= 5120
     assert not _plan(32768, dtype=torch.float32).fp32_sum, "an fp32 sum needs no second one"
     assert _plan(100, dtype=torch.float16).fp32_sum, "fp16 could overflow before it is normalized"
 
@@ -125,7 +128,11 @@ def test_the_triton_rule_for_chunks(num_tokens, hidden_size, vocab_size, logits_
         num_tokens, hidden_size=hidden_size, vocab_size=vocab_size, logits_dtype=logits_dtype
     )
     num_chunks = -(-num_tokens // rows)
-    assert 1 <= rows <= max(2 * hidden_size, 8192) and rows * vocab_size < 2**31
+    logit_size = 4 if logits_dtype == "fp32" else 2
+    widest = max(2 * hidden_size, 8192) * 2 // logit_size
+    if 4 * widest < num_tokens and not fp32_sum:
+        widest += 4 * hidden_size // logit_size  # of the sum that is not there
+    assert 1 <= rows <= widest and rows * vocab_size < 2**31
     assert fp32_sum == (num_chunks > 4)
     assert num_chunks <= 1 or vocab_size == 2**25 or rows % 128 == 0
 

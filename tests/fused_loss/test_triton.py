@@ -16,9 +16,12 @@ import torch
 
 from versatune_kernels import linear_cross_entropy
 
-SWITCHES = {"HAS_TOKEN_WEIGHT": False, "HAS_SOFTCAP": False, "TRAINING": True}
+SWITCHES = {"HAS_TOKEN_WEIGHT": False, "HAS_SOFTCAP": False, "BY_PROBABILITY": False, "TRAINING": True}
 COMPILER = Path(__file__).with_name("compile_kernels.py")
 NUM_SAMPLES = 4
+MAX_SPILLED_BYTES = 24
+"""Stack, stores and loads of one address: with a softcap and a ragged last tile ptxas rather spills that than
+lose a program of the multiprocessor."""
 MAX_ROW_REGISTERS = 128
 """Of 65,536 a multiprocessor: two programs of 256 threads at a time hide each other's loads."""
 
@@ -101,6 +104,7 @@ def test_offsets_beyond_2_to_the_31_elements(small_tiles):
         *(1.0, 0.0),
         VOCAB_SIZE=vocab_size,
         TILE=64,
+        LANES=32,
         **SWITCHES,
     )
     torch.testing.assert_close(nll.double(), -exact[torch.arange(3), labels], rtol=1e-5, atol=1e-5)
@@ -119,6 +123,7 @@ def test_nothing_is_written_beyond_a_row(small_tiles):
         *(1.0, 0.0),
         VOCAB_SIZE=150,
         TILE=64,
+        LANES=32,
         **SWITCHES,
     )
     torch.testing.assert_close(nll.double(), -exact[torch.arange(3), labels], rtol=1e-5, atol=1e-5)
@@ -213,14 +218,15 @@ def built(tmp_path_factory):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("vocab_size", [32001, 50257, 128257, 151936, 152064])
 def test_the_row_kernel_compiles_for_gpus(built, capability, vocab_size):
-    """In registers alone, and guarded where its result takes the memory that it reads."""
+    """In registers but for an address, and guarded where its result takes the memory that it reads."""
     rows = [b for b in built if (b["capability"], b["vocab_size"]) == (capability, vocab_size)]
     assert {("*fp32", "*bf16"), ("*bf16", "*bf16"), ("*fp32", "*fp32")} <= {tuple(b["types"]) for b in rows}
     for kernel in rows:
         print(kernel)
-        assert kernel["kernel"] == "row_kernel" and kernel["local_bytes"] == 0, kernel
+        assert kernel["kernel"] == "row_kernel", kernel
+        assert kernel["local_bytes"] <= (MAX_SPILLED_BYTES if vocab_size % 8 else 0), kernel
         assert kernel["registers"] <= MAX_ROW_REGISTERS, kernel
-        assert kernel["loads_16_bytes"] or vocab_size % 8, kernel
+        assert kernel["loads_16_bytes"], kernel
         assert kernel["barrier_between_load_and_store"] or not kernel["training"], kernel
 
 

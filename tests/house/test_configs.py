@@ -8,7 +8,7 @@ import re
 import pytest
 from launching import REPOSITORY
 
-from versatune_ds.apps.plan.memory import GIB
+from versatune_ds.apps.plan.setup import GIB
 from versatune_ds.apps.study.config import load_study
 from versatune_ds.apps.study.jobs import StudyPlan
 from versatune_ds.cli.main import main

@@ -310,6 +310,20 @@ def test_of_all_candidates_one_holds_inputs_at_a_time():
     assert one.answer(turn)["dw_bytes"] == 1031 * 32 * 4  # nothing of the earlier request is needed
 
 
+def test_a_frozen_head_gets_no_gradient_and_counts_two_products():
+    one = worker.Worker(candidates.CANDIDATES["chunked"], CPU)
+    asked = {"case": asdict(TINY), "variant": "frozen head", "chunk": None, "warmups": 0, "runs": 1}
+    assert one.answer({"do": "turn", **asked})["dw_bytes"] == 0
+    entry = {"candidate": "x", "variant": "y", "status": "ok", "s": [1.0], "cpu_s": [1.0], "peak_bytes": [8]}
+    flops = []
+    for dw_bytes in (1, 0):
+        summary = results.summarise(
+            {"useful_flops": 3e12}, [{**entry, "dx_bytes": 1, "dw_bytes": dw_bytes}], "cpu"
+        )
+        flops.append(summary["variants"][0]["useful_tflops"])
+    assert flops == pytest.approx([3.0, 2.0])
+
+
 # --- the card -----------------------------------------------------------------------------------------------
 
 SMI = """#!/bin/sh
@@ -414,7 +428,7 @@ def test_every_number_is_reported_before_the_next_is_measured(monkeypatch):
         seen.append(sum(variant.get("num_runs", 0) for variant in variants))
 
     entries, complete = measure(workers, math.inf, changed)
-    assert complete and len(entries) == 7 and seen == list(range(1, 3 * 7 + 1))
+    assert complete and len(entries) == 8 and seen == list(range(1, 3 * 8 + 1))
     gated = [name for name, _, what in workers.asked if what == "gate"]
     assert gated[:4] == NAMES  # every candidate's default comes first
 
@@ -427,8 +441,8 @@ def test_a_time_limit_leaves_the_least_important_out(monkeypatch):
     assert not complete
     assert turns == {
         ("three products", "ceiling"): 3, ("hf eager", "default"): 3, ("chunked", "default"): 3,
-        ("chunked", "best chunk"): 3, ("torch", "default"): 3, ("torch", "chunked"): 0,
-        ("torch", "best chunk"): 0,
+        ("chunked", "best chunk"): 3, ("chunked", "frozen head"): 0, ("torch", "default"): 3,
+        ("torch", "chunked"): 0, ("torch", "best chunk"): 0,
     }  # fmt: skip
     assert [e["status"] for e in entries[-2:]] == [driver.NO_TIME_LEFT] * 2
 
@@ -470,12 +484,14 @@ def test_a_small_run_writes_json_table_and_picture(tmp_path):
     found = {(v["candidate"], v["variant"]): v for v in case["variants"]}
     assert set(found) == {
         ("three products", "ceiling"), ("hf eager", "default"),
-        ("chunked", "default"), ("chunked", "best chunk"),
+        ("chunked", "default"), ("chunked", "best chunk"), ("chunked", "frozen head"),
     }  # fmt: skip
     for variant in found.values():
         assert variant["status"] == "ok" and variant["num_runs"] == 2
         assert variant["ratio_to_eager"]["time"] > 0
-    assert found["chunked", "default"]["gate"]["verdict"] == "passed"
+    for variant in ("default", "frozen head"):
+        assert found["chunked", variant]["gate"]["verdict"] == "passed"
+    assert found["chunked", "default"]["dw_gib"] > found["chunked", "frozen head"]["dw_gib"] == 0
     assert (tmp_path / "picture.png").stat().st_size > 1000
     assert "| chunked | best chunk | 64 |" in (tmp_path / "table.md").read_text()
     assert "| chunked | default |" in done.stdout

@@ -45,6 +45,21 @@ def test_shellcheck_has_nothing_to_say(path):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+def test_hadolint_has_nothing_to_say():
+    done = subprocess.run(["hadolint", str(REPOSITORY / "Dockerfile")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_dockerfile_follows_the_pinned_versions():
+    """torch from PyPI is built for one CUDA: a new one in constraints.txt needs a look at the base image."""
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    assert "torch==2.13.0" in lines, "the base of the Dockerfile must have the CUDA of the new torch"
+    text = (REPOSITORY / "Dockerfile").read_text()
+    assert re.search(r"^FROM nvidia/cuda:13\.0\.\d+-devel-ubuntu24\.04@sha256:[0-9a-f]{64}$", text, re.M)
+    assert text.count("-c constraints.txt") == 2
+
+
 def tiny_wheel(folder: Path, name: str, *requires: str) -> None:
     """A wheel of one module, written by hand."""
     info = f"{name}-1.0.dist-info"

@@ -9,7 +9,8 @@ import pytest
 from versatune_ds.config.schema import Metrics
 from versatune_ds.foundations.errors import StateError
 from versatune_ds.observability import sinks as sinks_module
-from versatune_ds.observability.sinks import MetricsLog, Sinks, Tracker, flatten, open_sinks
+from versatune_ds.observability.sinks import MetricsLog, Sinks, flatten, open_sinks
+from versatune_ds.observability.trackers import Tracker
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ Usage: device_steps.py OUT_FOLDER MODEL_FOLDER CASE... Each case leaves OUT_FOLD
 A case is words joined by `-`: bf16 or fp32 first, then any of
     onepack    all samples in one pack instead of four accumulation steps
     overlap    overlap_comm on; off without it
-    recompute  activations of every layer
+    recompute  activations of every layer; selective, hosted: other kinds (`step_cases.RECOMPUTE`)
+    moments    in bf16; stochastic: master weights, too
+    compile    every layer
     liger      liger-kernel's layers
     nan        a poisoned step after the second
 """
@@ -36,6 +38,7 @@ from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.engine.train import accumulate, apply_step
 
 STEPS = 5
+STATES = {"moments": "bf16_moments", "stochastic": "bf16_stochastic"}
 ONE_PACK = (tuple(range(len(cases.LENGTHS))),)
 
 
@@ -47,11 +50,13 @@ def run_case(case: str, model: Path, device: torch.device) -> dict[str, torch.Te
     settings = {
         "source": str(model),
         "dtype": dtype,
-        "activation_checkpointing": "all" if "recompute" in words else "off",
+        "activation_checkpointing": next((cases.RECOMPUTE[w] for w in words if w in cases.RECOMPUTE), "off"),
+        "compile": "layers" if "compile" in words else "off",
         "liger": "auto" if "liger" in words else "off",
     }
     raw = cases.settings(settings, layout, {"stage": 3, "overlap_comm": "overlap" in words})
     raw["batch"]["pack_len"] = pack_len
+    raw["optimizer"]["states"] = next((STATES[word] for word in words if word in STATES), "fp32")
     config = validate_config(raw, case)
     run = SimpleNamespace(
         config=config,

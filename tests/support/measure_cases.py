@@ -41,16 +41,16 @@ def stop_in(domain: str, step_to_stop: int) -> None:
 
 def perform(case, config, device):
     """What a case asks for; the result as JSON."""
-    path, out = Path(case["config"]), Path(case["out"])
+    out = Path(case["out"])
     table = DomainTable(config.domains.names)
     if case["what"] == "train":
-        return train.train_in_group(config, device, path)
+        return train.train_in_group(config, device)
     if case["what"] == "reference":
-        reference = reference_by_training(config, out, device, path)
+        reference = reference_by_training(config, out, device)
         return None if reference is None else reference.to_json(table)
     if case["what"] == "reference_from_model":
-        return reference_from_model(config, case["model"], device, path).to_json(table)
-    evaluation, folder = evaluate_in_group(config, case["model"], device, config_path=path)
+        return reference_from_model(config, case["model"], device).to_json(table)
+    evaluation, folder = evaluate_in_group(config, case["model"], device)
     return {"folder": str(folder), "source": evaluation.model}
 
 

@@ -1,7 +1,8 @@
 """Memory of real small runs, allocation by allocation; a script started by `launch`.
 
 Usage: memory_cases.py OUT_FOLDER CASES.json, a list of {"name": ..., "model": {...}, "zero": {...}, "packs":
-packs per rank, "shape": config.json as a dict, "pack_len": T}. Rank 0 leaves OUT_FOLDER/NAME.json with bytes:
+packs per rank, "shape": config.json as a dict, "pack_len": T, "sharing": ranks of a pack}. Rank 0 leaves
+OUT_FOLDER/NAME.json with bytes:
 
     state        allocated by building the engine and training two steps, and still held
     activations  saved for backward by one forward, without parameters and without the loss's own
@@ -38,7 +39,9 @@ from versatune_ds.engine.backend.deepspeed_backend import build_backend
 from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.backend.ranks import Ranks
+from versatune_ds.engine.backend.zero_sizes import with_sizes
 from versatune_ds.engine.checkpointing.saver import Saver
+from versatune_ds.engine.model.families import planned_shape
 from versatune_ds.engine.model.packed_lm import model_inputs
 from versatune_ds.engine.skipping import reason_to_skip
 from versatune_ds.engine.state import SpikeGuard
@@ -81,12 +84,14 @@ def allocations() -> Iterator[Allocations]:
         found.peak = max(found.peak, found.net)
 
 
+def _living() -> list[torch.Tensor]:
+    return [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
+
+
 def held_bytes(model: torch.nn.Module | None = None) -> int:
     """Bytes of all tensors that live in this process, each storage once; gradients are held in C++ only."""
     gc.collect()
-    tensors = [
-        item for item in gc.get_objects() if type(item) is torch.Tensor or type(item) is torch.nn.Parameter
-    ]
+    tensors = _living()
     tensors += [p.grad for p in (model.parameters() if model else ()) if p.grad is not None]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
@@ -106,7 +111,8 @@ class Samples:
 def saved_activations(backend: Any, batch: Any) -> int:
     """Bytes of the tensors that a forward keeps for backward, each storage once.
 
-    Parameters are not counted (ZeRO-3 keeps references to gathered ones), nor what the loss keeps.
+    Parameters are not counted (ZeRO-3 keeps references to gathered ones), nor what the loss keeps. What
+    recomputation holds in Python's objects (outputs that are reused) is counted.
     """
     sizes: dict[int, tuple[torch.UntypedStorage, int]] = {}
     shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in backend.model.parameters()}
@@ -118,12 +124,17 @@ def saved_activations(backend: Any, batch: Any) -> int:
             sizes[storage.data_ptr()] = (storage, storage.nbytes())
         return tensor
 
-    inputs = model_inputs(batch, 1.0)
+    inputs, before = model_inputs(batch, 1.0), {id(tensor) for tensor in _living()}
     body = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen")
+    options = {"sequence_group": backend.model.sequence} if batch.parts > 1 else {}
     backend.model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = backend.model.body(**{key: inputs[key] for key in body}).last_hidden_state[0]
+        hidden = backend.model.body(**{key: inputs[key] for key in body}, **options).last_hidden_state[0]
     del hidden
+    gc.collect()
+    for tensor in _living():
+        if id(tensor) not in before:
+            pack(tensor)
     return sum(size for _, size in sizes.values())
 
 
@@ -133,7 +144,11 @@ def settings(case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
         "model": {"source": str(model), "weights": "random", **case["model"]},
         "data": {"train": [{"path": "unused", "domain": "a"}]},
         "domains": {"names": ["a", "b"]},
-        "batch": {"pack_len": case["pack_len"], "packs_per_step": case["packs"] * distributed.world_size()},
+        "batch": {
+            "pack_len": case["pack_len"],
+            "packs_per_step": case["packs"] * distributed.world_size() // case["sharing"],
+            "sequence_parallel": case["sharing"],
+        },
         "train": {"max_steps": 3},
         "deepspeed": {"zero_optimization": case["zero"]},
     }
@@ -153,11 +168,10 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
         Pack(np.zeros(1, np.int32), np.array([i], np.int64), np.array([length], np.int32))
         for i in range(config.batch.packs_per_step)
     ]
-    mine = rank_packs(packs, distributed.rank(), distributed.world_size())
-    batches = [collate(pack, [source, source], length, 0) for pack in mine]
-    plan = SimpleNamespace(
-        step=0, loss_weight=sum(b.supervised_tokens for b in batches) * distributed.world_size()
-    )
+    ranks = Ranks.of_world(case["sharing"])
+    mine = rank_packs(packs, *ranks.dp)
+    batches = [collate(pack, [source, source], length, 0).part(*ranks.sp) for pack in mine]
+    plan = SimpleNamespace(step=0, loss_weight=sum(b.supervised_tokens for b in batches) * ranks.size)
     out: dict[str, Any] = {"ranks": distributed.world_size()}
 
     def step() -> None:
@@ -165,8 +179,9 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
         assert apply_step(run, reason_to_skip(run.statistics.reduce(), run.spikes, run.backend), 1e-4)
 
     before = held_bytes()  # of earlier cases: DeepSpeed's destroy() does not let go of everything
-    ranks = Ranks.of_world()
-    backend = build_backend(config, deepspeed_config(config, ranks.dp.size), ranks, device)
+    made, shape = deepspeed_config(config, ranks.dp.size), planned_shape(case["shape"], case["name"])
+    made["zero_optimization"] = with_sizes(made["zero_optimization"], shape)
+    backend = build_backend(config, made, ranks, device)
     run: Any = SimpleNamespace(
         backend=backend, statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 1)
     )

@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
 from versatune_ds.config.load import validate_config
-from versatune_ds.data.collate import collate
+from versatune_ds.data.collate import collate, rows_of
 from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
@@ -48,6 +48,11 @@ MUON_FACTOR = 0.1
 """Learning rate of Muon's matrices over AdamW's, in the `-muon` cases."""
 ALPHA = 20.0
 """Of the `-noise` cases: the noise moves losses by a tenth."""
+LONG = tuple(f"{step:02}" for step in range(20))
+RECOMPUTE = {"recompute": "all", "selective": "selective", "hosted": "offload", "second": 2}
+"""Words of a case for `model.activation_checkpointing`."""
+BUCKETS = {"reduce_bucket_size": 3000, "stage3_prefetch_bucket_size": 3000}
+"""Of the `-overlap` cases; a layer of the models has about 8,000 elements."""
 ADAPTER = {"rank": 4, "alpha": 6.0, "targets": ["q_proj", "v_proj", "down_proj"]}
 MAX_NORM = 0.25
 """Of the `-clip` cases; a fraction of the global gradient norm of both steps (checked in test_step.py)."""
@@ -94,19 +99,25 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
 
     Args:
         case: `<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-compile][-triton][-nan]
-            [-clip][-frozen][-bf16][-sums][-dft][-noise][-muon]`; frozen: its routers; sums: gradients are
-            summed in fp32, by another optimizer of DeepSpeed's.
+            [-clip][-frozen][-bf16][-sums][-overlap][-long][-by<n>][-dft][-noise][-muon]`; recompute: or
+            another word of RECOMPUTE; frozen: its routers; sums: gradients are summed in fp32, by another
+            optimizer of DeepSpeed's; overlap: of communication, with buckets smaller than a layer; long: 20
+            steps; by: n ranks share a pack.
     """
     words = case.split("-")
     layout = PACKED if "packed" in words else UNPACKED
     zero: dict = {"stage": int(next(w for w in words if w.startswith("zero")).removeprefix("zero"))}
     if "offload" in words:
         zero["offload_optimizer"] = {"device": "cpu"}
+    if "long" in words:
+        zero |= {"overlap_comm": "overlap" in words, **(BUCKETS if "overlap" in words else {})}
+        if zero["stage"] < 3:
+            zero.pop("stage3_prefetch_bucket_size", None)
     model = {
         "source": str(models / words[0]),
         "dtype": "bf16" if "bf16" in words else "fp32",
-        "activation_checkpointing": "all" if "recompute" in words else "off",
-        "compile": "body" if "compile" in words else "off",
+        "activation_checkpointing": next((RECOMPUTE[w] for w in words if w in RECOMPUTE), "off"),
+        "compile": "layers" if "compile" in words else "off",
         "objective": "dft" if "dft" in words else "cross_entropy",
         "neftune_alpha": ALPHA if "noise" in words else None,
         "router": "frozen" if "frozen" in words else "train",
@@ -114,6 +125,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
     }
     for kind in {"lora", "dora"} & set(words):
         model["adapter"] = {**ADAPTER, "kind": kind, "start_from": str(models / f"{words[0]}-{kind}")}
+        if words[0] == "experts":
+            del model["adapter"]["targets"]  # all-linear
     max_norm = MAX_NORM if "clip" in words else 0
     raw = settings(model, layout, zero, max_norm)
     if "sums" in words:
@@ -122,24 +135,25 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
         raw["optimizer"] |= {"kind": "muon", "muon_lr": MUON_FACTOR * LEARNING_RATE}
     torch._dynamo.config.disable = "muon" in words  # DeepSpeed compiles Newton-Schulz
     config = validate_config(raw, case)
-    ranks = Ranks.of_world()
+    ranks = Ranks.of_world(next((int(w.removeprefix("by")) for w in words if w.startswith("by")), 1))
     backend = build_backend(config, deepspeed_config(config, ranks.dp.size), ranks, device)
-    statistics = StepStatistics(2, device, backend.model.routers)
+    statistics = StepStatistics(2, device, backend.model.routers, counts=ranks.sp.rank == 0)
     run = SimpleNamespace(backend=backend, statistics=statistics, spikes=SpikeGuard(None, 10))
     chosen = packs(layout)
-    mine = rank_packs(chosen, distributed.rank(), distributed.world_size())
+    mine = rank_packs(chosen, *ranks.dp)
     sources = [Samples(), Samples()]
-    batches = [collate(pack, sources, PACK_LEN, 0) for pack in mine]
+    batches = [collate(pack, sources, rows_of(PACK_LEN, ranks.sp.size), 0).part(*ranks.sp) for pack in mine]
     everything = [collate(pack, sources, PACK_LEN, 0) for pack in chosen]
     plan = SimpleNamespace(step=0, loss_weight=sum(batch.supervised_tokens for batch in everything))
     out = {}
-    for step in STEPS if "nan" in words else ("first", "second"):
+    steps = STEPS if "nan" in words else ("first", "second")
+    for step in LONG if "long" in words else steps:
         if step == "poisoned":
             poison_last_rank()
-        plan.step = STEPS.index(step)
+        plan.step = STEPS.index(step) if step in STEPS else int(step)
         accumulate(run, plan, batches)
         totals = run.statistics.reduce()
-        applied = apply_step(run, reason_to_skip(totals, run.spikes, run.backend), RATES[step])
+        applied = apply_step(run, reason_to_skip(totals, run.spikes, run.backend), RATES.get(step, 0.1))
         if step == "poisoned":
             LossHead.forward = ORIGINAL_FORWARD
             assert totals.sums is None and not applied

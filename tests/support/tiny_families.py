@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from versatune_ds.config.model import Model
+from versatune_ds.engine.model.attention import choose_attention
+
 VOCAB_SIZE = 64
 TINY = {
     "vocab_size": VOCAB_SIZE,
@@ -95,3 +98,10 @@ def image_text_model(kind: str, **text_fields: Any) -> Any:
         image_token_index=60, boi_token_index=61, eoi_token_index=62, tie_word_embeddings=kind == "gemma3",
     )  # fmt: skip
     return AutoModelForImageTextToText.from_config(config).eval()
+
+
+def attend_by_sample(lm: Any) -> Any:
+    """Let a model attend as in a run on a CPU, unless it caps its scores."""
+    if lm.config._attn_implementation == "sdpa":
+        lm.set_attn_implementation(choose_attention(Model(source="unused"), "cpu").implementation)
+    return lm

@@ -406,7 +406,7 @@ def main(cases: Path) -> None:
         dump_at(case.get("dump", []))
         outcome = None
         try:
-            train.train_in_group(config, device, Path(case["config"]))
+            train.train_in_group(config, device)
         except VersaTuneError as error:  # raised on all ranks alike: the group is still whole
             outcome = {"type": type(error).__name__, "text": str(error)}
         finally:

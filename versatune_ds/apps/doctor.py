@@ -1,6 +1,7 @@
 """Looking at the machine before a run: versions, devices, chosen backends, disk, and traps that cost hours.
 
-What is not covered: fixing anything (each finding says how), and other nodes.
+What is not covered: the machine under it (`host_checks.py`), fixing anything (each finding says how), and
+other nodes but for their clocks.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from versatune_ds.apps import host_checks
+from versatune_ds.apps.host_checks import Finding
 from versatune_ds.engine.faults.stale_files import (
     BUFFERS,
     SHARED_MEMORY,
@@ -25,25 +28,27 @@ from versatune_ds.foundations.machine import PACKAGES, installed
 LOW_DISK_GB = 20.0
 
 
-class Finding(NamedTuple):
-    """One line of the report."""
-
-    topic: str
-    text: str
-    is_problem: bool = False
-
-
-def examine(run_dir: Path) -> list[Finding]:
+def examine(run_dir: Path, hosts: Sequence[str] = ()) -> list[Finding]:
     """All findings, in the order in which they are printed.
 
     Args:
         run_dir: folder whose file system will hold runs; the nearest existing parent is examined.
+        hosts: other hosts, whose clocks are compared over ssh.
     """
+    folder = run_dir.resolve()
+    while not folder.exists():
+        folder = folder.parent
     return [
+        *host_checks.system(),
         *versions(),
         *devices(),
+        host_checks.flash_attention(),
         *backends(),
-        disk(run_dir),
+        *host_checks.limits(),
+        host_checks.shared_memory_size(SHARED_MEMORY),
+        disk(folder),
+        *host_checks.disk_speed(folder),
+        *host_checks.clocks(hosts),
         *jit_locks(extension_folders()),
         *leftover_shared_memory(SHARED_MEMORY),
         kernels_import(),
@@ -75,7 +80,7 @@ def backends() -> list[Finding]:
     """What `auto` would choose here, and why."""
     import torch
 
-    from versatune_ds.config.schema import Model
+    from versatune_ds.config.model import Model
     from versatune_ds.engine.model.attention import choose_attention
     from versatune_ds.engine.model.packed_lm import liger_problem
     from versatune_kernels import resolve_backend
@@ -93,11 +98,8 @@ def backends() -> list[Finding]:
 
 def disk(folder: Path) -> Finding:
     """Free space where runs will be written."""
-    existing = folder.resolve()
-    while not existing.exists():
-        existing = existing.parent
-    free_gb = shutil.disk_usage(existing).free / 1e9
-    text = f"{free_gb:.0f} GB free at {existing}"
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    text = f"{free_gb:.0f} GB free at {folder}"
     if free_gb < LOW_DISK_GB:
         return Finding(
             "disk", f"{text}: less than {LOW_DISK_GB:.0f} GB; a checkpoint of 1B parameters takes 16", True

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -108,7 +107,6 @@ def inspect(
     domain: str | None = None,
     samples: int = 3,
     packs: int = 2,
-    config_path: Path | None = None,
 ) -> Page:
     """A page about the prepared data of a configuration.
 
@@ -117,7 +115,6 @@ def inspect(
         domain: only this one.
         samples: samples to show per domain, evenly spread over it.
         packs: packs to show.
-        config_path: for error texts.
 
     Raises:
         ConfigError: an unknown domain.
@@ -126,7 +123,7 @@ def inspect(
     names = config.domains.names
     if domain is not None and domain not in names:
         raise ConfigError(unknown_name("domain", domain, names))
-    caches = open_caches(config, config_path=config_path)
+    caches = open_caches(config)
     chosen = {
         split: [c for c in members if c is not None and domain in (None, c.domain)]
         for split, members in caches.items()

@@ -25,7 +25,7 @@ import torch
 
 from versatune_ds.apps.evaluate.held_out import free_memory, measure, provenance
 from versatune_ds.apps.evaluate.targets import resolve_target
-from versatune_ds.config.derive import proxy_config, single_domain_config
+from versatune_ds.config.derive import proxy_config, reference_adapter, single_domain_config
 from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.cache.text_bytes import bytes_per_token
@@ -33,15 +33,22 @@ from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.domain.alarms import reference_alarms
 from versatune_ds.domain.evaluation import ModelEvaluation
-from versatune_ds.domain.reference import Fingerprints, ReferenceLosses, checked_losses
+from versatune_ds.domain.reference import REFERENCE_FORMAT, Fingerprints, ReferenceLosses, checked_losses
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
+from versatune_ds.engine.model.source import count_parameters
 from versatune_ds.engine.run import report_alarms
 from versatune_ds.engine.train import train_in_group
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import DataError, DivergenceError, StateError
-from versatune_ds.foundations.files import canonical_hash, folder_name, write_json_atomic, writing
+from versatune_ds.foundations.files import (
+    canonical_hash,
+    folder_name,
+    require_own,
+    write_json_atomic,
+    writing,
+)
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.strategies.rules import learnable_potential
 from versatune_ds.strategies.simplex import Vector
@@ -60,7 +67,6 @@ def write_reference(
     *,
     model: str | None = None,
     losses: Mapping[str, float] | None = None,
-    config_path: Path | None = None,
 ) -> Path | None:
     """Measure by one of the three ways and write reference.json; every rank calls it.
 
@@ -69,20 +75,20 @@ def write_reference(
         out: folder to write into.
         model: take this finished model's losses.
         losses: take these numbers.
-        config_path: the settings' file, for error texts that name a command.
 
     Returns:
         The file, or None when it was asked to stop; the same command then goes on.
     """
+    require_own(out, {constants.REFERENCE_FILE: REFERENCE_FORMAT})
     if losses is not None:
         given = given_reference(config, losses)
         return distributed.on_main(_write, given, config, out)
     device = start_process_group()
     if model is not None:
         source = resolve_target(model, config).source
-        reference: ReferenceLosses | None = reference_from_model(config, source, device, config_path)
+        reference: ReferenceLosses | None = reference_from_model(config, source, device)
     else:
-        reference = reference_by_training(config, out, device, config_path)
+        reference = reference_by_training(config, out, device)
     path = None if reference is None else distributed.on_main(_write, reference, config, out)
     close_process_group()
     return path
@@ -96,15 +102,12 @@ def _write(reference: ReferenceLosses, config: Config, out: Path) -> Path:
     return path
 
 
-def reference_by_training(
-    config: Config, out: Path, device: torch.device, config_path: Path | None = None
-) -> ReferenceLosses | None:
+def reference_by_training(config: Config, out: Path, device: torch.device) -> ReferenceLosses | None:
     """Train on each domain alone and take the lowest held-out losses; a collective.
 
     Args:
         config: the run's settings, with its `reference` section.
         out: folder for the domains' runs, shared by all ranks.
-        config_path: the settings' file, for error texts that name a command.
 
     Returns:
         The losses, or None when it was asked to stop; the same command then goes on.
@@ -115,7 +118,7 @@ def reference_by_training(
     """
     proxy = proxy_config(config)
     table = DomainTable(config.domains.names)
-    caches = open_caches(proxy, config_path=config_path)
+    caches = open_caches(proxy)
     _require_data(table, caches)
     tokenizer = load_tokenizer(proxy)
     fingerprints = Fingerprints(
@@ -123,12 +126,22 @@ def reference_by_training(
         tokenizer=ChatEncoder.build(tokenizer, config.data.chat_template).fingerprint,
         data=data_fingerprint(caches["eval"], table.names),
     )
+    num_parameters = count_parameters(proxy.model)
+    adapter = reference_adapter(config, num_parameters)
+    what = "all of it" if adapter is None else f"a {adapter.kind} adapter of rank {adapter.rank} beside it"
+    log.info(
+        "reference.adapter %s: of %s (%.3g parameters) each domain trains %s",
+        config.reference.adapter if isinstance(config.reference.adapter, str) else "given",
+        proxy.model.source,
+        num_parameters,
+        what,
+    )
     results = []
     for i, name in enumerate(table.names):
         train_cache, held_out_cache = caches["train"][i], caches["eval"][i]
         assert train_cache is not None and held_out_cache is not None
         folder = out / folder_name(name)
-        derived = single_domain_config(config, name, folder, train_cache.num_tokens)
+        derived = single_domain_config(config, name, folder, train_cache.num_tokens, adapter)
         print_of_domain = canonical_hash(
             [
                 {section: derived.model_dump(mode="json")[section] for section in SECTIONS_THAT_MATTER},
@@ -139,13 +152,14 @@ def reference_by_training(
         result = _finished(folder, print_of_domain)
         if result is None:
             log.info(
-                "reference of %s (%d of %d): at most %d steps",
+                "reference of %s (%d of %d): at most %d steps, learning rate %.3g",
                 name,
                 i + 1,
                 len(table),
                 derived.train.max_steps,
+                derived.optimizer.lr,
             )
-            if not train_in_group(derived, device, config_path):
+            if not train_in_group(derived, device):
                 return None
             free_memory()
             result = distributed.on_main(_finish, folder, name)
@@ -163,14 +177,13 @@ def reference_by_training(
         provenance={
             **provenance(device),
             "model": proxy.model.source,
+            "adapter": adapter and adapter.model_dump(mode="json"),
             "domains": dict(zip(table.names, results, strict=True)),
         },
     )
 
 
-def reference_from_model(
-    config: Config, source: str, device: torch.device, config_path: Path | None = None
-) -> ReferenceLosses:
+def reference_from_model(config: Config, source: str, device: torch.device) -> ReferenceLosses:
     """Held-out losses of a finished model as reference losses; a collective.
 
     Args:
@@ -181,10 +194,10 @@ def reference_from_model(
         ConfigError, StateError, DivergenceError: as `measure`.
     """
     table = DomainTable(config.domains.names)
-    evaluation = measure(config, source, device, config_path)
+    evaluation = measure(config, source, device)
     _require_evaluated(table, evaluation)
     sums = evaluation.sums
-    caches = open_caches(config, config_path=config_path)
+    caches = open_caches(config)
     losses = sums.mean_loss()
     report_alarms(given_alarms(table, losses))
     return ReferenceLosses(

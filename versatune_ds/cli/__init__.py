@@ -10,15 +10,30 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from versatune_ds.foundations.files import expanded
+
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """`--config FILE` and overrides, of a verb that reads a run's settings."""
     parser.add_argument(
-        "--config", required=True, type=Path, metavar="FILE", help="YAML settings; see configs/"
+        "--config", required=True, type=place, metavar="FILE", help="YAML settings; see configs/"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
     )
+
+
+def place(text: str) -> Path:
+    """An argument's type: a path, its `~` and `$NAME` filled in (the shell leaves them in --out=~/runs)."""
+    return Path(place_text(text))
+
+
+def place_text(text: str) -> str:
+    """An argument's type: a path or a name, as text, with the same filled in."""
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from versatune_ds.cli import place
 from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="activation_checkpointing",
         type=_policy,
         default="auto",
-        metavar="auto|off|all|N",
+        metavar="auto|off|all|selective|offload|N",
         help="recompute activations; auto: as little as fits by the memory model of `plan`",
     )
     parser.add_argument(
@@ -81,12 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="end a slice that takes longer (building included), note it, and go on with the next",
     )
     parser.add_argument(
-        "--out", type=Path, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
+        "--out", type=place, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
     )
     parser.add_argument("--name", help="name of the result's files; default: made from the settings")
     parser.add_argument(
         "--page",
-        type=Path,
+        type=place,
         metavar="FOLDER",
         help="measure nothing: compare the results in FOLDER on one page",
     )
@@ -112,11 +113,15 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.apps.bench.slices import run_slices
     from versatune_ds.config.load import validate_settings
     from versatune_ds.foundations import distributed
+    from versatune_ds.foundations.files import require_own
 
     args.data = None if args.data == "synthetic" else args.data
     given = {name: getattr(args, name) for name in BenchSettings.model_fields}
     settings = validate_settings(BenchSettings, given, "bench")
     check_settings(settings)
+    path = args.out / (args.name or _name(args, distributed.world_size()))
+    signs = {f"{path.name}.json": '"schema_version"', f"{path.name}.md": "# Trainer benchmark"}
+    require_own(path.parent, signs)
     slices = choose_slices(settings, device_memory())
     write = functools.partial(write_results, args, settings, len(slices))
     all_measured = run_slices(settings, slices, args.slice_limit_s, write)
@@ -155,8 +160,9 @@ def write_results(
 def write_page(folder: Path) -> int:
     """comparison.md of all results in a folder; settings that failed stand in its failures.txt."""
     from versatune_ds.apps.bench.results import page, read_results
-    from versatune_ds.foundations.files import write_text_atomic
+    from versatune_ds.foundations.files import require_own, write_text_atomic
 
+    require_own(folder, {"comparison.md": "# Trainer benchmarks"}, "give another --page")
     failures = folder / "failures.txt"
     failed = failures.read_text(encoding="utf-8").splitlines() if failures.is_file() else []
     text = page(read_results(folder), failed)

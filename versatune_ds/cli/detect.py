@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from versatune_ds.cli import place
 from versatune_ds.foundations.constants import EXIT_OK
 
 DEFAULT_FOLDER = "detect"
@@ -19,14 +20,14 @@ DEFAULT_PICTURE = Path("knowledge.png")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", type=Path, metavar="FILE", help="YAML settings; see configs/")
+    what.add_argument("--config", type=place, metavar="FILE", help="YAML settings; see configs/")
     what.add_argument(
-        "--compare", nargs="+", type=Path, metavar="FILE", help="only draw these knowledge.json files"
+        "--compare", nargs="+", type=place, metavar="FILE", help="only draw these knowledge.json files"
     )
     parser.add_argument("--model", metavar="FOLDER", help="short for detect.model=...")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=place,
         metavar="PATH",
         help="folder of the files (default: run.dir/detect); with --compare the picture (./knowledge.png)",
     )
@@ -38,9 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Detect, or draw; print the path of what was written."""
     if args.compare is not None:
+        from versatune_ds.foundations.files import require_own
+        from versatune_ds.report.figures import SOFTWARE
         from versatune_ds.report.knowledge import draw_knowledge
 
         picture = args.out or DEFAULT_PICTURE
+        require_own(picture.parent, {picture.name: SOFTWARE})
         draw_knowledge(args.compare, picture)
         print(picture)
         return EXIT_OK
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.apps.detect.run import detect
     from versatune_ds.foundations import distributed
 
-    path = detect(config, args.out or config.run.dir / DEFAULT_FOLDER, args.config)
+    path = detect(config, args.out or config.run.dir / DEFAULT_FOLDER)
     if path is not None and distributed.is_main():
         print(path)
     return EXIT_OK

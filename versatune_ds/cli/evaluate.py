@@ -7,9 +7,8 @@ evaluation.json, a table, and a radar chart. Evaluation during training is evalu
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from versatune_ds.cli import add_settings
+from versatune_ds.cli import add_settings, place, place_text
 from versatune_ds.foundations import constants
 
 
@@ -18,18 +17,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     parser.add_argument(
         "--model",
+        type=place_text,
         metavar="MODEL",
         help="Hugging Face folder or hub name, run folder, or checkpoint folder; default: run.dir",
     )
     parser.add_argument(
         "--against",
+        type=place_text,
         metavar="MODEL",
         help="compare with this model, run, checkpoint or evaluation.json (evaluated first if need be)",
     )
     parser.add_argument(
-        "--tasks", type=Path, metavar="FILE", help="benchmark tasks (extra eval); see configs/benchmarks/"
+        "--tasks", type=place, metavar="FILE", help="benchmark tasks (extra eval); see configs/benchmarks/"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="target folder; default: the run folder")
+    parser.add_argument("--out", type=place, metavar="DIR", help="target folder; default: the run folder")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
         against=args.against,
         tasks=tasks,
         out=args.out,
-        config_path=args.config,
     )
     from versatune_ds.foundations import distributed
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from versatune_ds.cli import place
 from versatune_ds.foundations.constants import EXIT_OK
 
 DEFAULT_FOLDER = Path("runs/evidence")
@@ -18,7 +19,7 @@ DEFAULT_FOLDER = Path("runs/evidence")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
     parser.add_argument(
-        "--out", type=Path, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
+        "--out", type=place, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
     )
     parser.add_argument(
         "--minutes", type=float, default=9.0, metavar="M", help="ends within M minutes (default: %(default)g)"

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from versatune_ds.cli import place
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import ConfigError, StateError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("run_dir", type=place, metavar="RUN", help="run folder")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--step",
@@ -23,13 +24,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint to export; default: the best one (evaluation.select), or else the newest",
     )
     which.add_argument("--newest", action="store_true", help="the newest sound checkpoint, not the best one")
-    parser.add_argument("--out", type=Path, help="target folder; default: RUN/model-step-N")
+    parser.add_argument("--out", type=place, help="target folder; default: RUN/model-step-N")
     parser.add_argument("--ema", action="store_true", help="the average of the weights (optimizer.ema_decay)")
     parser.add_argument("--merge", action="store_true", help="the base model with the adapter added")
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload it to the Hugging Face hub with a model card; RUN/model as it is, if there is one",
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: a new repository is open to all")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export and print where the model lies."""
+    """Export, push if asked to, and print where the model lies."""
+    if args.public and args.push is None:
+        raise ConfigError("--public: say where to with --push OWNER/NAME")
+    finished = args.run_dir / constants.EXPORT_DIR
+    as_it_is = not (args.step or args.newest or args.out or args.merge or args.ema) and finished.is_dir()
+    target, step = (finished, None) if args.push and as_it_is else export(args)
+    print(target)
+    if args.push:
+        from versatune_ds.apps.push import push
+
+        print(push(args.run_dir, target, args.push, step=step, public=args.public))
+    return constants.EXIT_OK
+
+
+def export(args: argparse.Namespace) -> tuple[Path, int]:
+    """Write a checkpoint as a folder; returns it, and the checkpoint's step."""
     from versatune_ds.engine.checkpointing.folder import (
         best_or_newest,
         checkpoint_name,
@@ -52,5 +74,4 @@ def run(args: argparse.Namespace) -> int:
     kind = f"{'-merged' if args.merge else ''}{'-ema' if args.ema else ''}"
     target = args.out or args.run_dir / f"model-{checkpoint.name}{kind}"
     export_from_run(args.run_dir, checkpoint, target, args.merge, args.ema)
-    print(target)
-    return constants.EXIT_OK
+    return target, int(checkpoint.name.rpartition("-")[2])

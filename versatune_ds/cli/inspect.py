@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from versatune_ds.cli import add_settings, at_least
+from versatune_ds.cli import add_settings, at_least, place
 from versatune_ds.foundations.constants import EXIT_OK
 
 
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[FILE:]N",
         help="follow line or row N of a file (default: the first) from its raw text to its token ids",
     )
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page instead")
+    parser.add_argument("--html", metavar="FILE", type=place, help="write a self-contained page instead")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,17 +34,15 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.apps.inspect import inspect, to_lines
     from versatune_ds.apps.trace import trace
     from versatune_ds.config.load import load_config
-    from versatune_ds.report.page import to_html
+    from versatune_ds.report.page import to_html, write_html
 
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, to_train=False)
     if args.row is not None:
         page = trace(config, args.row, domain=args.domain)
     else:
-        page = inspect(
-            config, domain=args.domain, samples=args.samples, packs=args.packs, config_path=args.config
-        )
+        page = inspect(config, domain=args.domain, samples=args.samples, packs=args.packs)
     if args.html is not None:
-        args.html.write_text(to_html(page), encoding="utf-8")
+        write_html(args.html, to_html(page), "--html")
         print(args.html)
         return EXIT_OK
     for line in to_lines(page, sys.stdout):

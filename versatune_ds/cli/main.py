@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import time
@@ -18,11 +19,14 @@ from collections.abc import Sequence
 from versatune_ds import __version__
 from versatune_ds.foundations.constants import EXIT_FAILURE
 from versatune_ds.foundations.errors import PeerLostError, VersaTuneError
-from versatune_ds.foundations.log import setup_logging
+from versatune_ds.foundations.launch import join
+from versatune_ds.foundations.log import get_logger, setup_logging
+
+log = get_logger(__name__)
 
 OTHER_RANKS_WAIT_S = 5.0
 VERBS = (
-    *("sample", "prepare", "inspect", "plan", "detect", "reference", "plan-weights"),
+    *("sample", "import-config", "prepare", "inspect", "plan", "detect", "reference", "plan-weights"),
     *("train", "evaluate", "export", "report", "study", "doctor", "bench", "evidence"),
 )
 """In the order of a project; each is a module of this folder."""
@@ -50,9 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return its exit code (see `foundations.constants`)."""
+    restart_in_utf8()
     args = build_parser().parse_args(arguments)
-    setup_logging()
     try:
+        launched = join(args.verb, os.environ)
+        setup_logging()
+        if launched is not None:
+            log.info("%s", launched)
         return int(args.run(args))
     except VersaTuneError as error:
         rank = os.environ.get("RANK", "0")
@@ -71,6 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         abandon_process_group()
         return EXIT_FAILURE
+
+
+def restart_in_utf8() -> None:
+    """Start this program anew where Python cannot name files and domains outside of ASCII (LC_ALL=C)."""
+    if sys.getfilesystemencoding() == "ascii":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show does not end a verb
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def abandon_process_group() -> None:

@@ -1,18 +1,17 @@
 """`versatune-ds plan`: does a run fit, and which settings fit best.
 
-Memory per GPU and host and checkpoint size of a run, from shapes alone; not data, time or cost. Without
---zero, --checkpointing and --offload the settings that fit with the least extra work are chosen. Leaves with
-1 when the run does not fit.
+Memory per GPU and host and checkpoint size of a run (of all of a model, or of an adapter), from shapes alone;
+not data, time or cost. Without --zero, --checkpointing and --offload the settings that fit with the least
+extra work are chosen. Leaves with 1 when the run does not fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from versatune_ds.cli import at_least
+from versatune_ds.cli import at_least, place, place_text
 from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
 
 DEFAULT_PACKS = 128
@@ -21,12 +20,17 @@ DEFAULT_PACKS = 128
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", metavar="NAME|FOLDER", help="shape as in bench, or a folder")
-    what.add_argument("--config", type=Path, metavar="FILE", help="take everything from a run's settings")
+    what.add_argument(
+        "--model", type=place_text, metavar="NAME|FOLDER", help="shape as in bench, or a folder"
+    )
+    what.add_argument("--config", type=place, metavar="FILE", help="take everything from a run's settings")
     parser.add_argument("--gpus", type=at_least(1), required=True, metavar="N")
     parser.add_argument("--gpu", required=True, metavar="NAME", help="h100-80g, a100-80g, ...")
     parser.add_argument("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="default: 8")
     parser.add_argument("--seq-len", type=at_least(1), metavar="T", help="batch.pack_len; default: 8192")
+    parser.add_argument(
+        "--sequence-parallel", type=at_least(1), metavar="N", help="GPUs that share a pack; default: 1"
+    )
     parser.add_argument(
         "--packs-per-step",
         type=at_least(1),
@@ -35,8 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
     parser.add_argument("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage")
-    parser.add_argument("--checkpointing", metavar="off|all|N", help="recompute activations")
+    parser.add_argument(
+        "--checkpointing", metavar="off|all|selective|offload|N", help="recompute activations"
+    )
     parser.add_argument("--offload", choices=("none", "optimizer", "all"), help="to host memory")
+    parser.add_argument("--adapter", choices=("lora", "dora", "qlora"), help="train one beside the model")
+    parser.add_argument("--rank", type=at_least(1), metavar="N", help="of the adapter; default: 16")
     parser.add_argument("--host-gib", type=float, default=1024.0, metavar="X", help="memory of a node (1024)")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --config")
@@ -46,10 +54,14 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     from versatune_ds.apps.bench.shapes import find_shape
     from versatune_ds.apps.plan.gpus import find_gpu
-    from versatune_ds.apps.plan.memory import Setup, setup_fields
     from versatune_ds.apps.plan.plan import Machine, as_text, make_plan
+    from versatune_ds.apps.plan.setup import Setup, setup_fields
     from versatune_ds.config.load import load_config
+    from versatune_ds.config.model import Adapter
     from versatune_ds.data.plan.balance import check_world_size
+    from versatune_ds.engine.backend.ranks import count_groups
+    from versatune_ds.engine.model.sequence import check_heads
+    from versatune_ds.foundations.errors import ConfigError
 
     machine = Machine(gpu=find_gpu(args.gpu), gpus_per_node=args.gpus_per_node, host_gib=args.host_gib)
     model = args.model
@@ -58,21 +70,37 @@ def run(args: argparse.Namespace) -> int:
         config = load_config(args.config, args.overrides)
         fields, model = setup_fields(config), config.model.source
     chosen = {"zero_stage": args.zero, "checkpointing": _checkpointing(args), "offload": args.offload}
-    sizes = {"pack_len": args.seq_len, "packs_per_step": args.packs_per_step, "dtype": args.dtype}
+    if args.adapter is not None:
+        fields["adapter"] = Adapter(kind=args.adapter)
+    if args.rank is not None:
+        if fields.get("adapter") is None:
+            raise ConfigError(f"--rank {args.rank} is of an adapter: give --adapter too")
+        fields["adapter"] = fields["adapter"].model_copy(update={"rank": args.rank})
+    sizes = {
+        "pack_len": args.seq_len,
+        "packs_per_step": args.packs_per_step,
+        "sequence_parallel": args.sequence_parallel,
+        "dtype": args.dtype,
+    }
     fields |= {key: value for key, value in {**chosen, **sizes}.items() if value is not None}
-    check_world_size(fields["packs_per_step"], args.gpus)
+    setup, shape = Setup(**fields, gpus=args.gpus), find_shape(model)
+    check_world_size(setup.packs_per_step, count_groups(args.gpus, setup.sequence_parallel))
+    check_heads(shape.heads, setup.sequence_parallel)
     search = args.config is None and all(value is None for value in chosen.values())
-    plan = make_plan(find_shape(model), Setup(**fields, gpus=args.gpus), machine, search=search)
+    plan = make_plan(shape, setup, machine, search=search)
     print(json.dumps(plan, indent=2) if args.json else as_text(plan))
     return EXIT_FAILURE if plan["verdict"] == "does not fit" else EXIT_OK
 
 
 def _checkpointing(args: argparse.Namespace) -> str | int | None:
-    text = args.checkpointing
-    if text is None or text in ("off", "all"):
+    from versatune_ds.config.model import Recompute
+    from versatune_ds.foundations.errors import ConfigError
+
+    text, policies = args.checkpointing, get_args(Recompute)
+    if text is None or text in policies:
         return text
     if text.isdigit() and int(text) > 0:
         return int(text)
-    from versatune_ds.foundations.errors import ConfigError
-
-    raise ConfigError(f"--checkpointing {text}: give off, all, or every how many layers to recompute one")
+    raise ConfigError(
+        f"--checkpointing {text}: give {', '.join(policies)}, or every how many layers to recompute one"
+    )

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from versatune_ds.cli import place
 from versatune_ds.foundations import constants
 
 if TYPE_CHECKING:
@@ -28,10 +29,10 @@ NOTE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
-    parser.add_argument("--history", required=True, type=Path, metavar="FILE", help="weights.jsonl of a run")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings of a run")
+    parser.add_argument("--history", required=True, type=place, metavar="FILE", help="weights.jsonl of a run")
+    parser.add_argument("--config", type=place, metavar="FILE", help="settings of a run")
     parser.add_argument(
-        "--out", type=Path, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
+        "--out", type=place, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win")
 
@@ -44,14 +45,17 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.domain.reference import load_reference
     from versatune_ds.domain.table import DomainTable
     from versatune_ds.foundations.errors import ConfigError
-    from versatune_ds.foundations.files import write_json_atomic, write_text_atomic
+    from versatune_ds.foundations.files import require_own, write_json_atomic, write_text_atomic
     from versatune_ds.observability.records import json_line
+    from versatune_ds.report.page import SIGN
     from versatune_ds.report.report import write_report
 
     if (args.out / constants.METRICS_FILE).exists():
         raise ConfigError(
             f"--out {args.out} holds a run; give another folder, a replay would replace its weights"
         )
+    signs = {constants.RUN_INFO_FILE: '"replay_of"', constants.WEIGHTS_FILE: '"step"'}
+    require_own(args.out, signs | {constants.RESOLVED_CONFIG_FILE: "domains:", constants.REPORT_FILE: SIGN})
     history = read_history(args.history)
     settings = args.config or args.history.parent / constants.RESOLVED_CONFIG_FILE
     # the history's losses stand for whatever source they came from, and a plan applies what it computes

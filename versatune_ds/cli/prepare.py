@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.config.load import load_config
     from versatune_ds.data.cache.prepare import prepare
 
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, to_train=False)
     start = time.monotonic()
     prepared = prepare(config)
     print(prepared.table())

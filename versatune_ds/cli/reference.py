@@ -7,9 +7,9 @@ held-out loss stops falling; a domain that is finished is kept when the command 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import shlex
 
-from versatune_ds.cli import add_settings
+from versatune_ds.cli import add_settings, place, place_text
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import ConfigError
 
@@ -19,12 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
-        "--model", metavar="MODEL", help="take the held-out losses of this finished model or run"
+        "--model",
+        type=place_text,
+        metavar="MODEL",
+        help="take the held-out losses of this finished model or run",
     )
     how.add_argument(
         "--losses", metavar="NAME=NATS,...", help="take these numbers (nats per supervised token)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="target folder; default: RUN/reference")
+    parser.add_argument("--out", type=place, metavar="DIR", help="target folder; default: RUN/reference")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,14 +40,14 @@ def run(args: argparse.Namespace) -> int:
 
     from versatune_ds.apps.reference import write_reference
 
-    path = write_reference(config, out, model=args.model, losses=given, config_path=args.config)
+    path = write_reference(config, out, model=args.model, losses=given)
     if path is None:
         return constants.EXIT_OK
     from versatune_ds.foundations import distributed
 
     if distributed.is_main():
         print(path)
-        print(f"use it: weights.reference={path}")
+        print(f"use it: {shlex.quote(f'weights.reference={path}')}")
     return constants.EXIT_OK
 
 

@@ -8,7 +8,8 @@ pictures. What a run folder holds: docs/metrics.md.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from versatune_ds.cli import at_least, place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,21 +18,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         metavar="RUN",
         nargs="+",
-        type=Path,
+        type=place,
         help="run folder (`run.dir`); finished, running or killed",
     )
     parser.add_argument(
         "--out",
         metavar="PATH",
-        type=Path,
+        type=place,
         default=None,
         help="where to write the page (default: RUN/report.html; with several runs ./report.html)",
+    )
+    parser.add_argument(
+        "--by", choices=("steps", "tokens"), default="steps", help="line runs up by optimizer steps or tokens"
+    )
+    parser.add_argument(
+        "--follow",
+        metavar="SECONDS",
+        nargs="?",
+        const=30,
+        type=at_least(1),
+        help="write the page every so many seconds (default: 30) until the runs are over",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the page, print its path, return the exit status 0."""
-    from versatune_ds.report.report import write_report
+    from versatune_ds.report.report import follow_report, write_report
 
-    print(write_report(args.runs, args.out))
+    if args.follow is None:
+        print(write_report(args.runs, args.out, args.by))
+    else:
+        print(follow_report(args.runs, args.out, args.by, args.follow))
     return 0

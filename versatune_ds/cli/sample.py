@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 
+from versatune_ds.cli import place_text
+
 DEFAULT_FOLDER = "runs/sample"
 NEXT_COMMAND = "versatune-ds prepare --config configs/quickstart.yaml"
 
@@ -17,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
     parser.add_argument(
         "folder",
+        type=place_text,
         metavar="FOLDER",
         nargs="?",
         default=DEFAULT_FOLDER,
@@ -38,5 +41,7 @@ def run(args: argparse.Namespace) -> int:
     for name in report.replaced:
         print(f"  replaced  {name} (it differed from the shipped sample)")
     print(f"  tokenizer: {report.vocab_size:,} entries; model: {report.parameters:,} parameters")
-    print(f"next: {NEXT_COMMAND}")
+    is_default = args.folder == DEFAULT_FOLDER
+    like = f"settings like configs/quickstart.yaml, with {report.folder} in place of {DEFAULT_FOLDER}"
+    print(f"next: {NEXT_COMMAND if is_default else like}")
     return 0

@@ -7,15 +7,15 @@ itself, and writes DIR/results/. Started again it keeps finished runs. See docs/
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from versatune_ds.cli import place
 from versatune_ds.foundations.constants import EXIT_OK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
     parser.add_argument(
-        "--config", required=True, type=Path, metavar="FILE", help="study settings; see configs/studies/"
+        "--config", required=True, type=place, metavar="FILE", help="study settings; see configs/studies/"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that win over FILE, e.g. seeds=[1,2]"

@@ -32,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
 
     from versatune_ds.engine.train import train
 
-    train(config, args.config)
+    train(config)
     return EXIT_OK

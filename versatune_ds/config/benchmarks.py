@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field
 
 from versatune_ds.config.load import read_yaml, validate_settings
-from versatune_ds.config.section import Section
+from versatune_ds.config.section import Place, Section
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 
 
@@ -37,7 +37,7 @@ class Task(Section):
 class Benchmarks(Section):
     """A benchmark file."""
 
-    include: Path | None = None
+    include: Place | None = None
     """Folder with task files of your own, relative to this file; they work without network if their data are
     local."""
     batch_size: int = Field(8, ge=1)

@@ -14,22 +14,28 @@ from pathlib import Path
 from typing import Any
 
 from versatune_ds.config.load import validate_config
+from versatune_ds.config.model import Adapter
 from versatune_ds.config.schema import Config
 from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
+
+LARGE_MODEL = 10**9
+"""Parameters above which a reference is trained as an adapter unless told otherwise."""
+ADAPTER_RATE = 10.0
+"""Learning rate of an adapter over that of the whole model (docs/adapters.md has the source)."""
 
 
 def with_model(config: Config, source: str) -> Config:
     """The run with another, finished model (or adapter folder) in its place; the tokenizer stays."""
     raw = config.model_dump(mode="json")
     raw["model"] |= {
-        **_model_of(source),
+        **model_of(source),
         "weights": "pretrained",
         "tokenizer": config.model.tokenizer or config.model.source,
     }
-    return validate_config(raw, f"settings with the model {source}")
+    return validate_config(raw, f"settings with the model {source}").like(config)
 
 
-def _model_of(source: str) -> dict[str, Any]:
+def model_of(source: str) -> dict[str, Any]:
     """Source and adapter of a `model` section for a finished model, or for an adapter and its base model."""
     file = Path(source) / ADAPTER_CONFIG_FILE
     if not file.is_file():
@@ -49,12 +55,25 @@ def proxy_config(config: Config) -> Config:
     """The run with `reference.model` in place of its model, if that is set."""
     if config.reference.model is None:
         return config
-    raw = config.model_dump(mode="json")
-    raw["model"] = raw["reference"]["model"]
-    return validate_config(raw, "settings with reference.model")
+    return config.model_copy(update={"model": config.reference.model})
 
 
-def single_domain_config(config: Config, domain: str, folder: Path, num_tokens: int) -> Config:
+def reference_adapter(config: Config, num_parameters: int) -> Adapter | None:
+    """The adapter that reference runs train, or None for all of the model.
+
+    Args:
+        num_parameters: of the model of `proxy_config`.
+    """
+    chosen, model = config.reference.adapter, proxy_config(config).model
+    if isinstance(chosen, Adapter) or chosen == "off":
+        return None if isinstance(chosen, str) else chosen
+    is_large = num_parameters > LARGE_MODEL and model.weights == "pretrained"
+    return model.adapter or (Adapter() if is_large else None)
+
+
+def single_domain_config(
+    config: Config, domain: str, folder: Path, num_tokens: int, adapter: Adapter | None = None
+) -> Config:
     """Settings that train `reference.model` on one domain until its held-out loss stops falling.
 
     Args:
@@ -62,6 +81,7 @@ def single_domain_config(config: Config, domain: str, folder: Path, num_tokens: 
         domain: the one to train on; the others stay in the table with weight 0.
         folder: run folder.
         num_tokens: training tokens of the domain.
+        adapter: what is trained of the model; None: all of it.
     """
     raw = proxy_config(config).model_dump(mode="json")
     settings = config.reference
@@ -77,7 +97,9 @@ def single_domain_config(config: Config, domain: str, folder: Path, num_tokens: 
     }
     raw["weights"] = {"strategy": "constant"}
     raw["batch"]["packs_per_step"] = packs_per_step
-    raw["optimizer"]["lr"] = settings.lr or config.optimizer.lr
+    change = (adapter is not None) - (config.model.adapter is not None)
+    raw["optimizer"]["lr"] = settings.lr or config.optimizer.lr * ADAPTER_RATE**change
+    raw["model"]["adapter"] = adapter and adapter.model_dump(mode="json")
     raw["train"] |= {"max_steps": math.ceil(settings.max_epochs * steps_per_epoch), "epochs": None}
     raw["evaluation"] |= {
         "every_n_steps": max(1, round(steps_per_epoch / settings.evaluations_per_epoch)),
@@ -86,4 +108,4 @@ def single_domain_config(config: Config, domain: str, folder: Path, num_tokens: 
         "select": None,
     }
     raw["checkpoint"] |= {"keep_last": 1, "milestone_every_n_steps": None, "export_at_end": False}
-    return validate_config(raw, f"settings of the reference run of {domain}")
+    return validate_config(raw, f"settings of the reference run of {domain}").like(config)

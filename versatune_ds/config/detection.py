@@ -5,12 +5,15 @@ What is not covered: the other sections (`config/schema.py`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from versatune_ds.config.section import Section
+from versatune_ds.config.section import PlaceText, Section
+
+MIN_PROBE_TEXTS = 10
 
 
 class Endpoint(Section):
@@ -33,14 +36,13 @@ class Endpoint(Section):
     retries: int = Field(6, ge=0)
     """Further attempts of a request that found the server down, slow, busy or talking nonsense."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Endpoint:
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("`url` must be http://HOST[:PORT]/v1 or https://...")
+            yield "`url` must be http://HOST[:PORT]/v1 or https://..."
         if "@" in parts.netloc or parts.query or parts.fragment:  # it is written into knowledge.json
-            raise ValueError("`url` must hold no credentials or query: name the key in `api_key_env`")
-        return self
+            yield "`url` must hold no credentials or query: name the key in `api_key_env`"
 
 
 class JudgeSettings(Section):
@@ -51,26 +53,36 @@ class JudgeSettings(Section):
     network. `endpoint`: a model behind an API. `model`: a local model, by the likelihood of each name."""
     endpoint: Endpoint | None = None
     """endpoint: the server."""
-    model: str | None = None
+    model: PlaceText | None = None
     """model: folder or hub name of a causal LM, better an instruction-tuned one."""
     batch_size: int = Field(8, ge=1)
     """model: texts judged at a time on each rank."""
+    probe_texts: int = Field(300, ge=0)
+    """classifier: samples of a domain that it learns from, by their words and their hidden states in the
+    examined model; 0: words only, of more samples."""
+    encoder: PlaceText | None = None
+    """classifier: folder of a small embedding model (transformers, safetensors), as further features."""
+    topics: dict[str, list[str]] = Field(default_factory=dict)
+    """classifier: what a domain is about, a phrase a topic, in place of those known for common names."""
     max_chars: int = Field(8000, ge=1)
     """Characters of each text that the judge reads; longer ones are cut and counted."""
 
-    @model_validator(mode="after")
-    def _check(self) -> JudgeSettings:
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
         if self.kind == "endpoint" and self.endpoint is None:
-            raise ValueError("kind endpoint needs a server: give `endpoint` with `url` and `model`")
+            yield "kind endpoint needs a server: give `endpoint` with `url` and `model`"
         if self.kind == "model" and self.model is None:
-            raise ValueError("kind model needs a local model: give its folder or hub name in `model`")
-        return self
+            yield "kind model needs a local model: give its folder or hub name in `model`"
+        if self.encoder is not None and self.probe_texts == 0:
+            yield "encoder learns from `probe_texts` samples a domain: give more than 0"
+        if 0 < self.probe_texts < MIN_PROBE_TEXTS:
+            yield f"probe_texts: at least {MIN_PROBE_TEXTS} samples a domain, or 0 for words only"
 
 
 class Detect(Section):
     """The base model's knowledge distribution (`versatune-ds detect`): VersaTune, phase 1."""
 
-    model: str | None = None
+    model: PlaceText | None = None
     """Folder or hub name of the model to examine; default: `model.source`, with `model.weights`."""
     sequences: int = Field(2000, ge=1)
     """Texts to generate in each round."""

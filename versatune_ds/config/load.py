@@ -9,20 +9,25 @@ What is not covered: the meaning of settings (`config/schema.py`).
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import Config, Origin
+from versatune_ds.config.section import PREPARING, Section
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import write_text_atomic
+from versatune_ds.foundations.log import get_logger
+
+log = get_logger(__name__)
 
 Settings = typing.TypeVar("Settings", bound=BaseModel)
 
@@ -67,26 +72,37 @@ StrictLoader.add_implicit_resolver(
 )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, to_train: bool = True) -> Config:
     """Read, override and validate the settings of a run.
 
     Args:
         path: YAML file with the sections of `Config`.
         overrides: `section.key=value` texts; the value is YAML; they win over the file.
+        to_train: False: only data is prepared or shown; what could not be trained with is a warning.
 
     Raises:
         ConfigError: the file is missing or not YAML, or a setting is unknown or invalid.
     """
-    return load_settings(Config, path, overrides)
+    try:
+        config = load_settings(Config, path, overrides)
+    except ConfigError as error:
+        if to_train:
+            raise
+        config = load_settings(Config, path, overrides, PREPARING)
+        log.warning("%s\nThe data can be prepared with that; `train` will refuse it", error)
+    config._origin = Origin(("--config", str(path), *overrides))
+    return config
 
 
-def load_settings(model: type[Settings], path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+def load_settings(
+    model: type[Settings], path: str | Path, overrides: Sequence[str] = (), context: Any = None
+) -> Settings:
     """`load_config` for any settings file, here and in `apps/study/config.py`."""
     path = Path(path)
     raw = read_yaml(path, "give a YAML file with --config (examples: configs/)")
     for override in overrides:
         apply_override(raw, override)
-    return validate_settings(model, raw, str(path))
+    return validate_settings(model, raw, str(path), context)
 
 
 def read_yaml(path: Path, cure: str) -> dict[str, Any]:
@@ -115,14 +131,37 @@ def validate_config(raw: dict[str, Any], origin: str) -> Config:
     return validate_settings(Config, raw, origin)
 
 
-def validate_settings(model: type[Settings], raw: dict[str, Any], origin: str) -> Settings:
-    """`validate_config` for any settings."""
+def validate_settings(
+    model: type[Settings], raw: dict[str, Any], origin: str, context: Any = None
+) -> Settings:
+    """`validate_config` for any settings.
+
+    Args:
+        context: of the validation, see `section.PREPARING`.
+    """
     try:
-        return model.model_validate(raw)
+        return model.model_validate(raw, context=context)
     except ValidationError as error:
-        problems = [_problem(dict(item), model) for item in error.errors(include_url=False)]
-        text = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
-        raise ConfigError(f"{origin}: {len(set(problems))} problem(s) in the settings\n{text}") from None
+        items = error.errors(include_url=False)
+        found = [problem for item in items for problem in _problems(dict(item), model)]
+        if context is None:
+            found += _further_problems(model, raw, {item["loc"][0] for item in items if item["loc"]})
+        problems = list(dict.fromkeys(found))
+        text = "\n".join(f"  {problem}" for problem in problems)
+        raise ConfigError(f"{origin}: {len(problems)} problem(s) in the settings\n{text}") from None
+
+
+def _further_problems(model: type[BaseModel], raw: dict[str, Any], unsound: set[Any]) -> Iterator[str]:
+    """Problems between the sections that are sound, which pydantic does not look at beside unsound ones."""
+    if not unsound or not issubclass(model, Section):
+        return
+    values = {
+        name: TypeAdapter[Any](cast(Any, info.annotation)).validate_python(raw[name])
+        for name, info in model.model_fields.items()
+        if name in raw and name not in unsound
+    }
+    with contextlib.suppress(AttributeError):  # a section is not there
+        yield from model.model_construct(**values).problems()
 
 
 def write_resolved(config: Config, path: Path) -> None:
@@ -163,18 +202,18 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     node[parts[-1]] = _parse_yaml(value, f"override {key}") if value.strip() else None
 
 
-def _problem(item: dict[str, Any], root: type[BaseModel]) -> str:
+def _problems(item: dict[str, Any], root: type[BaseModel]) -> list[str]:
     # pydantic adds a part per member of a union, e.g. `list[...]`; only names and positions help a user
     parts = [p for p in item["loc"] if isinstance(p, int) or p.replace("_", "").isalnum()]
     place = ".".join(str(part) for part in parts)
     if item["type"] == "extra_forbidden":
-        return f"{place}: unknown key{_nearest(item['loc'], root)}"
+        return [f"{place}: unknown key{_nearest(item['loc'], root)}"]
     if item["type"] == "missing":
-        return f"{place}: required, but not given"
+        return [f"{place}: required, but not given"]
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
-        return f"{place}: {message}" if place else message
-    return f"{place}: {message} (found {item['input']!r})"
+        return [f"{place}: {line}" if place else line for line in message.splitlines()]
+    return [f"{place}: {message} (found {item['input']!r})"]
 
 
 def _nearest(location: tuple[Any, ...], root: type[BaseModel]) -> str:

@@ -11,16 +11,21 @@ the DeepSpeed file may hold beyond the keys we own (`engine/backend/deepspeed_co
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 
 from versatune_ds.config.detection import Detect
+from versatune_ds.config.model import Adapter, Model
 from versatune_ds.config.secrets import find_secret
-from versatune_ds.config.section import Section
+from versatune_ds.config.section import PREPARING, Place, Section
 from versatune_ds.config.weights import Domains, Weights
+from versatune_ds.foundations.text import command
 
 DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized"]
 ChatTemplate = Literal["tokenizer", "chatml", "hermes", "alpaca", "llama2", "llama3"]
@@ -34,7 +39,7 @@ Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Run(Section):
     """Where the run lives and how it starts."""
 
-    dir: Path
+    dir: Place
     """Run folder; everything the run writes lies in it."""
     seed: int = Field(0, ge=0)
     """Seed of sample order and of random initialisation."""
@@ -48,78 +53,6 @@ class Run(Section):
     """End the run when a rank gives no sign of life, or makes no progress within a step or evaluation, for
     so many seconds. Longer than any step takes (the first one may compile); shorter than
     `collective_timeout_s`, or the ranks that wait fail before it is known for whom. None: never."""
-
-
-class Adapter(Section):
-    """A small trained part beside the frozen model, through peft (extra `adapter`; docs/adapters.md)."""
-
-    kind: Literal["lora", "dora", "qlora"] = "lora"
-    """`lora`: W + (alpha / rank) B A. `dora`: the rows of that sum get trained lengths, too. `qlora`: lora
-    over a model held in 4 bits (bitsandbytes; CUDA, ZeRO stage 0 to 2)."""
-    rank: int = Field(16, ge=1)
-    """Rows of A and columns of B."""
-    alpha: float = Field(32.0, gt=0)
-    """Scale of the product, times the rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the inputs of A that is left out in training."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Modules by the last part of their names, e.g. [q_proj, v_proj]; `all-linear`: all but the head."""
-    start_from: str | dict[str, float] | None = None
-    """Adapter folder to go on from, or several, each with its factor in their sum; `rank` is then the sum of
-    their ranks. None: a new adapter."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Adapter:
-        heads = [name for name in self.targets if name in ("lm_head", "embed_tokens")]
-        if heads and not isinstance(self.targets, str):
-            raise ValueError(f"targets: {heads[0]} cannot have an adapter: the loss takes the head's weight")
-        return self
-
-
-class Model(Section):
-    """The model, its tokenizer and how it computes."""
-
-    source: str
-    """Folder or hub name of a causal LM (docs/train.md has the families), or of a model of images and text,
-    whose text part is then trained. What would be trained wrongly is refused."""
-    weights: Literal["pretrained", "random"] = "pretrained"
-    """`random`: build from `source`'s config.json only and initialise with `run.seed`."""
-    tokenizer: str | None = None
-    """Folder or hub name of the tokenizer; default: `source`."""
-    adapter: Adapter | None = None
-    """Train an adapter and leave the model as it is. None: train all of it."""
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Compute precision; the optimizer always keeps fp32 master weights."""
-    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
-    """Attention for packs. `auto`: on CUDA flash-attn or torch's varlen kernel, else sdpa (docs/train.md)."""
-    activation_checkpointing: Literal["off", "all"] | Annotated[int, Field(ge=1, strict=True)] = "off"
-    """Recompute activations in backward: for no layer, every layer, or every n-th layer."""
-    loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
-    """Implementation of the fused linear + cross-entropy. `auto`: triton on CUDA, else chunked."""
-    logits_dtype: Literal["fp32", "compute"] = "fp32"
-    """`compute`: logits in `dtype`, half the memory a larger error (docs/train.md); triton only."""
-    objective: Literal["cross_entropy", "dft"] = "cross_entropy"
-    """`dft`: each token's loss times its own probability, as a constant (arXiv:2508.05629). All losses in
-    logs, weights and evaluations stay cross-entropies."""
-    neftune_alpha: float | None = Field(None, gt=0)
-    """Add uniform noise of +-alpha / sqrt(L d) to the embeddings in training (arXiv:2310.05914): L the tokens
-    of a sample, d the hidden size. None: none."""
-    liger: Literal["auto", "off"] = "auto"
-    """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
-    compile: Literal["off", "body"] = "off"
-    """`body`: torch.compile for everything before the head; the first steps are slow."""
-    router: Literal["train", "frozen"] = "train"
-    """Mixtures of experts. `frozen`: routers keep their weights, and their balance loss is only reported."""
-    router_aux_loss: float | None = Field(default=None, ge=0)
-    """Factor of the routers' balance loss; default: the model's own `router_aux_loss_coef`."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave it off unless you have read that code."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Model:
-        if self.neftune_alpha is not None and self.compile == "body":
-            raise ValueError("neftune_alpha: the noise is not compiled; set compile: off")
-        return self
 
 
 class Source(Section):
@@ -165,7 +98,7 @@ class Data(Section):
     """What to do with a sample longer than `batch.pack_len`; always counted and reported."""
     on_bad_row: Literal["error", "skip"] = "error"
     """`error`: stop at the first unusable row with its place. `skip`: write it to rejected.jsonl, go on."""
-    cache_dir: Path = Path("cache")
+    cache_dir: Place = Path("cache")
     """Folder of token caches, shared by all runs."""
     cache_shared: bool = True
     """All nodes see one `cache_dir`: prepare once. False: every node has its own; prepare once on each."""
@@ -179,7 +112,11 @@ class BatchSettings(Section):
     pack_len: int = Field(8192, ge=8)
     """Tokens in a pack. One pack is one micro-batch on one rank."""
     packs_per_step: int = Field(ge=1)
-    """Packs in an optimizer step over all ranks; gradient accumulation is packs_per_step / ranks."""
+    """Packs in an optimizer step over all ranks; gradient accumulation is packs_per_step / ranks (times
+    `sequence_parallel`)."""
+    sequence_parallel: int = Field(1, ge=1)
+    """Ranks that share a pack, each with a slice of its tokens (Ulysses); for packs too long for one GPU.
+    Divides the ranks and the model's attention heads."""
 
 
 class Optimizer(Section):
@@ -197,6 +134,9 @@ class Optimizer(Section):
     """Added to the root of the second moment."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay; not applied to biases and norms."""
+    states: Literal["fp32", "bf16_moments", "bf16_stochastic"] = "fp32"
+    """What is held between steps: fp32 master weights and moments; fp32 master weights and bf16 moments; both
+    in bf16, rounded at random. 12, 8 and 6 bytes a parameter (docs/train.md)."""
     schedule: Literal["cosine", "linear", "constant", "wsd_linear", "wsd_sqrt"] = "cosine"
     """Shape after warm-up. wsd: constant, then a decay in the last `decay_ratio` of all steps, linear or as
     1 - sqrt (docs/train.md says when)."""
@@ -212,18 +152,35 @@ class Optimizer(Section):
     """Keep a running average of the weights in host memory for `versatune-ds export --ema`: after each step
     decay x average + (1 - decay) x weights. ZeRO stage 1 to 3. None: none."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Optimizer:
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
         if (self.kind == "muon") != (self.muon_lr is not None):
-            raise ValueError("kind: muon and muon_lr need each other")
+            yield "kind: muon and muon_lr need each other"
         if self.kind == "muon" and self.max_grad_norm > 0:
-            raise ValueError(
+            yield (
                 "kind: muon: DeepSpeed would clip by the norm of Muon's updates, which says nothing of "
                 "gradients; set max_grad_norm: 0"
             )
+        if self.kind == "muon" and self.states != "fp32":
+            yield f"kind: muon has states of its own; states {self.states} is for adamw"
+        if self.ema_decay is not None and self.states == "bf16_stochastic":
+            yield "ema_decay averages fp32 master weights, which states bf16_stochastic does not keep"
         is_given = self.decay_ratio != Optimizer.model_fields["decay_ratio"].default
         if is_given and not self.schedule.startswith("wsd"):
-            raise ValueError(f"decay_ratio is of no use: schedule is {self.schedule}, not wsd")
+            yield f"decay_ratio is of no use: schedule is {self.schedule}, not wsd"
+
+
+class Profile(Section):
+    """Steps under torch's profiler (docs/metrics.md); they are slower than others."""
+
+    steps: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    """The first and the last one, from 1; a trace holds every operator, so two or three say enough."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Profile:
+        first, last = self.steps
+        if not first <= last < first + 20:
+            raise ValueError(f"steps {first} to {last}: give first and last, at most 20 steps")
         return self
 
 
@@ -245,12 +202,15 @@ class Train(Section):
     rehearse: Literal["auto", "on", "off"] = "auto"
     """Before the first step, run forward and backward of a full pack and forget them: too little memory is
     found in seconds, with what to lower. `auto`: on CUDA."""
+    profile: Profile | None = None
+    """Write a trace of a few steps into the run folder, for the report and a trace viewer."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Train:
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
         if (self.max_steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of `max_steps` and `epochs`")
-        return self
+            yield "give exactly one of `max_steps` and `epochs`"
+        if self.profile and self.max_steps is not None and self.profile.steps[1] > self.max_steps:
+            yield f"profile.steps {list(self.profile.steps)} lie behind max_steps {self.max_steps}"
 
 
 class Evaluation(Section):
@@ -270,15 +230,14 @@ class Evaluation(Section):
     """Early stopping: end the run after this many evaluations in a row whose loss (`select`, by default the
     overall one) is not below the lowest one so far. None: never."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Evaluation:
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
         for name in ("patience", "select"):
             if getattr(self, name) is not None and self.every_n_steps is None:
-                raise ValueError(f"{name} looks at evaluations: give every_n_steps")
+                yield f"{name} looks at evaluations: give every_n_steps"
         unknown = sorted(self.selected - set(self.domains or self.selected))
         if unknown:
-            raise ValueError(f"select names {', '.join(unknown)}, which `domains` leaves out")
-        return self
+            yield f"select names {', '.join(unknown)}, which `domains` leaves out"
 
     @property
     def selected(self) -> set[str]:
@@ -315,6 +274,12 @@ class Metrics(Section):
     """Write TensorBoard events into the run folder (extra `tracking`)."""
     wandb_project: str | None = None
     """Log to this Weights & Biases project (extra `tracking`); credentials from the environment."""
+    mlflow_experiment: str | None = Field(None, min_length=1)
+    """Log to this MLflow experiment (extra `mlflow`); MLFLOW_TRACKING_URI says where it is."""
+    swanlab_project: str | None = Field(None, min_length=1)
+    """Log to this SwanLab project (extra `swanlab`); SWANLAB_API_KEY and SWANLAB_MODE in the environment."""
+    trackio_project: str | None = Field(None, min_length=1)
+    """Log to this Trackio project (extra `trackio`): a folder of this machine, or TRACKIO_SPACE_ID."""
     peak_tflops: float | None = Field(None, gt=0)
     """Dense peak of one accelerator in TFLOP/s for MFU; default: known for common data-centre GPUs."""
 
@@ -331,14 +296,27 @@ class Reference(Section):
     """Held-out evaluations in a pass; also one before the first and one after the last step."""
     patience: int = Field(3, ge=1)
     """Stop training on a domain after this many evaluations in a row without a lower held-out loss."""
+    adapter: Literal["auto", "off"] | Adapter = "auto"
+    """Train an adapter of the model. `auto`: as that model is trained in a run, but LoRA for a pretrained one
+    of more than 10^9 parameters. `off`: all of the model."""
     lr: float | None = Field(None, gt=0)
-    """Peak learning rate; None: `optimizer.lr`."""
+    """Peak learning rate; None: `optimizer.lr`, times 10 for an adapter where the run has none."""
     packs_per_step: int | None = Field(None, ge=1)
     """Packs in an optimizer step over all ranks; None: `batch.packs_per_step`."""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where settings came from. No part of what they are: all origins are equal."""
+
+    words: tuple[str, ...] = field(default=("--config", "CONFIG.yaml"), compare=False)
+    """Of a command that reads them: `--config`, the file, overrides."""
+
+
 class Config(Section):
     """A whole run."""
+
+    _origin: Origin = PrivateAttr(Origin())
 
     run: Run
     model: Model
@@ -353,9 +331,18 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
     detect: Detect = Detect()
-    deepspeed: dict[str, Any] | Path = Field({})
+    deepspeed: dict[str, Any] | Place = Field({})
     """DeepSpeed JSON file, or the same inline; without a `zero_optimization` key: ZeRO-3. Batch size,
     optimizer, precision and clipping come from this file's other sections and may not stand in it."""
+
+    def command(self, verb: str) -> str:
+        """A command of this program with these settings, to be pasted into a shell."""
+        return command(verb, *self._origin.words)
+
+    def like(self, other: Config) -> Config:
+        """This one, said to come from where `other` came from."""
+        self._origin = other._origin
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -370,32 +357,50 @@ class Config(Section):
         return values
 
     @model_validator(mode="after")
-    def _check(self) -> Config:
+    def _check(self, info: ValidationInfo) -> Config:
+        if info.context is PREPARING and (found := list(self._problems_of_sources())):
+            raise ValueError("\n".join(found))
+        return self
+
+    def problems(self) -> Iterator[str]:
+        """What does not hold together between sections; of those only that are sound by themselves."""
+        sources, names = self._problems_of_sources, self._problems_of_names
+        for find in (sources, names, self._problems_of_evaluation, self._problems_of_epochs):
+            with contextlib.suppress(AttributeError):  # of a section that is not there
+                yield from find()
+
+    def _problems_of_sources(self) -> Iterator[str]:
+        """Sources of domains that are not in the table."""
         known = self.domains.names
         for kind, sources in (("train", self.data.train), ("eval", self.data.eval)):
             for i, source in enumerate(sources):
                 if source.domain is not None and source.domain not in known:
-                    raise ValueError(
-                        f"data.{kind}[{i}].domain is {source.domain!r}; domains.names has {known}"
-                    )
-        self._check_names()
-        if self.weights.loss_source == "probe" and not self.data.eval:
-            raise ValueError("weights.loss_source probe measures held-out losses: give data.eval")
-        if self.evaluation.every_n_steps is not None and not self.data.eval:
-            raise ValueError("evaluation.every_n_steps is set: give data.eval")
+                    yield f"data.{kind}[{i}].domain is {source.domain!r}; domains.names has {known}"
+        if self.optimizer.states == "bf16_stochastic" and self.model.dtype != "bf16":
+            yield f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
+        if self.model.neftune_alpha is not None and self.batch.sequence_parallel > 1:
+            yield "model.neftune_alpha: noise is for whole packs; set batch.sequence_parallel: 1"
+
+    def _problems_of_evaluation(self) -> Iterator[str]:
+        if not self.data.eval and self.weights.needs_probe:
+            by_guard = "guard" if self.weights.guard is not None else f"strategy {self.weights.strategy}"
+            asked = "loss_source probe" if self.weights.loss_source == "probe" else by_guard
+            yield f"weights.{asked} measures held-out losses: give data.eval"
+        if not self.data.eval and self.evaluation.every_n_steps is not None:
+            yield "evaluation.every_n_steps is set: give data.eval"
         stops = self.evaluation.patience is not None
         if stops and self.evaluation.select is None and self.checkpoint.export_at_end:
-            raise ValueError(
+            yield (
                 "evaluation.patience: the last parameters, which would be exported, are not the best ones; "
                 "set evaluation.select (overall, say), or checkpoint.export_at_end: false"
             )
-        return self
 
-    def _check_names(self) -> None:
+    def _problems_of_names(self) -> Iterator[str]:
         """Every dict by domain names exactly the domains of the table."""
         by_domain: dict[str, Any] = {
             "domains.initial": self.domains.initial,
             "weights.reference": self.weights.reference,
+            "weights.objective": self.weights.objective,
         }
         if isinstance(self.weights.schedule, list):
             for entry in self.weights.schedule:
@@ -404,18 +409,21 @@ class Config(Section):
         for what, values in by_domain.items():
             if isinstance(values, dict) and set(values) != names:
                 missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
-                raise ValueError(f"{what}: missing domains {missing}, unknown domains {unknown}")
-        if isinstance(self.domains.max_epochs, dict):
-            unknown = sorted(set(self.domains.max_epochs) - names)
-            if unknown:
-                raise ValueError(f"domains.max_epochs: unknown domains {unknown}; known: {sorted(names)}")
-            if any(not (math.isfinite(v) and v > 0) for v in self.domains.max_epochs.values()):
-                raise ValueError("domains.max_epochs: every number of epochs must be > 0")
+                yield f"{what}: missing domains {missing}, unknown domains {unknown}"
         unknown = sorted(set(self.evaluation.domains or ()) - names)
         if unknown:
-            raise ValueError(f"evaluation.domains: unknown domains {unknown}; known: {sorted(names)}")
+            yield f"evaluation.domains: unknown domains {unknown}; known: {sorted(names)}"
         unknown = sorted(self.evaluation.selected - names)
         if unknown:
-            raise ValueError(f"evaluation.select: unknown domains {unknown}; known: overall, {sorted(names)}")
+            yield f"evaluation.select: unknown domains {unknown}; known: overall, {sorted(names)}"
         if self.weights.target is not None and self.weights.target not in names:
-            raise ValueError(f"weights.target {self.weights.target!r}; known: {self.domains.names}")
+            yield f"weights.target {self.weights.target!r}; known: {self.domains.names}"
+
+    def _problems_of_epochs(self) -> Iterator[str]:
+        if isinstance(self.domains.max_epochs, dict):
+            names = set(self.domains.names)
+            unknown = sorted(set(self.domains.max_epochs) - names)
+            if unknown:
+                yield f"domains.max_epochs: unknown domains {unknown}; known: {sorted(names)}"
+            if any(not (math.isfinite(v) and v > 0) for v in self.domains.max_epochs.values()):
+                yield "domains.max_epochs: every number of epochs must be > 0"

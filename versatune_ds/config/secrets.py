@@ -3,11 +3,14 @@
 `find_secret` looks for keys that are named like one, addresses with a password in them, and tokens of known
 services. The text of an error names the place and never the value.
 
+`redacted` takes them out of what other packages say.
+
 What is not covered: a secret that looks like an ordinary word.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -22,6 +25,17 @@ SECRET_VALUE = re.compile(
     """,
     re.VERBOSE,
 )
+
+
+LEAST_SECRET_CHARS = 8
+
+
+def redacted(text: str) -> str:
+    """A text without tokens of known services, and values of variables that are named like a secret."""
+    for name, value in os.environ.items():
+        if SECRET_KEY.search(name) and len(value) >= LEAST_SECRET_CHARS:
+            text = text.replace(value, "***")
+    return SECRET_VALUE.sub("***", text)
 
 
 def find_secret(value: Any, place: str = "") -> str | None:

@@ -1,11 +1,31 @@
-"""What every section of the settings shares.
+"""What every section of the settings shares: the types of places, and how problems are found, all at once.
 
 What is not covered: the sections themselves (`config/schema.py`).
 """
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
+
+from versatune_ds.foundations.files import expanded
+
+
+def _expand(value: Any) -> Any:
+    return expanded(str(value)) if isinstance(value, str | Path) else value
+
+
+Place = Annotated[Path, BeforeValidator(_expand)]
+"""A path, its `~` and `$NAME` filled in."""
+PlaceText = Annotated[str, BeforeValidator(_expand)]
+"""A path or a name, as text, with the same filled in."""
+
+
+PREPARING = {"for": "prepare"}
+"""Context of a validation that leaves out `problems`: data can be prepared with them."""
 
 
 class Section(BaseModel):
@@ -19,3 +39,13 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    def problems(self) -> Iterator[str]:
+        """What does not hold together, a sentence each."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _hold_together(self, info: ValidationInfo) -> Section:
+        if info.context is not PREPARING and (found := list(self.problems())):
+            raise ValueError("\n".join(found))
+        return self

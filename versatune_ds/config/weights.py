@@ -6,12 +6,12 @@ themselves (`strategies/rules.py`).
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from versatune_ds.config.section import Section
+from versatune_ds.config.section import Place, Section
 from versatune_ds.strategies.rules import NEEDED, STRATEGIES
 
 WeightUnit = Literal["samples", "tokens", "supervised_tokens"]
@@ -23,14 +23,14 @@ WEIGHT_SUM_TOLERANCE = 1e-3
 """How far given shares may be from summing to 1 (rounded decimals); they are then scaled to sum to 1."""
 
 
-def require_shares(values: dict[str, float], what: str) -> None:
-    """Raise ValueError unless `values` are shares: each >= 0, together 1 (within the tolerance)."""
-    negative = [name for name, value in values.items() if value < 0]
-    if negative:
-        raise ValueError(f"{what}: {negative[0]} has the negative share {values[negative[0]]}")
+def share_problems(values: dict[str, float], what: str) -> Iterator[str]:
+    """Why `values` are no shares: each >= 0, together 1 (within the tolerance)."""
+    for name, value in values.items():
+        if value < 0:
+            yield f"{what}: {name} has the negative share {value}"
     total = sum(values.values())
     if abs(total - 1.0) > WEIGHT_SUM_TOLERANCE:
-        raise ValueError(f"{what}: shares sum to {total:.6g}; they must sum to 1")
+        yield f"{what}: shares sum to {total:.6g}; they must sum to 1"
 
 
 class Domains(Section):
@@ -38,7 +38,7 @@ class Domains(Section):
 
     names: list[str] = Field(min_length=1)
     """Domain names; their order is the order of all tables."""
-    initial: Literal["uniform"] | dict[str, float] | Path = "uniform"
+    initial: Literal["uniform"] | dict[str, float] | Place = "uniform"
     """Weights to start from: detected shares (sum 1), or the knowledge.json of `versatune-ds detect`."""
     weight_unit: WeightUnit = "samples"
     """What a weight is a share of: samples (as in the paper), tokens, or supervised tokens."""
@@ -52,16 +52,15 @@ class Domains(Section):
     """Largest number of passes over a domain's data (one number, or one per domain); its surplus share is
     spread over the other domains."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Domains:
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
         k = len(self.names)
         if self.min_weight * k > 1:
-            raise ValueError(f"min_weight {self.min_weight} x {k} domains is more than 1")
+            yield f"min_weight {self.min_weight} x {k} domains is more than 1"
         if self.max_weight * k < 1:
-            raise ValueError(f"max_weight {self.max_weight} x {k} domains is less than 1")
+            yield f"max_weight {self.max_weight} x {k} domains is less than 1"
         if isinstance(self.initial, dict):
-            require_shares(self.initial, "domains.initial")
-        return self
+            yield from share_problems(self.initial, "domains.initial")
 
 
 class ScheduledWeights(Section):
@@ -72,10 +71,18 @@ class ScheduledWeights(Section):
     weights: dict[str, float]
     """Share of every domain; they sum to 1."""
 
-    @model_validator(mode="after")
-    def _check(self) -> ScheduledWeights:
-        require_shares(self.weights, f"schedule at step {self.step}")
-        return self
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
+        yield from share_problems(self.weights, f"schedule at step {self.step}")
+
+
+class Guard(Section):
+    """Overfitted domains lose their share: `domain/probes/guard.py`. It probes at every weight update."""
+
+    probes: int = Field(3, ge=1)
+    """Probes in a row at which a domain's held-out loss must have risen before it is held."""
+    noise_z: float = Field(2.0, ge=0)
+    """Standard errors that a rise must exceed; of the difference, over the same held-out samples."""
 
 
 class Weights(Section):
@@ -83,7 +90,8 @@ class Weights(Section):
 
     strategy: StrategyName = "constant"
     """`constant` keeps `domains.initial`; `uniform` and `inverse` ((1 - p) / Z) are static too; `manual`
-    follows `schedule`; `fostering`, `expansion`, `doremi` and `raw_loss` move with the losses."""
+    follows `schedule`; `fostering`, `expansion`, `doremi` and `raw_loss` move with the losses, `marginal`
+    with what the tokens of each domain did for held-out losses."""
     every_n_steps: int = Field(100, ge=1)
     """Optimizer steps between updates, and the length of the loss window."""
     form: Literal["linear", "exponential"] = "linear"
@@ -100,12 +108,14 @@ class Weights(Section):
     epsilon: float = Field(1.0, ge=0)
     """expansion: tolerance of the gate."""
     eta: float = Field(1.0, ge=0)
-    """doremi: step size of the exponentiated gradient."""
+    """doremi and marginal: step size of the exponentiated gradient."""
+    objective: dict[str, float] | None = None
+    """marginal: weight of every domain's held-out loss in what is to be lowered; None: all alike."""
     smoothing: float = Field(1e-3, ge=0, le=1)
     """doremi: share of the uniform distribution mixed in after each update."""
-    schedule: list[ScheduledWeights] | Path | None = None
+    schedule: list[ScheduledWeights] | Place | None = None
     """manual: weights by step, or the weights.jsonl of a run to replay."""
-    reference: dict[str, float] | Path | None = None
+    reference: dict[str, float] | Place | None = None
     """Held-out reference loss lref per domain (nats per supervised token), or a reference.json."""
     loss_unit: Literal["token", "byte"] = "token"
     """Unit in which losses meet their reference. `token`: a reference of another tokenizer is refused.
@@ -113,30 +123,45 @@ class Weights(Section):
     loss_source: Literal["train", "probe"] = "train"
     """`train`: losses of the training steps of the window, free. `probe`: held-out losses, forward only."""
     probe_samples: int = Field(64, ge=1)
-    """probe: held-out samples per domain."""
+    """probe and guard: held-out samples per domain."""
     noise_z: float = Field(0.0, ge=0)
     """Standard errors subtracted from a loss difference before it counts as gamma or phi; 0 is the paper."""
+    update_z: float = Field(0.0, ge=0)
+    """An update is applied only if it is longer than this many of its standard errors, else the window goes
+    on until the next one; 0: always. Try 1."""
     min_tokens: int = Field(1, ge=1)
     """A domain with fewer supervised tokens in the window keeps its previous loss and gamma; phi is 0."""
+    guard: Guard | None = None
+    """Take the share of a domain that is overfitted, with any strategy; None: no guard."""
     shadow: bool = False
     """Compute and log updates without applying them."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Weights:
+    @property
+    def needs_probe(self) -> bool:
+        """Whether held-out losses are measured at every update."""
+        return self.loss_source == "probe" or self.guard is not None or STRATEGIES[self.strategy].by_gain
+
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
         lacking = [name for name in STRATEGIES[self.strategy].requires if not getattr(self, name)]
         if lacking:
-            raise ValueError("; ".join(f"strategy {self.strategy} {NEEDED[name]}" for name in lacking))
+            yield from (f"strategy {self.strategy} {NEEDED[name]}" for name in lacking)
+        strategy = STRATEGIES[self.strategy]
+        if self.update_z > 0 and (strategy.by_gain or not strategy.moves_with_losses):
+            instead = "; noise_z is its limit" if strategy.by_gain else ""
+            yield f"update_z has no effect: no losses move {self.strategy}'s weights{instead}"
+        if self.objective is not None:
+            yield from share_problems(self.objective, "objective")
         if isinstance(self.schedule, list):
             steps = [entry.step for entry in self.schedule]
             if steps != sorted(set(steps)):
-                raise ValueError(f"schedule steps must rise: {steps}")
+                yield f"schedule steps must rise: {steps}"
         if isinstance(self.reference, dict) and self.loss_unit == "byte":
-            raise ValueError(
+            yield (
                 "loss_unit byte needs the bytes per token of the reference's own tokenizer: give a "
                 "reference.json of `versatune-ds reference`, or loss_unit: token"
             )
         if isinstance(self.reference, dict):
             bad = [name for name, value in self.reference.items() if value <= 0]
             if bad:
-                raise ValueError(f"reference loss of {bad[0]} is {self.reference[bad[0]]}: must be > 0")
-        return self
+                yield f"reference loss of {bad[0]} is {self.reference[bad[0]]}: must be > 0"

@@ -5,6 +5,9 @@ what keeps them apart in attention. Labels are shifted here, once, so that posit
 must predict; a sample's last position predicts nothing. Padding is at the end, a segment of its own without
 labels, so that every pack costs the same number of slots. A pack without samples is all padding.
 
+Where ranks share a pack, each takes a slice of its rows (`Batch.part`), cut from the whole batch: labels are
+shifted before, and boundaries stay those of the pack.
+
 What is not covered: which samples share a pack (planner, packing), and attention masks (engine).
 """
 
@@ -49,6 +52,8 @@ class Batch:
         num_tokens: real tokens, without padding.
         supervised_tokens: labels that are not IGNORE_INDEX.
         token_weight: float32[T], factor of each label in the loss, 0 without one; None: 1.
+        parts: ranks that share the pack. Of more than one, all [T] and the two counts are those of one
+            rank's rows; the rest is the pack's.
     """
 
     input_ids: torch.Tensor
@@ -61,6 +66,26 @@ class Batch:
     num_tokens: int
     supervised_tokens: int
     token_weight: torch.Tensor | None = None
+    parts: int = 1
+
+    def part(self, rank: int, parts: int) -> Batch:
+        """The rows of one of the `parts` ranks that share the pack; `parts` divides T."""
+        if parts == 1:
+            return self
+        rows = len(self.input_ids) // parts
+        mine = slice(rank * rows, (rank + 1) * rows)
+        labels, sample_ids, weight = self.labels[mine], self.sample_ids[mine], self.token_weight
+        return dataclasses.replace(
+            self,
+            input_ids=self.input_ids[mine],
+            labels=labels,
+            position_ids=self.position_ids[mine],
+            sample_ids=sample_ids,
+            num_tokens=int((sample_ids != PADDING_ID).sum()),
+            supervised_tokens=int((labels != IGNORE_INDEX).sum()),
+            token_weight=None if weight is None else weight[mine],
+            parts=parts,
+        )
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
@@ -74,6 +99,11 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in page-locked host memory; needs an accelerator (torch raises without one)."""
         return self._map(torch.Tensor.pin_memory)
+
+
+def rows_of(pack_len: int, parts: int) -> int:
+    """Rows of a pack that `parts` ranks can share evenly: `pack_len`, and padding where it is no multiple."""
+    return -(-pack_len // parts) * parts
 
 
 def collate(pack: Pack, sources: Sequence[TokenSource | None], pack_len: int, pad_id: int) -> Batch:

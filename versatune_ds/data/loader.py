@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from versatune_ds.data.collate import Batch, TokenSource, collate
+from versatune_ds.data.collate import Batch, TokenSource, collate, rows_of
 from versatune_ds.data.plan.balance import check_world_size, rank_packs
 from versatune_ds.data.plan.corpus import Corpus, Float64, PlannerSettings
 from versatune_ds.data.plan.planner import StepPlan, plan_step
@@ -57,6 +57,7 @@ class StepLoader:
         state: where to start; `PlannerState.initial(k)` for a new run.
         rank, world_size: this rank among the data-parallel ranks; the plan does not depend on them.
         pad_id: token id of padding.
+        part: this rank among those that share a pack, and their number.
         prefetch: prepare the next step in a thread. Without it the results are the same.
         pin_memory: put batches in page-locked memory, for copies that overlap (needs CUDA).
 
@@ -77,6 +78,7 @@ class StepLoader:
     world_size: int
     _: KW_ONLY
     pad_id: int
+    part: tuple[int, int] = (0, 1)
     prefetch: bool = True
     pin_memory: bool = False
 
@@ -132,7 +134,8 @@ class StepLoader:
         for pack in rank_packs(plan.packs, self.rank, self.world_size):
             if unwanted.is_set():
                 raise _Unwanted
-            batch = collate(pack, self.caches, self.settings.pack_len, self.pad_id)
+            rows = rows_of(self.settings.pack_len, self.part[1])
+            batch = collate(pack, self.caches, rows, self.pad_id)
             planned = sum(
                 int(self.corpus.supervised[domain][sample])
                 for domain, sample in zip(pack.domains, pack.samples, strict=True)
@@ -143,6 +146,7 @@ class StepLoader:
                     f"planned with {planned}; the loss would be scaled wrongly. The token cache is damaged: "
                     "prepare it again"
                 )
+            batch = batch.part(*self.part)
             batches.append(batch.pin_memory() if self.pin_memory else batch)
         return _Prepared(plan, batches, plan_s)
 

@@ -14,7 +14,6 @@ What is not covered: reducing sums over ranks, running the probe, writing weight
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,8 +23,11 @@ import numpy.typing as npt
 
 from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.domain.alarms import reference_alarms, weight_alarms
+from versatune_ds.domain.probes.gains import MarginalGains
+from versatune_ds.domain.probes.guard import OverfitGuard
+from versatune_ds.domain.probes.samples import SampleLosses
 from versatune_ds.domain.reference import ReferenceLosses, initial_weights
-from versatune_ds.domain.replay import resolve_schedule
+from versatune_ds.domain.replay import require_limits, resolve_schedule
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.domain.weight_update import (
@@ -34,10 +36,13 @@ from versatune_ds.domain.weight_update import (
     Proposal,
     WeightUpdate,
     limit_reasons,
+    loaded_optional,
+    loaded_weights,
     measurement_reasons,
     optional,
 )
 from versatune_ds.foundations.errors import ConfigError, StateError
+from versatune_ds.strategies.noise import refusal, update_stderr
 from versatune_ds.strategies.rules import (
     STRATEGIES,
     GateDecision,
@@ -47,7 +52,6 @@ from versatune_ds.strategies.rules import (
     learnable_potential,
 )
 from versatune_ds.strategies.simplex import (
-    SUM_TOLERANCE,
     Vector,
     entropy,
     limit_weights,
@@ -89,7 +93,7 @@ class WeightController:
         self._reference = reference
         self._target = None if weights.target is None else table.id_of(weights.target)
         self._schedule = resolve_schedule(weights.schedule, table) if self._strategy.is_scheduled else {}
-        self._require_scheduled_limits()
+        require_limits(self._schedule, table, domains)
         self._start = self._schedule.get(0, initial_weights(domains, weights, table))
         # no step limit before the first step: floor and cap hold from the start
         self._initial = project(
@@ -97,6 +101,10 @@ class WeightController:
         )
         k = len(table)
         self._weights = self._initial
+        self._guard = None if weights.guard is None else OverfitGuard(table.names, weights.guard)
+        objective = weights.objective or dict.fromkeys(table.names, 1.0 / k)
+        by_gain = self._strategy.by_gain
+        self._gains = MarginalGains(table.vector(objective, "weights.objective")) if by_gain else None
         self._window = DomainSums.zeros(k)
         self._losses = np.zeros(k)
         self._stderr = np.full(k, np.nan)
@@ -106,8 +114,10 @@ class WeightController:
 
     @property
     def weights(self) -> Vector:
-        """float64[k], a copy of the weights in force."""
-        return self._weights.copy()
+        """float64[k], a copy of the weights in force: the strategy's, less what the guard holds."""
+        if self._guard is None or self._settings.shadow:
+            return self._weights.copy()
+        return self._guard.guarded(self._weights, self._domains)
 
     @property
     def window(self) -> DomainSums:
@@ -116,12 +126,17 @@ class WeightController:
 
     @property
     def needs_probe(self) -> bool:
-        """Whether `update` expects the sums of a held-out probe."""
-        return self._settings.loss_source == "probe"
+        """Whether `update` expects the losses of a held-out probe."""
+        return self._settings.needs_probe
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether it expects them sample by sample."""
+        return self._guard is not None or self._gains is not None
 
     def digest(self) -> int:
         """63-bit hash of the weights in force, to be equal on all ranks."""
-        return weights_digest(self._weights)
+        return weights_digest(self.weights)
 
     def observe(self, step_sums: DomainSums | npt.NDArray[np.float64]) -> None:
         """Add a training step's sums (float64[NUM_ROWS, k], reduced over all ranks) to the window.
@@ -138,9 +153,10 @@ class WeightController:
             skipped: the last of them was not applied. What its losses would have moved waits for the next
                 update, whose window then is longer; a schedule asks no losses and does not wait.
         """
+        asked = not skipped and step > 0 and step % self._settings.every_n_steps == 0
         if self._strategy.is_scheduled:
-            return step > 0 and step in self._schedule
-        return not skipped and step > 0 and step % self._settings.every_n_steps == 0
+            return (step > 0 and step in self._schedule) or (self._guard is not None and asked)
+        return asked
 
     def initial_update(self) -> WeightUpdate:
         """The record of step 0: the initial weights and what floor and cap changed in them."""
@@ -170,36 +186,46 @@ class WeightController:
         return reference_alarms(self._table, losses, lref, np.where(measured, gamma, 0.0), measured)
 
     def update(
-        self, step: int, probe_sums: DomainSums | npt.NDArray[np.float64] | None = None
+        self, step: int, probe: DomainSums | SampleLosses | npt.NDArray[np.float64] | None = None
     ) -> WeightUpdate:
         """Compute new weights from the window, put them in force (unless `shadow`), reset the window.
 
         Args:
             step: optimizer steps done, larger than at the last update.
-            probe_sums: held-out sums (float64[NUM_ROWS, k]), exactly when `loss_source` is `probe`.
+            probe: held-out losses, exactly when `needs_probe`: sums (float64[NUM_ROWS, k]), or with
+                `needs_samples` those of every sample.
 
         Raises:
             ValueError: `step` does not rise, or probe sums are missing or unexpected.
         """
         if step <= self._last_step:
             raise ValueError(f"update at step {step} after one at step {self._last_step}: steps must rise")
-        if (probe_sums is not None) != self.needs_probe:
+        if (probe is not None) != self.needs_probe or isinstance(probe, SampleLosses) != self.needs_samples:
             raise ValueError(f"loss_source is {self._settings.loss_source}: probe sums missing or unexpected")
-        sums = self._window if probe_sums is None else self._checked_sums(probe_sums)
+        sums = self._window
+        if probe is not None and self._settings.loss_source == "probe":
+            sums = self._checked_sums(probe.sums if isinstance(probe, SampleLosses) else probe)
         measurement = self._measure(sums)
-        proposal = self._propose(step, measurement)
+        if self._gains is not None and isinstance(probe, SampleLosses):
+            self._gains.observe(probe, self._window.tokens)
+            measurement.reasons.append(self._gains.sentence(self._table.names))
+        proposal = self._propose(step, sums, measurement)
         record = self._record(step, sums, measurement, proposal)
+        if self._guard is not None and isinstance(probe, SampleLosses):
+            record = self._guard_record(self._guard, step, probe, record, proposal.after)
         if not self._settings.shadow:
             self._weights = proposal.after
-        self._losses, self._stderr = measurement.losses, measurement.stderr
-        self._measured = measurement.measured
-        self._window = DomainSums.zeros(len(self._table))
+        if not proposal.refused:
+            self._losses, self._stderr = measurement.losses, measurement.stderr
+            self._measured = measurement.measured
+            self._window = DomainSums.zeros(len(self._table))
         self._update_count += 1
         self._last_step = step
         return record
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs; JSON-exact."""
+        own = {"guard": self._guard, "gains": self._gains}
         return {
             "version": STATE_VERSION,
             "fingerprint": self._fingerprint(),
@@ -210,6 +236,7 @@ class WeightController:
             "stderr": optional(self._stderr, ~np.isnan(self._stderr)),
             "update_count": self._update_count,
             "last_step": self._last_step,
+            **{name: each.state() for name, each in own.items() if each is not None},
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -229,27 +256,32 @@ class WeightController:
                 f"weight controller state belongs to {theirs}; this run has {ours}: "
                 "resume with the same domains, strategy and loss_source, or start a new run"
             )
+        k = len(self._table)
         try:
-            weights = self._loaded_weights(state["weights"])
-            initial = self._loaded_weights(state["initial"])
+            weights = loaded_weights(state["weights"], k)
+            initial = loaded_weights(state["initial"], k)
             window = DomainSums.from_json(state["window"])
-            losses, stderr = self._loaded_optional(state["losses"]), self._loaded_optional(state["stderr"])
+            losses, stderr = loaded_optional(state["losses"], k), loaded_optional(state["stderr"], k)
             update_count, last_step = int(state["update_count"]), int(state["last_step"])
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"weight controller state is damaged: {error!r}") from None
         if window.num_domains != len(self._table):
             raise StateError(f"weight controller state has a window of {window.num_domains} domains")
+        if self._guard is not None and "guard" in state:  # else it begins to watch now
+            self._guard.load_state(state["guard"])
+        if self._gains is not None:
+            self._gains.load_state(state.get("gains", {}))
         self._weights, self._initial, self._window = weights, initial, window
         self._measured = ~np.isnan(losses)
         self._losses, self._stderr = np.nan_to_num(losses), stderr
         self._update_count, self._last_step = update_count, last_step
 
-    def _measure(self, sums: DomainSums) -> Measurement:
-        """Losses of this window; an absent domain keeps its last loss (and so its gamma) and has phi 0."""
+    def _measure(self, sums: DomainSums, shift: Vector | float = 0.0) -> Measurement:
+        """Losses of this window plus `shift`; an absent domain keeps its last loss and gamma, with phi 0."""
         settings = self._settings
-        new_losses, new_stderr = sums.mean_loss(), sums.stderr()
+        new_losses, new_stderr = sums.mean_loss() + shift, sums.stderr()
         present = sums.tokens >= settings.min_tokens
-        if settings.noise_z > 0:
+        if settings.noise_z > 0 or settings.update_z > 0:
             present &= ~np.isnan(new_stderr)  # noise cannot be subtracted that is not known
         first = present & ~self._measured
         losses = np.where(present, new_losses, self._losses)
@@ -283,6 +315,7 @@ class WeightController:
 
     def _inputs(self, step: int, measurement: Measurement) -> UpdateInputs:
         reference = np.zeros(len(self._table)) if self._reference is None else self._reference.losses
+        gains = self._gains
         return UpdateInputs(
             weights=self._weights,
             losses=measurement.losses,
@@ -290,19 +323,22 @@ class WeightController:
             reference=reference,
             gamma=measurement.gamma,
             phi=measurement.phi,
+            advantage=None if gains is None else gains.advantage(self._weights, self._settings.noise_z),
             target=self._target,
             scheduled=self._schedule.get(step, self._weights),
         )
 
-    def _propose(self, step: int, measurement: Measurement) -> Proposal:
+    def _propose(self, step: int, sums: DomainSums, measurement: Measurement) -> Proposal:
         """The rule's weights, and what floor, cap and step limit leave of them."""
         strategy, settings, before = self._strategy, self._settings, self._weights
         gate: GateDecision | None = None
-        reasons = []
+        reasons, noise = [], None
         if measurement.present.any() or strategy.is_scheduled:
             inputs = self._inputs(step, measurement)
             rule, gate = strategy.propose(inputs, settings), strategy.decide(inputs, settings)
             reasons += [gate.reason] if gate is not None else []
+            noise = self._noise(step, sums, measurement, rule)
+            rule, reasons = (before.copy(), [*reasons, noise]) if noise else (rule, reasons)
         else:
             rule = before.copy()
             reasons.append("no domain was measured: the weights stand")
@@ -311,7 +347,19 @@ class WeightController:
         reasons += limit_reasons(self._table.names, rule, after)
         if settings.shadow:
             reasons.append("shadow: computed, not applied")
-        return Proposal(rule=rule, after=after, gate=gate, reasons=reasons)
+        return Proposal(rule=rule, after=after, gate=gate, reasons=reasons, refused=noise is not None)
+
+    def _noise(self, step: int, sums: DomainSums, measurement: Measurement, rule: Vector) -> str | None:
+        """Why the rule's weights are within their noise, or None where they are not or nobody asks."""
+        settings, strategy = self._settings, self._strategy
+        if settings.update_z == 0 or not strategy.moves_with_losses:
+            return None
+
+        def moved(shift: Vector) -> Vector:
+            return strategy.propose(self._inputs(step, self._measure(sums, shift)), settings)
+
+        stderr = update_stderr(moved, np.where(measurement.present, measurement.stderr, 0.0))
+        return refusal(self._weights, rule, stderr, settings.update_z)
 
     def _record(
         self, step: int, sums: DomainSums, measurement: Measurement, proposal: Proposal
@@ -337,6 +385,23 @@ class WeightController:
             alarms=self._alarms(measurement, proposal.after),
         )
 
+    def _guard_record(
+        self, guard: OverfitGuard, step: int, probe: SampleLosses, record: WeightUpdate, after: Vector
+    ) -> WeightUpdate:
+        """The record with what the guard makes of the probe and of the strategy's new weights."""
+        before = self.weights
+        held, returned = guard.observe(step, probe)
+        guarded = guard.guarded(after, self._domains)
+        return replace(
+            record,
+            before=self._table.by_name(before),
+            after=self._table.by_name(guarded),
+            entropy=entropy(guarded),
+            reasons=record.reasons + returned + guard.stands(after),
+            alarms=record.alarms + held,
+            guard=guard.to_json(),
+        )
+
     def _limited(self, proposed: Vector, previous: Vector) -> Vector:
         return limit_weights(
             proposed,
@@ -360,17 +425,6 @@ class WeightController:
             )
         return alarms + weight_alarms(self._table, after, self._initial, self._domains)
 
-    def _require_scheduled_limits(self) -> None:
-        low, high = self._domains.min_weight - SUM_TOLERANCE, self._domains.max_weight + SUM_TOLERANCE
-        for step, weights in self._schedule.items():
-            for name, weight in zip(self._table.names, weights, strict=True):
-                if not low <= weight <= high:
-                    raise ConfigError(
-                        f"weights.schedule at step {step}: {name} has weight {weight:.6g}, outside "
-                        f"min_weight {self._domains.min_weight:g} .. max_weight "
-                        f"{self._domains.max_weight:g}; change the schedule or the limits"
-                    )
-
     def _checked_sums(self, sums: DomainSums | npt.NDArray[np.float64]) -> DomainSums:
         checked = sums if isinstance(sums, DomainSums) else DomainSums(sums)
         if checked.num_domains != len(self._table):
@@ -387,17 +441,3 @@ class WeightController:
             "strategy": self._settings.strategy,
             "loss_source": self._settings.loss_source,
         }
-
-    def _loaded_weights(self, values: list[float]) -> Vector:
-        weights = np.array(values, dtype=np.float64)
-        if weights.shape != (len(self._table),) or not (weights >= 0).all():
-            raise ValueError(f"weights {values}")
-        if abs(math.fsum(weights) - 1.0) > SUM_TOLERANCE:
-            raise ValueError(f"weights sum to {math.fsum(weights)}")
-        return weights
-
-    def _loaded_optional(self, values: list[float | None]) -> Vector:
-        vector = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
-        if vector.shape != (len(self._table),):
-            raise ValueError(f"{len(values)} values")
-        return vector

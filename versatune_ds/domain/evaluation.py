@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from versatune_ds.domain.json_input import read_object, require_format
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.foundations.errors import ConfigError, DataError
 from versatune_ds.foundations.files import write_text_atomic
+from versatune_ds.foundations.json_input import read_object, require_format
 
 EVALUATION_FORMAT = "versatune_ds.evaluation"
 EVALUATION_VERSION = 1
@@ -128,7 +128,7 @@ class ModelEvaluation:
         Raises:
             DataError: it is missing, cut short, or something else.
         """
-        again = "make it again with `versatune-ds evaluate`"
+        again = "make it again (the verb evaluate)"
         raw = read_object(path, "--against")
         require_format(raw, EVALUATION_FORMAT, EVALUATION_VERSION, path, again)
         try:

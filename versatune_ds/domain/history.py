@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.domain.controller import WeightController
-from versatune_ds.domain.json_input import numbers, read_steps
 from versatune_ds.domain.statistics import NUM_ROWS, DomainSums, SumRow
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.domain.weight_update import WeightUpdate
 from versatune_ds.foundations.errors import ConfigError, DataError, unknown_name
+from versatune_ds.foundations.json_input import numbers, read_steps
 
 UNKNOWN_TOKENS = 2.0**20
 """Supervised tokens of a domain whose count was not recorded: a power of two, so l N / N is exactly l."""

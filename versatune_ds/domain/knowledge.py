@@ -9,12 +9,21 @@ counted. Beside the mean stand
   differences, of each round's mean from the mean of all (0: equal, 1: disjoint),
 - counts: for how many texts a domain is the most probable one.
 
-The interval covers the choice of texts, not the judge's mistakes.
+A judge that knows its own mistakes gives a table T: T_ij is the mean probability that it gives to domain j
+for texts of domain i. Texts of shares s then get the mean q = T' s, and s is found on the simplex by maximum
+likelihood,
+
+    s_i <- s_i sum_j T_ij q_j / (T' s)_j
+
+which is expectation maximisation (Vardi and Lee, J. R. Statist. Soc. B 55, 1993). The table is measured on
+the sources of each domain, whose rows differ; the intervals then also resample the sources, and so include
+the judge's error. Without a table they cover the choice of texts, not the judge's mistakes.
 
 Format of knowledge.json (what is read back are `format`, `version` and `domains`):
 
     {"format": "versatune_ds.knowledge", "version": 1,
-     "domains": {"law": 0.06, ...},           mean probability; sum 1
+     "domains": {"law": 0.06, ...},           shares; sum 1
+     "judged": {"law": 0.08, ...},            mean probability, before the correction; without a table absent
      "interval_95": {"law": [0.05, 0.07], ...},
      "most_probable": {"law": 571, ...},      texts
      "rounds": [{"texts": 2000, "domains": {...}}, ...],
@@ -27,21 +36,23 @@ What is not covered: generating and judging texts (`versatune_ds.apps.detect`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from versatune_ds.domain.json_input import numbers, read_object, require_format
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import DataError
+from versatune_ds.foundations.json_input import numbers, read_object, require_format
 
 KNOWLEDGE_FORMAT = "versatune_ds.knowledge"
 KNOWLEDGE_VERSION = 1
 NUM_RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)
 """Percentiles of the bootstrap distribution that bound the 95 % interval."""
+CORRECTION_STEPS = 1000
 RESAMPLES_AT_A_TIME = 50
 """Bounds the memory of the bootstrap: this many counts for each text."""
 
@@ -52,6 +63,7 @@ def aggregate(
     rounds: npt.NDArray[np.int64],
     num_rounds: int,
     seed: int,
+    sources: Sequence[npt.NDArray[np.float64]] | None = None,
 ) -> dict[str, Any]:
     """Mean, intervals, counts and rounds of judged texts: the measured part of a knowledge.json.
 
@@ -62,13 +74,19 @@ def aggregate(
         rounds: int64[n], the round (from 0) of each text.
         num_rounds: T; a round without a judged text has no mean.
         seed: of the bootstrap.
+        sources: of each domain float64[m, k]: mean probabilities that the judge gave to texts of its m
+            sources, m >= 1; None: the judge's mistakes are not known.
     """
     n, k = probabilities.shape
     assert n > 0 and len(rounds) == n
     assert (probabilities >= 0).all() and np.allclose(probabilities.sum(axis=1), 1.0)
     mean = probabilities.mean(axis=0)
     mean /= mean.sum()
-    bounds = np.percentile(bootstrap_means(probabilities, seed), INTERVAL, axis=0).T  # [k, 2]
+    shares, resampled = mean, bootstrap_means(probabilities, seed)
+    if sources is not None:
+        shares = corrected(mean, np.stack([rows.mean(axis=0) for rows in sources]))
+        resampled = corrected(resampled, bootstrap_tables(sources, seed))
+    bounds = np.percentile(resampled, INTERVAL, axis=0).T  # [k, 2]
     counts = np.bincount(probabilities.argmax(axis=1), minlength=k)
     texts = np.bincount(rounds, minlength=num_rounds)
     means = [probabilities[rounds == t].mean(axis=0) if texts[t] else None for t in range(num_rounds)]
@@ -76,7 +94,8 @@ def aggregate(
     return {
         "format": KNOWLEDGE_FORMAT,
         "version": KNOWLEDGE_VERSION,
-        "domains": table.by_name(mean),
+        "domains": table.by_name(shares),
+        **({} if sources is None else {"judged": table.by_name(mean)}),
         "interval_95": dict(zip(table.names, bounds.tolist(), strict=True)),
         "most_probable": dict(zip(table.names, counts.tolist(), strict=True)),
         "rounds": [
@@ -100,6 +119,38 @@ def bootstrap_means(probabilities: npt.NDArray[np.float64], seed: int) -> npt.ND
         for _ in range(NUM_RESAMPLES // RESAMPLES_AT_A_TIME)
     ]
     return np.concatenate(parts)
+
+
+def bootstrap_tables(sources: Sequence[npt.NDArray[np.float64]], seed: int) -> npt.NDArray[np.float64]:
+    """Tables of resampled sources, those of each domain with replacement: float64[NUM_RESAMPLES, k, k]."""
+    generator = np.random.default_rng([seed, 1])
+    drawn = [
+        generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=NUM_RESAMPLES)
+        @ rows
+        / len(rows)
+        for rows in sources
+    ]
+    return np.stack(drawn, axis=1)
+
+
+def corrected(means: npt.NDArray[np.float64], table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Shares whose texts would be judged as `means`; see the module docstring.
+
+    Args:
+        means: float64[..., k], each on the simplex.
+        table: float64[..., k, k], rows on the simplex: true domain, then what it is judged to be.
+
+    Returns:
+        float64[..., k] on the simplex.
+    """
+    k = means.shape[-1]
+    shares = (means + 1.0 / k) / 2  # none of them 0: a product would stay there
+    for _ in range(CORRECTION_STEPS):
+        expected = np.einsum("...i,...ij->...j", shares, table)
+        ratio = np.divide(means, expected, out=np.zeros_like(expected), where=expected > 0)
+        shares = shares * np.einsum("...ij,...j->...i", table, ratio)
+        shares /= shares.sum(axis=-1, keepdims=True)
+    return shares
 
 
 def read_knowledge(path: Path, setting: str) -> dict[str, Any]:

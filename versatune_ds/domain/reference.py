@@ -31,11 +31,11 @@ from typing import Any
 
 import numpy as np
 
-from versatune_ds.config.weights import Domains, Weights, require_shares
-from versatune_ds.domain.json_input import numbers, read_object, require_format
+from versatune_ds.config.weights import Domains, Weights, share_problems
 from versatune_ds.domain.knowledge import read_knowledge
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import ConfigError, DataError, unknown_name
+from versatune_ds.foundations.json_input import numbers, read_object, require_format
 from versatune_ds.strategies.rules import STRATEGIES
 from versatune_ds.strategies.simplex import Vector, normalise
 
@@ -51,7 +51,7 @@ REFERENCE_KEYS = (
     "method",
     "provenance",
 )
-MEASURE_AGAIN = "measure it again with `versatune-ds reference`"
+MEASURE_AGAIN = "measure it again (the verb reference)"
 
 CURES = {
     "model": f"{MEASURE_AGAIN}, or name the model that it was measured with in reference.model",
@@ -189,9 +189,10 @@ def prior_weights(domains: Domains, table: DomainTable) -> Vector:
         return np.full(len(table), 1.0 / len(table))
     try:
         vector = table.vector(shares, what)
-        require_shares(shares, what)
     except (ConfigError, ValueError) as error:
         raise ConfigError(f"{error}{cure}") from None
+    if found := list(share_problems(shares, what)):
+        raise ConfigError(f"{'; '.join(found)}{cure}")
     return normalise(vector)
 
 

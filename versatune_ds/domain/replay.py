@@ -15,11 +15,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from versatune_ds.config.weights import ScheduledWeights
-from versatune_ds.domain.json_input import read_steps
+from versatune_ds.config.weights import Domains, ScheduledWeights
 from versatune_ds.domain.table import DomainTable
-from versatune_ds.foundations.errors import DataError
-from versatune_ds.strategies.simplex import Vector, normalise
+from versatune_ds.foundations.errors import ConfigError, DataError
+from versatune_ds.foundations.json_input import read_steps
+from versatune_ds.strategies.simplex import SUM_TOLERANCE, Vector, normalise
 
 
 def schedule_from_weights_jsonl(path: Path) -> list[ScheduledWeights]:
@@ -64,3 +64,16 @@ def _scheduled(record: Mapping[str, Any], path: Path, line: int) -> ScheduledWei
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise DataError(f"not a weight update: {reason}", path=path, line=line) from None
+
+
+def require_limits(schedule: Mapping[int, Vector], table: DomainTable, domains: Domains) -> None:
+    """Raise ConfigError where a scheduled weight breaks floor or cap."""
+    low, high = domains.min_weight - SUM_TOLERANCE, domains.max_weight + SUM_TOLERANCE
+    for step, weights in schedule.items():
+        for name, weight in zip(table.names, weights, strict=True):
+            if not low <= weight <= high:
+                raise ConfigError(
+                    f"weights.schedule at step {step}: {name} has weight {weight:.6g}, outside min_weight "
+                    f"{domains.min_weight:g} .. max_weight {domains.max_weight:g}; change the schedule or "
+                    "the limits"
+                )

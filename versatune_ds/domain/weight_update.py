@@ -5,6 +5,7 @@ What is not covered: computing them (`controller.py`, `versatune_ds.strategies`)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from versatune_ds.config.weights import Weights
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.strategies.rules import GateDecision, Mask
-from versatune_ds.strategies.simplex import Vector
+from versatune_ds.strategies.simplex import SUM_TOLERANCE, Vector
 
 ByName = dict[str, float]
 ByNameOrNone = dict[str, float | None]
@@ -57,10 +58,15 @@ class WeightUpdate:
     """Why the numbers are what they are, in words."""
     alarms: list[str]
     """See `versatune_ds.domain.alarms`."""
+    guard: dict[str, Any] | None = None
+    """By domain: `OverfitGuard.to_json`; None without a guard."""
 
     def to_json(self) -> dict[str, Any]:
         """A dict that `json.dumps` writes as one line of weights.jsonl; floats read back bit for bit."""
-        return asdict(self)
+        line = asdict(self)
+        if self.guard is None:
+            del line["guard"]
+        return line
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class Proposal:
     after: Vector
     gate: GateDecision | None
     reasons: list[str]
+    refused: bool = False
+    """Whether the rule's weights were within their noise; `rule` then is what was in force."""
 
 
 def measurement_reasons(
@@ -125,3 +133,29 @@ def limit_reasons(names: Sequence[str], proposed: Vector, after: Vector) -> list
 def optional(values: Vector, known: Mask) -> list[float | None]:
     """Plain floats, None where not known."""
     return [float(v) if ok else None for v, ok in zip(values, known, strict=True)]
+
+
+def loaded_weights(values: list[float], k: int) -> Vector:
+    """float64[k] on the simplex, from a checkpoint.
+
+    Raises:
+        ValueError: they are not.
+    """
+    weights = np.array(values, dtype=np.float64)
+    if weights.shape != (k,) or not (weights >= 0).all():
+        raise ValueError(f"weights {values}")
+    if abs(math.fsum(weights) - 1.0) > SUM_TOLERANCE:
+        raise ValueError(f"weights sum to {math.fsum(weights)}")
+    return weights
+
+
+def loaded_optional(values: list[float | None], k: int) -> Vector:
+    """Inverse of `optional`, NaN where not known.
+
+    Raises:
+        ValueError: there are not k.
+    """
+    vector = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+    if vector.shape != (k,):
+        raise ValueError(f"{len(values)} values")
+    return vector

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from versatune_ds.data.cache.cache import TokenCache
-from versatune_ds.data.collate import Batch, collate
+from versatune_ds.data.collate import Batch, collate, rows_of
 from versatune_ds.data.plan.balance import by_cost, rank_packs
 from versatune_ds.data.plan.packing import Pack, pack_all
+from versatune_ds.domain.probes.samples import SampleLosses
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.ranks import Ranks
@@ -49,7 +50,7 @@ class HeldOut:
         pack_len: tokens in a pack.
         max_samples: first n samples of each domain; None for all.
         pad_id: token id of padding.
-        ranks: who shares them out.
+        ranks: who shares them out, and who shares a pack.
 
     Raises:
         DataError: no domain has held-out data.
@@ -70,7 +71,7 @@ class HeldOut:
         self.samples = np.array([n if max_samples is None else min(n, max_samples) for n in counts])
         if not self.samples.any():
             raise DataError("no domain to evaluate has held-out data; give data.eval")
-        self.packs = self._rank_packs(ranks)
+        self.packs, self.part = self._rank_packs(ranks), ranks.sp
 
     def _rank_packs(self, ranks: Ranks) -> list[Pack]:
         """This rank's packs; ranks get equally many."""
@@ -95,7 +96,7 @@ class HeldOut:
 def evaluate(backend: Backend, held_out: HeldOut, num_domains: int) -> HeldOutLosses:
     """Loss sums of the held-out data, reduced over ranks; a collective."""
     start = time.perf_counter()
-    statistics = StepStatistics(num_domains, backend.device)
+    statistics = StepStatistics(num_domains, backend.device, counts=backend.ranks.sp.rank == 0)
     for _, batch, out in _forward(backend, held_out):
         statistics.add(out, batch.sample_domains)
     totals = statistics.reduce()
@@ -125,11 +126,19 @@ def evaluate_samples(backend: Backend, held_out: HeldOut) -> tuple[list[np.ndarr
     return losses, tokens
 
 
+def probe_losses(backend: Backend, held_out: HeldOut, *, each_sample: bool) -> DomainSums | SampleLosses:
+    """What `WeightController.update` takes: sums, or the losses of every sample; a collective."""
+    if each_sample:
+        return SampleLosses(*evaluate_samples(backend, held_out))
+    return evaluate(backend, held_out, len(held_out.samples)).sums
+
+
 def _forward(backend: Backend, held_out: HeldOut) -> Iterator[tuple[Pack, Batch, LossOutput]]:
     """Every pack of this rank with its batch on the device and the model's output."""
     with backend.evaluating():
         for i, pack in enumerate(held_out.packs):
             with phase("evaluation", detail=f"of pack {i + 1} of {len(held_out.packs)}"):
-                batch = collate(pack, held_out.caches, held_out.pack_len, held_out.pad_id).to(backend.device)
-                out = backend.forward(**model_inputs(batch, 1.0))
+                rows = rows_of(held_out.pack_len, held_out.part.size)
+                batch = collate(pack, held_out.caches, rows, held_out.pad_id).part(*held_out.part)
+                out = backend.forward(**model_inputs(batch.to(backend.device), 1.0))
             yield pack, batch, out

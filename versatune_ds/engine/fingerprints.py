@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.engine.model.source import load_architecture
 from versatune_ds.foundations.files import canonical_hash

@@ -3,9 +3,10 @@
     with phase("forward", step, f"of pack {i} of {n}"):
         ...
 
-The watchdog gets a mark. Every open `Recorder` gets the span: the loop opens one for each step and takes from
-it what metrics.jsonl says about time; the benchmark opens one with a clock of CUDA events for its split.
-Nothing here waits for the device or for another rank while a step runs.
+The watchdog gets a mark, torch's profiler (`train.profile`) the name. Every open `Recorder` gets the span:
+the loop opens one for each step and takes from it what metrics.jsonl says about time; the benchmark opens one
+with a clock of CUDA events for its split. Nothing here waits for the device or for another rank while a step
+runs.
 
 What is not covered: other threads; phases belong to the main one.
 """
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import record_function
 
 from versatune_ds.engine.faults import watchdog
 
@@ -129,7 +131,8 @@ def timed(name: str) -> Iterator[None]:
     begun = [(recorder, recorder.enter(name)) for recorder in _recorders]
     _depth += 1
     try:
-        yield
+        with record_function(name):
+            yield
     finally:
         _depth -= 1
         for recorder, begin in begun:

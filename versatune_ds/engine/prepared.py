@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from versatune_ds.config.schema import Config
@@ -26,6 +25,10 @@ from versatune_ds.domain.reference import ReferenceLosses, load_reference
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
 from versatune_ds.engine.backend.ranks import Ranks
+from versatune_ds.engine.backend.zero_sizes import with_sizes
+from versatune_ds.engine.checkpointing.hf_export import Companions
+from versatune_ds.engine.model.families import built_shape
+from versatune_ds.engine.model.sequence import check_heads
 from versatune_ds.engine.model.source import check_files, load_architecture
 from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.engine.preflight.consistency import code_and_settings, require_consistency
@@ -44,6 +47,10 @@ class Prepared:
     table: DomainTable
     tokenizer: Any
     """With its chat template; None where samples were given instead of caches."""
+    architecture: Any
+    """The transformers config of the model; None where samples were given."""
+    companions: Companions | None
+    """What the finished model has beside its weights; None where nothing is exported."""
     train: Sequence[Any]
     """Token cache of each domain, None for one without."""
     held_out: Sequence[Any]
@@ -65,18 +72,17 @@ class Prepared:
         return WeightController(self.table, self.config.domains, self.config.weights, self.reference)
 
 
-def prepare_run(config: Config, device_type: str, config_path: Path | None = None) -> Prepared:
+def prepare_run(config: Config, device_type: str) -> Prepared:
     """Open and check what a run needs; every rank calls it.
 
     Args:
         device_type: "cpu" or "cuda", where the model will run.
-        config_path: the settings' file, for error texts that name a command.
 
     Raises:
         ConfigError, DataError, StateError: settings, data or run folder that cannot be used.
     """
     require_consistency("code, settings and model", code_and_settings(config))
-    ranks = Ranks.of_world()
+    ranks = Ranks.of_world(config.batch.sequence_parallel)
     settings = deepspeed_config(config, ranks.dp.size)
     preflight.check_folder(config)
     check_shared_folder(config.run.dir)
@@ -84,22 +90,27 @@ def prepare_run(config: Config, device_type: str, config_path: Path | None = Non
     preflight.check_adapter(config.model, settings, device_type)
     table = DomainTable(config.domains.names)
     architecture = load_architecture(config.model)
+    check_heads(architecture.num_attention_heads, ranks.sp.size)
+    zero = with_sizes(settings["zero_optimization"], built_shape(architecture))
     check_files(config.model)
     tokenizer = load_tokenizer(config)
     set_chat_template(tokenizer, config.data.chat_template)
-    caches = open_caches_on_all_nodes(config, config_path)
+    caches = open_caches_on_all_nodes(config)
     corpus = Corpus.from_caches(caches["train"], table.names)
     planner = planner_settings(config, table)
     corpus.check(planner)
     preflight.check_architecture(architecture, tokenizer, corpus)
     preflight.check_router(config.model, architecture)
     encoder = ChatEncoder.build(tokenizer, config.data.chat_template)
+    exported = config.checkpoint.export_at_end
     prepared = Prepared(
         config=config,
         ranks=ranks,
-        deepspeed=settings,
+        deepspeed=settings | {"zero_optimization": zero},
         table=table,
         tokenizer=tokenizer,
+        architecture=architecture,
+        companions=Companions.of(config, tokenizer, architecture) if exported else None,
         train=caches["train"],
         held_out=caches["eval"],
         evaluated=preflight.evaluated_caches(config, table, caches["eval"]),
@@ -123,15 +134,19 @@ def prepare_on_samples(config: Config, samples: Sequence[Any]) -> Prepared:
     Raises:
         ConfigError, DataError: settings or samples that cannot be used.
     """
-    ranks, table = Ranks.of_world(), DomainTable(config.domains.names)
+    ranks, table = Ranks.of_world(config.batch.sequence_parallel), DomainTable(config.domains.names)
     corpus, planner = Corpus.from_caches(samples, table.names), planner_settings(config, table)
     corpus.check(planner)
+    settings = deepspeed_config(config, ranks.dp.size)
+    zero = with_sizes(settings["zero_optimization"], built_shape(load_architecture(config.model)))
     return Prepared(
         config=config,
         ranks=ranks,
-        deepspeed=deepspeed_config(config, ranks.dp.size),
+        deepspeed=settings | {"zero_optimization": zero},
         table=table,
         tokenizer=None,
+        architecture=None,
+        companions=None,
         train=samples,
         held_out=[None] * len(table),
         evaluated=[None] * len(table),

@@ -1,4 +1,5 @@
-"""On what and with which versions something ran, for run.json, evaluations and benchmarks.
+"""On what and with which versions something ran, for run.json, evaluations and benchmarks; what
+changed since.
 
 What is not covered: the commit (`foundations/commit.py`).
 """
@@ -11,7 +12,10 @@ from typing import Any
 import torch
 
 import versatune_ds
+from versatune_ds.config.load import load_config
 from versatune_ds.config.schema import Config
+from versatune_ds.foundations import constants
+from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.foundations.machine import installed
 from versatune_ds.observability.throughput import peak_tflops
@@ -49,3 +53,27 @@ def accelerator_peak_tflops(config: Config, device: torch.device) -> float | Non
 def describe_versions() -> dict[str, str]:
     """Versions of what computes: ours, torch, transformers and DeepSpeed, and some that may be missing."""
     return {"versatune_ds": versatune_ds.__version__, **installed((*REQUIRED, *OPTIONAL))}
+
+
+def note_changes(config: Config) -> None:
+    """Say which settings differ from those the folder was last run with."""
+    path = config.run.dir / constants.RESOLVED_CONFIG_FILE
+    if not path.is_file():
+        return
+    try:
+        old, new = (_flat(c.model_dump(mode="json")) for c in (load_config(path), config))
+    except ConfigError:  # written by a version with other settings
+        log.warning("%s cannot be read by this version; it will be replaced", path)
+        return
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            log.warning("setting %s was %r and is now %r", key, old.get(key), new.get(key))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    items: dict[str, Any] = {}
+    for key, inner in value.items():
+        items.update(_flat(inner, f"{prefix}.{key}" if prefix else str(key)))
+    return items

@@ -9,13 +9,15 @@ What is not covered: the loop itself (`engine/train.py`).
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from versatune_ds.config.load import load_config, write_resolved
+from versatune_ds.config.load import write_resolved
 from versatune_ds.config.schema import Config
 from versatune_ds.data.loader import StepLoader
 from versatune_ds.data.plan.corpus import steps_per_epoch
@@ -24,7 +26,9 @@ from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
 from versatune_ds.engine.backend.deepspeed_config import state_layout
-from versatune_ds.engine.backend.parameters import parameter_counts
+from versatune_ds.engine.backend.parameters import live_shape, parameter_counts
+from versatune_ds.engine.backend.zero_sizes import describe_sizes
+from versatune_ds.engine.checkpointing.export_target import check_room
 from versatune_ds.engine.checkpointing.folder import (
     checkpoint_name,
     load_model_state,
@@ -32,24 +36,33 @@ from versatune_ds.engine.checkpointing.folder import (
     read_state,
     require_sound,
     restore_best,
+    step_of,
 )
+from versatune_ds.engine.checkpointing.hf_export import export_model, try_export
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.faults.run_lock import unwritable
 from versatune_ds.engine.model.adapters import trained_targets
-from versatune_ds.engine.model.families import built_shape
 from versatune_ds.engine.model.shape import ModelShape
+from versatune_ds.engine.model.source import DTYPES, facts
 from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.engine.preflight.dry_run import dry_run_when_asked
 from versatune_ds.engine.prepared import Prepared, prepare_run
-from versatune_ds.engine.provenance import accelerator_peak_tflops, describe_hardware, describe_versions
+from versatune_ds.engine.provenance import (
+    accelerator_peak_tflops,
+    describe_hardware,
+    describe_versions,
+    note_changes,
+)
 from versatune_ds.engine.state import TrainState
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.commit import git_commit
-from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.foundations.errors import SaveError, StateError
 from versatune_ds.foundations.files import canonical_hash, write_json_atomic
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.foundations.text import command
+from versatune_ds.observability.profile import StepProfiler
 from versatune_ds.observability.progress import Progress
 from versatune_ds.observability.sinks import Sinks, open_sinks
 
@@ -74,6 +87,7 @@ class Components:
     """What the losses that drive the weights are measured on; None where training batches do."""
     sinks: Sinks
     progress: Progress
+    profiler: StepProfiler
     shape: ModelShape
     peak_tflops: float | None
 
@@ -96,6 +110,34 @@ class Components:
         """Write a checkpoint after `done` steps; a collective."""
         self.saver.save(done, self._saved_state)
 
+    def export(self) -> Path:
+        """Write the finished model and return its folder; a collective.
+
+        Raises:
+            SaveError: on all ranks, why it could not be written, where its weights are kept, and the command
+                that writes it from them.
+        """
+        target, companions = self.folder / constants.EXPORT_DIR, self.prepared.companions
+        assert companions is not None
+        step = self.state.planner.step
+        try:
+            step = self.load_best()
+            export_model(self.backend, companions, target, int(self.config.checkpoint.export_shard_gb * 1e9))
+        except Exception as error:  # whatever it is, the weights are not to be lost
+            kept = self.folder / constants.CHECKPOINTS_DIR / checkpoint_name(step)
+            try:
+                if not distributed.on_main(kept.is_dir):
+                    self.save(step)
+                    self.saver.finish()
+            except SaveError as second:
+                raise SaveError(f"the run is finished, but {error}; {second}") from error
+            finish = command("export", self.folder, "--step", step, "--out", target)
+            raise SaveError(
+                f"the run is finished and its weights are kept in {kept}, but {error}. Then write the model "
+                f"by:\n{finish}"
+            ) from error
+        return target
+
     def save_evaluated(self, done: int) -> None:
         """Keep the state after `done` steps if its evaluation, just made, was the best one or ends the run,
         which a restart has to know; a collective."""
@@ -105,32 +147,36 @@ class Components:
         if best.exhausted and self.config.checkpoint.every_n_steps:
             self.save(done)
 
-    def load_best(self) -> None:
-        """Go back to the best state where one is kept; a collective.
+    def load_best(self) -> int:
+        """Go back to the best state where one is kept; the step that the model is of; a collective.
 
         Raises:
             StateError: its checkpoint is damaged.
         """
         best, last = self.state.early_stopping, self.state.planner.step
         if self.config.evaluation.select is None or best.best_step == last:
-            return
+            return last
         if best.best_step == 0:
             self.progress.note("no evaluation gave the loss of evaluation.select: the last parameters it is")
-            return
+            return last
         checkpoint = self.config.run.dir / constants.CHECKPOINTS_DIR / checkpoint_name(best.best_step)
         require_sound(checkpoint)
         layout = state_layout(self.prepared.deepspeed, self.config)
-        load_model_state(checkpoint, self.backend, read_state(checkpoint, layout))
+        load_model_state(
+            checkpoint, self.backend, read_state(checkpoint, layout, facts(self.prepared.architecture))
+        )
         self.progress.note(
             f"parameters after step {best.best_step} of {last}, whose held-out loss {best.best_loss:.4f} is "
             "the lowest (evaluation.select)"
         )
+        return best.best_step
 
     def _saved_state(self) -> dict[str, Any]:
         """Everything of ours that a resumed run needs. File offsets are known on rank 0, which writes it."""
         return {
             "world_size": distributed.world_size(),
             "layout": self.backend.layout,
+            "architecture": facts(self.prepared.architecture),
             **self.state.to_json(),
             "offsets": self.sinks.offsets(),
         }
@@ -139,34 +185,35 @@ class Components:
         """Stop the threads and close the files."""
         self.loader.close()
         self.saver.close()
+        self.profiler.close()
         self.progress.close()
         self.sinks.close()
 
 
-def open_run(config: Config, device: torch.device, config_path: Path | None = None) -> Components:
+def open_run(config: Config, device: torch.device) -> Components:
     """Build a run from its settings; every rank calls it.
-
-    Args:
-        config_path: the settings' file, for error texts that name a command.
 
     Raises:
         ConfigError, DataError, StateError: settings, data or saved state that cannot be used.
     """
-    prepared = prepare_run(config, device.type, config_path)
-    saved: dict[str, Any] | None = None
+    prepared = prepare_run(config, device.type)
+    if prepared.companions is not None:
+        distributed.on_main(try_export, config, prepared.architecture, prepared.companions)
     checkpoint: Path | None = None
     checkpoints = config.run.dir / constants.CHECKPOINTS_DIR
     if config.run.resume == "auto":
         checkpoint = newest_sound_checkpoint(checkpoints)
-    if checkpoint is not None:
-        saved = read_state(checkpoint, state_layout(prepared.deepspeed, config))
-    state = TrainState.of(prepared, saved)
+    saved, state = read_saved(checkpoint, prepared)
     if state.planner.step == 0 and config.evaluation.every_n_steps is None:
         report_alarms(state.controller.starting_alarms(DomainSums.zeros(len(prepared.table))))
     backend = build_backend(config, prepared.deepspeed, prepared.ranks, device)
     if checkpoint is not None and saved is not None:
-        load_model_state(checkpoint, backend, saved)
+        with going_on(checkpoint, config):
+            load_model_state(checkpoint, backend, saved)
         log.info("resuming from %s", checkpoint)
+    if config.checkpoint.export_at_end and config.model.adapter is None:
+        needed = parameter_counts(backend.model)[0] * DTYPES[config.model.dtype].itemsize
+        distributed.on_main(check_room, config.run.dir, needed)
     dry_run_when_asked(backend, config)
     if distributed.is_main():
         introduce(prepared, backend)
@@ -181,6 +228,39 @@ def open_run(config: Config, device: torch.device, config_path: Path | None = No
     return assemble(prepared, backend, state, sinks, progress)
 
 
+def read_saved(checkpoint: Path | None, prepared: Prepared) -> tuple[dict[str, Any] | None, TrainState]:
+    """Our own state of the checkpoint to go on from, if any, and the state that the run begins with.
+
+    Raises:
+        StateError: it belongs to a run of other data, model or settings, or to a longer one.
+    """
+    if checkpoint is None:
+        return None, TrainState.of(prepared, None)
+    with going_on(checkpoint, prepared.config):
+        layout = state_layout(prepared.deepspeed, prepared.config)
+        saved = read_state(checkpoint, layout, facts(prepared.architecture))
+        state = TrainState.of(prepared, saved)
+        if state.planner.step > prepared.total_steps:
+            raise StateError(
+                f"{state.planner.step} steps are done, and train.max_steps or train.epochs asks for "
+                f"{prepared.total_steps}; ask for as many or more"
+            )
+    return saved, state
+
+
+@contextmanager
+def going_on(checkpoint: Path, config: Config) -> Iterator[None]:
+    """Errors about a checkpoint get the ways out: its own weights as a model, and another folder."""
+    try:
+        yield
+    except StateError as error:
+        export = command("export", config.run.dir, "--step", step_of(checkpoint))
+        raise StateError(
+            f"cannot go on from {checkpoint}: {error}. Or choose another run.dir for a new run; to start it "
+            f"from the weights of this one, write them as a model first:\n{export}"
+        ) from error
+
+
 def assemble(
     prepared: Prepared, backend: Backend, state: TrainState, sinks: Sinks, progress: Progress
 ) -> Components:
@@ -189,7 +269,7 @@ def assemble(
     Raises:
         DataError: held-out data is asked for and there is none.
     """
-    config = prepared.config
+    config, asked = prepared.config, prepared.config.train.profile
     held_out, probe = open_held_out(prepared, needs_probe=state.controller.needs_probe)
     return Components(
         prepared=prepared,
@@ -203,9 +283,12 @@ def assemble(
             state.planner,
             *prepared.ranks.dp,
             pad_id=prepared.pad_id,
+            part=prepared.ranks.sp,
             pin_memory=backend.device.type == "cuda",
         ),
-        statistics=StepStatistics(len(prepared.table), backend.device, backend.model.routers),
+        statistics=StepStatistics(
+            len(prepared.table), backend.device, backend.model.routers, counts=prepared.ranks.sp.rank == 0
+        ),
         saver=Saver(
             config.run.dir / constants.CHECKPOINTS_DIR,
             config.checkpoint,
@@ -216,7 +299,8 @@ def assemble(
         probe=probe,
         sinks=sinks,
         progress=progress,
-        shape=built_shape(backend.model.lm.config, *parameter_counts(backend.model)),
+        profiler=StepProfiler(config.run.dir, asked.steps if asked and distributed.is_main() else None),
+        shape=live_shape(backend.model),
         peak_tflops=accelerator_peak_tflops(config, backend.device),
     )
 
@@ -243,7 +327,7 @@ def open_files(prepared: Prepared, backend: Backend, saved: dict[str, Any] | Non
         if not distributed.is_main():
             return Sinks()
         try:
-            _note_changes(config)
+            note_changes(config)
             write_resolved(config, config.run.dir / constants.RESOLVED_CONFIG_FILE)
             _write_run_info(prepared, backend)
             return open_sinks(
@@ -278,33 +362,9 @@ def open_held_out(prepared: Prepared, *, needs_probe: bool) -> tuple[HeldOut | N
     return held_out, probe
 
 
-def _note_changes(config: Config) -> None:
-    """Say which settings differ from those the folder was last run with."""
-    path = config.run.dir / constants.RESOLVED_CONFIG_FILE
-    if not path.is_file():
-        return
-    try:
-        old, new = (_flat(c.model_dump(mode="json")) for c in (load_config(path), config))
-    except ConfigError:  # written by a version with other settings
-        log.warning("%s cannot be read by this version; it will be replaced", path)
-        return
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            log.warning("setting %s was %r and is now %r", key, old.get(key), new.get(key))
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    items: dict[str, Any] = {}
-    for key, inner in value.items():
-        items.update(_flat(inner, f"{prefix}.{key}" if prefix else str(key)))
-    return items
-
-
 def _write_run_info(prepared: Prepared, backend: Backend) -> None:
     """run.json: what ran, on what, when; for the report and for people."""
-    config = prepared.config
+    config, adapter = prepared.config, prepared.config.model.adapter
     total, outside_embeddings = parameter_counts(backend.model)
     write_json_atomic(
         config.run.dir / constants.RUN_INFO_FILE,
@@ -320,8 +380,10 @@ def _write_run_info(prepared: Prepared, backend: Backend) -> None:
                 "type": backend.model.lm.config.model_type,
                 "dtype": config.model.dtype,
                 "attention": backend.attention.implementation,
+                "adapter": f"{adapter.kind}, rank {adapter.rank}" if adapter else None,
             },
             "num_parameters": total,
+            "num_parameters_trained": parameter_counts(backend.model, trained=True)[0],
             "num_parameters_nonembedding": outside_embeddings,
             "domains": config.domains.names,
             "total_steps": prepared.total_steps,
@@ -345,6 +407,8 @@ def introduce(prepared: Prepared, backend: Backend) -> None:
         distributed.world_size(),
         backend.layout["ZeRO stage"],
     )
+    if backend.layout["ZeRO stage"]:
+        log.info("ZeRO: %s", describe_sizes(prepared.deepspeed["zero_optimization"]))
     if config.model.adapter is not None:
         adapter, targets = config.model.adapter, trained_targets(backend.model.lm)
         log.info(

@@ -78,7 +78,7 @@ def _samples(
     run: Components, plan: StepPlan, sample_losses: list[torch.Tensor], reason: str
 ) -> list[dict[str, Any]]:
     """This rank's samples to blame and where they come from; a gradient cannot be traced to any."""
-    if reason == NONFINITE_GRADIENT:
+    if reason == NONFINITE_GRADIENT or run.backend.ranks.sp.rank > 0:  # who shares a pack has the same
         return []
     found = []
     packs = rank_packs(plan.packs, *run.backend.ranks.dp)

@@ -62,10 +62,13 @@ class StepStatistics:
         num_domains: k.
         device: where the model computes.
         routers: of a mixture of experts, whose counts go along.
+        counts: False on all but one of the ranks that share a pack: they have the same sums of samples.
     """
 
-    def __init__(self, num_domains: int, device: torch.device, routers: Routers | None = None) -> None:
-        self.num_domains, self.routers = num_domains, routers
+    def __init__(
+        self, num_domains: int, device: torch.device, routers: Routers | None = None, counts: bool = True
+    ) -> None:
+        self.num_domains, self.routers, self.counts = num_domains, routers, counts
         if routers is not None:
             routers.take()  # what a rehearsal has left
         self._sums = torch.zeros(NUM_ROWS, num_domains, dtype=torch.float64, device=device)
@@ -100,7 +103,7 @@ class StepStatistics:
         of_domain = sample_domains.unsqueeze(0) == domains  # [k, S]
         per_sample = torch.stack(rows).unsqueeze(1)  # [m, 1, S]
         # where, not a product with 0/1: a NaN of one domain must not reach the others
-        sums = torch.where(of_domain, per_sample, 0.0).sum(-1)
+        sums = torch.where(of_domain & self.counts, per_sample, 0.0).sum(-1)
         self._sums += sums
         if token_weight is None or sample_ids is None:
             self._weighted += sums[SumRow.LOSS_SUM : SumRow.TOKENS + 1]

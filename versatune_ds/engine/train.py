@@ -18,7 +18,6 @@ What is not covered: how a run is opened (`engine/run.py`), and what each part d
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +27,7 @@ from versatune_ds.data.collate import Batch
 from versatune_ds.data.plan.planner import StepPlan
 from versatune_ds.engine.backend.optimizer import learning_rate
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
-from versatune_ds.engine.checkpointing.hf_export import Companions, export_model
-from versatune_ds.engine.evaluate import HeldOut, evaluate
+from versatune_ds.engine.evaluate import HeldOut, evaluate, probe_losses
 from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.run_lock import RunLock
@@ -51,9 +49,10 @@ from versatune_ds.engine.run import Components, open_run, report_alarms
 from versatune_ds.engine.skipping import FP16_OVERFLOW, NONFINITE_GRADIENT, reason_to_skip, report_skip
 from versatune_ds.engine.statistics import Flags
 from versatune_ds.engine.step_record import record_step
-from versatune_ds.foundations import constants, distributed
+from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import VersaTuneError
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.foundations.text import command
 from versatune_ds.observability.records import EvalRecord
 
 log = get_logger(__name__)
@@ -62,25 +61,22 @@ log = get_logger(__name__)
 # --- the run ------------------------------------------------------------------------------------------------
 
 
-def train(config: Config, config_path: Path | None = None) -> None:
+def train(config: Config) -> None:
     """Train a model by its settings; returns when the run is finished or was asked to stop and has saved.
-
-    Args:
-        config_path: the settings' file, for error texts that name a command.
 
     Raises:
         VersaTuneError: bad settings, data or state, or a run that diverged.
     """
     device = start_process_group(config.run.collective_timeout_s)
-    train_in_group(config, device, config_path)
+    train_in_group(config, device)
     close_process_group()
 
 
-def train_in_group(config: Config, device: torch.device, config_path: Path | None = None) -> bool:
+def train_in_group(config: Config, device: torch.device) -> bool:
     """`train` within a process group that is already there and stays; False when it was asked to stop."""
     watched = Heartbeat(config.run.hang_timeout_s)
     with StopRequest() as stop, watched, RunLock(config.run.dir), explained(config):
-        run = open_run(config, device, config_path)
+        run = open_run(config, device)
         try:
             finished = run_steps(run, stop)
             if finished:
@@ -94,7 +90,8 @@ def run_steps(run: Components, stop: StopRequest) -> bool:
     """All remaining steps; False when the run was asked to stop before its last one."""
     if run.first_step == 0:
         record_weights(run, run.state.controller.initial_update().to_json())
-    evaluate_when_due(run, run.first_step)
+    if not run.state.early_stopping.exhausted:
+        evaluate_when_due(run, run.first_step)
     for step in range(run.first_step, run.prepared.total_steps):
         if run.state.early_stopping.exhausted:
             break
@@ -119,7 +116,7 @@ def run_steps(run: Components, stop: StopRequest) -> bool:
 def run_step(run: Components, step: int, stop: StopRequest) -> Flags:
     """One optimizer step; returns what the ranks agreed on at its boundary."""
     done, state = step + 1, run.state
-    with recording() as times:
+    with run.profiler.step(done), recording() as times:
         rate = learning_rate(run.config.optimizer, step, run.prepared.total_steps)
         with phase(DATA_WAIT, done):
             plan, batches = run.loader.take(state.controller.weights)
@@ -154,17 +151,17 @@ def accumulate(run: Components, plan: StepPlan, batches: list[Batch]) -> list[to
     """Forward and backward over this rank's packs; returns the per-sample losses, still on the device.
 
     The loss of every pack is divided by the weight of all labels of the step over all ranks. The backend
-    then averages gradients over the ranks that share out the packs, hence the factor of their number.
+    then averages gradients over all ranks, hence the factor of their number.
     """
     backend = run.backend
-    normalizer = plan.loss_weight / backend.ranks.dp.size
+    normalizer, passes = plan.loss_weight / backend.ranks.size, len(batches) / backend.ranks.sp.size
     sample_losses = []
     for i, batch in enumerate(batches):
         place = plan.step + 1, f"of pack {i + 1} of {len(batches)}"
         with phase(FORWARD, *place):
             on_device = batch.to(backend.device, non_blocking=True)
             drawn = plan.step, i, *backend.ranks.dp
-            out = backend.forward(**model_inputs(on_device, normalizer, len(batches), drawn))
+            out = backend.forward(**model_inputs(on_device, normalizer, passes, drawn))
         with phase(STATISTICS, *place):
             run.statistics.add(out, on_device.sample_domains, on_device.sample_ids, on_device.token_weight)
         with phase(BACKWARD, *place):
@@ -187,12 +184,12 @@ def update_weights(run: Components, done: int) -> None:
     Raises:
         VersaTuneError: ranks came to different weights.
     """
-    sums = None
+    losses, controller = None, run.state.controller
     if run.probe is not None:
         with phase(PROBE, done):
-            sums = evaluate(run.backend, run.probe, len(run.table)).sums
-    update = run.state.controller.update(done, sums)
-    if not distributed.all_equal(run.state.controller.digest()):
+            losses = probe_losses(run.backend, run.probe, each_sample=controller.needs_samples)
+    update = controller.update(done, losses)
+    if not distributed.all_equal(controller.digest()):
         raise VersaTuneError(
             f"after step {done} the ranks hold different domain weights: this is a bug, report it"
         )
@@ -242,12 +239,7 @@ def record_evaluation(run: Components, done: int, held_out: HeldOut) -> None:
 
 def finish(run: Components) -> None:
     """Export the model and say where things lie."""
-    target = run.folder / constants.EXPORT_DIR
     if run.config.checkpoint.export_at_end:
-        shard_bytes = int(run.config.checkpoint.export_shard_gb * 1e9)
-        companions = Companions.of(run.config, run.prepared.tokenizer, run.backend.model.lm.config)
         with phase("export", is_limited=False):
-            run.load_best()
-            export_model(run.backend, companions, target, shard_bytes)
-        run.progress.note(f"model: {target}")
-    run.progress.note(f"run folder: {run.folder} (versatune-ds report {run.folder})")
+            run.progress.note(f"model: {run.export()}")
+    run.progress.note(f"run folder: {run.folder} ({command('report', run.folder)})")

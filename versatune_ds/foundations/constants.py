@@ -28,7 +28,14 @@ RUN_LOCK_FILE: Final = "run.lock"
 RUN_HOLDER_FILE: Final = "run.lock.json"
 CHECKPOINTS_DIR: Final = "checkpoints"
 EXPORT_DIR: Final = "model"
+EXPORT_FILE: Final = "versatune_export.json"
+PROFILE_DIR: Final = "profile"
 ADAPTER_CONFIG_FILE: Final = "adapter_config.json"
+
+# Files of a profile folder.
+PROFILE_FILE: Final = "profile.json"
+PROFILE_TRACE_FILE: Final = "trace.json.gz"
+PROFILE_MEMORY_FILE: Final = "memory.pickle"
 
 # Files of a checkpoint folder.
 CHECKPOINT_STATE_FILE: Final = "versatune_state.json"

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,7 +43,7 @@ def fsync_tree(folder: Path) -> None:
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, durably, so that readers see all of it or none."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # of a link, the file that it leads to
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -79,10 +79,50 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file, or one that holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def require_own(folder: Path, signs: Mapping[str, str], cure: str = "give another place with --out") -> None:
+    """Refuse to replace files that this program did not write, before the work that they would be for.
+
+    Args:
+        signs: name of each file that will be written -> text that such a file holds in its first 64 KiB.
+        cure: what else to do.
+
+    Raises:
+        StateError: files of these names are there and hold something else.
+    """
+    foreign = [name for name, sign in signs.items() if not _has(folder / name, sign.encode())]
+    if foreign:
+        raise StateError(
+            f"{folder} holds {', '.join(foreign)}, which this program did not write and would replace; move "
+            f"that away, or {cure}"
+        )
+
+
+def _has(path: Path, sign: bytes) -> bool:
+    """Whether a file holds a text near its beginning, or nothing; or is not there."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1 << 16)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return not head or sign in head
+
+
 def remove_temporaries(path: Path) -> None:
     """Remove what killed processes left of atomic writes of `path`; only while no other process writes it."""
     for leftover in path.parent.glob(f".{path.name}.*"):
-        leftover.unlink(missing_ok=True)
+        if re.fullmatch(r"[a-z0-9_]{8}", leftover.name[len(path.name) + 2 :]):  # not an editor's .NAME.swp
+            leftover.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:
@@ -105,7 +145,25 @@ def canonical_hash(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def expanded(path: str) -> str:
+    """A path with `~`, `~USER`, `$NAME` and `${NAME}` filled in.
+
+    Raises:
+        ValueError: no such user or variable, and no file of that very name.
+    """
+    full = os.path.expandvars(os.path.expanduser(path))
+    if os.path.lexists(full):
+        return full
+    if full.startswith("~"):
+        raise ValueError(f"{path}: there is no user {full.split('/', 1)[0][1:]!r}")
+    if unset := re.search(r"\$(\w+|\{[^}]*\})", full):
+        raise ValueError(f"{path}: the environment has no {unset[1].strip('{}')}")
+    return full
+
+
 def folder_name(name: str) -> str:
-    """A folder name for any name; names with odd characters get a hash, so that no two fall together."""
+    """A folder name for any name. Names with odd characters get a hash, so that no two fall together, and so
+    do names that end like a file of ours that may lie beside them (unit.json)."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:60].lstrip(".")
-    return safe if safe == name else f"{safe}-{canonical_hash(name)[:8]}"
+    odd = safe != name or Path(name).suffix in (".json", ".jsonl", ".lock")
+    return f"{safe}-{canonical_hash(name)[:8]}" if odd else safe

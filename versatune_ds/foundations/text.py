@@ -1,4 +1,4 @@
-"""What a reader sees of a text: is anything there? And tables for a terminal.
+"""What a reader sees of a text: is anything there? And tables and commands for a terminal.
 
 Unicode gives every character a category; spaces, controls and format characters leave no mark. Some letters
 and marks leave none either: the Default_Ignorable_Code_Point property (Unicode Standard, section 5.21), which
@@ -11,6 +11,7 @@ What is not covered: fonts, and text in the colour of its background.
 from __future__ import annotations
 
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterator, Sequence
 
@@ -39,3 +40,8 @@ def in_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     for row in rows:
         cells = (f"{cell:{sign}{width}}" for cell, sign, width in zip(row, signs, widths, strict=True))
         yield "  ".join(cells).rstrip()
+
+
+def command(verb: str, *words: object) -> str:
+    """A command of this program that can be pasted into a shell."""
+    return shlex.join(["versatune-ds", verb, *map(str, words)])

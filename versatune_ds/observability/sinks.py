@@ -1,4 +1,4 @@
-"""Where records go: append-only JSONL files (the ground truth), TensorBoard, Weights & Biases.
+"""Where records go: append-only JSONL files (the ground truth), and trackers (`trackers.py`).
 
 `MetricsLog` writes each line whole and hands it to the operating system before it returns, so a killed
 process loses nothing and a reader of a running run sees every line. On resume the file is cut back to the
@@ -6,7 +6,7 @@ offset in the checkpoint: lines of steps that will be done again are replaced, n
 
 A log must not end a training run. When a line cannot be written (a full disk), what was written of it is
 cut off again, the loss is reported once and counted, and training goes on; the first line that succeeds
-afterwards reports how many are missing. The same holds for the two trackers. Errors at start-up (folder
+afterwards reports how many are missing. The same holds for trackers. Errors at start-up (folder
 not writable, package missing) do stop the run: nothing is lost yet.
 
 What is not covered: what a record holds (`records`), the console (`progress`). Only rank 0 has files;
@@ -17,21 +17,20 @@ from __future__ import annotations
 
 import functools
 import os
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from versatune_ds.config.schema import Metrics
+from versatune_ds.config.secrets import redacted
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import StateError
 from versatune_ds.foundations.files import writing
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.records import EvalRecord, StepRecord, clean, json_line
+from versatune_ds.observability.trackers import Tracker, open_trackers
 
 LOGGER = get_logger(__name__)
-TENSORBOARD_DIR = "tensorboard"
-WANDB_ID_FILE = "wandb_id.txt"
 COPY_BLOCK_BYTES = 1 << 20
 
 
@@ -169,16 +168,6 @@ class MetricsLog:
             LOGGER.warning("%s: %d lines in all could not be written", self.path, self.lost_lines)
 
 
-class Tracker(NamedTuple):
-    """A tool outside the run folder that draws scalars by step."""
-
-    name: str
-    log: Callable[[int, Mapping[str, float]], Any]
-    """Record scalars at a step."""
-    close: Callable[[], Any]
-    """Flush and end."""
-
-
 def flatten(prefix: str, line: Mapping[str, Any]) -> dict[str, float]:
     """All numbers of a JSON line as `prefix/key` or `prefix/key/name...`; null, text and lists are left."""
     flat: dict[str, float] = {}
@@ -191,47 +180,12 @@ def flatten(prefix: str, line: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def tensorboard(run_dir: Path, first_step: int) -> Tracker:
-    """Events in `<run folder>/tensorboard`; what an earlier process wrote from `first_step` on is hidden."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    purge = first_step if first_step > 1 else None
-    writer: Any = SummaryWriter(str(run_dir / TENSORBOARD_DIR), purge_step=purge)  # type: ignore[no-untyped-call]
-
-    def log(step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, step)
-
-    return Tracker("TensorBoard", log, writer.close)
-
-
-def wandb(run_dir: Path, project: str, config: Mapping[str, Any] | None) -> Tracker:
-    """A Weights & Biases run; a resumed run goes on in the same one (its id lies in the run folder).
-
-    W&B drops steps below the newest that it has.
-    """
-    import wandb
-
-    id_file = run_dir / WANDB_ID_FILE
-    if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
-    run = wandb.init(
-        project=project,
-        name=run_dir.resolve().name,
-        dir=str(run_dir),
-        id=id_file.read_text(encoding="utf-8").strip(),
-        resume="allow",
-        config=dict(config or {}),
-    )
-    return Tracker("Weights & Biases", lambda step, scalars: run.log(dict(scalars), step=step), run.finish)
-
-
 class Sinks:
     """All places that records go to; the engine talks to this object only.
 
     Args:
         logs: file name -> open log. Empty on ranks other than 0: then every method does nothing.
-        trackers: TensorBoard, W&B.
+        trackers: tools outside of the run folder.
     """
 
     def __init__(
@@ -300,7 +254,7 @@ class Sinks:
                     "%s failed (%s: %s); training goes on, further failures are counted",
                     tracker.name,
                     type(error).__name__,
-                    error,
+                    redacted(str(error)),
                 )
 
 
@@ -329,16 +283,13 @@ def open_sinks(
             removed and will be written again. None starts a new run: existing lines, left by a run that
             made no checkpoint, are removed too.
         first_step: number of the first step that will be recorded.
-        config: the resolved configuration, shown by W&B.
+        config: the resolved configuration, shown by trackers.
 
     Raises:
+        ConfigError: a tracker cannot be started.
         StateError: a file cannot be written, or does not fit the checkpoint.
     """
-    trackers: list[Tracker] = []
-    if settings.tensorboard:
-        trackers.append(tensorboard(run_dir, first_step))
-    if settings.wandb_project is not None:
-        trackers.append(wandb(run_dir, settings.wandb_project, config))
+    trackers = open_trackers(run_dir, settings, first_step, config or {})
     logs: dict[str, MetricsLog] = {}
     for name in LOG_FILES:
         log = MetricsLog(Path(run_dir) / name)

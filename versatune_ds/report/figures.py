@@ -49,7 +49,7 @@ DASHES: tuple[tuple[float, ...] | None, ...] = (None, (4, 1.6), (1.2, 1.4), (5, 
 HATCHES = ("", "///", "...", "xxx")
 MARKERS = ("o", "s", "^", "D")
 POINTS_PER_INCH = 72
-PNG_DPI = 150
+PNG_DPI, SOFTWARE = 150, "versatune_ds"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -111,7 +111,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One picture: lines over optimizer steps."""
+    """One picture: lines over optimizer steps or tokens."""
 
     title: str
     """Read out by screen readers; the visible title stands in the page."""
@@ -121,6 +121,7 @@ class Chart:
     width: float = 420
     """Pixels of the page at full size."""
     height: float = 240
+    x_label: str = "optimizer step"
     percent: bool = False
     """y is a share, printed in %."""
     from_zero: bool = False
@@ -163,7 +164,7 @@ def line_chart(chart: Chart) -> Markup:
         for series in chart.series:
             _draw(axes, series)
         axes.set_xlim(*chart.x_range)
-        axes.set_xlabel("optimizer step")
+        axes.set_xlabel(chart.x_label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=TICK_STEPS))
         axes.xaxis.set_major_formatter(FuncFormatter(compact))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
@@ -413,7 +414,7 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     with drawing():
-        figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": SOFTWARE})
     return buffer.getvalue()
 
 

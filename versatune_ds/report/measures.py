@@ -8,11 +8,13 @@ What is not covered: reading (`runs`), tables and sections (`report`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from versatune_ds.foundations.errors import StateError
 from versatune_ds.report.runs import Array, RunData, smooth
 
 NOTHING = "\u2013"
@@ -152,6 +154,21 @@ def x_range(runs: Sequence[RunData]) -> tuple[float, float]:
     steps_of = [steps for run in runs for steps in (run.steps, run.eval_steps, run.weight_steps)]
     last = [float(steps[-1]) for steps in steps_of if len(steps)]
     return (0.0, max(last, default=1.0) or 1.0)
+
+
+def by_tokens(run: RunData) -> RunData:
+    """The same run with tokens trained on so far in place of steps, to line up runs with unequal steps.
+
+    Raises:
+        StateError: it does not record tokens.
+    """
+    tokens = run.series["real_tokens"]
+    if len(tokens) and not np.isfinite(tokens).any():
+        raise StateError(f"{run.folder} records no real_tokens; leave out --by tokens")
+    x, y = np.append(0.0, run.steps), np.append(0.0, np.cumsum(np.nan_to_num(tokens)))
+    names = ("steps", "weight_steps", "update_steps", "eval_steps")
+    moved = {name: np.interp(getattr(run, name), x, y) for name in names}
+    return dataclasses.replace(run, x_label="tokens trained on", **moved)
 
 
 def thin(x: Array, y: Array, max_points: int = MAX_POINTS) -> tuple[Array, Array]:

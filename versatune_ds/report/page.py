@@ -9,15 +9,20 @@ What is not covered: what a page says (`report`, and `results` of the programs),
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
 
+from versatune_ds.foundations.files import require_own, write_text_atomic, writing
 from versatune_ds.foundations.text import in_columns
 from versatune_ds.report.measures import MINUS, NOTHING
 
+SIGN = "· VersaTune</title>"
+"""What every page has near its beginning."""
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -101,6 +106,8 @@ class PageSection:
     notes: Sequence[str] = ()
     """Small print after the tables."""
     folds: Sequence[Fold] = ()
+    links: Sequence[tuple[str, Path]] = ()
+    """Words and the file that they lead to, beside the page."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +131,18 @@ class Page:
     remarks: Sequence[tuple[str, Sequence[str]]] = ()
     """What to know before reading: a title and lines each."""
     cards: Sequence[Card] = ()
+    states: Sequence[str] = ()
+    """Whether what the page is about still goes on, a line each."""
+    refresh_s: int | None = None
+    """The page is written again: a browser loads it anew after so many seconds. None: it stays as it is."""
 
 
-def to_html(page: Page) -> str:
-    """The page as one HTML file, with its figures."""
+def to_html(page: Page, folder: Path = Path()) -> str:
+    """The page as one HTML file, with its figures.
+
+    Args:
+        folder: where it will lie; links are as seen from there.
+    """
     from versatune_ds.report import figures  # Markdown needs no matplotlib
 
     environment = jinja2.Environment(
@@ -137,9 +152,26 @@ def to_html(page: Page) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["from_page"] = lambda path: quote(os.path.relpath(path, folder))
     environment.globals.update(dash=figures.dash_index, colors=figures.NUM_COLORS, dashes=figures.DASHES)
     style = figures.palette_css() + (TEMPLATES / "page.css").read_text(encoding="utf-8")
     return environment.get_template("page.html.j2").render(page=page, style=Markup(style))
+
+
+def write_html(path: Path, text: str, option: str) -> None:
+    """Write a page's text, in place of an earlier page.
+
+    Args:
+        option: that names the place, for the error text.
+
+    Raises:
+        StateError: it cannot be written, or something else is there.
+    """
+    cure = f"give another place with {option}"
+    require_own(path.parent, {path.name: SIGN}, cure)
+    with writing(path, cure):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, text)
 
 
 def to_markdown(page: Page) -> str:

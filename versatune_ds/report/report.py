@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.foundations import constants
-from versatune_ds.foundations.files import write_text_atomic, writing
 from versatune_ds.report.figures import INK, MUTED, Chart, Row, Series, line_chart, row_chart
+from versatune_ds.report.follow import state_of
 from versatune_ds.report.measures import (
     MINUS,
     all_names,
+    by_tokens,
     cumulative_shares,
     last_row,
     share_gap,
@@ -33,7 +35,8 @@ from versatune_ds.report.measures import (
     window_of,
     x_range,
 )
-from versatune_ds.report.page import Fold, Page, PageSection, Picture, to_html
+from versatune_ds.report.page import Fold, Page, PageSection, Picture, to_html, write_html
+from versatune_ds.report.profile import profile_section
 from versatune_ds.report.runs import SHARE_UNITS, RunData, read_runs, smooth
 from versatune_ds.report.tables import (
     UNIT_NAMES,
@@ -79,32 +82,71 @@ Lines = Callable[[RunData, int, int, int | None], list[Series]]
 """(run, colour, column of a domain, dashes) -> the lines of that domain."""
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(folders: Sequence[Path], out: Path | None = None, by: str = "steps") -> Path:
     """Write the page and return its path.
 
     Args:
         folders: run folders, at least one.
         out: where to write; default: `report.html` in the run folder, or in the current folder when
             there are several runs.
+        by: what figures are drawn over: `steps` or `tokens`.
 
     Raises:
         StateError: a folder holds no run, or the page cannot be written.
     """
-    runs = read_runs(folders)
+    return _write(read_runs(folders), folders, out, by=by)
+
+
+def follow_report(
+    folders: Sequence[Path], out: Path | None = None, by: str = "steps", every_s: int = 30
+) -> Path:
+    """`write_report` every few seconds until all runs are over; Ctrl-C ends it.
+
+    The page says how the runs are, and loads itself anew in a browser until then.
+    """
+    try:
+        while True:
+            runs = read_runs(folders)
+            states = [state_of(run) for run in runs]
+            is_over = all(state.is_over for state in states)
+            texts = [f"{run.label}: {state.text}" for run, state in zip(runs, states, strict=True)]
+            refresh_s = None if is_over else every_s
+            path = _write(runs, folders, out, by=by, states=texts, refresh_s=refresh_s)
+            if is_over:
+                return path
+            time.sleep(every_s)
+    except KeyboardInterrupt:
+        return write_report(folders, out, by)
+
+
+def _write(runs: Sequence[RunData], folders: Sequence[Path], out: Path | None, **shown: Any) -> Path:
     default = Path(folders[0]) if len(folders) == 1 else Path()
     path = default / constants.REPORT_FILE if out is None else Path(out)
     if path.is_dir():
         path = path / constants.REPORT_FILE
-    page = render(runs)
-    with writing(path, "give another place with --out"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, page)
+    write_html(path, render(runs, path.parent, **shown), "--out")
     return path
 
 
-def render(runs: Sequence[RunData]) -> str:
-    """The page as HTML text."""
+def render(
+    runs: Sequence[RunData],
+    folder: Path = Path(),
+    *,
+    by: str = "steps",
+    states: Sequence[str] = (),
+    refresh_s: int | None = None,
+) -> str:
+    """The page as HTML text.
+
+    Args:
+        runs: at least one.
+        folder: where it will lie.
+        by: as in `write_report`.
+        states: whether the runs go on.
+        refresh_s: see `Page`.
+    """
     several = len(runs) > 1
+    drawn = [by_tokens(run) for run in runs] if by == "tokens" else runs
     made_at = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     noticed = "noticed while reading the run folder"
     page = Page(
@@ -113,13 +155,19 @@ def render(runs: Sequence[RunData]) -> str:
         legend=[run.label for run in runs] if several else (),
         remarks=[(f"{run.label}: {noticed}" if several else noticed, run.notes) for run in runs if run.notes],
         cards=() if several or not len(runs[0].steps) else cards(runs[0]),
-        sections=[section(runs) for section in SECTIONS],
+        sections=[
+            found
+            for section, is_drawn in SECTIONS
+            if (found := section(drawn if is_drawn else runs)) is not None
+        ],
+        states=states,
+        refresh_s=refresh_s,
     )
-    return to_html(page)
+    return to_html(page, folder)
 
 
 def _chart(runs: Sequence[RunData], title: str, series: Sequence[Series], **settings: Any) -> Chart:
-    return Chart(title=title, series=series, x_range=x_range(runs), **settings)
+    return Chart(title=title, series=series, x_range=x_range(runs), x_label=runs[0].x_label, **settings)
 
 
 def _domain_panels(runs: Sequence[RunData], what: str, lines: Lines, **settings: Any) -> list[Picture]:
@@ -364,14 +412,16 @@ def settings_section(runs: Sequence[RunData]) -> PageSection:
     return PageSection("settings", "Settings", folds=settings_folds(runs))
 
 
-SECTIONS: tuple[Callable[[Sequence[RunData]], PageSection], ...] = (
-    summary_section,
-    domains_section,
-    weights_section,
-    loss_section,
-    signals_section,
-    shares_section,
-    speed_section,
-    alarms_section,
-    settings_section,
+SECTIONS: tuple[tuple[Callable[[Sequence[RunData]], PageSection | None], bool], ...] = (
+    (summary_section, False),
+    (domains_section, False),
+    (weights_section, True),
+    (loss_section, True),
+    (signals_section, True),
+    (shares_section, True),
+    (speed_section, True),
+    (profile_section, False),
+    (alarms_section, False),
+    (settings_section, False),
 )
+"""Each with whether it draws over steps or tokens."""

@@ -125,6 +125,8 @@ class RunData:
     alarms: tuple[Alarm, ...]
     notes: tuple[str, ...]
     """What was found damaged or missing, in words."""
+    x_label: str = "optimizer step"
+    """What all `..steps` count (`measures.by_tokens`)."""
 
     def column(self, name: str) -> int | None:
         """Index of a domain, or None if the run does not have it."""

@@ -2,9 +2,9 @@
 bare products.
 
 Each computes the mean loss over the labelled rows, forward and backward. A variant is a setting of
-its knobs: "default" as its authors ship it, "best chunk" the fastest of a few chunk sizes, and
-named precisions where the library has a choice. Libraries are imported only when they are measured;
-one that is absent is reported as such.
+its knobs: "default" as its authors ship it, "best chunk" the fastest of a few chunk sizes, "frozen
+head" without dW, and named precisions where the library has a choice. Libraries are imported only
+when they are measured; one that is absent is reported as such.
 
 `three products` is the ceiling: logits, dX and dW of the labelled rows by the vendor's matrix
 product, without a softmax. Nothing that computes both gradients can be faster.
@@ -36,7 +36,7 @@ class Inputs:
     hidden: Tensor
     """[N, H], requires a gradient."""
     weight: Tensor
-    """[V, H], requires a gradient."""
+    """[V, H], requires a gradient unless a variant freezes it."""
     labels: Tensor
     """int64 [N]; IGNORE_INDEX where there is no label."""
     sample_ids: Tensor
@@ -59,6 +59,8 @@ class Variant:
     """Passed to the candidate's `loss`."""
     sweeps_chunk: bool = False
     """True: `chunk` is chosen from a few sizes by measuring them."""
+    frozen: bool = False
+    """The head needs no gradient, as beside an adapter."""
     on: tuple[str, ...] = ("cpu", "cuda")
     """Device types it is measured on."""
 
@@ -221,6 +223,7 @@ CANDIDATES = {
                 Variant("best chunk", {"backend": "triton"}, sweeps_chunk=True),
                 Variant("16-bit logits", {"backend": "triton", "logits_dtype": "compute"}),
                 Variant("loss only", {"backend": "triton", "sums": False}),
+                Variant("frozen head", {"backend": "triton"}, frozen=True),
             ),
             ours,
             on=("cuda",),
@@ -269,6 +272,7 @@ CANDIDATES = {
             (
                 Variant("default", {"backend": "chunked"}),
                 Variant("best chunk", {"backend": "chunked"}, sweeps_chunk=True),
+                Variant("frozen head", {"backend": "chunked"}, frozen=True),
                 Variant("loss only", {"backend": "chunked", "sums": False}, on=("cuda",)),
             ),
             ours,

@@ -148,13 +148,15 @@ class Gate:
         return {"verdict": judge(errors, torch_errors), "errors": errors, "torch_errors": torch_errors}
 
     def _errors(self, loss: Tensor, dx: Tensor | None, dw: Tensor | None) -> dict[str, float]:
-        """Infinite for a gradient that never came."""
+        """Infinite for a gradient that never came; no dW of a frozen head."""
         exact = self._exact
-        return {
+        errors = {
             "loss": _relative(loss, exact.token_loss.sum() / self._inputs.num_valid),
             "dx": math.inf if dx is None else _relative(dx[self._rows], exact.dx),
-            "dw": math.inf if dw is None else _relative(dw[self._classes], exact.dw),
         }
+        if self._inputs.weight.requires_grad:
+            errors["dw"] = math.inf if dw is None else _relative(dw[self._classes], exact.dw)
+        return errors
 
     def _errors_of_torch(self, theirs: Answer) -> dict[str, float]:
         exact, count = self._exact, self._inputs.num_valid

@@ -5,7 +5,8 @@ medians: of device seconds on a GPU, of CPU seconds on a CPU (where the machine 
 ratios stand beside them).
 
     transient   peak above the inputs, minus the two gradients that the caller asked for
-    TFLOP/s     6 H V n / time, n the rows that have a label: the three products that are needed
+    TFLOP/s     6 H V n / time, n the rows that have a label: the three products that are needed (of a frozen
+                head two: 4 H V n)
 
 What is not covered: the picture (`picture`).
 """
@@ -90,6 +91,7 @@ def _one(entry: dict[str, Any], useful_flops: float, clock: str) -> dict[str, An
     if "host_s" in entry:
         out["host_s"] = spread(entry["host_s"])
     out["num_runs"] = len(entry["s"])
+    useful_flops *= 1 if entry["dw_bytes"] else 2 / 3
     out["useful_tflops"] = useful_flops / out[clock]["median"] / 1e12
     out["dx_gib"], out["dw_gib"] = entry["dx_bytes"] / GIB, entry["dw_bytes"] / GIB
     peaks = [peak for peak in entry["peak_bytes"] if peak is not None]

@@ -81,6 +81,7 @@ class Worker:
         what = request["do"]
         variant = next(v for v in self.candidate.variants if v.name == request["variant"])
         self.inputs = make_inputs(Case(**request["case"]), self.device)
+        self.inputs.weight.requires_grad_(not variant.frozen)
         if what == "gate":
             return self.gate(variant, Path(request["answers"]))
         if what == "turn":
@@ -113,12 +114,13 @@ class Worker:
         inputs.hidden.grad = inputs.weight.grad = None
         memory = PeakMemory(self.device)
         measured = [self._run(variant, chunk) for _ in range(runs)]
-        assert inputs.hidden.grad is not None and inputs.weight.grad is not None
+        dx, dw = inputs.hidden.grad, inputs.weight.grad
+        assert dx is not None and (dw is None) == variant.frozen
         return {
             **{clock: [run[clock] for run in measured] for clock in measured[0]},
             "peak_bytes": memory.bytes(),
-            "dx_bytes": inputs.hidden.grad.nbytes,
-            "dw_bytes": inputs.weight.grad.nbytes,
+            "dx_bytes": dx.nbytes,
+            "dw_bytes": 0 if dw is None else dw.nbytes,
         }
 
     def tidy(self) -> None:

@@ -9,6 +9,8 @@ import pytest
 from prepared import data_config, qwen_like_tokenizer, write_jsonl
 
 from versatune_ds.apps.detect.classifier import ClassifierJudge, confusion_table
+from versatune_ds.apps.detect.judge import UNKNOWN
+from versatune_ds.apps.detect.sources import WINDOW
 from versatune_ds.data.cache.prepare import prepare
 from versatune_ds.foundations.errors import DataError
 
@@ -141,3 +143,83 @@ def test_the_same_data_and_seed_give_the_same_judgements(prepared):
         next(iter(judge_of(tokenizer, caches["train"], caches["eval"]).judge(texts))) for _ in range(2)
     )
     np.testing.assert_array_equal(first.probabilities, second.probabilities)
+
+
+# --- sources that it has not seen ---------------------------------------------------------------------------
+
+
+class Lengths:
+    """An embedder whose vectors say how many words a text has of each list, and else nothing."""
+
+    kind, fingerprint = "base", "of lengths"
+
+    def embed(self, texts):
+        counts = [[sum(word in text for word in words) for words in WORDS.values()] for text in texts]
+        strange = [
+            [[5.0 * ("quux" in text), *(1.0 + np.array(row))]]
+            for text, row in zip(texts, counts, strict=True)
+        ]
+        return np.array(strange, dtype=np.float32)
+
+    def embed_once(self, texts, folder):
+        return self.embed(texts)
+
+    def close(self):
+        """Nothing is held."""
+
+
+def corpora(folder, name, shared):
+    """Two files a domain; each has words of its own, and where they are shared some of its domain."""
+    sources = []
+    for domain in NAMES:
+        for file in range(2):
+            own = [f"{domain}{'xy'[file]}{letter}" for letter in "abcd"]
+            generator = random.Random(f"{domain} {file}")
+            lines = []
+            for _ in range(40):
+                chosen = generator.choices(own, k=5) + generator.choices(WORDS[domain], k=5 if shared else 0)
+                generator.shuffle(chosen)
+                lines.append({"prompt": " ".join(chosen[:4]), "completion": " ".join(chosen[4:])})
+            path = write_jsonl(folder / f"{name}-{domain}-{file}.jsonl", lines)
+            sources.append({"path": str(path), "domain": domain})
+    return sources
+
+
+@pytest.mark.parametrize(("shared", "is_honest"), [(True, True), (False, False)])
+def test_what_it_knows_of_sources_only_is_seen_and_said(tmp_path, caplog, shared, is_honest):
+    tokenizer = qwen_like_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    sources = corpora(tmp_path, "train", shared)
+    config = data_config(tmp_path, tmp_path / "tokenizer", sources, names=NAMES)
+    judge = judge_of(tokenizer, prepare(config, progress=False).caches["train"], [None] * 3)
+    facts = judge.facts()
+    assert facts["held_out_accuracy"] > 0.95
+    assert (facts["left_out_accuracy"] > 0.9) == is_honest
+    assert ("knows your corpora better than their domains" in caplog.text) != is_honest
+    assert set(facts["left_out_by_domain"]) == set(NAMES)
+    assert all(len(rows) >= 2 for rows in facts["left_out_sources"].values())
+    np.testing.assert_allclose(np.sum(facts["left_out_sources"]["law"], axis=1), 1.0)
+
+
+def test_a_text_unlike_all_that_it_has_seen_is_unknown(prepared):
+    tokenizer, caches = prepared
+    judge = ClassifierJudge(
+        NAMES, caches["train"], caches["eval"], tokenizer, 0, 8000, embedders=[Lengths()], texts=40
+    )
+    judge.open()
+    assert set(judge.facts()["trust"]) == {"words", "base"} and judge.identity()["texts"] == 40
+    known, strange = judge.judge([(0, " ".join(WORDS["law"][:6])), (1, "quux " * 20)])
+    assert known.probabilities.argmax() == 0 and known.problem is None
+    assert strange.probabilities is None and strange.problem == UNKNOWN
+    words_only = judge_of(tokenizer, caches["train"], caches["eval"])
+    assert words_only.facts()["unknown_beyond"] is None and words_only.identity() != judge.identity()
+
+
+def test_a_long_text_is_judged_by_the_mean_of_its_windows(prepared):
+    tokenizer, caches = prepared
+    judge = judge_of(tokenizer, caches["train"], caches["eval"])
+    halves = [" ".join(WORDS[name] * 20)[:WINDOW] for name in ("law", "code")]
+    first, second, both = judge.judge([(0, halves[0]), (1, halves[1]), (2, "".join(halves))])
+    np.testing.assert_allclose(
+        both.probabilities, (first.probabilities + second.probabilities) / 2, rtol=1e-9
+    )

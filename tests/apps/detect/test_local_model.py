@@ -9,7 +9,7 @@ from prepared import qwen_like_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from versatune_ds.apps.detect.local_model import ModelJudge, name_log_probabilities
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.foundations.errors import ConfigError
 
 NAMES = ["law", "capital of France", "prime"]

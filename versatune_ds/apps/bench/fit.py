@@ -22,8 +22,9 @@ import psutil
 
 from versatune_ds.apps.bench.settings import BenchSettings, bench_config
 from versatune_ds.apps.bench.shapes import find_shape
-from versatune_ds.apps.plan.memory import GIB, Checkpointing, Setup, memory_plan, setup_fields
+from versatune_ds.apps.plan.memory import memory_plan
 from versatune_ds.apps.plan.plan import CHECKPOINTING
+from versatune_ds.apps.plan.setup import GIB, Checkpointing, Setup, setup_fields
 from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import VersaTuneError

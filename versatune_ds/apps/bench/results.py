@@ -357,7 +357,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         found.append({**value, "name": path.stem})
     if not found:
         raise DataError(
-            f"{folder} holds no result of a trainer benchmark; `versatune-ds bench --out {folder}` writes one"
+            f"{folder} holds no result of a trainer benchmark; the verb bench writes them (--out)"
         )
     return found
 

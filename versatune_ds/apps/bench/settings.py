@@ -14,7 +14,7 @@ from pydantic import Field
 from versatune_ds.apps.bench.shapes import shape_config
 from versatune_ds.config.load import apply_override, load_config, validate_config
 from versatune_ds.config.schema import Config
-from versatune_ds.config.section import Section
+from versatune_ds.config.section import PlaceText, Section
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.log import get_logger
@@ -44,7 +44,7 @@ class BenchSettings(Section):
     """Steps with every phase timed."""
     metrics: str = "both"
     """Domain statistics "on", "off", or "both" (adds steps that alternate)."""
-    data: str | None = None
+    data: PlaceText | None = None
     """Settings whose prepared data is used; None: synthetic samples."""
     supervised: float = Field(0.5, gt=0, le=1)
     """Synthetic: share of a sample that has labels."""
@@ -52,7 +52,7 @@ class BenchSettings(Section):
     activation_checkpointing: str | int = "auto"
     """off, all, every n-th layer, or auto: as little as fits, the same for all slices."""
     zero_stage: int = 3
-    deepspeed: str | None = None
+    deepspeed: PlaceText | None = None
     """DeepSpeed JSON file; None: the shipped one with `zero_stage`."""
     overrides: tuple[str, ...] = ()
     """`section.key=value` for any other setting; they win."""

@@ -108,7 +108,7 @@ def find_shape(model: str) -> ModelShape:
     Raises:
         ConfigError: neither a known name nor a folder with a usable config.json.
     """
-    folder = Path(model).expanduser()
+    folder = Path(model)
     if (folder / "config.json").is_file():
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

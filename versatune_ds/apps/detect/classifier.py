@@ -1,33 +1,34 @@
-"""The embedded judge: a linear text classifier, trained on the user's own prepared domains.
+"""The embedded judge: linear models on words and hidden states, trained on the user's own prepared domains.
 
-    features      word 1- and 2-grams and character 2- to 5-grams, hashed (no vocabulary to keep), tf-idf
-    classifier    linear SVM, one against the rest
-    calibration   a sigmoid per domain, fitted on folds that the SVM has not seen, then scaled to sum 1
+It is measured twice: in-source, on held-out data (or a fifth of the training data), and with whole sources
+left out, on samples of files or groups of samples that it has not seen (`sources.py`). A generated text is
+of no source, so the second number is the one to look at; where the two part, a warning says so. From the
+left- out texts come also the trust in each kind of feature (`learning.py`), the table that corrects the
+mixture for the judge's own mistakes (`domain/knowledge.py`), and the limit beyond which a text is unlike
+all that it has learned from: such a text is judged "unknown" and feeds no domain.
 
-Domains weigh the same in training, however much data they have, so that the corpus' own mixture does not
-become the judge's expectation. Its accuracy and confusion table are measured on the run's held-out data, or
-on a fifth of the training data where a domain has no held-out data.
+A long text is judged by windows, whose mean counts.
 
-What is not covered: texts unlike anything in the training data. The classifier knows no "none of these": such
-a text gets the probabilities that its words suggest. Give odd texts a domain (`other`) with data.
+What is not covered: what no source of the training data is like. Groups of one corpus are more alike than
+two corpora are: expect less on foreign texts than on left-out ones (docs/detect.md has a measurement).
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.calibration import CalibratedClassifierCV
-from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import train_test_split
-from sklearn.pipeline import make_pipeline, make_union
-from sklearn.svm import LinearSVC
 
-from versatune_ds.apps.detect.judge import Judgement
+from versatune_ds.apps.detect import learning
+from versatune_ds.apps.detect.embedding import Embedder
+from versatune_ds.apps.detect.judge import UNKNOWN, Judgement
+from versatune_ds.apps.detect.sources import LabelledTexts, read_samples, windows
+from versatune_ds.apps.detect.topics import topics_of
 from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.foundations.errors import DataError
 from versatune_ds.foundations.files import canonical_hash
@@ -36,25 +37,18 @@ from versatune_ds.foundations.text import in_columns
 
 log = get_logger(__name__)
 
-NUM_FEATURES = 1 << 18
-"""Buckets of each of the two hashes."""
-MAX_TRAINING_SAMPLES = 5000
-"""Per domain, drawn at random: beyond this a linear classifier gains little and takes minutes."""
-MAX_HELD_OUT_SAMPLES = 1000
+MAX_TRAINING_SAMPLES = 2000
+"""Per domain, drawn at random, without a model; with one `probe_texts`."""
+MAX_HELD_OUT_SAMPLES = 100
 HELD_OUT_SHARE = 0.2
-FOLDS = 5
 MIN_SAMPLES = 10
-"""Per domain: below this there is nothing to calibrate on."""
+"""Per domain: below this there is nothing to learn from."""
 WEAK_ACCURACY = 0.7
-VERSION = 1
+WIDE_GAP = 0.1
+VERSION = 2
 """Raised when features or classifier change: judgements of different versions are not mixed."""
 
-
-class LabelledTexts(NamedTuple):
-    """Texts with their domain ids."""
-
-    texts: list[str]
-    domains: npt.NDArray[np.int64]
+Table = npt.NDArray[np.int64]
 
 
 class ClassifierJudge:
@@ -64,14 +58,18 @@ class ClassifierJudge:
         names: domain names, in table order.
         train, held_out: caches of each domain; None where there is no data.
         tokenizer: that made the caches.
-        seed: of the choice of samples and folds.
+        seed: of the choice of samples.
         max_chars: characters of a sample to learn from.
+        embedders: models whose vectors it uses; none: words only.
+        texts: samples of a domain to learn from.
+        topics: of domains by name, in place of the known ones.
+        folder: for the vectors of the training texts, so that they are made once.
 
     Raises:
         DataError: a domain has no data, or too little.
     """
 
-    texts_at_once = 256
+    texts_at_once = 64
     on_every_rank = False
 
     def __init__(
@@ -82,45 +80,126 @@ class ClassifierJudge:
         tokenizer: Any,
         seed: int,
         max_chars: int,
+        *,
+        embedders: Sequence[Embedder] = (),
+        texts: int = MAX_TRAINING_SAMPLES,
+        topics: Mapping[str, Sequence[str]] | None = None,
+        folder: Path | None = None,
     ) -> None:
         require_data(names, train)
         self.names = tuple(names)
         self.train, self.held_out = train, held_out
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self.max_chars = max_chars
+        self.tokenizer, self.seed, self.max_chars = tokenizer, seed, max_chars
+        self.embedders, self.most, self.folder = list(embedders), texts, folder
+        listed = topics_of(names, topics or {})
+        self.topics = [topic for each in listed for topic in each]
+        self.topic_domains = np.repeat(np.arange(len(names)), [len(each) for each in listed])
         self.held_out_from = "held-out data"
         self.num_training_samples = 0
-        self.confusion = np.zeros((len(names), len(names)), dtype=np.int64)
+        k = len(names)
+        self.confusion: Table = np.zeros((k, k), dtype=np.int64)
         """int64[k, k]: held-out samples by (true domain, most probable domain)."""
-        self.model: Any = None
+        self.left_out: Table = np.zeros((k, k), dtype=np.int64)
+        """The same with their sources left out."""
+        self.by_source: dict[int, list[learning.Array]] = {}
+        self.kinds: dict[str, Table] = {}
+        """Kind of features -> what it alone says of left-out texts."""
+        self.trust: learning.Array = np.ones(0)
+        self.limit: float | None = None
+        """Strangeness of texts that are unknown beyond it; None without an embedder."""
+        self._models: dict[str, Any] = {}
+        self._words: Any = None
+        self._scales: dict[str, learning.Standard] = {}
+        self._known: Any = None
 
     def open(self) -> None:
-        """Train and measure; logs accuracy and confusion table."""
-        generator = np.random.default_rng(self.seed)
-        samples = decode_samples(self.train, self.tokenizer, MAX_TRAINING_SAMPLES, self.max_chars, generator)
-        if all(cache is not None for cache in self.held_out):
-            test = decode_samples(
-                self.held_out, self.tokenizer, MAX_HELD_OUT_SAMPLES, self.max_chars, generator
-            )
-        else:
-            self.held_out_from = f"{HELD_OUT_SHARE:.0%} of the training data"
-            samples, test = split(samples, self.seed)
+        """Train and measure; logs accuracies and confusion tables."""
+        samples, test = self._read()
         self.num_training_samples = len(samples.texts)
-        self.model = fit(samples, self.seed)
-        judged = self.model.predict_proba(test.texts).argmax(axis=1)
-        self.confusion = confusion_matrix(test.domains, judged, labels=range(len(self.names)))
+        features = self._learn_features([*samples.texts, *self.topics])
+        n, k = len(samples.texts), len(self.names)
+        given = {
+            kind: (values[:n], samples, values[n:], self.topic_domains) for kind, values in features.items()
+        }
+        unseen = {kind: learning.left_out(kind, *args, k) for kind, args in given.items()}
+        logs = np.stack(list(unseen.values()), axis=1)
+        self.trust = learning.trust(logs, samples.domains)
+        self._models = {kind: learning.fit(kind, *args) for kind, args in given.items()}
+        told = learning.softmax(np.einsum("nck,c->nk", logs, self.trust))
+        self.left_out = self._table(samples.domains, told)
+        self.kinds = {kind: self._table(samples.domains, values) for kind, values in unseen.items()}
+        self.by_source = learning.table_by_source(told, samples)
+        if self.embedders:
+            self._known = features[self.embedders[-1].kind][:n]
+            same = (samples.domains[:, None] == samples.domains) & (
+                samples.sources[:, None] == samples.sources
+            )
+            strange = learning.strangeness(self._known, self._known, same)
+            self.limit = float(np.quantile(strange, learning.STRANGE))
+        self.confusion = self._table(test.domains, self._probabilities(test.texts)[0])
         self._introduce()
+
+    def _read(self) -> tuple[LabelledTexts, LabelledTexts]:
+        """(training, held out)."""
+        generator = np.random.default_rng(self.seed)
+        samples = read_samples(self.train, self.tokenizer, self.most, self.max_chars, generator)
+        if all(cache is not None for cache in self.held_out):
+            most = MAX_HELD_OUT_SAMPLES
+            return samples, read_samples(self.held_out, self.tokenizer, most, self.max_chars, generator)
+        self.held_out_from = f"{HELD_OUT_SHARE:.0%} of the training data"
+        kept, out = train_test_split(
+            np.arange(len(samples.texts)),
+            test_size=HELD_OUT_SHARE,
+            stratify=samples.domains,
+            random_state=self.seed,
+        )
+        return samples.take(kept), samples.take(out)
+
+    def _learn_features(self, texts: list[str]) -> dict[str, Any]:
+        """Kind -> features [n, d] of the texts to learn from."""
+        self._words = learning.word_features(texts)
+        features = {"words": self._words.transform(texts)}
+        for embedder in self.embedders:
+            vectors = embedder.embed_once(texts, self.folder)
+            self._scales[embedder.kind] = learning.Standard.of(vectors)
+            features[embedder.kind] = self._scales[embedder.kind](vectors)
+        return features
+
+    def _probabilities(self, texts: Sequence[str]) -> tuple[learning.Array, learning.Array | None]:
+        """(float64[n, k], strangeness float64[n] where it is known) of single windows."""
+        features = {"words": self._words.transform(texts)}
+        for embedder in self.embedders:
+            features[embedder.kind] = self._scales[embedder.kind](embedder.embed(texts))
+        k = len(self.names)
+        logs = [
+            learning.log_probabilities(self._models[kind], values, k) for kind, values in features.items()
+        ]
+        found = learning.softmax(np.einsum("cnk,c->nk", np.stack(logs), self.trust))
+        if not self.embedders:
+            return found, None
+        return found, learning.strangeness(features[self.embedders[-1].kind], self._known)
+
+    def _table(self, domains: npt.NDArray[np.int64], told: learning.Array) -> Table:
+        table: Table = confusion_matrix(domains, told.argmax(axis=1), labels=range(len(self.names)))
+        return table
 
     @property
     def accuracy(self) -> float:
-        """Held-out accuracy, the mean over domains (each counts the same)."""
-        return float((np.diag(self.confusion) / self.confusion.sum(axis=1)).mean())
+        """In-source accuracy, the mean over domains (each counts the same)."""
+        return mean_accuracy(self.confusion)
 
     def identity(self) -> dict[str, Any]:
         """See `DomainJudge`."""
         sources = [None if c is None else c.fingerprint for c in (*self.train, *self.held_out)]
-        return {"kind": "classifier", "version": VERSION, "data": canonical_hash(sources), "seed": self.seed}
+        return {
+            "kind": "classifier",
+            "version": VERSION,
+            "data": canonical_hash(sources),
+            "seed": self.seed,
+            "texts": self.most,
+            "models": {embedder.kind: embedder.fingerprint for embedder in self.embedders},
+            "topics": canonical_hash([self.topics, self.topic_domains.tolist()]),
+        }
 
     def facts(self) -> dict[str, Any]:
         """See `DomainJudge`."""
@@ -129,36 +208,70 @@ class ClassifierJudge:
             "held_out_from": self.held_out_from,
             "held_out_samples": int(self.confusion.sum()),
             "held_out_accuracy": self.accuracy,
-            "confusion": {
-                true: dict(zip(self.names, map(int, row), strict=True))
-                for true, row in zip(self.names, self.confusion, strict=True)
+            "confusion": self._by_name(self.confusion),
+            "left_out_accuracy": mean_accuracy(self.left_out),
+            "left_out_by_domain": dict(learning.accuracies(self.names, self.left_out)),
+            "left_out_confusion": self._by_name(self.left_out),
+            "left_out_by_features": {kind: mean_accuracy(table) for kind, table in self.kinds.items()},
+            "left_out_sources": {
+                self.names[domain]: [row.tolist() for row in rows] for domain, rows in self.by_source.items()
             },
+            "trust": dict(zip(self.kinds, self.trust.tolist(), strict=True)),
+            "unknown_beyond": self.limit,
+        }
+
+    def _by_name(self, table: Table) -> dict[str, dict[str, int]]:
+        return {
+            true: dict(zip(self.names, map(int, row), strict=True))
+            for true, row in zip(self.names, table, strict=True)
         }
 
     def _introduce(self) -> None:
+        unseen = mean_accuracy(self.left_out)
         log.info(
-            "classifier: trained on %d samples; accuracy %.1f %% on %d of %s",
+            "classifier: trained on %d samples; accuracy %.1f %% on %d of %s, %.1f %% with whole sources "
+            "left out (%s)",
             self.num_training_samples,
             100 * self.accuracy,
             self.confusion.sum(),
             self.held_out_from,
+            100 * unseen,
+            ", ".join(f"{kind} alone {100 * mean_accuracy(table):.1f}" for kind, table in self.kinds.items()),
         )
-        log.info("%s", confusion_table(self.names, self.confusion))
-        if self.accuracy < WEAK_ACCURACY:
+        log.info("with sources left out:\n%s", confusion_table(self.names, self.left_out))
+        if self.accuracy - unseen > WIDE_GAP:
             log.warning(
-                "the classifier tells domains with an accuracy of %.0f %% only: the knowledge distribution "
-                "will be as vague; give it more data, or use judge.kind endpoint or model",
+                "the classifier is right in %.0f %% of held-out samples and in %.0f %% of samples whose "
+                "source it has not seen: it knows your corpora better than their domains, and generated "
+                "texts are of no source. Give each domain data of several sources, or use kind endpoint",
                 100 * self.accuracy,
+                100 * unseen,
+            )
+        if unseen < WEAK_ACCURACY:
+            log.warning(
+                "the classifier tells domains of unseen sources with an accuracy of %.0f %% only: the "
+                "knowledge distribution will be as vague; give it more data, or use judge.kind endpoint or "
+                "model",
+                100 * unseen,
             )
 
     def judge(self, texts: Sequence[tuple[int, str]]) -> Iterator[Judgement]:
-        """See `DomainJudge`."""
-        given = self.model.predict_proba([text for _, text in texts])
-        for (index, _), row in zip(texts, given, strict=True):
-            yield Judgement(index, row / row.sum())
+        """See `DomainJudge`; the mean over a text's windows."""
+        pieces = [(number, piece) for number, (_, text) in enumerate(texts) for piece in windows(text)]
+        owners = np.array([number for number, _ in pieces])
+        found, strange = self._probabilities([piece for _, piece in pieces])
+        for number, (index, _) in enumerate(texts):
+            mine = owners == number
+            if strange is not None and self.limit is not None and strange[mine].mean() > self.limit:
+                yield Judgement(index, None, UNKNOWN)
+            else:
+                row = found[mine].mean(axis=0)
+                yield Judgement(index, row / row.sum())
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Free the models."""
+        for embedder in self.embedders:
+            embedder.close()
 
 
 def require_data(names: Sequence[str], caches: Sequence[TokenCache | None]) -> None:
@@ -175,57 +288,13 @@ def require_data(names: Sequence[str], caches: Sequence[TokenCache | None]) -> N
         raise DataError("the classifier tells domains apart, and domains.names has one only")
 
 
-def decode_samples(
-    caches: Sequence[TokenCache | None],
-    tokenizer: Any,
-    most: int,
-    max_chars: int,
-    generator: np.random.Generator,
-) -> LabelledTexts:
-    """At most `most` samples of each domain, chosen at random, as text without special tokens."""
-    texts: list[str] = []
-    domains: list[int] = []
-    for domain, cache in enumerate(caches):
-        assert cache is not None
-        chosen = np.sort(generator.permutation(len(cache))[:most])
-        ids = [cache.sample(int(i))[0].tolist() for i in chosen]
-        texts += [
-            text[:max_chars]
-            for text in tokenizer.batch_decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        ]
-        domains += [domain] * len(chosen)
-    return LabelledTexts(texts, np.array(domains))
+def mean_accuracy(table: Table) -> float:
+    """Mean over the domains that have texts of the share of right answers."""
+    texts = table.sum(axis=1)
+    return float((np.diag(table)[texts > 0] / texts[texts > 0]).mean())
 
 
-def split(samples: LabelledTexts, seed: int) -> tuple[LabelledTexts, LabelledTexts]:
-    """(training, held out): `HELD_OUT_SHARE` of each domain is held out."""
-    texts, held_out, domains, held_out_domains = train_test_split(
-        *samples, test_size=HELD_OUT_SHARE, stratify=samples.domains, random_state=seed
-    )
-    return LabelledTexts(texts, domains), LabelledTexts(held_out, held_out_domains)
-
-
-def fit(samples: LabelledTexts, seed: int) -> Any:
-    """The calibrated classifier: texts -> probabilities float64[n, k]."""
-    features = make_union(
-        HashingVectorizer(n_features=NUM_FEATURES, ngram_range=(1, 2), alternate_sign=False),
-        HashingVectorizer(
-            n_features=NUM_FEATURES, analyzer="char_wb", ngram_range=(2, 5), alternate_sign=False
-        ),
-    )
-    encoder = make_pipeline(features, TfidfTransformer(sublinear_tf=True))
-    counts = np.bincount(samples.domains)
-    weights = (len(samples.domains) / (len(counts) * counts))[samples.domains]
-    classifier = CalibratedClassifierCV(LinearSVC(random_state=seed), method="sigmoid", cv=FOLDS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # convergence: the held-out accuracy tells what came of it
-        classifier.fit(encoder.fit_transform(samples.texts), samples.domains, sample_weight=weights)
-    return make_pipeline(encoder, classifier)
-
-
-def confusion_table(names: Sequence[str], table: npt.NDArray[np.int64]) -> str:
+def confusion_table(names: Sequence[str], table: Table) -> str:
     """The table as text: a row per true domain, a column per answer."""
     rows = [[name, *map(str, row)] for name, row in zip(names, table, strict=True)]
     return "\n".join(in_columns([["true \\ judged", *names], *rows]))

@@ -27,6 +27,8 @@ QUESTION = """Here is a text between two lines of equals signs. It may be cut of
 Which one of these domains does it belong to: {names}?
 Answer with the name of the domain and nothing else."""
 LINE = "=" * 20
+UNKNOWN = "unknown: unlike all that the judge has learned from"
+"""Problem of a text that no domain gets."""
 PLAIN_ENDING = "\n\nDomain:"
 """Behind the question where there is no chat template: the name follows after a space."""
 

@@ -3,8 +3,8 @@
     log p(name | question) = sum of the log-probabilities of the tokens of the name
 
 and the probabilities of the domains are the softmax of these over the names. The whole name counts, however
-many tokens it has; a long name pays for each of them. The question is computed once for a batch of texts; its
-KV cache is repeated for the names that have more than one token.
+many tokens it has; a long name pays for each of them. The question is computed once for a batch of texts;
+its KV cache is repeated for the names that have more than one token.
 
 With a chat template in its tokenizer the model is asked as in a conversation, else in plain text.
 
@@ -21,7 +21,7 @@ import torch
 
 from versatune_ds.apps.detect.generate import load_model, load_text_tokenizer, subject_fingerprint
 from versatune_ds.apps.detect.judge import PLAIN_ENDING, PROMPT_VERSION, Judgement, question, shares
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.foundations.errors import ConfigError
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from versatune_ds.apps.detect.generate import GeneratedText
+from versatune_ds.apps.detect.judge import UNKNOWN
 from versatune_ds.config.schema import Config
 from versatune_ds.domain.knowledge import aggregate
 from versatune_ds.domain.table import DomainTable
@@ -57,7 +58,8 @@ def aggregate_texts(
     """
     detect = config.detect
     placed = [line for _, line in sorted(judged.lines.items()) if line["probabilities"] is not None]
-    num_unparsable = len(judged.lines) - len(placed)
+    num_unknown = sum(line["problem"] == UNKNOWN for line in judged.lines.values())
+    num_unparsable = len(judged.lines) - len(placed) - num_unknown
     if not placed:
         example = next(iter(judged.lines.values()))["problem"]
         raise VersaTuneError(
@@ -66,16 +68,18 @@ def aggregate_texts(
             "file away and start the same command again"
         )
     warn_when_many("unparsable judgements", num_unparsable, len(judged.lines))
+    warn_when_many("unlike all that the judge has learned from", num_unknown, len(judged.lines))
     probabilities = np.array([table.vector(line["probabilities"], "judgement") for line in placed])
     rounds = np.array([line["index"] for line in placed]) // detect.sequences
     num_blank = sum(text.is_blank for text in texts.values())
     masses = [line["name_mass"] for line in judged.lines.values() if line["name_mass"] is not None]
     content = {
-        **aggregate(table, probabilities, rounds, detect.rounds, detect.seed),
+        **aggregate(table, probabilities, rounds, detect.rounds, detect.seed, sources_of(table, judged)),
         "texts": {
             "generated": len(texts),
             "blank": num_blank,
             "unparsable": num_unparsable,
+            "unknown": num_unknown,
             "judged": len(placed),
             "cut_at_max_new_tokens": sum(not text.finished for text in texts.values()),
             "cut_for_the_judge": sum(
@@ -103,17 +107,26 @@ def aggregate_texts(
     log.info("%s", knowledge_table(content))
 
 
+def sources_of(table: DomainTable, judged: Judged) -> list[np.ndarray] | None:
+    """What the judge gave to texts of left-out sources, by domain: `sources` of `aggregate`."""
+    found = judged.about.get("left_out_sources")
+    return None if found is None else [np.array(found[name], dtype=np.float64) for name in table.names]
+
+
 def knowledge_table(content: Mapping[str, Any]) -> str:
     """A knowledge.json as a table for people."""
-    rows = [["domain", "share", "95 % interval", "most probable in"]]
+    judged = content.get("judged", content["domains"])
+    rows = [["domain", "share", "95 % interval", "as judged", "most probable in"]]
     for name, share in content["domains"].items():
         low, high = content["interval_95"][name]
-        rows.append([name, f"{share:.1%}", f"{low:.1%} - {high:.1%}", str(content["most_probable"][name])])
+        counted = str(content["most_probable"][name])
+        rows.append([name, f"{share:.1%}", f"{low:.1%} - {high:.1%}", f"{judged[name]:.1%}", counted])
     texts, agreement = content["texts"], content["agreement"]
     facts = (
         f"{texts['generated']} texts: {texts['judged']} judged, {texts['blank']} blank, "
-        f"{texts['unparsable']} unparsable; {len(content['rounds'])} round(s) lie "
-        f"{agreement['mean_total_variation']:.1%} from their mean (total variation)"
+        f"{texts['unparsable']} unparsable, {texts['unknown']} unknown; "
+        f"{len(content['rounds'])} round(s) lie {agreement['mean_total_variation']:.1%} from their mean "
+        "(total variation)"
     )
     return "\n".join([*in_columns(rows), facts])
 

@@ -4,9 +4,9 @@
     2. judge       judgements.jsonl    a line per text with content
     3. aggregate   knowledge.json      and knowledge.png
 
-detection.json says what the first two files were made with. A run that is started again does what is missing:
-whole batches in step 1, single texts in step 2. With other settings it refuses rather than mixing texts;
-another judge only needs judgements.jsonl moved away.
+detection.json says what the first two files were made with. A run that is started again does what is
+missing: whole batches in step 1, single texts in step 2. With other settings it refuses rather than mixing
+texts; another judge only needs judgements.jsonl moved away.
 
 Steps 1 and 2 go in rounds over the ranks: each rank generates a batch (judges a share), rank 0 gathers and
 writes. In the same exchange the ranks learn of errors and of requests to stop, so that they leave together.
@@ -24,7 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from versatune_ds.apps.detect.classifier import ClassifierJudge
+from versatune_ds.apps.detect.classifier import MAX_TRAINING_SAMPLES, ClassifierJudge
+from versatune_ds.apps.detect.embedding import Embedder
 from versatune_ds.apps.detect.endpoint import EndpointJudge
 from versatune_ds.apps.detect.generate import (
     GeneratedText,
@@ -53,13 +54,19 @@ from versatune_ds.engine.backend.process_group import close_process_group, start
 from versatune_ds.engine.faults.signals import StopRequest
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError, VersaTuneError
-from versatune_ds.foundations.files import canonical_hash, write_json_atomic
+from versatune_ds.foundations.files import canonical_hash, require_own, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.observability.counting import WorkProgress
 
 log = get_logger(__name__)
 
 SEQUENCES_FILE = "sequences.jsonl"
+SIGNS = {
+    **dict.fromkeys((SEQUENCES_FILE, JUDGEMENTS_FILE), '"index"'),
+    DETECTION_FILE: '"generation"',
+    KNOWLEDGE_FILE: '"interval_95"',
+}
+"""See `require_own`."""
 
 Job = TypeVar("Job")
 
@@ -76,13 +83,12 @@ class DetectContext(NamedTuple):
     stop: StopRequest
 
 
-def detect(config: Config, folder: Path, config_path: Path | None = None) -> Path | None:
+def detect(config: Config, folder: Path) -> Path | None:
     """Detect a model's knowledge distribution; every rank calls it, alone or under a launcher.
 
     Args:
         config: the run's settings.
         folder: for the files; made when absent.
-        config_path: the settings' file, for error texts that name a command.
 
     Returns:
         Path of knowledge.json; None when the run was asked to stop before it was done.
@@ -98,7 +104,7 @@ def detect(config: Config, folder: Path, config_path: Path | None = None) -> Pat
     path: Path | None = folder / KNOWLEDGE_FILE
     with StopRequest() as stop:
         try:
-            detect_in_group(config, DetectContext(folder, device, stop), config_path)
+            detect_in_group(config, DetectContext(folder, device, stop))
         except DetectionStopped:
             log.info("stopped as asked (%s); start the same command to go on", stop.reason)
             path = None
@@ -107,11 +113,12 @@ def detect(config: Config, folder: Path, config_path: Path | None = None) -> Pat
     return path
 
 
-def detect_in_group(config: Config, context: DetectContext, config_path: Path | None = None) -> None:
+def detect_in_group(config: Config, context: DetectContext) -> None:
     """`detect` within a process group that is already there, or without one."""
     table = DomainTable(config.domains.names)
+    distributed.together(require_own, context.folder, SIGNS)
     distributed.together(lambda: context.folder.mkdir(parents=True, exist_ok=True))
-    judge = distributed.together(build_judge, config, table, context.device, config_path)
+    judge = distributed.together(build_judge, config, table, context)
     try:
         generation = describe_generation(config, context.device)
         texts = generate_texts(config, context, generation)
@@ -199,9 +206,7 @@ def finish_texts(journal: Journal | None) -> dict[int, GeneratedText]:
 # --- step 2: judge ------------------------------------------------------------------------------------------
 
 
-def build_judge(
-    config: Config, table: DomainTable, device: torch.device, config_path: Path | None
-) -> DomainJudge | None:
+def build_judge(config: Config, table: DomainTable, context: DetectContext) -> DomainJudge | None:
     """The judge that `detect.judge` names, not opened yet; None on ranks that do not judge.
 
     Raises:
@@ -211,14 +216,14 @@ def build_judge(
     if settings.kind == "model":
         assert settings.model is not None
         return ModelJudge(
-            table.names, judge_settings(settings.model, config.model), settings.batch_size, device
+            table.names, judge_settings(settings.model, config.model), settings.batch_size, context.device
         )
     if not distributed.is_main():
         return None
     if settings.kind == "endpoint":
         assert settings.endpoint is not None
         return EndpointJudge(table.names, settings.endpoint)
-    caches = open_caches(config, config_path=config_path, all_domains=False)
+    caches = open_caches(config, all_domains=False)
     return ClassifierJudge(
         table.names,
         caches["train"],
@@ -226,7 +231,21 @@ def build_judge(
         load_tokenizer(config),
         config.detect.seed,
         settings.max_chars,
+        embedders=build_embedders(config, context.device),
+        topics=settings.topics,
+        folder=context.folder,
+        texts=settings.probe_texts or MAX_TRAINING_SAMPLES,
     )
+
+
+def build_embedders(config: Config, device: torch.device) -> list[Embedder]:
+    """The models whose vectors the classifier reads: the examined one, and an encoder where one is named."""
+    settings, found = config.detect.judge, []
+    if settings.probe_texts:
+        found.append(Embedder("base", subject(config), config.run.seed, device))
+    if settings.encoder:
+        found.append(Embedder("encoder", judge_settings(settings.encoder, config.model), 0, device))
+    return found
 
 
 def judge_texts(

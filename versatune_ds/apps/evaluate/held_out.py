@@ -27,7 +27,7 @@ from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.data.plan.corpus import Corpus
-from versatune_ds.domain.evaluation import Change, ModelEvaluation, compare
+from versatune_ds.domain.evaluation import EVALUATION_FORMAT, Change, ModelEvaluation, compare
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.deepspeed_backend import build_for_evaluation
@@ -36,12 +36,13 @@ from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.evaluate import HeldOut, evaluate_samples
 from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
+from versatune_ds.engine.model.sequence import check_heads
 from versatune_ds.engine.model.source import load_architecture
 from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.engine.provenance import describe_hardware, describe_versions
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError, DivergenceError
-from versatune_ds.foundations.files import writing
+from versatune_ds.foundations.files import require_own, writing
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
@@ -66,7 +67,6 @@ def run_evaluation(
     against: str | None = None,
     tasks: Benchmarks | None = None,
     out: Path | None = None,
-    config_path: Path | None = None,
 ) -> Evaluated:
     """Evaluate a model and write evaluation.json; every rank calls it.
 
@@ -76,7 +76,6 @@ def run_evaluation(
         against: what to compare with: an evaluation.json, or a model, which is then evaluated first.
         tasks: benchmarks to run besides.
         out: folder to write into.
-        config_path: the settings' file, for error texts that name a command.
 
     Raises:
         VersaTuneError: settings, data or models cannot be used, or the two cannot be compared.
@@ -88,8 +87,8 @@ def run_evaluation(
     if against is not None and Path(against).is_file():
         before = ModelEvaluation.read(Path(against))
     elif against is not None:
-        before, _ = evaluate_in_group(config, against, device, tasks=tasks, config_path=config_path)
-    after, folder = evaluate_in_group(config, model, device, tasks=tasks, out=out, config_path=config_path)
+        before, _ = evaluate_in_group(config, against, device, tasks=tasks)
+    after, folder = evaluate_in_group(config, model, device, tasks=tasks, out=out)
     changes = [] if before is None else compare(after, before)
     close_process_group()
     return Evaluated(after, before, changes, folder)
@@ -102,7 +101,6 @@ def evaluate_in_group(
     *,
     tasks: Benchmarks | None = None,
     out: Path | None = None,
-    config_path: Path | None = None,
 ) -> tuple[ModelEvaluation, Path]:
     """Evaluate one model within a process group and write evaluation.json; returns also its folder.
 
@@ -110,7 +108,8 @@ def evaluate_in_group(
     """
     target = resolve_target(model, config)
     folder = out or target.out
-    evaluation = measure(config, target.source, device, config_path)
+    distributed.together(require_own, folder, {constants.EVALUATION_FILE: EVALUATION_FORMAT})
+    evaluation = measure(config, target.source, device)
     write_evaluation(evaluation, folder)
     if tasks is None:
         return evaluation, folder
@@ -145,15 +144,12 @@ def _write(evaluation: ModelEvaluation, folder: Path) -> None:
         evaluation.write(folder / constants.EVALUATION_FILE)
 
 
-def measure(
-    config: Config, source: str, device: torch.device, config_path: Path | None = None
-) -> ModelEvaluation:
+def measure(config: Config, source: str, device: torch.device) -> ModelEvaluation:
     """Held-out losses of a model, sample by sample; a collective.
 
     Args:
         config: the run's settings: data, tokenizer, pack length, dtype, attention, DeepSpeed file.
         source: Hugging Face folder or hub name.
-        config_path: the settings' file, for error texts that name a command.
 
     Raises:
         ConfigError, DataError, StateError: settings, model or data cannot be used.
@@ -164,13 +160,13 @@ def measure(
     table = DomainTable(config.domains.names)
     tokenizer = load_tokenizer(derived)
     _check_vocabulary(source, derived, tokenizer)
-    caches = preflight.evaluated_caches(config, table, open_caches(derived, config_path=config_path)["eval"])
+    caches = preflight.evaluated_caches(config, table, open_caches(derived)["eval"])
     architecture = load_architecture(derived.model)
     preflight.check_architecture(architecture, tokenizer, Corpus.from_caches(caches, table.names))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read
-    held_out = HeldOut(
-        caches, config.batch.pack_len, config.evaluation.max_samples_per_domain, pad_id, Ranks.of_world()
-    )
+    ranks = Ranks.of_world(config.batch.sequence_parallel)
+    check_heads(architecture.num_attention_heads, ranks.sp.size)
+    held_out = HeldOut(caches, config.batch.pack_len, config.evaluation.max_samples_per_domain, pad_id, ranks)
     lacking = [name for name, cache in zip(table.names, caches, strict=True) if cache is None]
     if lacking:
         log.warning("not evaluated, for lack of held-out data or by choice: %s", ", ".join(lacking))

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from versatune_ds.config.benchmarks import Benchmarks, Task
-from versatune_ds.config.schema import Model
+from versatune_ds.config.derive import model_of
+from versatune_ds.config.model import Model
 from versatune_ds.domain.evaluation import BenchmarkScore
-from versatune_ds.engine.model.dtypes import DTYPES
+from versatune_ds.engine.model.source import DTYPES
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 from versatune_ds.foundations.log import get_logger
@@ -69,7 +70,7 @@ def run_benchmarks(
     """Run all tasks on a model.
 
     Args:
-        source: Hugging Face folder or hub name.
+        source: Hugging Face folder, adapter folder or hub name.
         benchmarks: the tasks.
         model: for dtype and trust.
         device: where the model computes.
@@ -78,8 +79,11 @@ def run_benchmarks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    found = model_of(source)
+    beside: dict[str, Any] = {"peft": source, "tokenizer": source} if found["adapter"] else {}
     lm = HFLM(
-        pretrained=source,
+        pretrained=found["source"],
+        **beside,
         device=str(device),
         dtype=DTYPES[model.dtype],
         batch_size=benchmarks.batch_size,

@@ -148,7 +148,7 @@ def trl(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
     from transformers import TrainerCallback
     from trl import SFTTrainer
 
-    from versatune_ds.config.schema import Model
+    from versatune_ds.config.model import Model
     from versatune_ds.engine.model.attention import VARLEN, register_varlen
     from versatune_ds.engine.model.packed_lm import load_lm
 

@@ -26,7 +26,7 @@ from versatune_ds.apps.evidence.kernel import run_kernel
 from versatune_ds.apps.evidence.record import KIND, Record, describe_machine
 from versatune_ds.apps.programs import Deadline
 from versatune_ds.foundations.errors import ConfigError
-from versatune_ds.foundations.files import write_text_atomic
+from versatune_ds.foundations.files import require_own, write_text_atomic
 
 SUMMARY = "summary.md"
 
@@ -70,6 +70,8 @@ def run_evidence(folder: Path, minutes: float, numbers: Sequence[int], size: str
         )
     if minutes <= 0:
         raise ConfigError(f"evidence: --minutes is {minutes:g}; give a time above 0")
+    signs = {f"stage{stage.number}_{stage.name}.json": f'"{KIND}"' for stage in stages}
+    require_own(folder, signs | {SUMMARY: "# Evidence"})
     folder.mkdir(parents=True, exist_ok=True)
     checkout = find_checkout()
     environment = describe_machine()

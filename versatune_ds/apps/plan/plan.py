@@ -17,17 +17,14 @@ from typing import Any, NamedTuple
 
 from versatune_ds.apps.plan.gpus import Gpu
 from versatune_ds.apps.plan.memory import (
-    FP32,
-    GIB,
-    Checkpointing,
     MemoryPlan,
-    Offload,
-    Setup,
     memory_plan,
     moment_bytes,
     recomputed_layers,
     total,
+    trained_parameters,
 )
+from versatune_ds.apps.plan.setup import FP32, GIB, Checkpointing, Offload, Setup
 from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.observability.throughput import TERA
 
@@ -89,13 +86,14 @@ def compute_bound(shape: ModelShape, setup: Setup, gpu: Gpu) -> float:
 
     Each pack counts as one sample of full length (the dearest attention).
     """
-    flops = shape.step_flops(
+    trained = None if setup.adapter is None else trained_parameters(shape, setup.adapter)
+    flops = dataclasses.replace(shape, trained=trained).step_flops(
         real_tokens=setup.pack_len,
         supervised_tokens=round(setup.supervised * setup.pack_len),
         sum_squared_lengths=setup.pack_len**2,
+        recomputed=recomputed_layers(shape.layers, setup.checkpointing) / shape.layers,
     )
-    recomputed = recomputed_layers(shape.layers, setup.checkpointing) / shape.layers
-    return setup.gpus * gpu.peak_tflops * TERA * setup.pack_len / (flops * (1 + recomputed / 3))
+    return setup.gpus * gpu.peak_tflops * TERA * setup.pack_len / flops
 
 
 def options(shape: ModelShape, setup: Setup, machine: Machine) -> list[Option]:
@@ -107,14 +105,14 @@ def options(shape: ModelShape, setup: Setup, machine: Machine) -> list[Option]:
             machine,
         )
         for offload, recompute, stage in itertools.product(OFFLOAD, CHECKPOINTING, STAGES)
-        if offload != "all" or stage == 3
+        if (offload != "all" or stage == 3) and not (setup.is_qlora and stage == 3)
     ]
     order = {"fits": 0, "tight": 1, "does not fit": 2}
     return sorted(found, key=lambda c: (order[c.verdict], c.verdict != "fits" and c.memory.peak))
 
 
 def remedies(shape: ModelShape, setup: Setup, machine: Machine) -> list[str]:
-    """What would make a run fit that does not: a shorter pack, or more GPUs."""
+    """What would make a run fit that does not: a shorter pack, more GPUs to a pack, or more GPUs."""
     texts = []
     pack_len = setup.pack_len // 2
     while pack_len >= SHORTEST_PACK:
@@ -123,9 +121,18 @@ def remedies(shape: ModelShape, setup: Setup, machine: Machine) -> list[str]:
             texts.append(f"batch.pack_len {pack_len} fits with {describe(best.setup)}")
             break
         pack_len //= 2
+    for n in range(setup.sequence_parallel + 1, setup.gpus + 1):
+        shared = dataclasses.replace(setup, sequence_parallel=n)
+        if setup.gpus % n or shape.heads % n or setup.packs_per_step % (setup.gpus // n):
+            continue
+        best = options(shape, shared, machine)[0]
+        if best.verdict == "fits":
+            texts.append(f"batch.sequence_parallel {n} fits with {describe(best.setup)}")
+            break
     gpus = 2 * setup.gpus
     while gpus <= MAX_GPUS:
-        packs = math.ceil(setup.packs_per_step / gpus) * gpus
+        groups = gpus // setup.sequence_parallel
+        packs = math.ceil(setup.packs_per_step / groups) * groups
         best = options(shape, dataclasses.replace(setup, gpus=gpus, packs_per_step=packs), machine)[0]
         if best.verdict == "fits":
             texts.append(f"{gpus} GPUs fit with {describe(best.setup)}")
@@ -140,11 +147,12 @@ def describe(setup: Setup) -> str:
 
 
 def checkpoint_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Bytes of one checkpoint over all ranks: master weights, their average if there is one, and moments, and
-    below ZeRO-3 the model too."""
-    model = setup.element if setup.zero_stage in (1, 2) else 0
-    masters = 2 * FP32 if setup.has_average else FP32
-    return shape.parameters * (masters + model) + moment_bytes(shape, setup, 1)
+    """Bytes of one checkpoint over all ranks, of what is trained: master weights, their average if there is
+    one, and moments, and below ZeRO-3 the parameters too."""
+    trained = trained_parameters(shape, setup.adapter)
+    parameters = setup.element if setup.zero_stage in (1, 2) else 0
+    average = FP32 if setup.has_average else 0
+    return trained * (setup.master + average + parameters) + moment_bytes(shape, setup, 1)
 
 
 def make_plan(
@@ -165,7 +173,13 @@ def make_plan(
     chosen = ranked[0] if search else option(shape, asked, machine)
     better = [c for c in ranked if c.verdict == "fits" and c.setup != chosen.setup]
     return {
-        "model": {"parameters": shape.parameters, "family": shape.family, "layers": shape.layers},
+        "model": {
+            "parameters": shape.parameters,
+            "family": shape.family,
+            "layers": shape.layers,
+            "adapter": asked.adapter and asked.adapter.model_dump(include={"kind", "rank", "targets"}),
+            "trained_parameters": trained_parameters(shape, asked.adapter),
+        },
         "settings": {**_settings(chosen.setup), "chosen": search},
         "verdict": chosen.verdict,
         "gpu_memory_bytes": int(machine.gpu.memory_gb * GB),
@@ -192,7 +206,8 @@ def make_plan(
 
 
 def _settings(setup: Setup) -> dict[str, Any]:
-    names = ("gpus", "zero_stage", "dtype", "pack_len", "packs_per_step", "checkpointing", "offload")
+    batch = ("pack_len", "sequence_parallel", "packs_per_step")
+    names = ("gpus", "zero_stage", "dtype", *batch, "checkpointing", "offload", "states")
     return {name: getattr(setup, name) for name in names}
 
 
@@ -208,11 +223,18 @@ def as_text(plan: dict[str, Any]) -> str:
     """The plan for a console."""
     settings, memory = plan["settings"], plan["memory"]
     room = plan["gpu_memory_bytes"]
+    adapter = plan["model"]["adapter"]
+    beside = adapter and (
+        f", frozen, {plan['model']['trained_parameters'] / 1e6:.1f} M of {adapter['kind']} of rank "
+        f"{adapter['rank']} trained,"
+    )
     lines = [
-        f"{plan['model']['parameters'] / 1e9:.2f} B parameters on {settings['gpus']} GPUs: "
-        f"ZeRO-{settings['zero_stage']}, {settings['dtype']}, packs of {settings['pack_len']}, "
-        f"{settings['packs_per_step']} packs a step, activation_checkpointing {settings['checkpointing']}, "
-        f"offload {settings['offload']}"
+        f"{plan['model']['parameters'] / 1e9:.2f} B parameters{beside or ''} on {settings['gpus']} GPUs: "
+        f"ZeRO-{settings['zero_stage']}, {settings['dtype']}, packs of {settings['pack_len']}"
+        + (f", each shared by {n} GPUs" if (n := settings["sequence_parallel"]) > 1 else "")
+        + f", {settings['packs_per_step']} packs a step, "
+        f"activation_checkpointing {settings['checkpointing']}, offload {settings['offload']}"
+        + (f", optimizer.states {settings['states']}" if settings["states"] != "fp32" else "")
         + (" (chosen: the least extra work that fits)" if settings["chosen"] else ""),
         f"verdict: {plan['verdict']} - {memory['peak_bytes'] / GIB:.1f} of {room / GIB:.1f} GiB on each GPU",
         "",

@@ -11,14 +11,16 @@ What is not covered: the meaning of a run's settings, and which runs depend on w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from versatune_ds.config.load import load_settings
-from versatune_ds.config.section import Section
-from versatune_ds.config.weights import require_shares
+from versatune_ds.config.model import Adapter
+from versatune_ds.config.section import Place, Section
+from versatune_ds.config.weights import share_problems
 
 Sections = dict[str, Any]
 """Sections of a run by name, each a mapping of its settings."""
@@ -34,6 +36,8 @@ class StudyModel(Section):
     """Entries of the tokenizer that is trained on the corpus. The sample brings its own tokenizer."""
     dtype: Literal["bf16", "fp32"] = "fp32"
     """Compute precision of all runs."""
+    adapter: Adapter | None = None
+    """What reference runs and arms train beside the base model. None: all of it."""
     shape: dict[str, int] = Field(default_factory=dict)
     """Keys of a LlamaConfig that replace those of the shipped 4-layer shape of hidden size 128."""
 
@@ -48,10 +52,9 @@ class Pretraining(Section):
     settings: Sections = Field(default_factory=dict)
     """Sections that differ from `settings` of the study, for example `train` and `optimizer`."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Pretraining:
-        require_shares(self.mixture, "pretraining.mixture")
-        return self
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
+        yield from share_problems(self.mixture, "pretraining.mixture")
 
 
 class Expansion(Section):
@@ -66,9 +69,9 @@ class Expansion(Section):
 class Study(Section):
     """A whole study."""
 
-    dir: Path
+    dir: Place
     """Folder of the study: model, cache, all runs, results."""
-    corpus: Literal["sample"] | Path
+    corpus: Literal["sample"] | Place
     """Folder with raw files, or the shipped sample. VERSATUNE_CORPUS, where set, names another folder."""
     workers: int = Field(2, ge=1)
     """Runs trained at the same time, each a process of one rank; on GPUs one a device."""
@@ -89,24 +92,23 @@ class Study(Section):
     expansions: list[Expansion] = Field(default_factory=list)
     """Arms that are judged by their target and by what the other domains lose."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Study:
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
         for name in self.arms:
             if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
-                raise ValueError(f"arm {name!r}: use letters, digits, '_', '-' and '.'")
+                yield f"arm {name!r}: use letters, digits, '_', '-' and '.'"
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds repeat: {self.seeds}")
+            yield f"seeds repeat: {self.seeds}"
         if unknown := [name for name in self.baselines if name not in self.arms]:
-            raise ValueError(f"baselines: {unknown[0]!r} is no arm; arms: {list(self.arms)}")
+            yield f"baselines: {unknown[0]!r} is no arm; arms: {list(self.arms)}"
         for expansion in self.expansions:
             if unknown := [name for name in expansion.arms if name not in self.arms]:
-                raise ValueError(f"expansions: {unknown[0]!r} is no arm; arms: {list(self.arms)}")
+                yield f"expansions: {unknown[0]!r} is no arm; arms: {list(self.arms)}"
         names = self.settings.get("domains", {}).get("names", [])
         if set(names) != set(self.pretraining.mixture):
-            raise ValueError(
+            yield (
                 f"pretraining.mixture names {sorted(self.pretraining.mixture)}, domains.names {sorted(names)}"
             )
-        return self
 
 
 def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:

@@ -123,14 +123,15 @@ class StudyPlan:
         return len(jobs)
 
     def _tune(self, kind: Kind, arm: str, seed: int, layers: Sequence[Sections]) -> Job:
-        model = {"source": str(self.study.dir / "runs" / BASE_RUN / EXPORT_DIR)}
+        base, adapter = self.study.dir / "runs" / BASE_RUN / EXPORT_DIR, self.study.model.adapter
+        model = {"source": str(base), "adapter": adapter and adapter.model_dump(mode="json")}
         mixture: Sections = {"domains": {"initial": self.study.pretraining.mixture}}
         prefix = "reference_" if kind == "reference" else ""
         name = f"{prefix}{arm}_seed-{seed}"
         return self._job(kind, arm, seed, name, model, [mixture, *layers])
 
     def _job(
-        self, kind: Kind, arm: str, seed: int, name: str, model: Mapping[str, str], layers: Sequence[Sections]
+        self, kind: Kind, arm: str, seed: int, name: str, model: Mapping[str, Any], layers: Sequence[Sections]
     ) -> Job:
         own: Sections = {
             "run": {"dir": str(self.study.dir / "runs" / name), "seed": seed},

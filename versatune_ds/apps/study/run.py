@@ -42,8 +42,8 @@ from versatune_ds.data.rows.readers import decode_block, read_blocks
 from versatune_ds.domain.reference import REFERENCE_FORMAT, REFERENCE_VERSION
 from versatune_ds.engine.faults.signals import StopRequest
 from versatune_ds.foundations import constants
-from versatune_ds.foundations.errors import DataError, VersaTuneError
-from versatune_ds.foundations.files import canonical_hash, write_json_atomic, write_text_atomic
+from versatune_ds.foundations.errors import DataError, StateError, VersaTuneError
+from versatune_ds.foundations.files import canonical_hash, require_own, write_json_atomic, write_text_atomic
 from versatune_ds.foundations.log import get_logger, setup_logging
 from versatune_ds.observability.progress import duration
 
@@ -51,6 +51,7 @@ log = get_logger(__name__)
 
 CORPUS_VARIABLE = "VERSATUNE_CORPUS"
 BEGUN_FILE, FINISHED_FILE = "begun.json", "finished.json"
+OTHER = "choose another `dir`"
 POLL_S = 1.0
 STOP_WAIT_S = 120.0
 
@@ -80,6 +81,19 @@ class StudyRuns:
     """Wall time of this call; finished runs of earlier calls are not in it."""
 
 
+def require_made(folder: Path, mark: str) -> None:
+    """Refuse to replace a folder with files that no study wrote.
+
+    Args:
+        mark: file that a study writes there first of all, or last.
+
+    Raises:
+        StateError: there are others.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise StateError(f"{folder} holds files that no study wrote; move them away, or {OTHER}")
+
+
 def run_study(study: Study) -> StudyRuns:
     """Train whatever is not finished and read all results.
 
@@ -87,6 +101,9 @@ def run_study(study: Study) -> StudyRuns:
         VersaTuneError: settings or data that cannot be used, a run that failed, or a request to stop.
     """
     started = time.perf_counter()
+    require_own(study.dir, {"reference.json": REFERENCE_FORMAT}, OTHER)
+    results = {"index.html": "VersaTune</title>", "summary.json": '"baselines"', "results.md": "# Study"}
+    require_own(study.dir / "results", results, OTHER)
     study.dir.mkdir(parents=True, exist_ok=True)
     plan = make_plan(study)
     total = plan.check()
@@ -128,6 +145,9 @@ def make_plan(study: Study) -> StudyPlan:
     wanted = canonical_hash([study.model.model_dump(), str(corpus)])
     marker = folder / "made_for.json"
     if not marker.is_file() or json.loads(marker.read_text()) != wanted:
+        require_made(folder, marker.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(marker, None)
         log.info("training a tokenizer of %d entries on the training files", study.model.vocab_size)
         vocab_size = train_tokenizer(training_texts(plan.base()), folder, study.model.vocab_size)
         write_json_atomic(folder / "config.json", {**llama_config(vocab_size), **study.model.shape})
@@ -199,6 +219,8 @@ class StudyWorkers:
         self._done += len(jobs) - len(waiting)
         if kept := len(jobs) - len(waiting):
             log.info("[%d/%d] %d finished runs are kept", self._done, self._total, kept)
+        for job in waiting:
+            require_made(job.config.run.dir, BEGUN_FILE)
         threads = max(1, (os.cpu_count() or 1) // self._study.workers)
         waiting.reverse()
         while len(self._processes) < min(self._study.workers, len(waiting)):

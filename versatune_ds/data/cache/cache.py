@@ -56,7 +56,7 @@ APPENDED = {
 OFFSETS = ("offsets.bin", "<i8")
 WEIGHTS = ("weights.bin", "<f4")
 WEIGHT_SUMS = ("weight_sums.bin", "<f8")
-REMEDY = "run `versatune-ds prepare` again: it builds damaged caches anew"
+REMEDY = "prepare builds damaged caches anew"
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -177,9 +177,7 @@ def read_manifest(folder: Path, name: str, what: str) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise StateError(
-            f"{folder}: no {what} here ({name} is missing); run `versatune-ds prepare`"
-        ) from None
+        raise StateError(f"{folder}: no {what} here ({name} is missing)") from None
     except (OSError, ValueError) as error:
         raise StateError(f"{path}: cannot be read ({error}); {REMEDY}") from None
     if not isinstance(manifest, dict) or manifest.get("fingerprint") != manifest_fingerprint(manifest):

@@ -53,7 +53,6 @@ from versatune_ds.data.encode.workers import EncodeWorkers, refuse_unguarded_imp
 from versatune_ds.data.rows.remote import file_stamp
 from versatune_ds.domain.reference import initial_weights
 from versatune_ds.domain.table import DomainTable
-from versatune_ds.foundations.constants import RESOLVED_CONFIG_FILE
 from versatune_ds.foundations.errors import DataError, StateError
 from versatune_ds.foundations.log import get_logger
 
@@ -131,14 +130,11 @@ def _prepare(config: Config, progress: bool) -> PreparedData:
     return PreparedData(_open_all(config, units), reports)
 
 
-def open_caches(
-    config: Config, *, config_path: str | Path | None = None, all_domains: bool = True
-) -> dict[str, list[TokenCache | None]]:
+def open_caches(config: Config, *, all_domains: bool = True) -> dict[str, list[TokenCache | None]]:
     """The caches that `prepare` made for exactly these settings and source files; makes nothing.
 
     Args:
         config: the run's settings.
-        config_path: for the command in error texts; default: the run folder's resolved.yaml if there.
         all_domains: require training data for every domain with initial weight; False: the caller looks.
 
     Returns:
@@ -150,24 +146,24 @@ def open_caches(
         DataError: a source file is missing; a domain with weight has no training data.
     """
     encoder = ChatEncoder.build(load_tokenizer(config), config.data.chat_template, embedding_rows(config))
-    units = find_units(config, encoder, SourceHashes(config.data.cache_dir).look_up)
-    command = _prepare_command(config, config_path)
-    for unit in units:
-        if not unit.folder.is_dir():
-            raise StateError(f"{why_missing(unit, config.data.cache_dir)}; run: {command}")
-    try:
+    with naming_the_command(config):
+        units = find_units(config, encoder, SourceHashes(config.data.cache_dir).look_up)
+        for unit in units:
+            if not unit.folder.is_dir():
+                raise StateError(why_missing(unit, config.data.cache_dir))
         caches = _open_all(config, units)
-    except StateError as error:
-        raise StateError(f"{error}\nrun: {command}") from None
     if all_domains:
         _require_train_data(config, caches["train"])
     return caches
 
 
-def _prepare_command(config: Config, config_path: str | Path | None) -> str:
-    resolved = config.run.dir / RESOLVED_CONFIG_FILE
-    path = config_path or (resolved if resolved.is_file() else "CONFIG.yaml [the same overrides]")
-    return f"versatune-ds prepare --config {path}"
+@contextlib.contextmanager
+def naming_the_command(config: Config) -> Iterator[None]:
+    """Errors about prepared data end with the command that prepares it."""
+    try:
+        yield
+    except StateError as error:
+        raise StateError(f"{error}\nrun: {config.command('prepare')}") from None
 
 
 def _require_train_data(config: Config, caches: Sequence[TokenCache | None]) -> None:

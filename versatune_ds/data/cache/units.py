@@ -208,7 +208,7 @@ class SourceHashes:
         if (known := self._known(file)) is not None:
             return known
         if file.kind == "hub":
-            raise StateError(f"{file.path} is not prepared; run `versatune-ds prepare` with the hub in reach")
+            raise StateError(f"{file.path} is not prepared; that takes the hub in reach")
         return _hash(file)
 
     def _known(self, file: InputFile) -> str | None:

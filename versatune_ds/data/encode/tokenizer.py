@@ -23,6 +23,27 @@ _BOS = "{{- bos_token or '' -}}\n"
 _END_OF_TURN = re.compile(r"\{%- set end_of_turn = (.+?) -%\}")
 
 
+READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+"""Of files of a model folder that are read beside the weights."""
+
+
+def refuse_pointers(source: str, suffixes: tuple[str, ...] = READ_SUFFIXES) -> None:
+    """Refuse a model folder where Git LFS has left pointers in place of files.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    folder = Path(source)
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in suffixes] if folder.is_dir() else []
+    small = (path for path in files if path.is_file() and path.stat().st_size < 1024)
+    pointers = [path.name for path in small if path.read_bytes().startswith(b"version https://git-lfs")]
+    if pointers:
+        raise ConfigError(
+            f"{folder}: {', '.join(pointers)}: a Git LFS pointer lies there, not the file; run git lfs pull "
+            "in that folder"
+        )
+
+
 def load_tokenizer(config: Config) -> Any:
     """The fast tokenizer that `model.tokenizer` (or `model.source`) names.
 
@@ -35,6 +56,8 @@ def load_tokenizer(config: Config) -> Any:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
     if looks_local and not os.path.isdir(name):
         raise ConfigError(f"model.tokenizer: {name} is not a folder; give a folder or a hub name")
+    for folder in (name, config.model.source):
+        refuse_pointers(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=config.model.trust_remote_code, use_fast=True

@@ -59,13 +59,13 @@ def by_cost(packs: Sequence[Pack], pack_len: int) -> tuple[Pack, ...]:
     return tuple(sorted(packs, key=lambda pack: _squared_lengths(pack, pack_len), reverse=True))
 
 
-def check_world_size(num_packs: int, world_size: int) -> None:
-    """Raise ConfigError unless `num_packs` can be shared evenly by `world_size` ranks."""
+def check_world_size(num_packs: int, world_size: int, what: str = "ranks") -> None:
+    """Raise ConfigError unless `num_packs` can be shared evenly by `world_size` ranks, or `what` they are."""
     if world_size < 1 or num_packs % world_size:
         sizes = ", ".join(str(n) for n in range(1, num_packs + 1) if num_packs % n == 0)
         raise ConfigError(
-            f"batch.packs_per_step is {num_packs}, which {world_size} ranks cannot share evenly; "
-            f"use one of {sizes} ranks, or make packs_per_step a multiple of {world_size}"
+            f"batch.packs_per_step is {num_packs}, which {world_size} {what} cannot share evenly; "
+            f"use one of {sizes} {what}, or make packs_per_step a multiple of {world_size}"
         )
 
 

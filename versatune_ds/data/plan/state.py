@@ -6,6 +6,7 @@ What is not covered: where it is kept (checkpoints).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from versatune_ds.data.plan.corpus import WEIGHT_UNITS, Corpus, Float64, Planner
 from versatune_ds.foundations.errors import StateError
 
 STATE_VERSION = 1
+PRINTS = "corpus fingerprints"
 
 
 class Shares(NamedTuple):
@@ -131,21 +133,14 @@ class PlannerState:
 
     def check(self, corpus: Corpus, settings: PlannerSettings) -> None:
         """Raise StateError, naming what differs, unless the state belongs to this corpus and settings."""
-        k = len(corpus.lengths)
-        if len(self.passes) != k:
-            raise StateError(f"planner state has {len(self.passes)} domains, the corpus {k}")
-        if self.made_for is not None:
-            now = made_for(corpus, settings)
-            differing = [
-                f"{key} was {self.made_for.get(key)!r} and is {now[key]!r}"
-                for key in now
-                if self.made_for.get(key) != now[key]
-            ]
-            if differing:
-                raise StateError(
-                    f"planner state of step {self.step} belongs to another run: {'; '.join(differing)}. "
-                    "Restore these settings and data, or start a new run"
-                )
+        now = made_for(corpus, settings)
+        differing = list(_differences(self.made_for or now, now))
+        if differing:
+            raise StateError(f"{'; '.join(differing)} since step {self.step}; set that back")
+        if len(self.passes) != len(corpus.lengths):
+            raise StateError(
+                f"planner state has {len(self.passes)} domains, the corpus {len(corpus.lengths)}"
+            )
         counted = zip(self.passes, self.positions, corpus.num_samples, self.drawn.samples, strict=True)
         for name, (passes, position, size, drawn) in zip(corpus.names, counted, strict=True):
             if passes * size + position != drawn or (position > 0 and position >= size):
@@ -153,6 +148,25 @@ class PlannerState:
                     f"planner state is damaged: {name} has {drawn} draws at pass {passes}, position "
                     f"{position} of {size} samples; use an older checkpoint"
                 )
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What is not as it was, in words."""
+    names, old_names = now["domains"], was.get("domains", [])
+    if names == old_names:
+        pairs = zip(names, was.get(PRINTS, []), now[PRINTS], strict=True)
+        if changed := [name for name, old, new in pairs if old != new]:
+            yield (
+                f"the prepared training data of {', '.join(changed)} changed (files, tokenizer, template, or "
+                "a setting that decides what is read)"
+            )
+    else:
+        added, gone = ([n for n in a if n not in b] for a, b in ((names, old_names), (old_names, names)))
+        parts = [f"{what} {', '.join(found)}" for what, found in (("added", added), ("gone", gone)) if found]
+        yield f"domains.names changed ({'; '.join(parts) or 'their order'})"
+    for key in now:
+        if key not in ("domains", PRINTS) and was.get(key) != now[key]:
+            yield f"{key} was {was.get(key)!r} and is {now[key]!r}"
 
 
 def _totals_from_json(value: dict[str, Any]) -> Totals:
@@ -165,7 +179,7 @@ def made_for(corpus: Corpus, settings: PlannerSettings) -> dict[str, Any]:
     """
     return {
         "domains": list(corpus.names),
-        "corpus fingerprints": list(corpus.fingerprints),
+        PRINTS: list(corpus.fingerprints),
         "batch.pack_len": settings.pack_len,
         "batch.packs_per_step": settings.packs_per_step,
         "domains.weight_unit": settings.weight_unit,

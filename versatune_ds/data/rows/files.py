@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import glob as globbing
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from versatune_ds.data.rows.remote import find_remote, is_url, open_file
 from versatune_ds.data.rows.repositories import choose_files
 from versatune_ds.foundations.errors import DataError
+from versatune_ds.foundations.files import expanded
 from versatune_ds.foundations.log import get_logger
 
 logger = get_logger(__name__)
@@ -92,7 +94,10 @@ def find_files(path: str | Sequence[str], split: str = "train") -> FoundFiles:
     ignored: list[str] = []
     others: list[str] = []
     for pattern in [path] if isinstance(path, str) else path:
-        pattern = os.path.expandvars(os.path.expanduser(pattern))
+        try:
+            pattern = expanded(pattern)
+        except ValueError as error:
+            raise DataError(str(error)) from None
         found = _find(pattern, split)
         ignored += found.ignored
         others += found.other_splits
@@ -126,8 +131,9 @@ def _find(pattern: str, split: str) -> FoundFiles:
     if files.get(pattern, True) is None:  # named outright
         stem, extension = os.path.splitext(pattern)
         reader = CONVERTED_BY_PANDAS.get(extension.lower())
-        command = f"pandas.{reader}({pattern!r}).to_json({stem + '.jsonl'!r}, orient='records', lines=True)"
-        cure = f'; convert it once: python -c "import pandas; {command}"' if reader else ""
+        written = f"to_json({stem + '.jsonl'!r}, orient='records', lines=True)"
+        code = f"import pandas; pandas.{reader}({pattern!r}).{written}"
+        cure = f"; convert it once: {shlex.join(['python', '-c', code])}" if reader else ""
         raise DataError(f"files of this kind cannot be read; {ALLOWED_FILES}{cure}", path=pattern)
     unknown = tuple(path for path, file in files.items() if file is None)
     return FoundFiles(tuple(file for file in files.values() if file), unknown)

@@ -24,6 +24,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+from deepspeed.utils import set_z3_leaf_modules
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -41,11 +42,13 @@ from versatune_ds.engine.backend.optimizer import (
     set_learning_rate,
     settle_averages,
 )
+from versatune_ds.engine.backend.process_group import sequence_group
 from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.backend.reshard import load_resharded
 from versatune_ds.engine.backend.safe_loading import tensors_only
 from versatune_ds.engine.model.adapters import MAGNITUDE
-from versatune_ds.engine.model.attention import AttentionChoice, choose_attention, isolation_leak
+from versatune_ds.engine.model.attention import AttentionChoice, choose_attention
+from versatune_ds.engine.model.isolation import PROBE_TOKENS, isolation_leak, sharing_error
 from versatune_ds.engine.model.packed_lm import (
     PackedCausalLM,
     build_model,
@@ -53,7 +56,8 @@ from versatune_ds.engine.model.packed_lm import (
     restore_buffers,
 )
 from versatune_ds.engine.model.rope import turning_length
-from versatune_ds.engine.model.source import load_architecture
+from versatune_ds.engine.model.sequence import check_heads, share_heads
+from versatune_ds.engine.model.source import load_architecture, multiplies_bf16
 from versatune_ds.foundations.errors import ConfigError, StateError, VersaTuneError
 from versatune_ds.foundations.log import get_logger
 from versatune_kernels import KernelError, LossOutput, resolve_backend
@@ -209,7 +213,7 @@ class DeepSpeedBackend:
             settle_averages(self.live.optimizer.optimizer.state, self.ema_decay)
 
     def _load(self, folder: Path, layout: Mapping[str, Any], world_size: int) -> None:
-        if self.layout["ZeRO stage"] == 0 or (world_size == self.ranks.dp.size and layout == self.layout):
+        if self.layout["ZeRO stage"] == 0 or (world_size == self.ranks.size and layout == self.layout):
             with tensors_only(folder):
                 loaded, _ = self.live.load_checkpoint(
                     str(folder.parent),
@@ -221,7 +225,7 @@ class DeepSpeedBackend:
                 raise StateError(f"{folder}: DeepSpeed found nothing to load there")
             return
         changes = {key: (layout[key], value) for key, value in self.layout.items()}
-        changes["ranks"] = (world_size, self.ranks.dp.size)
+        changes["ranks"] = (world_size, self.ranks.size)
         moved = [f"{key} {old} -> {new}" for key, (old, new) in changes.items() if old != new]
         log.info("dividing the state of %s anew: %s", folder.name, ", ".join(moved))
         load_resharded(folder, world_size, self.live)
@@ -245,11 +249,13 @@ def build_backend(
     """
     if config.model.dtype != "fp32" and zero_stage(settings) == 0:
         raise ConfigError("deepspeed: ZeRO stage 0 keeps no fp32 master weights; use stage 1, 2 or 3")
-    model, attention = _build_model(config, device, settings)
+    model, attention = _build_model(config, device, settings, ranks)
     buffers = float32_buffers(model)
     optimizer = build_optimizer(model, config.optimizer, offloads_optimizer(settings))
     live, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     restore_buffers(model, buffers)
+    if config.model.compile == "layers":
+        model.compile_layers()
     layout = state_layout(settings, config)
     backend = DeepSpeedBackend(live, model, device, attention, settings, layout, ranks, config.optimizer)
     check_isolation(backend, config)
@@ -266,7 +272,8 @@ def build_for_evaluation(config: Config, device: torch.device) -> DeepSpeedBacke
     """
     settings = deepspeed_config(config, world_size=1)  # batch sizes do not matter here
     settings["zero_optimization"].pop("offload_optimizer", None)
-    model, attention = _build_model(config, device, settings)
+    ranks = Ranks.of_world(config.batch.sequence_parallel)
+    model, attention = _build_model(config, device, settings, ranks)
     model.requires_grad_(False)
     live: Any = model
     if zero_stage(settings) == 3:
@@ -275,20 +282,22 @@ def build_for_evaluation(config: Config, device: torch.device) -> DeepSpeedBacke
         restore_buffers(model, buffers)
     else:
         model.to(device)
-    layout, ranks = state_layout(settings, config), Ranks.of_world()
+    layout = state_layout(settings, config)
     backend = DeepSpeedBackend(live, model, device, attention, settings, layout, ranks, config.optimizer)
     check_isolation(backend, config)
     return backend
 
 
 def _build_model(
-    config: Config, device: torch.device, settings: dict[str, Any]
+    config: Config, device: torch.device, settings: dict[str, Any], ranks: Ranks
 ) -> tuple[PackedCausalLM, AttentionChoice]:
     """The model (partitioned as it is made under ZeRO-3) and how it attends."""
     if config.model.trust_remote_code:
         log.warning("model.trust_remote_code is on: Python code of %s will run here", config.model.source)
     if config.model.dtype == "fp16" and device.type == "cpu":
         raise ConfigError("model.dtype fp16 needs CUDA; use bf16 or fp32 on CPUs")
+    if config.model.dtype == "bf16" and device.type == "cpu" and not multiplies_bf16():
+        log.warning("this CPU has no bf16 units: fp32 is many times faster here; set model.dtype: fp32")
     try:
         loss = resolve_backend(config.model.loss_backend, device.type)
     except KernelError as error:
@@ -300,12 +309,19 @@ def _build_model(
         )
     architecture = load_architecture(config.model)
     caps_scores = getattr(architecture, "attn_logit_softcapping", None) is not None
-    attention = choose_attention(config.model, device.type, caps_scores)
+    attention = choose_attention(config.model, device.type, caps_scores, ranks.sp.size > 1)
+    sequence = sequence_group(ranks, config.run.collective_timeout_s)
+    if sequence is not None:
+        check_heads(architecture.num_attention_heads, sequence.size)
+        attention = share_heads(attention, sequence.size)
     is_zero3 = zero_stage(settings) == 3
     zero3 = HfDeepSpeedConfig(settings) if is_zero3 else None  # kept alive: transformers looks it up
-    model = build_model(config.model, attention, config.run.seed, device.type)
+    model = build_model(config.model, attention, config.run.seed, device.type, sequence)
     if is_zero3:
         _share_with_dora(model)
+        if config.model.compile == "layers":
+            # fetched and released as one, outside of what is compiled, not by hooks of each matrix in it
+            set_z3_leaf_modules(model, list({type(layer) for layer in model.layers}))
     unset_hf_deepspeed_config()
     del zero3
     return model, attention
@@ -320,13 +336,19 @@ def _share_with_dora(model: PackedCausalLM) -> None:
 
 
 def check_isolation(backend: Backend, config: Config) -> None:
-    """Run the real model on a probe of packed samples; raises VersaTuneError if one sample sees another."""
+    """Run the real model on a probe of packed samples.
+
+    Raises:
+        VersaTuneError: one sample sees another, or ranks that share a pack compute something else.
+    """
     architecture = backend.model.lm.config
     turn = turning_length(architecture)
     # two samples below the turn beside one beyond it
-    longer = () if turn is None else (min(2 * turn - 2, config.batch.pack_len),)
+    longer = PROBE_TOKENS if turn is None else min(2 * turn - 2, config.batch.pack_len)
+    probe = (backend.forward, architecture.vocab_size, backend.device, longer, backend.ranks.sp)
     with backend.evaluating():
-        leak = isolation_leak(backend.forward, architecture.vocab_size, backend.device, *longer)
+        leak = isolation_leak(*probe)
+        error = sharing_error(*probe) if backend.ranks.sp.size > 1 else 0.0
     if not math.isfinite(leak):
         raise VersaTuneError(
             f"model.source {architecture.name_or_path!r} gives losses that are not finite on a short probe; "
@@ -336,4 +358,10 @@ def check_isolation(backend: Backend, config: Config) -> None:
         raise VersaTuneError(
             f"attention {backend.attention.implementation} mixes packed samples (relative leak {leak:.2e}); "
             "choose another model.attention, and report the versions shown by versatune-ds doctor"
+        )
+    if not error <= MAX_ISOLATION_LEAK[config.model.dtype]:
+        raise VersaTuneError(
+            f"batch.sequence_parallel {backend.ranks.sp.size}: a shared pack has other losses than the whole "
+            f"one (relative error {error:.2e}), so a layer of {architecture.model_type} mixes tokens outside "
+            "of its attention; set batch.sequence_parallel: 1"
         )

@@ -31,7 +31,8 @@ from pydantic import ValidationError
 
 from versatune_ds.config.schema import Config
 from versatune_ds.data.plan.balance import check_world_size
-from versatune_ds.engine.backend.muon import require_muon
+from versatune_ds.engine.backend.optimizer import require_muon
+from versatune_ds.engine.backend.zero_sizes import DEEPSPEED_SUB_GROUP, SUB_GROUP_KEY
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 
 PASSED_KEYS = (
@@ -65,6 +66,7 @@ OWNED_KEYS = {
     "datastates_ckpt": "checkpoint (its files are written and verified by the trainer)",
     "timers": "(off: DeepSpeed's timer waits for the device in every forward)",
     "gradient_allreduce_op": "(the loss is divided by the tokens of all ranks, then gradients are averaged)",
+    "zero_allow_untested_optimizer": "optimizer.states",
     "managed_gradient_accumulation": "(the loop says which pack ends a step)",
     "torch_autocast": "model.dtype",
     "tensorboard": "metrics",
@@ -83,12 +85,12 @@ WITHOUT_EFFECT = {
     "expert_parallel": "would put other layers into the model, which the trainer does not know",
     "hybrid_engine": "is for generating texts between steps, which the trainer does not do",
     "pipeline": "is for DeepSpeed's pipeline engine, which the trainer does not use",
-    "seq_parallel_communication_data_type": "is for sequence parallelism, which the trainer does not have",
+    "seq_parallel_communication_data_type": "is for DeepSpeed's sequence parallelism; set "
+    "batch.sequence_parallel",
     "tensor_parallel": "would change which ranks share data, which the trainer's sums do not know",
     "use_data_before_expert_parallelism": "is for expert parallelism, which the trainer does not have",
     "vocabulary_size": "only makes DeepSpeed print a warning",
     "weight_quantization": "is for inference",
-    "zero_allow_untested_optimizer": "is for optimizers that DeepSpeed does not know; ours it knows",
     "zero_force_ds_cpu_optimizer": "is for optimizers other than DeepSpeed's own, which offloading takes",
 }
 ZERO_WITHOUT_EFFECT = {
@@ -149,7 +151,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
     Args:
         config: the run's settings.
-        world_size: number of ranks; must divide `batch.packs_per_step`.
+        world_size: ranks, or groups of them that share a pack; divides `batch.packs_per_step`.
 
     Raises:
         ConfigError: the file is missing or not JSON, sets a key that we own, that is unknown, that would have
@@ -164,7 +166,10 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         if key in WITHOUT_EFFECT:
             raise _without_effect(key, WITHOUT_EFFECT[key])
     merged["train_micro_batch_size_per_gpu"] = 1
-    check_world_size(config.batch.packs_per_step, world_size)
+    sharing = config.batch.sequence_parallel
+    check_world_size(
+        config.batch.packs_per_step, world_size, "ranks" if sharing == 1 else f"groups of {sharing} ranks"
+    )
     merged["gradient_accumulation_steps"] = config.batch.packs_per_step // world_size
     merged["gradient_clipping"] = config.optimizer.max_grad_norm
     if config.model.dtype == "bf16":
@@ -172,6 +177,11 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     if config.model.dtype == "fp16":
         merged["fp16"] = {"enabled": True}
     merged.setdefault("zero_optimization", {"stage": 3})
+    if config.optimizer.states != "fp32":
+        _require_states(merged)
+        merged["zero_allow_untested_optimizer"] = True
+    if config.optimizer.states == "bf16_stochastic":
+        merged["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     merged["steps_per_print"] = 2**31
     merged["timers"] = {"throughput": {"enabled": False}}
     accepted = _require_accepted(merged)
@@ -182,9 +192,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             "optimizer.ema_decay averages fp32 master weights, which ZeRO stage 0 does not keep and which "
             "offloading to nvme puts out of reach: use stage 1, 2 or 3 without nvme"
         )
-    _require_exact_gradients(accepted, config.model.dtype)
     if config.optimizer.kind == "muon":
         require_muon(config, merged)
+    _require_exact_gradients(accepted, config.model.dtype)
     return merged
 
 
@@ -206,14 +216,34 @@ def state_layout(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
         settings: a DeepSpeed configuration.
         config: of the run.
     """
-    model, adapter = config.model, config.model.adapter
+    model, adapter, stage = config.model, config.model.adapter, zero_stage(settings)
+    groups = settings["zero_optimization"].get("sub_group_size", DEEPSPEED_SUB_GROUP)
     return {
-        "ZeRO stage": zero_stage(settings),
+        "ZeRO stage": stage,
+        SUB_GROUP_KEY: groups if stage == 3 else None,
         "model.dtype": model.dtype,
         "model.adapter": adapter and adapter.model_dump(include={"kind", "rank", "alpha", "targets"}),
         "optimizer offload": offloads_optimizer(settings),
+        "optimizer.states": config.optimizer.states,
         "optimizer.kind": config.optimizer.kind,
     }
+
+
+def _require_states(settings: dict[str, Any]) -> None:
+    """Refuse where only fp32 states can be held.
+
+    Raises:
+        ConfigError: stage 0, offloading, or gradients that are summed in another dtype.
+    """
+    problem = None
+    if zero_stage(settings) == 0:
+        problem = "ZeRO stage 0 has no states of its own; use stage 1, 2 or 3"
+    elif offloads_optimizer(settings):
+        problem = "DeepSpeed's CPU Adam, which offloading needs, holds fp32 states; remove offload_optimizer"
+    elif "grad_accum_dtype" in settings.get("data_types", {}):
+        problem = "data_types.grad_accum_dtype takes an optimizer of DeepSpeed's with fp32 states; remove it"
+    if problem is not None:
+        raise ConfigError(f"optimizer.states other than fp32: {problem}")
 
 
 def _require_accepted(settings: dict[str, Any]) -> DeepSpeedConfig:

@@ -5,12 +5,14 @@ What is not covered: launchers (`engine/faults/launcher.py`) and lost ranks (`en
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import socket
 import time
 import warnings
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
@@ -18,9 +20,16 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from versatune_ds.config.schema import DEFAULT_COLLECTIVE_TIMEOUT_S
-from versatune_ds.engine.faults.stale_files import remove_stale_files, shared_memory_buffer
+from versatune_ds.engine.backend.ranks import Ranks
+from versatune_ds.engine.faults.stale_files import (
+    remove_stale_files,
+    require_extension_folder,
+    shared_memory_buffer,
+)
+from versatune_ds.engine.model.sequence import SequenceGroup
 from versatune_ds.foundations import distributed
-from versatune_ds.foundations.errors import VersaTuneError
+from versatune_ds.foundations.errors import ConfigError, VersaTuneError
+from versatune_ds.foundations.launch import join
 
 
 def start_process_group(timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S) -> torch.device:
@@ -36,10 +45,17 @@ def start_process_group(timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S) -> torc
         VersaTuneError: the ranks do not meet.
     """
     set_only_rank()
+    require_extension_folder()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         device = torch.device("cpu")
     else:
+        if distributed.local_rank() >= accelerator.device_count():
+            raise ConfigError(
+                f"rank {distributed.rank()} on {socket.gethostname()} has the local rank "
+                f"{distributed.local_rank()} and sees {accelerator.device_count()} devices; a node needs one "
+                "for each of its ranks, and each must see all (srun: --gpus-per-node, not --gpus-per-task)"
+            )
         accelerator.set_device(distributed.local_rank())
         device = torch.device(accelerator.device_name(), distributed.local_rank())
     remove_stale_files()
@@ -72,6 +88,24 @@ def _why_ranks_cannot_meet(reason: str, timeout_s: float) -> str:
     )
 
 
+def sequence_group(ranks: Ranks, timeout_s: float) -> SequenceGroup | None:
+    """The ranks that share this rank's packs; None where each has its own. A collective of all ranks.
+
+    Args:
+        timeout_s: how long they wait for each other.
+    """
+    if ranks.sp.size == 1:
+        return None
+    return SequenceGroup(*ranks.sp, _neighbours(ranks.sp.size, ranks.size, timeout_s)[ranks.dp.rank])
+
+
+@functools.cache  # a process may hold several models, one after the other
+def _neighbours(n: int, ranks: int, timeout_s: float) -> list[Any]:
+    """torch's groups of n ranks each; a collective."""
+    timeout = timedelta(seconds=timeout_s)
+    return [dist.new_group(list(range(first, first + n)), timeout=timeout) for first in range(0, ranks, n)]
+
+
 def close_process_group() -> None:
     """Leave together, after a run that went well."""
     dist.barrier()
@@ -86,12 +120,14 @@ def leave_process_group() -> None:
     if not dist.is_initialized():
         return
     dist.destroy_process_group()
+    _neighbours.cache_clear()
     shared_memory_buffer().unlink(missing_ok=True)
     time.sleep(0.5)
 
 
 def set_only_rank() -> None:
-    """Without a launcher: the environment that one would give to the only rank."""
+    """Without any launcher: the environment that one would give to the only rank."""
+    join("train", os.environ)
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:

@@ -1,9 +1,10 @@
 """Which ranks share out the packs of a step, and which share one pack.
 
-Two numbers follow from it wherever data is divided: packs, held-out samples and the tokens that a loss is
-divided by go over the data-parallel ranks; the tokens of a pack would go over the ranks of a sequence group.
+Packs and held-out samples go over the data-parallel ranks; the rows of a pack go over the ranks of a
+sequence group (`batch.sequence_parallel`), which are neighbours: on one node where its ranks are a multiple.
+Parameters, gradients and the tokens that a loss is divided by go over all ranks.
 
-What is not covered: sequence parallelism itself; sequence groups have one rank.
+What is not covered: what a sequence group does with its pack (`engine/model/sequence.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from versatune_ds.foundations import distributed
+from versatune_ds.foundations.errors import ConfigError
 
 
 class Group(NamedTuple):
@@ -28,7 +30,32 @@ class Ranks(NamedTuple):
     sp: Group
     """Ranks that share a pack."""
 
+    @property
+    def size(self) -> int:
+        """All ranks, over which gradients are averaged."""
+        return self.dp.size * self.sp.size
+
     @classmethod
-    def of_world(cls) -> Ranks:
-        """All ranks of the launch have packs of their own."""
-        return cls(Group(distributed.rank(), distributed.world_size()), Group(0, 1))
+    def of_world(cls, sharing: int = 1) -> Ranks:
+        """All ranks of the launch; each `sharing` neighbours share a pack.
+
+        Raises:
+            ConfigError: their number is no multiple.
+        """
+        rank, groups = distributed.rank(), count_groups(distributed.world_size(), sharing)
+        return cls(Group(rank // sharing, groups), Group(rank % sharing, sharing))
+
+
+def count_groups(ranks: int, sharing: int) -> int:
+    """Groups of `sharing` ranks, of which each has packs of its own.
+
+    Raises:
+        ConfigError: the ranks are no multiple.
+    """
+    if ranks % sharing:
+        allowed = [str(n) for n in range(1, ranks + 1) if ranks % n == 0]
+        raise ConfigError(
+            f"batch.sequence_parallel is {sharing}, and {ranks} ranks are no multiple of it; use one of "
+            f"{', '.join(allowed)}, or other ranks"
+        )
+    return ranks // sharing

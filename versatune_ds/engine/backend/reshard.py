@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from versatune_ds.engine.backend.muon import MOMENTUM
-from versatune_ds.engine.backend.optimizer import AVERAGE
+from versatune_ds.engine.backend.optimizer import AVERAGE, MOMENTUM
+from versatune_ds.engine.backend.rounded_adamw import RoundedAdamW
 from versatune_ds.engine.backend.saved_shards import MASTER, MOMENTS, SavedShards
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError
@@ -57,14 +57,16 @@ def load_resharded(folder: Path, world_size: int, live: Any) -> None:
             "DeepSpeed uses for gradient sums in another dtype (data_types.grad_accum_dtype), cannot take "
             "over a state that was divided otherwise; resume it with the ranks and settings it was saved with"
         )
-    kinds = (*MOMENTS, AVERAGE) if saved.holds(AVERAGE) else MOMENTS
+    averages = (AVERAGE,) if saved.holds(AVERAGE) else ()
     for flat in flats:
-        optimizer.optimizer.state[flat] = {kind: torch.zeros_like(flat) for kind in kinds}
+        dtype = torch.bfloat16 if isinstance(optimizer.optimizer, RoundedAdamW) else flat.dtype
+        state = {kind: torch.zeros_like(flat, dtype=dtype) for kind in MOMENTS}
+        optimizer.optimizer.state[flat] = state | {kind: torch.zeros_like(flat) for kind in averages}
     if partitioned:
         optimizer.checkpoint_event_prologue()
         for parameter, name in live.param_names.items():
             if parameter.requires_grad:
-                _load_stage3(saved, name, parameter, kinds)
+                _load_stage3(saved, name, parameter, (*MOMENTS, *averages))
     else:
         for group, flat in enumerate(flats):
             _load_stages_1_and_2(saved, group, flat, live)

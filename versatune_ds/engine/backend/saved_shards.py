@@ -188,7 +188,7 @@ class SavedShards:
                 flat = self._master[span.rank][span.group]
             else:
                 flat = self._optimizers[span.rank]["state"][span.group][kind]
-            pieces.append(flat.detach().narrow(0, span.offset, span.numel))
+            pieces.append(flat.detach().narrow(0, span.offset, span.numel).float())
         found = sum(piece.numel() for piece in pieces)
         if found != stop - start:
             raise StateError(

@@ -2,13 +2,15 @@
 
 The merge reads the base model's safetensors one tensor at a time and needs no model: a weight W with an
 adapter becomes W + s B A (LoRA, s = alpha / rank) or m (W + s B A) / |W + s B A| row by row (DoRA, m its
-trained lengths), computed in fp32; every other tensor passes.
+trained lengths), computed in fp32; every other tensor passes, the experts of a mixture under their published
+names. Of a model of images and text the text part is written, as a text model.
 
-What is not covered: base models whose files name their weights in another way than the model does.
+What is not covered: base models whose files name their weights in yet another way than the model does.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.engine.model.adapters import MAGNITUDE, PREFIX, file_name, lora_config
+from versatune_ds.engine.model.source import TEXT_PART
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import ConfigError, StateError
 from versatune_ds.foundations.files import write_json_atomic
+
+HEAD = "lm_head.weight"
 
 
 def is_of_adapter(name: str) -> bool:
@@ -66,14 +71,13 @@ def merged_tensors(
     assert settings.adapter is not None
     scale = settings.adapter.alpha / settings.adapter.rank
     waiting = {name.rsplit(".lora_", 1)[0] for name in adapter}
-    for path in base_files(settings.source):
+    for path, stored, name in _names(settings.source):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                tensor, module = file.get_tensor(name), PREFIX + name.removesuffix(".weight")
-                if module in waiting:
-                    tensor = _merged(tensor, module, adapter, scale)
-                    waiting.remove(module)
-                yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+            tensor, module = file.get_tensor(stored), PREFIX + name.removesuffix(".weight")
+        if module in waiting:
+            tensor = _merged(tensor, module, adapter, scale)
+            waiting.remove(module)
+        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
     if waiting:
         raise StateError(
             f"the files of {settings.source} hold no {min(waiting).removeprefix(PREFIX)}.weight, for which "
@@ -96,11 +100,25 @@ def base_files(source: str) -> list[Path]:
 
 def holds_head(source: str) -> bool:
     """Whether the files of a base model hold an output weight of its own."""
+    return HEAD in {name for _, _, name in _names(source)}
+
+
+def _names(source: str) -> list[tuple[Path, str, str]]:
+    """(file, name in it, name in the model) of a base model's tensors, or of those of its text part."""
+    found = []
     for path in base_files(source):
         with safe_open(path, "pt") as file:
-            if "lm_head.weight" in file.keys():  # noqa: SIM118
-                return True
-    return False
+            for stored in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                name = stored
+                for pattern, put in TEXT_PART.items():
+                    name = re.sub(pattern, put, name)
+                found.append((path, stored, name))
+    has_images = any(stored != name for _, stored, name in found)
+    return [
+        (path, stored, name)
+        for path, stored, name in found
+        if stored != name or not has_images or name == HEAD
+    ]
 
 
 def _merged(weight: torch.Tensor, module: str, adapter: Mapping[str, torch.Tensor], scale: float) -> Any:

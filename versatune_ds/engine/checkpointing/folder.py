@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from versatune_ds.config.schema import Checkpoint
 from versatune_ds.engine.backend.backend import Backend
+from versatune_ds.engine.backend.zero_sizes import DEEPSPEED_SUB_GROUP, SUB_GROUP_KEY
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.constants import (
     BEST_FILE,
@@ -246,19 +247,35 @@ def saved_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
+def read_state(path: Path, layout: dict[str, Any], architecture: Mapping[str, str]) -> dict[str, Any]:
     """Our own state of a checkpoint that this run wants to go on from.
 
     Args:
         path: a sound checkpoint.
         layout: how this run lays out model and optimizer state (ZeRO stage, dtype, offload).
+        architecture: of this run's model.
 
     Raises:
-        StateError: as `saved_state`, or a layout that cannot become this run's.
+        StateError: as `saved_state`, or another model, or a layout that cannot become this run's.
     """
     state = saved_state(path)
-    # before there were others the layout did not speak of them
-    saved = state["layout"] = {"model.adapter": None, "optimizer.kind": "adamw", **state["layout"]}
+    old = state.get("architecture", {})  # checkpoints did not always say
+    changed = [
+        f"{key} is {old[key]} there and {architecture[key]} in model.source"
+        for key in sorted(architecture.keys() & old.keys())
+        if old[key] != architecture[key]
+    ]
+    if changed:
+        raise StateError(f"it holds another model: {', '.join(changed)}; set that back")
+    # what older layouts do not speak of
+    groups = DEEPSPEED_SUB_GROUP if state["layout"]["ZeRO stage"] == 3 else None
+    saved = state["layout"] = {
+        "model.adapter": None,
+        SUB_GROUP_KEY: groups,
+        "optimizer.states": "fp32",
+        "optimizer.kind": "adamw",
+        **state["layout"],
+    }
     unsharded = "ZeRO stage 0" if 0 in (saved["ZeRO stage"], layout["ZeRO stage"]) else None
     changes = (
         ("model.dtype", "another precision"),
@@ -269,9 +286,8 @@ def read_state(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
     for key, why in changes:
         if why is not None and saved[key] != layout[key]:
             raise StateError(
-                f"{path} was written with {key} {saved[key]!r}; this run has {layout[key]!r}, and {why} "
-                "cannot go on from it. Set it back, or export the checkpoint and start a new run from the "
-                "exported model"
+                f"it was written with {key} {saved[key]!r}; this run has {layout[key]!r}, and {why} cannot "
+                "go on from it; set it back"
             )
     return state
 
@@ -280,8 +296,8 @@ def load_model_state(path: Path, backend: Backend, state: dict[str, Any]) -> Non
     """Load model, optimizer and random generator states; every rank calls it.
 
     With the number of ranks and the layout it was saved in, the run goes on bit for bit. Otherwise the
-    generators are seeded from the checkpoint's name and the rank: generator states belong to ranks. (The
-    models drop nothing out, so no training step draws from them.)
+    generators are seeded from the checkpoint's name and the rank: generator states belong to ranks. (Only
+    an adapter's dropout and the rounding of `optimizer.states` draw from them.)
 
     Args:
         state: our own state of the checkpoint.
@@ -339,4 +355,7 @@ def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         doomed = path.with_name(f"{UNFINISHED_PREFIX}{path.name}-removed")
         path.rename(doomed)
-        shutil.rmtree(doomed)
+        if doomed.is_symlink():  # moved elsewhere, which was not this program
+            doomed.unlink()
+        else:
+            shutil.rmtree(doomed)

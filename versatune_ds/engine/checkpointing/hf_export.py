@@ -7,7 +7,7 @@ so the peak on any rank is one shard and one parameter. The folder appears whole
 
 Of a run that trained an adapter only the adapter is written (`adapter_export.py`), unless it is merged.
 
-What is not covered: quantised formats, and pushing to a hub.
+What is not covered: quantised formats, and pushing to a hub (`apps/push.py`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from versatune_ds.config.load import load_config
-from versatune_ds.config.schema import Config, Model
+from versatune_ds.config.model import Model
+from versatune_ds.config.schema import Config
 from versatune_ds.data.encode.chat_encoder import stop_token
 from versatune_ds.data.encode.tokenizer import load_tokenizer, set_chat_template
 from versatune_ds.engine.backend.backend import Backend
@@ -38,13 +38,16 @@ from versatune_ds.engine.checkpointing.adapter_export import (
     merged_tensors,
     save_adapter_config,
 )
+from versatune_ds.engine.checkpointing.export_target import check_target, make_empty, replace, unfinished
 from versatune_ds.engine.checkpointing.folder import saved_state
-from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.router import as_published
-from versatune_ds.engine.model.source import load_architecture
+from versatune_ds.engine.model.source import DTYPES, load_architecture
 from versatune_ds.foundations import constants, distributed
-from versatune_ds.foundations.errors import ConfigError, SaveError, VersaTuneError
-from versatune_ds.foundations.files import fsync_dir, fsync_tree, write_json_atomic
+from versatune_ds.foundations.errors import ConfigError, SaveError, StateError, VersaTuneError
+from versatune_ds.foundations.files import write_json_atomic
+from versatune_ds.foundations.log import get_logger
+
+log = get_logger(__name__)
 
 NAME_PREFIX = "lm."
 """Parameters of `PackedCausalLM` carry this prefix; Hugging Face's names do not."""
@@ -120,6 +123,11 @@ class Companions(NamedTuple):
             generation = GenerationConfig.from_pretrained(config.model.source)
         except OSError:  # the source has none
             generation = GenerationConfig.from_model_config(architecture)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"model.source {config.model.source}: transformers refuses its generation_config.json "
+                f"({error}); mend that file"
+            ) from error
         stop = stop_token(tokenizer, config.data.chat_template)
         generation.eos_token_id = tokenizer.convert_tokens_to_ids(stop)
         generation.use_cache = True  # switched off for training only
@@ -128,8 +136,17 @@ class Companions(NamedTuple):
     def save(self, folder: Path) -> None:
         """Write them into `folder`."""
         self.tokenizer.save_pretrained(folder)
-        if self.adapter_of is None:
+        if self.adapter_of is not None:
+            return
+        try:
             self.generation.save_pretrained(folder)
+        except ValueError as error:  # what it takes from a model it does not write once anything is changed
+            log.warning(
+                "generation_config.json goes into the finished model as model.source has it, with what "
+                "transformers finds wrong there: %s",
+                " ".join(str(error).split()),
+            )
+            self.generation.to_json_file(folder / "generation_config.json")
 
 
 def export_model(backend: Backend, companions: Companions, folder: Path, max_shard_bytes: int) -> None:
@@ -137,11 +154,11 @@ def export_model(backend: Backend, companions: Companions, folder: Path, max_sha
 
     Args:
         companions: saved beside the weights.
-        folder: target; replaced if it exists.
+        folder: target; an earlier export there is replaced.
         max_shard_bytes: bound of a shard, and of the host memory needed.
 
     Raises:
-        SaveError: on all ranks, when rank 0 could not write.
+        SaveError, StateError: on all ranks, when rank 0 could not write.
     """
     whole, config = companions.adapter_of is None, backend.model.lm.config
     parameters = backend.parameters() if whole else backend.parameters(is_of_adapter)
@@ -149,12 +166,11 @@ def export_model(backend: Backend, companions: Companions, folder: Path, max_sha
         (name.removeprefix(NAME_PREFIX), tensor.detach().to("cpu", copy=True)) for name, tensor in parameters
     )
     copies = as_published(config, copies) if whole else copies
-    cure = "start the same command again, or make it from the last checkpoint: versatune-ds export RUN"
 
     def write() -> None:
         try:
             if distributed.is_main():
-                _write_folder(copies, config, companions, folder, max_shard_bytes, cure)
+                _write_folder(copies, config, companions, folder, max_shard_bytes)
         finally:
             for _ in parameters:  # the other ranks' part, and that of a rank 0 that could not write
                 pass
@@ -178,7 +194,7 @@ def export_checkpoint(
         checkpoint: a finished checkpoint folder, of any ZeRO stage.
         config: the transformers config of the model.
         companions: saved beside the weights.
-        folder: target; replaced if it exists.
+        folder: target; an earlier export there is replaced.
         dtype: "bf16", "fp16" or "fp32"; fp32 master weights are rounded to it.
         max_shard_bytes: bound of a shard. Host memory holds one shard and one parameter.
         merge: add the adapter to the base model's weights, and write the whole model.
@@ -186,7 +202,8 @@ def export_checkpoint(
 
     Raises:
         ConfigError: nothing to merge, or no base model to merge into.
-        StateError: the checkpoint's files are not as this program writes them, or hold no average.
+        StateError: the checkpoint's files are not as this program writes them or hold no average, or the
+            target holds others.
         SaveError: the folder could not be written.
     """
     weights = SavedWeights(checkpoint, saved_state(checkpoint), AVERAGE if ema else MASTER)
@@ -204,8 +221,7 @@ def export_checkpoint(
         config.tie_word_embeddings &= not holds_head(settings.source)
     elif companions.adapter_of is None:
         rounded = as_published(config, rounded)
-    cure = "give another folder with --out if you like, then start the same command again"
-    _write_folder(rounded, config, companions, folder, max_shard_bytes, cure)
+    _write_folder(rounded, config, companions, folder, max_shard_bytes)
 
 
 def export_from_run(
@@ -238,23 +254,49 @@ def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
+def try_export(config: Config, architecture: Any, companions: Companions) -> None:
+    """All of the export at the end but the weights, taken away again; rank 0 only, before the first step.
+
+    Args:
+        architecture: the transformers config of the model.
+
+    Raises:
+        StateError: the folder may not be replaced, or cannot be written.
+        ConfigError: a library refuses to save tokenizer or configuration.
+    """
+    folder = config.run.dir / constants.EXPORT_DIR
+    temporary = unfinished(check_target(folder))
+    try:
+        make_empty(temporary)
+        _write_companions(companions, architecture, temporary)
+    except OSError as error:
+        raise StateError(f"{folder} cannot be written ({error.strerror or error}); see to it") from error
+    except Exception as error:  # of whatever library
+        raise ConfigError(
+            f"the model of this run could not be saved at its end: {type(error).__name__}: {error}. Mend the "
+            f"files of model.source {config.model.source}, or set checkpoint.export_at_end: false"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _write_folder(
     tensors: Iterable[tuple[str, torch.Tensor]],
     config: Any,
     companions: Companions,
     folder: Path,
     max_shard_bytes: int,
-    cure: str,
 ) -> None:
     """Write the folder under a hidden name, then give it its own; a failure leaves nothing.
 
     Args:
         tensors: (Hugging Face name, CPU tensor), made one at a time.
-        cure: what to do when there is room again, for the error.
     """
-    temporary = folder.with_name(f".unfinished-{folder.name}")
+    folder = check_target(folder)
+    temporary = unfinished(folder)
     try:
-        _make_empty(temporary)
+        make_empty(temporary)
+        _write_companions(companions, config, temporary)
         adapter_of = companions.adapter_of
         writer = ShardWriter(temporary, max_shard_bytes)
         if adapter_of is not None:  # peft reads a single file
@@ -265,36 +307,21 @@ def _write_folder(
         names = writer.close()
         if adapter_of is not None:
             save_adapter_config(adapter_of, names, temporary)
-        else:
-            _save_config(config, temporary)
-        _finish(companions, temporary, folder)
-    except (OSError, SafetensorError, VersaTuneError) as error:
+        replace(temporary, folder)
+    except Exception as error:  # of the disk, or of whatever library
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, VersaTuneError):
             raise
         raise SaveError(
-            f"the model could not be written into {folder}: {error}. Make room, then {cure}"
+            f"the model could not be written into {folder}: {error}; see to that, or take another folder"
         ) from error
 
 
-def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def _save_config(config: Any, folder: Path) -> None:
-    config.save_pretrained(folder)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings["use_cache"] = True  # switched off for training only
-    write_json_atomic(folder / "config.json", settings)
-
-
-def _finish(companions: Companions, temporary: Path, folder: Path) -> None:
-    """Add what lies beside the weights, then give the folder its name."""
-    companions.save(temporary)
-    fsync_tree(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-    fsync_dir(folder.parent)
+def _write_companions(companions: Companions, config: Any, folder: Path) -> None:
+    """What lies beside the weights, first: a library that refuses to save it does so before the work."""
+    companions.save(folder)
+    if companions.adapter_of is None:
+        config.save_pretrained(folder)
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings["use_cache"] = True  # switched off for training only
+        write_json_atomic(folder / "config.json", settings)

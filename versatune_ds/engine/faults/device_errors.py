@@ -56,8 +56,12 @@ def out_of_memory(config: Config, where: str, reason: str) -> str:
         where: what the run was doing.
         reason: torch's text, of which the first line is told.
     """
-    cures = [f"batch.pack_len (now {config.batch.pack_len})"]
-    if config.model.activation_checkpointing != "all":
+    batch = config.batch
+    cures = [
+        f"batch.pack_len (now {batch.pack_len})",
+        f"batch.sequence_parallel, raised (now {batch.sequence_parallel}; ranks that share a pack)",
+    ]
+    if config.model.activation_checkpointing not in ("all", "offload"):
         cures.append(
             f"model.activation_checkpointing: all (now {config.model.activation_checkpointing}; less memory, "
             "more compute)"

@@ -13,6 +13,7 @@ What is not covered: files of other users (only named by `doctor`).
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from versatune_ds.foundations import distributed
+from versatune_ds.foundations.errors import StateError
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
@@ -65,6 +67,24 @@ def extension_folders() -> Path:
         return Path(os.environ["TORCH_EXTENSIONS_DIR"])
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     return Path(cache).expanduser() / "torch_extensions"
+
+
+def require_extension_folder() -> None:
+    """Refuse a home where DeepSpeed's extensions cannot be built.
+
+    Raises:
+        StateError: the folder cannot be made or written.
+    """
+    folder = extension_folders()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StateError(
+            f"DeepSpeed's extensions are built in {folder}, which cannot be written ({error.strerror}); name "
+            "another folder in the environment: TORCH_EXTENSIONS_DIR"
+        ) from None
 
 
 def locks(folder: Path) -> list[Path]:

@@ -7,8 +7,8 @@ nothing else of the model changes its name or its class.
 Adapters are combined exactly, by concatenation: with A = [A1; A2] and B = [w1 s1 B1, w2 s2 B2] / s the
 product B A is w1 s1 B1 A1 + w2 s2 B2 A2 over s, of rank r1 + r2 (s: alpha / rank of each).
 
-What is not covered: other methods of peft, adapters on embeddings, heads and fused experts, several adapters
-in one model, and the export (`engine/checkpointing/adapter_export.py`).
+What is not covered: other methods of peft, adapters on embeddings, heads, routers and experts, several
+adapters in one model, and the export (`engine/checkpointing/adapter_export.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from versatune_ds.config.schema import Adapter
+from versatune_ds.config.model import Adapter
+from versatune_ds.engine.model.router import experts_of
 from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 from versatune_ds.foundations.errors import ConfigError
 
@@ -95,15 +96,31 @@ def add_adapter(lm: PreTrainedModel, settings: Adapter, seed: int) -> None:
     Raises:
         ConfigError: no peft, no such layers, or an adapter that does not fit them.
     """
-    config = lora_config(settings, settings.targets)
+    config = lora_config(settings, _targets(lm, settings))
     started = combined(settings) if settings.start_from else None
     torch.manual_seed(seed)
     try:
         require_peft().inject_adapter_in_model(config, lm, NAME)
     except ValueError as error:
         raise ConfigError(f"model.adapter.targets {settings.targets}: {error}") from error
+    if getattr(config, "target_parameters", None):  # peft takes these names for those of experts
+        raise ConfigError(
+            f"model.adapter.targets {settings.targets}: the experts and routers of {lm.config.model_type} "
+            "cannot have an adapter here; leave out gate, gate_proj, up_proj, down_proj, w1, w2 and w3"
+        )
     if started is not None:
         _take_over(lm, started, settings)
+
+
+def _targets(lm: PreTrainedModel, settings: Adapter) -> str | list[str]:
+    """What peft is told. By `all-linear` of a mixture it means routers and experts, too, which are no linear
+    layers; ours is the attention's, since a name such as gate_proj means the experts', too."""
+    if settings.targets != "all-linear" or not experts_of(lm.config):
+        return settings.targets
+    attention = (
+        name for name, module in lm.base_model.named_modules() if isinstance(module, torch.nn.Linear)
+    )
+    return sorted({name.split(".")[-1] for name in attention if ".mlp." not in name})
 
 
 def trained_targets(lm: Any) -> list[str]:

@@ -9,6 +9,7 @@ What is not covered: layers of other shapes: families whose row is not `planned`
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ class Family(NamedTuple):
     """Norms of the hidden states in a layer."""
     fp32_norms: bool = False
     """Norms are scaled in fp32, for which their input is kept."""
+    joined: bool = False
+    """q, k and v are one matrix, gate and up another."""
     softcap: str | None = None
     """Logits become c tanh(logits / c), c the value of this field."""
     logit_factor: str | None = None
@@ -50,7 +53,7 @@ FAMILIES: dict[str, Family] = {
     "ministral": Family(),
     "ministral3": Family(),
     "smollm3": Family(),
-    "phi3": Family(),  # Phi 3, 3.5 and 4; q, k and v are one matrix, gate and up another
+    "phi3": Family(joined=True),  # Phi 3, 3.5 and 4
     "qwen2": Family(qkv_biases=True),  # Qwen2 and Qwen2.5
     "qwen3": Family(head_norms=True),
     "olmo2": Family(wide_norms=True),
@@ -103,15 +106,18 @@ def planned_shape(config: Mapping[str, Any], origin: str) -> ModelShape:
         raise ConfigError(f"{origin}: {error}") from error
 
 
-def built_shape(config: Any, parameters: int, nonembedding: int) -> ModelShape:
-    """The shape of a built model of any family; of one without a plan only what its FLOPs need is right.
+def built_shape(
+    config: Any, counted: tuple[int, int] | None = None, trained: int | None = None
+) -> ModelShape:
+    """The shape of a model of any family; of one without a plan only what its FLOPs need is right.
 
     Args:
         config: its transformers configuration.
-        parameters: all, a tied embedding and head once.
-        nonembedding: all but the embedding and the head.
+        counted: parameters of the built model: all, a tied embedding and head once; all but these two. None:
+            by formula.
+        trained: those of an adapter beside it, in neither of the two; None: the model itself is trained.
     """
-    return _shape(config, (parameters, nonembedding))
+    return dataclasses.replace(_shape(config, counted), trained=trained)
 
 
 def _experts(config: Any, family: Family) -> Experts | None:
@@ -165,6 +171,7 @@ def _shape(config: Any, counted: tuple[int, int] | None = None) -> ModelShape:
         norms=family.norms,
         fp32_norms=family.fp32_norms,
         query_key_norms=family.head_norms or family.wide_norms,
+        joined=family.joined,
         counted=counted,
     )
 

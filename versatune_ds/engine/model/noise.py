@@ -6,7 +6,7 @@ the hidden size. In the paper L is the padded length of a batch; in a pack each 
 The numbers follow from the run's seed, the step, and the pack's number in the step over all ranks: a resumed
 run draws them again, on any number of ranks. (CUDA and the CPU draw different ones.)
 
-What is not covered: torch.compile.
+What is not covered: ranks that share a pack (refused in `config/schema.py`).
 """
 
 from __future__ import annotations

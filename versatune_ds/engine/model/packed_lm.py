@@ -10,7 +10,6 @@ What is not covered: output layers with a bias, which are refused.
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import inspect
@@ -21,20 +20,19 @@ import torch
 import torch._dynamo  # zero.Init patches tensor constructors: dynamo must be loaded before it is entered
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
 from versatune_ds.data.collate import Batch
 from versatune_ds.engine.model.adapters import add_adapter
 from versatune_ds.engine.model.attention import AttentionChoice
-from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.families import LogitRule, logit_rule
 from versatune_ds.engine.model.noise import EmbeddingNoise, Place
-from versatune_ds.engine.model.rope import rotate_by_sample
+from versatune_ds.engine.model.recompute import recompute_in_backward
+from versatune_ds.engine.model.rope import rotate_by_sample, set_ends
 from versatune_ds.engine.model.router import ROUTER, Routers, experts_of
-from versatune_ds.engine.model.source import TEXT_PART, check_files, holds_own_head, load_architecture
+from versatune_ds.engine.model.sequence import SequenceGroup
+from versatune_ds.engine.model.source import DTYPES, TEXT_PART, check_files, holds_own_head, load_architecture
 from versatune_ds.engine.phases import LOSS, timed
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError
@@ -102,6 +100,7 @@ class PackedCausalLM(nn.Module):
         liger: what `apply_liger` did.
         logits_dtype: `model.logits_dtype`.
         routers: of a mixture of experts.
+        sequence: the ranks that share a pack; then `lm` attends by `sequence.share_heads`.
         is_dft: whether `model.objective` is dft.
         noise: on its embeddings.
 
@@ -116,19 +115,30 @@ class PackedCausalLM(nn.Module):
         liger: str = "off",
         logits_dtype: str = "fp32",
         routers: Routers | None = None,
+        sequence: SequenceGroup | None = None,
         is_dft: bool = False,
         noise: EmbeddingNoise | None = None,
     ) -> None:
         super().__init__()
-        self.liger, self.routers, self.noise = liger, routers, noise
+        self.liger, self.routers, self.sequence, self.noise = liger, routers, sequence, noise
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
         self.tied = lm.get_input_embeddings().weight is head.weight
         rule = logit_rule(lm.config)
         lm.set_output_embeddings(LossHead(head.weight, loss_backend, logits_dtype, rule, is_dft))
-        rotate_by_sample(lm)
+        self._rotary: list[Any] = rotate_by_sample(lm)
         self.lm: Any = lm
+
+    @property
+    def layers(self) -> list[Any]:
+        """The decoder layers."""
+        return list(self.lm.base_model.layers)
+
+    def compile_layers(self) -> None:
+        """Compile what each layer computes, not the hooks around it; equal layers share the code."""
+        for layer in self.layers:
+            layer.forward = torch.compile(layer.forward)
 
     def body(
         self,
@@ -166,20 +176,28 @@ class PackedCausalLM(nn.Module):
         num_valid: int,
         normalizer: float,
         token_weight: torch.Tensor | None = None,
-        passes: int = 1,
+        passes: float = 1,
+        parts: int = 1,
         place: Place = (0, 0, 0, 1),
     ) -> LossOutput:
         """Loss of one pack (see `data.collate.Batch` for shapes), divided by `normalizer`.
 
         Args:
             token_weight: floating [T]. Factor of each token in the loss, not in the sums; None: 1.
-            passes: packs of a step on this rank, over which the routers' loss is averaged.
+            passes: packs of a step on this rank, over which the routers' loss is averaged; a fraction of
+                them where ranks share packs.
+            parts: ranks that share the pack. Of more than one, the loss is that of this rank's rows, and the
+                sums of samples are the pack's.
             place: the pack's; noise is drawn by it.
         """
         if self.noise is not None and self.training:
             self.noise.prepare(sample_ids, num_samples, place)
         routers = self.routers if self.training else None
-        options = {} if routers is None else {"output_router_logits": True}
+        options: dict[str, Any] = {} if routers is None else {"output_router_logits": True}
+        group = self.sequence if parts > 1 else None
+        if self.sequence is not None:
+            options["sequence_group"] = group
+        set_ends(self._rotary, cu_seqlens, len(input_ids), group and group.rank)
         body = self.body(input_ids, position_ids, cu_seqlens, max_seqlen, **options)
         hidden = body.last_hidden_state.squeeze(0)
         head = self.lm.get_output_embeddings()
@@ -188,13 +206,17 @@ class PackedCausalLM(nn.Module):
                 hidden, labels, sample_ids, num_samples, num_valid, normalizer, token_weight
             )
         if routers is not None:
-            extra = routers.observe(body.router_logits, sample_ids >= 0)
+            extra = routers.observe(body.router_logits, sample_ids >= 0, group)
             out = out._replace(loss=out.loss + extra / passes)
-        return out
+        return out if group is None else group.whole_samples(out)
 
 
 def build_model(
-    settings: Model, attention: AttentionChoice, seed: int, device_type: str = "cpu"
+    settings: Model,
+    attention: AttentionChoice,
+    seed: int,
+    device_type: str = "cpu",
+    sequence: SequenceGroup | None = None,
 ) -> PackedCausalLM:
     """Build the model, pretrained or random; every rank calls it.
 
@@ -206,6 +228,7 @@ def build_model(
         attention: from `choose_attention`.
         seed: of random initialisation and noise; ranks must use the same.
         device_type: "cpu" or "cuda", where the model will run.
+        sequence: the ranks that share a pack.
 
     Raises:
         ConfigError: it cannot be built, or a pretrained folder lacks weights or holds others.
@@ -217,10 +240,10 @@ def build_model(
     lm.config.architectures = [type(lm).__name__]
     if settings.adapter is not None:
         add_adapter(lm, settings.adapter, seed)
-    liger = apply_liger(lm, settings.liger, device_type)
-    checkpoint_activations(lm, settings.activation_checkpointing)
-    if settings.compile == "body":
-        lm.base_model.compile()
+    # Liger's RoPE turns the product in place: kept, it would be turned again
+    kept_whole = ("rope",) if settings.activation_checkpointing == "selective" else ()
+    liger = apply_liger(lm, settings.liger, device_type, kept_whole)
+    recompute_in_backward(lm, settings.activation_checkpointing)
     routers = None
     if experts_of(lm.config):
         frozen = settings.router == "frozen" or settings.adapter is not None
@@ -231,8 +254,8 @@ def build_model(
     noise = None
     if settings.neftune_alpha is not None:
         noise = EmbeddingNoise(lm.get_input_embeddings(), settings.neftune_alpha, seed)
-    is_dft = settings.objective == "dft"
-    return PackedCausalLM(lm, settings.loss_backend, liger, settings.logits_dtype, routers, is_dft, noise)
+    how = (settings.loss_backend, liger, settings.logits_dtype)
+    return PackedCausalLM(lm, *how, routers, sequence, settings.objective == "dft", noise)
 
 
 def four_bits(settings: Model) -> dict[str, Any]:
@@ -326,7 +349,7 @@ def liger_problem(choice: str, device_type: str) -> str | None:
     return None
 
 
-def apply_liger(lm: PreTrainedModel, choice: str, device_type: str) -> str:
+def apply_liger(lm: PreTrainedModel, choice: str, device_type: str, left_out: tuple[str, ...] = ()) -> str:
     """Put liger-kernel's RMSNorm, SwiGLU and RoPE into a model, as far as it has them; never its loss.
 
     Liger replaces RoPE for all models of that architecture in the process, the others in `lm` only.
@@ -334,6 +357,7 @@ def apply_liger(lm: PreTrainedModel, choice: str, device_type: str) -> str:
     Args:
         lm: a built transformers model.
         choice: `model.liger`.
+        left_out: of `LIGER_PARTS`, what stays as it is.
         device_type: "cpu" or "cuda".
 
     Returns:
@@ -350,31 +374,16 @@ def apply_liger(lm: PreTrainedModel, choice: str, device_type: str) -> str:
         return f"off (liger-kernel has no kernels for {model_type})"
     parameters = inspect.signature(patch).parameters
     # its SwiGLU of experts is for lists of them
-    wanted = [part for part in LIGER_PARTS if part != "swiglu" or not experts_of(lm.config)]
+    unwanted = {*left_out, *(("swiglu",) if experts_of(lm.config) else ())}
+    wanted = [part for part in LIGER_PARTS if part not in unwanted]
     switches = {name: name in wanted for name, p in parameters.items() if isinstance(p.default, bool)}
     patch(model=lm, **switches)
     parts = ", ".join(part for part in wanted if part in switches)
     return f"{parts} (liger-kernel {importlib.metadata.version('liger-kernel')})"
 
 
-def checkpoint_activations(lm: PreTrainedModel, policy: str | int) -> None:
-    """Recompute activations in backward for no layer ("off"), every layer ("all") or every n-th layer."""
-    if policy == "off":
-        return
-    every = 1 if policy == "all" else int(policy)
-    layers: Any = lm.base_model.layers
-    for layer in layers[::every]:
-        if not isinstance(layer, GradientCheckpointingLayer):
-            raise ConfigError(
-                f"layers of {type(lm).__name__} cannot recompute; set model.activation_checkpointing: off"
-            )
-        recompute: Any = layer
-        recompute.gradient_checkpointing = True
-        recompute._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-
-
 def model_inputs(
-    batch: Batch, normalizer: float, passes: int = 1, place: Place = (0, 0, 0, 1)
+    batch: Batch, normalizer: float, passes: float = 1, place: Place = (0, 0, 0, 1)
 ) -> dict[str, Any]:
     """Keyword arguments of `PackedCausalLM.forward` for a batch on the model's device."""
     return {
@@ -390,6 +399,7 @@ def model_inputs(
         "passes": passes,
         "place": place,
         "token_weight": batch.token_weight,
+        "parts": batch.parts,
     }
 
 

@@ -23,13 +23,14 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from versatune_ds.engine.model.families import FAMILIES
+from versatune_ds.engine.model.sequence import SequenceGroup
 
 ROUTER = ".mlp.gate.weight"
 """How the names of routers' weights end."""
 
 
 class Balance(NamedTuple):
-    """Of one pack."""
+    """Of one pack, or of a rank's part of it."""
 
     loss: torch.Tensor
     """float32 [], with gradient."""
@@ -37,22 +38,29 @@ class Balance(NamedTuple):
     """int64 [layers, experts]: choices that went to each expert."""
 
 
-def balance(logits: tuple[torch.Tensor, ...], choices: int, real: torch.Tensor) -> Balance:
+def balance(
+    logits: tuple[torch.Tensor, ...], choices: int, real: torch.Tensor, group: SequenceGroup | None = None
+) -> Balance:
     """How evenly a pack's tokens were spread over the experts.
 
     Args:
         logits: of each layer's router, [T, E].
         choices: experts of a token.
         real: bool [T], false in padding.
+        group: has the other rows of the pack; what its ranks get adds up to the pack's. (The loss is linear
+            in p once f is known, and no gradient goes through f.)
     """
     probabilities = torch.stack(logits).float().softmax(-1)  # [L, T, E]
     chosen = torch.zeros_like(probabilities, dtype=torch.long)
     chosen.scatter_(-1, probabilities.detach().topk(choices).indices, 1)
     kept = real.unsqueeze(-1)
     load = (chosen * kept).sum(1)
-    rows = len(logits) * real.sum().clamp_min(1)
+    counts = torch.cat([load.sum(0), real.sum().view(1)])
+    if group is not None:
+        counts = group.total(counts)
+    rows = len(logits) * counts[-1].clamp_min(1)
     mean = (probabilities * kept).sum((0, 1)) / rows
-    return Balance(probabilities.shape[-1] * (load.sum(0) / rows * mean).sum(), load)
+    return Balance(probabilities.shape[-1] * (counts[:-1] / rows * mean).sum(), load)
 
 
 class Routers:
@@ -68,9 +76,11 @@ class Routers:
         self.coefficient = float(config.router_aux_loss_coef if coefficient is None else coefficient)
         self._sums: torch.Tensor | None = None
 
-    def observe(self, logits: tuple[torch.Tensor, ...], real: torch.Tensor) -> torch.Tensor:
-        """Count a pack; its loss times the coefficient, float32 []."""
-        found = balance(logits, self.choices, real)
+    def observe(
+        self, logits: tuple[torch.Tensor, ...], real: torch.Tensor, group: SequenceGroup | None = None
+    ) -> torch.Tensor:
+        """Count a pack, or this rank's part of it; its loss times the coefficient, float32 []."""
+        found = balance(logits, self.choices, real, group)
         sums = torch.cat([found.loss.detach().double().view(1), found.load.double().flatten()])
         self._sums = sums if self._sums is None else self._sums + sums
         return self.coefficient * found.loss

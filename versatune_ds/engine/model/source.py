@@ -10,6 +10,8 @@ What is not covered: the files behind a hub name, which are there only after tra
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +20,63 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from versatune_ds.config.schema import Model
+from versatune_ds.config.model import Model
+from versatune_ds.data.encode.tokenizer import READ_SUFFIXES, refuse_pointers
+from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 from versatune_ds.foundations.errors import ConfigError
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""`model.dtype` in torch's words."""
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 """Names of weights in a model of images and text, and in its text part alone; transformers' key_mapping."""
-READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-"""Of files that are read beside the weights."""
+UNIMPORTANT = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""Keys of a transformers config that change nothing here, beside ids of tokens."""
 ROWS = 4096
 """Rows of two matrices that are compared at once."""
 
 
+def multiplies_bf16(capabilities: Mapping[str, Any] | None = None) -> bool:
+    """Whether this CPU has bf16 units; True where torch cannot say.
+
+    Args:
+        capabilities: `torch.cpu.get_capabilities()`; None: of this CPU.
+    """
+    if capabilities is None:
+        capabilities = getattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})()
+    return any(has for name, has in capabilities.items() if name.endswith("bf16"))
+
+
 def load_architecture(settings: Model) -> Any:
-    """The transformers config of the model, or of its text part.
+    """The transformers config of the model, or of its text part, with the positions of `model.yarn`.
 
     Raises:
-        ConfigError: no such folder or hub name, no usable config.json there, or no causal LM.
+        ConfigError: no such folder or hub name, no usable config.json there, no causal LM, or another RoPE
+            than `model.yarn` can stretch.
     """
+    config, yarn = _architecture(settings), settings.yarn
+    if yarn is not None:
+        rope = getattr(config, "rope_parameters", None) or {}
+        stretched = {**rope, "rope_type": "yarn", **yarn.model_dump()}
+        if rope.get("rope_type") != "default" and rope != stretched:  # an export of ours has it already
+            raise ConfigError(
+                f"model.yarn stretches plain RoPE, and {settings.source} has {rope or 'none'}; leave it out"
+            )
+        config.rope_parameters = stretched
+        config.max_position_embeddings = int(yarn.factor * yarn.original_max_position_embeddings)
+    return config
+
+
+def _architecture(settings: Model) -> Any:
+    """The configuration as it lies there."""
     source = settings.source
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise ConfigError(f"model.source {source} is not a folder; give a folder or a hub name")
+    if (Path(source) / ADAPTER_CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"{source} holds an adapter, and a whole model is needed: write one with versatune-ds export RUN "
+            "--merge (to train on from it, name its base as model.source and it as model.adapter.start_from)"
+        )
+    refuse_pointers(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
@@ -57,6 +96,27 @@ def load_architecture(settings: Model) -> Any:
     return text
 
 
+def facts(architecture: Any) -> dict[str, str]:
+    """What of a transformers config decides what the model computes: key -> value as JSON."""
+    return {
+        key: json.dumps(value, sort_keys=True, default=str)
+        for key, value in architecture.to_dict().items()
+        if not key.startswith("_") and not key.endswith("_token_id") and key not in UNIMPORTANT
+    }
+
+
+def count_parameters(settings: Model) -> int:
+    """All parameters of a model, a tied matrix once; its weights are not read.
+
+    Raises:
+        ConfigError: as `load_architecture`.
+    """
+    architecture = load_architecture(settings)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(architecture, trust_remote_code=settings.trust_remote_code)
+    return sum(parameter.numel() for parameter in lm.parameters())
+
+
 def check_files(settings: Model) -> None:
     """Refuse a model folder whose files cannot be what they are named.
 
@@ -65,14 +125,8 @@ def check_files(settings: Model) -> None:
     """
     pretrained = settings.weights == "pretrained"
     suffixes = (*READ_SUFFIXES, ".safetensors") if pretrained else READ_SUFFIXES
-    for folder in map(Path, (settings.source, settings.tokenizer or settings.source)):
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
-        pointers = [path.name for path in files if path.suffix in suffixes and _is_pointer(path)]
-        if pointers:
-            raise ConfigError(
-                f"{folder}: {', '.join(pointers)}: a Git LFS pointer lies there, not the file; run git lfs "
-                "pull in that folder"
-            )
+    for folder in (settings.source, settings.tokenizer or settings.source):
+        refuse_pointers(folder, suffixes)
     if pretrained and Path(settings.source).is_dir():
         weight_map(Path(settings.source))
 
@@ -88,11 +142,14 @@ def weight_map(folder: Path) -> dict[str, Path]:
     if not whole.is_file() and index.is_file():
         files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     elif not whole.is_file() and any(folder.glob("*.bin")):
+        code = (
+            "from transformers import AutoModelForCausalLM as A; "
+            f"A.from_pretrained({str(folder)!r}, use_safetensors=False, dtype='auto')"
+            f".save_pretrained({str(folder)!r})"
+        )
         raise ConfigError(
             f"model.source {folder} has its weights only in .bin files, pickles, which could run code; if "
-            'you trust them, write them as safetensors once: python -c "from transformers import '
-            f"AutoModelForCausalLM as A; A.from_pretrained('{folder}', use_safetensors=False, dtype='auto')"
-            f".save_pretrained('{folder}')\""
+            f"you trust them, write them as safetensors once: {shlex.join(['python', '-c', code])}"
         )
     found: dict[str, Path] = {}
     for file in files:
@@ -121,7 +178,3 @@ def holds_own_head(folder: Path) -> bool:
         return embedding.get_shape() != head.get_shape() or not all(
             torch.equal(embedding[i : i + ROWS], head[i : i + ROWS]) for i in range(0, rows, ROWS)
         )
-
-
-def _is_pointer(path: Path) -> bool:
-    return path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs")

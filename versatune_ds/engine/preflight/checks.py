@@ -17,37 +17,53 @@ from typing import Any
 
 import numpy as np
 
-from versatune_ds.config.schema import Config, Model
+from versatune_ds.config.model import Model
+from versatune_ds.config.schema import Config
 from versatune_ds.config.weights import Weights
 from versatune_ds.data.cache.cache import check_file
-from versatune_ds.data.cache.prepare import open_caches
+from versatune_ds.data.cache.prepare import naming_the_command, open_caches
 from versatune_ds.data.encode.tokenizer import require_rows
 from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, supply
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.replay import resolve_schedule
 from versatune_ds.domain.table import DomainTable
+from versatune_ds.engine.checkpointing.export_target import check_places
 from versatune_ds.engine.checkpointing.folder import list_checkpoints
 from versatune_ds.engine.model.adapters import require_peft
 from versatune_ds.engine.model.families import EXPERT_FIELDS, MIXTURES, logit_rule
 from versatune_ds.engine.model.router import experts_of
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
+from versatune_ds.foundations.files import read_json_object
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.observability.sinks import LOG_FILES
+from versatune_ds.observability.trackers import wanted_trackers
 from versatune_ds.strategies.rules import STRATEGIES, settings_of_others
 
 log = get_logger(__name__)
 
 
 def check_folder(config: Config) -> None:
-    """Refuse to overwrite a run: any with `resume: never`, or a finished one without checkpoints.
+    """Refuse to overwrite a run (any with `resume: never`, or a finished one without checkpoints), or what no
+    run wrote.
 
     Raises:
-        StateError: the folder holds such a run.
+        StateError: the folder holds such a run, or other files that the run would write.
+        ConfigError: the model to start from lies in it.
     """
+    distributed.on_main(check_places, config.run.dir, config.model)
     distributed.on_main(_check_folder, config.run.dir, config.run.resume)
 
 
 def _check_folder(folder: Path, resume: str) -> None:
+    names = (constants.RUN_INFO_FILE, *LOG_FILES, constants.EXPORT_DIR, constants.CHECKPOINTS_DIR)
+    paths = [folder / name for name in names]
+    found = [path.name for path in paths if any(path.iterdir() if path.is_dir() else [path.exists()])]
+    if found and "config_fingerprint" not in read_json_object(folder / constants.RUN_INFO_FILE):
+        raise StateError(
+            f"run.dir {folder} holds {', '.join(found)}, which no run of this program wrote and this one "
+            "would replace; move that away, or choose another run.dir"
+        )
     metrics = folder / constants.METRICS_FILE
     has_lines = metrics.is_file() and metrics.stat().st_size > 0
     has_checkpoints = bool(list_checkpoints(folder / constants.CHECKPOINTS_DIR))
@@ -62,7 +78,7 @@ def _check_folder(folder: Path, resume: str) -> None:
         )
 
 
-def open_verified_caches(config: Config, config_path: Path | None) -> dict[str, list[Any]]:
+def open_verified_caches(config: Config) -> dict[str, list[Any]]:
     """The token caches, every byte of this rank's share of them checked.
 
     The ranks of a node share out the files, so that each node proves its own copy; about 1 GB/s a rank.
@@ -70,25 +86,24 @@ def open_verified_caches(config: Config, config_path: Path | None) -> dict[str, 
     Raises:
         DataError, StateError: caches are missing, stale or damaged.
     """
-    caches: dict[str, list[Any]] = open_caches(config, config_path=config_path)  # type: ignore[assignment]
+    caches: dict[str, list[Any]] = open_caches(config)  # type: ignore[assignment]
     present = [cache for of_split in caches.values() for cache in of_split if cache is not None]
     files = {c.folder / name: entry for c in present for name, entry in c.manifest["files"].items()}
     by_size = sorted(files, key=lambda path: (-files[path]["bytes"], path))
-    for path in by_size[distributed.local_rank() :: distributed.local_size()]:
-        check_file(path, files[path], full=True)
+    with naming_the_command(config):
+        for path in by_size[distributed.local_rank() :: distributed.local_size()]:
+            check_file(path, files[path], full=True)
     return caches
 
 
 def check_trackers(config: Config) -> None:
-    """Refuse TensorBoard or W&B that are asked for and not installed."""
-    wanted = {
-        "tensorboard": config.metrics.tensorboard,
-        "wandb": config.metrics.wandb_project is not None,
-    }
-    for package, is_wanted in wanted.items():
-        if is_wanted and importlib.util.find_spec(package) is None:
+    """Refuse trackers that are asked for and not installed."""
+    for tracker in wanted_trackers(config.metrics).values():
+        package = tracker.__name__
+        if importlib.util.find_spec(package) is None:
+            extra = "tracking" if package in ("tensorboard", "wandb") else package
             raise ConfigError(
-                f"metrics: {package} is asked for and not installed; pip install 'versatune-ds[tracking]'"
+                f"metrics: {package} is asked for and not installed; pip install 'versatune-ds[{extra}]'"
             )
 
 
@@ -209,7 +224,7 @@ def check_architecture(architecture: Any, tokenizer: Any, corpus: Corpus) -> Non
         log.warning(
             "the longest sample has %d tokens, and the model was made for %d positions; set "
             "data.overlong and "
-            "batch.pack_len, or a rope scaling in the model's config",
+            "batch.pack_len, or model.yarn",
             longest,
             positions,
         )

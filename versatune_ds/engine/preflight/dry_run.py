@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from versatune_ds.config.schema import Config
-from versatune_ds.data.collate import Batch, collate
+from versatune_ds.data.collate import Batch, collate, rows_of
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.faults.device_errors import out_of_memory
@@ -42,13 +42,14 @@ def dry_run(backend: Backend, config: Config) -> None:
     Raises:
         ConfigError: out of memory. A rank that fails alone tells the others (`engine/faults/heartbeat.py`).
     """
-    batch = worst_batch(config.batch.pack_len).to(backend.device)
+    part = backend.ranks.sp
+    batch = worst_batch(rows_of(config.batch.pack_len, part.size)).part(*part).to(backend.device)
     passes = min(2, config.batch.packs_per_step // backend.ranks.dp.size)
     cpu_state = torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state() if backend.device.type == "cuda" else None
     try:
         for i in range(passes):
-            out = backend.forward(**model_inputs(batch, float(passes * batch.supervised_tokens)))
+            out = backend.forward(**model_inputs(batch, float(passes * config.batch.pack_len)))
             backend.backward(out.loss, is_last=i == passes - 1)
     except torch.OutOfMemoryError as error:
         raise ConfigError(out_of_memory(config, "the rehearsal of one full pack", str(error))) from error

@@ -67,7 +67,7 @@ def check_shared_folder(folder: Path) -> None:
         )
 
 
-def open_caches_on_all_nodes(config: Config, config_path: Path | None) -> dict[str, list[Any]]:
+def open_caches_on_all_nodes(config: Config) -> dict[str, list[Any]]:
     """The verified caches, and proof that every node has caches with the same content; a collective.
 
     Raises:
@@ -77,7 +77,7 @@ def open_caches_on_all_nodes(config: Config, config_path: Path | None) -> dict[s
     caches: dict[str, list[Any]] = {}
     problem: VersaTuneError | None = None
     try:
-        caches = preflight.open_verified_caches(config, config_path)
+        caches = preflight.open_verified_caches(config)
     except VersaTuneError as error:
         problem = error
     fingerprints = {

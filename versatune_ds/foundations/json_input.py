@@ -1,6 +1,6 @@
 """Reading the small JSON files that a run is given, with errors that name the file.
 
-What is not covered: what the values mean (`reference.py`, `knowledge.py`).
+What is not covered: what the values mean.
 """
 
 from __future__ import annotations

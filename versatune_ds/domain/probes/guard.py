@@ -1,0 +1,157 @@
+"""The guard: which domains are being overfitted, seen from the held-out losses of the same samples.
+
+A domain has risen while its loss is more than z standard errors above its lowest one (`samples.rise_of`).
+After `probes` risen probes in a row it is held: its share goes to the others. A held domain comes back when
+its loss is no longer risen, or when it has risen beyond noise since it was held: then leaving it out harms
+it more than training on it did.
+
+What is not covered: going back to a domain's best checkpoint. `best_steps` says where that would be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from versatune_ds.config.weights import Domains, Guard
+from versatune_ds.domain.probes.samples import Array, Rise, SampleLosses, rise_of
+from versatune_ds.foundations.errors import StateError
+from versatune_ds.strategies.rules import Mask
+from versatune_ds.strategies.simplex import Vector, project
+
+
+def without(weights: Vector, held: Mask, *, min_weight: float, max_weight: float) -> Vector:
+    """Weights with the shares of held domains given to the others, in proportion, within floor and cap.
+
+    Where no other domain has a share, nobody can take theirs and the weights stand.
+    """
+    kept = np.where(held, 0.0, weights)
+    if not held.any() or kept.max() <= 0:
+        return weights.copy()
+    return project(kept, np.full(len(kept), min_weight), np.full(len(kept), max_weight))
+
+
+class OverfitGuard:
+    """What the guard of a run knows; the same on every rank, since all are given the same losses.
+
+    Args:
+        names: of the domains.
+        settings: when a domain is held.
+    """
+
+    def __init__(self, names: Sequence[str], settings: Guard) -> None:
+        self.names, self.settings = tuple(names), settings
+        k = len(names)
+        self._best: list[Array | None] = [None] * k
+        self._at_hold: list[Array | None] = [None] * k
+        self.best_steps = [0] * k
+        """Step of the probe with each domain's lowest loss."""
+        self.risen = [0] * k
+        """Probes in a row that each domain has been above it, beyond noise."""
+        self.rises: list[Rise] = [Rise(math.nan, math.nan)] * k
+        """At the last probe, against the best one."""
+
+    @property
+    def held(self) -> Mask:
+        """bool[k]: domains whose share the others have."""
+        return np.array([losses is not None for losses in self._at_hold])
+
+    def guarded(self, weights: Vector, limits: Domains) -> Vector:
+        """`without` for the domains that are held now."""
+        return without(weights, self.held, min_weight=limits.min_weight, max_weight=limits.max_weight)
+
+    def stands(self, weights: Vector) -> list[str]:
+        """A sentence where all domains with a share are held, so that the weights stand."""
+        if (weights[~self.held] > 0).any():
+            return []
+        return ["every domain with a share is overfitted: the weights stand; see evaluation.patience"]
+
+    def observe(self, step: int, probe: SampleLosses) -> tuple[list[str], list[str]]:
+        """Take in the probe after `step`; returns in words who is held from now on, and who comes back.
+
+        Raises:
+            StateError: it has other samples than the probes before it.
+        """
+        said: tuple[list[str], list[str]] = ([], [])
+        for j, (now, tokens) in enumerate(zip(probe.losses, probe.tokens, strict=True)):
+            best = self._best[j]
+            if best is not None and len(best) != len(now):
+                raise StateError(
+                    f"{self.names[j]}: a probe of {len(now)} held-out samples after one of {len(best)}; go "
+                    "on with the weights.probe_samples and held-out data that weights.guard began with"
+                )
+            self.rises[j] = rise = rise_of(now, now if best is None else best, tokens)
+            if best is None or rise.value < 0:
+                self._best[j], self.best_steps[j] = now, step
+            has_risen = rise.beyond(self.settings.noise_z)
+            self.risen[j] = self.risen[j] + 1 if has_risen else 0
+            was_held = self._at_hold[j] is not None
+            if sentence := self._decide(j, now, tokens, has_risen):
+                said[was_held].append(sentence)
+        return said
+
+    def _decide(self, j: int, now: Array, tokens: Array, has_risen: bool) -> str | None:
+        name, best, rise, z = self.names[j], self.best_steps[j], self.rises[j], self.settings.noise_z
+        at_hold = self._at_hold[j]
+        if at_hold is None:
+            if self.risen[j] < self.settings.probes:
+                return None
+            self._at_hold[j] = now
+            return (
+                f"overfitting: {name} is {rise.value:.4g} nats (standard error {rise.stderr:.2g}) above its "
+                f"lowest held-out loss, that of step {best}, at {self.risen[j]} probes in a row: held, its "
+                "share goes to the others"
+            )
+        since = rise_of(now, at_hold, tokens)
+        if has_risen and not since.beyond(z):
+            return None
+        self._at_hold[j], self.risen[j] = None, 0
+        why = f"{since.value:.4g} nats (standard error {since.stderr:.2g}) higher since it was held"
+        return f"{name} comes back: {why if has_risen else 'no longer above its lowest loss beyond noise'}"
+
+    def to_json(self) -> dict[str, Any]:
+        """By domain, for weights.jsonl: what was decided and from what numbers."""
+        return {
+            name: {
+                "held": self._at_hold[j] is not None,
+                "rise": _number(self.rises[j].value),
+                "stderr": _number(self.rises[j].stderr),
+                "probes": self.risen[j],
+                "best_step": self.best_steps[j],
+            }
+            for j, name in enumerate(self.names)
+        }
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; JSON-exact."""
+        return {
+            "best": [None if values is None else values.tolist() for values in self._best],
+            "at_hold": [None if values is None else values.tolist() for values in self._at_hold],
+            "best_steps": list(self.best_steps),
+            "risen": list(self.risen),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned.
+
+        Raises:
+            StateError: it is damaged, or of other domains.
+        """
+        try:
+            best, at_hold = (
+                [None if values is None else np.array(values, dtype=np.float64) for values in state[key]]
+                for key in ("best", "at_hold")
+            )
+            best_steps, risen = [int(v) for v in state["best_steps"]], [int(v) for v in state["risen"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"the state of weights.guard is damaged: {error!r}") from None
+        if any(len(values) != len(self.names) for values in (best, at_hold, best_steps, risen)):
+            raise StateError("the state of weights.guard belongs to other domains")
+        self._best, self._at_hold, self.best_steps, self.risen = best, at_hold, best_steps, risen
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
