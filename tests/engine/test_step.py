@@ -29,7 +29,7 @@ AUX = 0.3
 CASES_FILE = Path(cases.__file__)
 RECOMPUTED = {
     f"{model}-packed-zero{stage}": [f"{model}-packed-zero{stage}-{word}" for word in cases.RECOMPUTE]
-    for model, stage in (("untied", 0), ("untied", 3), ("experts", 3))
+    for model, stage in (("untied", 0), ("untied", 3), ("tied", 3), ("experts", 3))
 }
 """On 2 ranks: without recomputation, and with each kind of it."""
 LONG = [f"untied-packed-zero{stage}-long" for stage in (1, 2, 3)]
