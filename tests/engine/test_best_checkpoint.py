@@ -24,7 +24,7 @@ from versatune_ds.engine.checkpointing import folder as folders
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.statistics import Flags
 from versatune_ds.foundations import constants
-from versatune_ds.foundations.errors import StateError
+from versatune_ds.foundations.errors import SaveError, StateError
 
 STEPS, BEST = 8, 4
 NAN = float("nan")
@@ -220,7 +220,7 @@ def test_losses_that_are_not_known_leave_the_last_parameters(config, whole):
 def test_a_damaged_best_one_is_not_replaced_in_silence(config, capsys):
     ours = run(config, "damaged", "train.max_steps=6", "checkpoint.export_at_end=false")
     (ours.folder / "checkpoints" / f"step-{BEST:08d}" / "plain.pt").write_bytes(b"")
-    with pytest.raises(StateError, match=r"step-00000004 is damaged: plain.pt has 0 bytes.*--newest"):
+    with pytest.raises(SaveError, match=r"step-00000004 is damaged: plain.pt has 0 bytes.*--newest"):
         run(config, "damaged", "train.max_steps=6")
     assert main(["export", str(ours.folder)]) == constants.EXIT_STATE
     assert "plain.pt has 0 bytes" in capsys.readouterr().err
