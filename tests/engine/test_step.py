@@ -21,9 +21,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.engine.model.adapters import PREFIX
+from versatune_ds.engine.preflight import checks as preflight
 
 EXPERTS = 64
 """So many that no rank's tokens reach all of them."""
+COMPILED_RECOMPUTE = tuple(map(int, torch.__version__.split(".")[:2])) >= preflight.COMPILED_RECOMPUTE
+"""Older ones are refused (`preflight.check_compile`)."""
 AUX = 0.3
 """Factor of the routers' balance loss of `experts`; large enough to be seen."""
 CASES_FILE = Path(cases.__file__)
@@ -48,7 +51,7 @@ CASES = {
         "untied-packed-zero3",
         "untied-unpacked-zero3",
         "untied-packed-zero3-compile",
-        "tied-packed-zero3-compile-recompute",
+        *(["tied-packed-zero3-compile-recompute"] if COMPILED_RECOMPUTE else []),
         "tied-packed-zero3",
         "tied-packed-zero2",
         "untied-packed-zero3-triton",
