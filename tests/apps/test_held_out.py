@@ -38,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
     raw["domains"]["names"] = DOMAINS
     raw["batch"] = {"pack_len": 256, "packs_per_step": 2}
     raw["weights"] = {"strategy": "constant"}
-    raw["optimizer"]["lr"] = 3e-2
+    raw["optimizer"] |= {"lr": 3e-2, "schedule": "constant"}
     raw["train"] = {"max_steps": 40}
     raw["evaluation"] = {"every_n_steps": 4, "patience": 2, "select": "overall"}
     raw["checkpoint"] = {"every_n_steps": 10, "keep_last": 1}

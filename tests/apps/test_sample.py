@@ -181,7 +181,7 @@ def test_run_killed_between_two_files_is_finished(
 
     def killed(path: Path, data: bytes) -> None:
         if len(done) == stop_after:
-            (path.parent / f".{path.name}.abcd").write_bytes(data[:10])  # what a kill leaves behind
+            (path.parent / f".{path.name}.abcd1234").write_bytes(data[:10])  # what a kill leaves behind
             raise KeyboardInterrupt
         done.append(path)
         whole(path, data)

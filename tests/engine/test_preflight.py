@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from versatune_ds.config.load import validate_config
+from versatune_ds.config.model import Model
 from versatune_ds.data.plan.corpus import Corpus, PlannerSettings
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.reference import load_reference
@@ -154,3 +155,20 @@ def test_settings_without_effect_are_listed():
         "evaluation.max_samples_per_domain",
     ]
     assert preflight.ignored_settings(config()) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "stage", "recompute"),
+    [("2.11.0", 3, "all"), ("2.11.0", 2, "all"), ("2.11.0", 3, "off"), ("2.13.0+cpu", 3, 2)],
+)
+def test_compiled_layers_are_not_recomputed_under_zero_3_by_an_older_torch(
+    monkeypatch, version, stage, recompute
+):
+    monkeypatch.setattr(preflight.metadata, "version", lambda name: version)
+    settings = Model(source="x", compile="layers", activation_checkpointing=recompute)
+    deepspeed = {"zero_optimization": {"stage": stage}}
+    if (version, stage, recompute) == ("2.11.0", 3, "all"):
+        with pytest.raises(ConfigError, match=r"needs torch 2\.13 or newer; set one of the two off"):
+            preflight.check_compile(settings, deepspeed)
+    else:
+        preflight.check_compile(settings, deepspeed)

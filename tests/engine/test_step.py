@@ -21,16 +21,19 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.engine.model.adapters import PREFIX
+from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.foundations.files import canonical_hash
 
 EXPERTS = 64
 """So many that no rank's tokens reach all of them."""
+COMPILED_RECOMPUTE = tuple(map(int, torch.__version__.split(".")[:2])) >= preflight.COMPILED_RECOMPUTE
+"""Older ones are refused (`preflight.check_compile`)."""
 AUX = 0.3
 """Factor of the routers' balance loss of `experts`; large enough to be seen."""
 CASES_FILE = Path(cases.__file__)
 RECOMPUTED = {
     f"{model}-packed-zero{stage}": [f"{model}-packed-zero{stage}-{word}" for word in cases.RECOMPUTE]
-    for model, stage in (("untied", 0), ("untied", 3), ("experts", 3))
+    for model, stage in (("untied", 0), ("untied", 3), ("tied", 3), ("experts", 3))
 }
 """On 2 ranks: without recomputation, and with each kind of it."""
 LONG = [f"untied-packed-zero{stage}-long" for stage in (1, 2, 3)]
@@ -49,7 +52,7 @@ CASES = {
         "untied-packed-zero3",
         "untied-unpacked-zero3",
         "untied-packed-zero3-compile",
-        "tied-packed-zero3-compile-recompute",
+        *(["tied-packed-zero3-compile-recompute"] if COMPILED_RECOMPUTE else []),
         "tied-packed-zero3",
         "tied-packed-zero2",
         "untied-packed-zero3-triton",

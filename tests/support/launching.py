@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN_CASES = REPOSITORY / "tests" / "support" / "train_cases.py"
-RANK_TIMEOUT_S = 300
+RANK_TIMEOUT_S = 500
 
 
 def free_port() -> int:

@@ -88,6 +88,7 @@ def prepare_run(config: Config, device_type: str) -> Prepared:
     check_shared_folder(config.run.dir)
     preflight.check_trackers(config)
     preflight.check_adapter(config.model, settings, device_type)
+    preflight.check_compile(config.model, settings)
     table = DomainTable(config.domains.names)
     architecture = load_architecture(config.model)
     check_heads(architecture.num_attention_heads, ranks.sp.size)

@@ -202,8 +202,7 @@ def saved_activations(shape: ModelShape, setup: Setup) -> int:
 def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     """Saved tensors, the layer in backward, and the batch."""
     tokens, s = setup.rows, setup.element
-    is_checked = setup.sequence_parallel == 1
-    parts = [Part("activations kept for backward", saved_activations(shape, setup), is_checked)]
+    parts = [Part("activations kept for backward", saved_activations(shape, setup), True)]
     # If layers stand behind the last recomputed one, theirs have gone before it comes back.
     policy = setup.checkpointing
     recomputes = policy != "off" and (isinstance(policy, str) or (shape.layers - 1) % policy == 0)

@@ -65,17 +65,24 @@ def recompute_in_backward(lm: PreTrainedModel, policy: str | int) -> None:
 
 
 class KeptOnly(TorchDispatchMode):
-    """Shows the kept operators to one of torch's two modes (save, reuse) and runs all others as they are."""
+    """Shows the kept operators to one of torch's two modes (save, reuse) and runs all others as they are.
 
-    def __init__(self, mode: Any) -> None:
+    Args:
+        copies: give away a copy of what is kept: DeepSpeed 0.19.8 has a linear layer of its own under ZeRO-3,
+            which adds the bias to the product in place (runtime/zero/linear.py). It would be added once more
+            when the layer is computed again, and torch does not see it.
+    """
+
+    def __init__(self, mode: Any, copies: bool = False) -> None:
         super().__init__()
-        self.mode = mode
+        self.mode, self.copies = mode, copies
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every operator."""
         if func.name() not in KEPT:
             return func(*args, **(kwargs or {}))
-        return self.mode.__torch_dispatch__(func, types, args, kwargs)
+        out = self.mode.__torch_dispatch__(func, types, args, kwargs)
+        return out.clone() if self.copies and func.name() == "aten::mm" else out
 
 
 def _keeping() -> tuple[KeptOnly, KeptOnly]:
@@ -83,7 +90,7 @@ def _keeping() -> tuple[KeptOnly, KeptOnly]:
     operators = [getattr(getattr(torch.ops, space), name, None) for space, name in _split(KEPT)]
     overloads = [operator.default for operator in operators if operator is not None]
     save, reuse = create_selective_checkpoint_contexts(overloads)
-    return KeptOnly(save), KeptOnly(reuse)
+    return KeptOnly(save, torch.nn.functional.linear is not torch._C._nn.linear), KeptOnly(reuse)
 
 
 def _split(names: set[str]) -> list[list[str]]:

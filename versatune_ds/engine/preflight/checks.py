@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ from versatune_ds.observability.trackers import wanted_trackers
 from versatune_ds.strategies.rules import STRATEGIES, settings_of_others
 
 log = get_logger(__name__)
+
+COMPILED_RECOMPUTE = (2, 13)
+"""The torch from which compiled layers can be recomputed under ZeRO-3."""
 
 
 def check_folder(config: Config) -> None:
@@ -134,6 +138,23 @@ def check_adapter(settings: Model, deepspeed: Mapping[str, Any], device_type: st
                 "model.adapter.kind qlora: 4-bit weights cannot be divided by ZeRO-3 here; every rank holds "
                 "them whole: set zero_optimization.stage to 2"
             )
+
+
+def check_compile(settings: Model, deepspeed: Mapping[str, Any]) -> None:
+    """Refuse compiled layers that are recomputed under ZeRO-3 before torch 2.13: with torch 2.11 their losses
+    are wrong (`tests/engine/test_step.py`).
+
+    Args:
+        settings: `model` section.
+        deepspeed: the DeepSpeed configuration.
+    """
+    old = tuple(map(int, metadata.version("torch").split(".")[:2])) < COMPILED_RECOMPUTE
+    recomputes = settings.compile != "off" and settings.activation_checkpointing != "off"
+    if old and recomputes and deepspeed["zero_optimization"].get("stage") == 3:
+        raise ConfigError(
+            "model.compile with model.activation_checkpointing under ZeRO-3 needs torch 2.13 or newer; set "
+            "one of the two off, or zero_optimization.stage to 2"
+        )
 
 
 def check_supply(
