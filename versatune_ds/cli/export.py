@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if args.public and args.push is None:
         raise ConfigError("--public: say where to with --push OWNER/NAME")
     finished = args.run_dir / constants.EXPORT_DIR
-    as_it_is = not (args.step or args.newest or args.out or args.merge) and finished.is_dir()
+    as_it_is = args.step is None and not (args.newest or args.out or args.merge) and finished.is_dir()
     target, step = (finished, None) if args.push and as_it_is else export(args)
     print(target)
     if args.push:
@@ -56,6 +56,7 @@ def export(args: argparse.Namespace) -> tuple[Path, int]:
         checkpoint_name,
         newest_sound_checkpoint,
         require_sound,
+        step_of,
     )
     from versatune_ds.engine.checkpointing.hf_export import export_from_run
 
@@ -72,4 +73,4 @@ def export(args: argparse.Namespace) -> tuple[Path, int]:
         require_sound(checkpoint)
     target = args.out or args.run_dir / f"model-{checkpoint.name}{'-merged' if args.merge else ''}"
     export_from_run(args.run_dir, checkpoint, target, args.merge)
-    return target, int(checkpoint.name.rpartition("-")[2])
+    return target, step_of(checkpoint)
