@@ -168,8 +168,7 @@ def combined(settings: Adapter) -> dict[str, torch.Tensor]:
     Raises:
         ConfigError: folders that cannot be read, or do not fit the settings or each other.
     """
-    given = settings.start_from
-    factors: Mapping[str, float] = given if isinstance(given, dict) else {str(given): 1.0}
+    factors = settings.started
     parts = {folder: read_adapter(Path(folder)) for folder in factors}
     kind = "dora" if settings.kind == "dora" else "lora"
     for folder, part in parts.items():
