@@ -109,12 +109,12 @@ def triton_chunks(
         multiprocessors: of the GPU.
     """
     logit_size = 4 if spec.logits_dtype == "fp32" else dtype.itemsize
-    widest = max(2 * hidden_size, SINGLE_CHUNK_ROWS) * 2 // logit_size
+    cap = max(MAX_CHUNK_ELEMENTS // vocab_size, 1)
+    widest = min(max(2 * hidden_size, SINGLE_CHUNK_ROWS) * 2 // logit_size, cap)
     saved = spec.grad_weight and dtype == torch.bfloat16
-    wider = widest + (4 * hidden_size // logit_size if saved else 0)
+    wider = min(widest + (4 * hidden_size // logit_size if saved else 0), cap)
     if MAX_ROUNDED_SUMS * widest < num_tokens <= MAX_ROUNDED_SUMS * (wider // ROW_MULTIPLE * ROW_MULTIPLE):
         widest = wider
-    widest = max(min(widest, MAX_CHUNK_ELEMENTS // vocab_size), 1)
     rows = spec.chunk_tokens or _fullest(num_tokens, widest, hidden_size, multiprocessors)
     few = -(-num_tokens // rows) <= MAX_ROUNDED_SUMS
     fp32_sum = spec.grad_weight and (dtype == torch.float16 or (dtype == torch.bfloat16 and not few))

@@ -175,18 +175,18 @@ def test_a_stopped_measurement_goes_on_where_it_was(measured):
 
 
 def test_evaluation_is_that_of_the_run_on_any_ranks_and_stage(measured):
-    """The exported model's losses are the last line of eval.jsonl; two ranks ZeRO-3, each with packs of its
+    """The exported model's losses are the best line of eval.jsonl; two ranks ZeRO-3, each with packs of its
     own or sharing them == one rank, no ZeRO."""
-    last = read_jsonl(measured / "trained" / "eval.jsonl")[-1]
+    best = min(read_jsonl(measured / "trained" / "eval.jsonl")[1:], key=lambda line: line["loss"])
     first = ModelEvaluation.read(measured / "two_ranks_zero3.json")
     second = ModelEvaluation.read(measured / "one_rank_stage0.json")
     shared = ModelEvaluation.read(measured / "shared_packs.json")
     assert outcome(measured / "evaluated")["result"]["source"].endswith("trained/model")
     for found in (first, second, shared):
         sums = found.sums
-        assert TABLE.by_name(sums.mean_loss()) == pytest.approx(last["domain_loss"], rel=1e-5)
-        assert TABLE.by_name(sums.stderr()) == pytest.approx(last["domain_stderr"], rel=1e-3)
-        assert {name: int(n) for name, n in TABLE.by_name(sums.samples).items()} == last["domain_samples"]
+        assert TABLE.by_name(sums.mean_loss()) == pytest.approx(best["domain_loss"], rel=1e-5)
+        assert TABLE.by_name(sums.stderr()) == pytest.approx(best["domain_stderr"], rel=1e-3)
+        assert {name: int(n) for name, n in TABLE.by_name(sums.samples).items()} == best["domain_samples"]
     assert first.fingerprints == second.fingerprints == shared.fingerprints
     for name in DOMAINS:
         for other in (second, shared):

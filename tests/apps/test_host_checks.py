@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import os
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from versatune_ds.apps import host_checks
+from versatune_ds.foundations.errors import ConfigError
 
 
 def program(folder: Path, name: str, text: str) -> None:
@@ -34,6 +36,20 @@ def test_a_driver_that_torch_cannot_use_is_a_problem(bin_folder, monkeypatch, cu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (driver,) = [finding for finding in host_checks.system() if finding.topic == "driver"]
     assert driver.is_problem and said in driver.text and driver.text.startswith("570.86.10, NVIDIA H100,")
+
+
+def test_a_driver_that_does_not_answer_costs_no_other_answer(bin_folder, monkeypatch):
+    def hang(command, **options):
+        raise subprocess.TimeoutExpired(command, 60)
+
+    program(bin_folder, "nvidia-smi", "true")
+    monkeypatch.setattr(host_checks.subprocess, "run", hang)
+    assert any("timed out after 60 seconds" in finding.text for finding in host_checks.system())
+
+
+def test_a_hostfile_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"--hostfile .*hosts cannot be read"):
+        host_checks.hosts_of(tmp_path / "hosts")
 
 
 def test_a_machine_without_driver_is_fine(bin_folder, monkeypatch):

@@ -235,6 +235,19 @@ def test_axolotl(imported):
         assert line in text
 
 
+def test_an_early_stop_exports_its_best_parameters(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    theirs = yaml.safe_load(AXOLOTL.format(model=place / "sample" / "model"))
+    del theirs["load_best_model_at_end"]
+    theirs |= {"early_stopping_patience": 2, "eval_steps": 5, "test_datasets": [
+        {"path": "rows/talks.jsonl", "type": "chat_template", "split": "train"}
+    ]}  # fmt: skip
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(theirs))
+    (tmp_path / "ours.yaml").write_text(import_config(tmp_path / "theirs.yaml", 2))
+    found = load_config(tmp_path / "ours.yaml").evaluation
+    assert (found.patience, found.select) == (2, "overall")
+
+
 def test_trl(imported):
     text, ours = imported("trl")
     assert ours.domains.initial == {"chats": 0.75, "talks": 0.25}

@@ -200,6 +200,13 @@ def test_4_bits_are_held_whole_by_every_rank():
     assert frozen.name == "frozen model" and frozen.bytes / 1e9 == pytest.approx(16.1 + 3.1, abs=0.2)
 
 
+def test_reduced_states_are_not_offloaded():
+    """DeepSpeed's CPU Adam holds fp32 states, so a run of these settings is refused."""
+    shape = find_shape("qwen2.5-32b")
+    assert {c.setup.offload for c in options(shape, Setup(gpus=2), H100)} == {"none", "optimizer", "all"}
+    assert {c.setup.offload for c in options(shape, Setup(gpus=2, states="bf16_moments"), H100)} == {"none"}
+
+
 def test_every_part_says_what_it_rests_on():
     plan = make_plan(find_shape("llama-2-7b"), Setup(gpus=8), H100, search=True)
     bases = {p["basis"] for part in plan["memory"].values() if isinstance(part, list) for p in part}

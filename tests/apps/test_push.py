@@ -124,6 +124,11 @@ def test_a_hub_that_refuses_is_said_without_the_token(hub, run, capsys):
     assert json.dumps(hub.files) == "{}"
 
 
+def test_a_step_that_is_not_there_is_not_the_finished_model(hub, run, capsys):
+    assert main(["export", str(run), "--step", "0", "--push", "me/tuned"]) == EXIT_STATE
+    assert "holds no such checkpoint" in capsys.readouterr().err
+
+
 def test_a_card_of_the_users_own_stays(hub, run, capsys):
     """Ours is one of the export's files, which another export replaces."""
     (run / "model" / "versatune_export.json").write_text('{"files": ["adapter_config.json"]}')

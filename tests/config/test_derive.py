@@ -33,13 +33,14 @@ def test_one_domain_alone_with_early_stopping(quickstart):
     config = quickstart(
         "reference.packs_per_step=4", "reference.max_epochs=5", "reference.evaluations_per_epoch=2",
         "reference.patience=7", "reference.lr=1e-4", "domains.max_epochs=1",
+        "train={max_steps: 100, profile: {steps: [60, 61]}}",
         "reference.model={source: small, dtype: bf16}",
     )  # fmt: skip
     derived = single_domain_config(config, "law", Path("out/law"), 10 * 4 * 256)  # 10 steps a pass
     assert derived.domains.initial == {name: float(name == "law") for name in config.domains.names}
     assert derived.domains.min_weight == 0 and derived.domains.max_epochs is None
     assert derived.weights.strategy == "constant" and derived.weights.reference is None
-    assert (derived.train.max_steps, derived.train.epochs) == (50, None)
+    assert (derived.train.max_steps, derived.train.epochs, derived.train.profile) == (50, None, None)
     assert (derived.evaluation.every_n_steps, derived.evaluation.patience) == (5, 7)
     assert derived.evaluation.domains == ["law"]
     assert (derived.model.source, derived.model.dtype, derived.optimizer.lr) == ("small", "bf16", 1e-4)

@@ -278,7 +278,13 @@ def test_preparing_asks_only_for_what_it_needs(file, caplog, monkeypatch):
         proxy_config(load_config(file, [*BAD, "reference.model={source: p}"], to_train=False)).model.source
         == "p"
     )
-    refused = {"data.train=[{path: a, domain: x}]": "domains.names has", "optimizer.lr=fast": "optimizer.lr"}
+    load_config(file, ["optimizer.states=bf16_stochastic", "model.dtype=fp32"], to_train=False)
+    assert "bf16_stochastic needs model.dtype bf16" in caplog.text
+    refused = {
+        "data.train=[{path: a, domain: x}]": "domains.names has",
+        "data.train=[{path: a}]": "exactly one of `domain` and `domain_column`",
+        "optimizer.lr=fast": "optimizer.lr",
+    }
     for override, problem in refused.items():
         with pytest.raises(ConfigError, match=problem):
             load_config(file, [*BAD, override], to_train=False)

@@ -91,6 +91,12 @@ def test_what_deepspeed_does_not_take_is_a_mistake_of_the_settings(settings, mes
         deepspeed_config(config(deepspeed=settings), 1)
 
 
+def test_a_section_that_is_none_is_told_whatever_reads_it_first():
+    settings = config(deepspeed={"zero_optimization": True}, optimizer={"states": "bf16_moments"})
+    with pytest.raises(ConfigError, match="zero_optimization is True; it must be an object"):
+        deepspeed_config(settings, 1)
+
+
 class Noting(dict):
     """A dict that notes the keys that are looked up in it, be they there or not.
 

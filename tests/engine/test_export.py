@@ -16,7 +16,7 @@ from export_memory import NoCompanions
 from launching import REPOSITORY, rank_environment, run_cases
 from prepared import byte_level_tokenizer
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from saved_checkpoints import write_checkpoint
 from small_runs import small_run
 from tiny_families import family_model, image_text_model
@@ -165,6 +165,15 @@ def test_a_merged_model_computes_what_base_and_adapter_do(runs, name, capsys):
     capsys.readouterr()
     assert main(["export", str(runs / "stage_3"), "--merge", "--out", str(merged)]) == constants.EXIT_USAGE
     assert "this run trained the whole model" in capsys.readouterr().err
+
+
+def test_only_the_files_that_transformers_loads_are_merged(tmp_path):
+    """Mistral's folders hold the same weights once more, under other names."""
+    lm = family_model("llama")
+    lm.save_pretrained(tmp_path)
+    save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, tmp_path / "consolidated.safetensors")
+    merged = dict(merged_tensors(Model(source=str(tmp_path), adapter=Adapter()), {}, torch.float32))
+    assert merged.keys() == load_file(tmp_path / "model.safetensors").keys()
 
 
 @pytest.mark.parametrize(("kind", "method"), [("gemma3", "lora"), ("mistral3", "dora")])

@@ -119,7 +119,7 @@ def test_the_worked_numbers_of_the_triton_rule():
     assert _plan(100, dtype=torch.float16).fp32_sum, "fp16 could overflow before it is normalized"
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 127, 4097, 8192, 100_000])
+@pytest.mark.parametrize("num_tokens", [0, 1, 127, 4097, 8192, 65_536, 100_000])
 @pytest.mark.parametrize("hidden_size", [1, 256, 5120, 16384])
 @pytest.mark.parametrize("vocab_size", [1, 32000, 152064, 2**25])
 @pytest.mark.parametrize("logits_dtype", ["fp32", "compute"])

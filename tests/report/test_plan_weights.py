@@ -41,6 +41,17 @@ def plan(history: Path, *more: str, name: str = "out") -> tuple[int, list[dict]]
     return code, [json.loads(line) for line in lines]
 
 
+EVAL = "data.eval=[{path: held_out.jsonl, domain: law}]"
+
+
+def test_what_needs_the_losses_of_every_sample(history, capsys):
+    """The guard is left out of a replay; `marginal` has nothing to go by."""
+    code, guarded = plan(history, "weights.strategy=uniform", "weights.guard={}", EVAL, name="guarded")
+    assert code == 0 and guarded == plan(history, "weights.strategy=uniform")[1]
+    assert plan(history, "weights.strategy=marginal", EVAL, name="marginal")[0] == constants.EXIT_USAGE
+    assert "marginal reads the held-out losses of every sample" in capsys.readouterr().err
+
+
 def test_strategies_by_hand(history, capsys):
     _, fostering = plan(history, "weights.strategy=fostering", REFERENCE)
     # gamma 0.5 and 0.25 from 1/2 each: 0.75 : 0.625

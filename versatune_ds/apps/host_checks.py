@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from versatune_ds.foundations.errors import ConfigError
+
 INFINIBAND = Path("/sys/class/infiniband")
 LEAST_FILES = 4096
 """Open files: a rank holds its caches, sockets and libraries open, and safetensors maps every shard."""
@@ -68,7 +70,10 @@ def _driver() -> str | None:
     if program is None:
         return None
     command = [program, "--query-gpu=driver_version,name", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nvidia-smi: {error}"
     lines = sorted(set(done.stdout.strip().splitlines()))
     return "; ".join(lines) if done.returncode == 0 and lines else f"nvidia-smi: {done.stderr.strip()[:200]}"
 
@@ -178,6 +183,14 @@ def _clock(whose: str, ahead_s: float, uncertain_s: float) -> Finding:
 
 
 def hosts_of(hostfile: Path) -> list[str]:
-    """The hosts of a file with a line `NAME slots=RANKS` each."""
-    lines = (line.partition("#")[0].split() for line in hostfile.read_text(encoding="utf-8").splitlines())
+    """The hosts of a file with a line `NAME slots=RANKS` each.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        text = hostfile.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--hostfile {hostfile} cannot be read ({error})") from error
+    lines = (line.partition("#")[0].split() for line in text.splitlines())
     return [words[0] for words in lines if words]

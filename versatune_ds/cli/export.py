@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if args.public and args.push is None:
         raise ConfigError("--public: say where to with --push OWNER/NAME")
     finished = args.run_dir / constants.EXPORT_DIR
-    as_it_is = not (args.step or args.newest or args.out or args.merge or args.ema) and finished.is_dir()
+    asked = args.step is not None or args.newest or args.out or args.merge or args.ema
+    as_it_is = not asked and finished.is_dir()
     target, step = (finished, None) if args.push and as_it_is else export(args)
     print(target)
     if args.push:
@@ -57,6 +58,7 @@ def export(args: argparse.Namespace) -> tuple[Path, int]:
         checkpoint_name,
         newest_sound_checkpoint,
         require_sound,
+        step_of,
     )
     from versatune_ds.engine.checkpointing.hf_export import export_from_run
 
@@ -74,4 +76,4 @@ def export(args: argparse.Namespace) -> tuple[Path, int]:
     kind = f"{'-merged' if args.merge else ''}{'-ema' if args.ema else ''}"
     target = args.out or args.run_dir / f"model-{checkpoint.name}{kind}"
     export_from_run(args.run_dir, checkpoint, target, args.merge, args.ema)
-    return target, int(checkpoint.name.rpartition("-")[2])
+    return target, step_of(checkpoint)

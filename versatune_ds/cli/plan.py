@@ -84,8 +84,9 @@ def run(args: argparse.Namespace) -> int:
     }
     fields |= {key: value for key, value in {**chosen, **sizes}.items() if value is not None}
     setup, shape = Setup(**fields, gpus=args.gpus), find_shape(model)
-    check_world_size(setup.packs_per_step, count_groups(args.gpus, setup.sequence_parallel))
-    check_heads(shape.heads, setup.sequence_parallel)
+    sharing = setup.sequence_parallel
+    check_world_size(setup.packs_per_step, count_groups(args.gpus, sharing), sharing)
+    check_heads(shape.heads, sharing)
     search = args.config is None and all(value is None for value in chosen.values())
     plan = make_plan(shape, setup, machine, search=search)
     print(json.dumps(plan, indent=2) if args.json else as_text(plan))

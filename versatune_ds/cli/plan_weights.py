@@ -58,8 +58,10 @@ def run(args: argparse.Namespace) -> int:
     require_own(args.out, signs | {constants.RESOLVED_CONFIG_FILE: "domains:", constants.REPORT_FILE: SIGN})
     history = read_history(args.history)
     settings = args.config or args.history.parent / constants.RESOLVED_CONFIG_FILE
-    # the history's losses stand for whatever source they came from, and a plan applies what it computes
-    config = load_config(settings, [*args.overrides, "weights.loss_source=train", "weights.shadow=false"])
+    # the history's losses stand for whatever source they came from, and a plan applies what it computes; the
+    # guard needs the losses of every held-out sample, which a history lacks
+    replayed = ("weights.loss_source=train", "weights.shadow=false", "weights.guard=null")
+    config = load_config(settings, [*args.overrides, *replayed])
     table = DomainTable(config.domains.names)
     reference = load_reference(config.weights.reference, table)
     controller = WeightController(table, config.domains, config.weights, reference)

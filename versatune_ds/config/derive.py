@@ -100,7 +100,8 @@ def single_domain_config(
     change = (adapter is not None) - (config.model.adapter is not None)
     raw["optimizer"]["lr"] = settings.lr or config.optimizer.lr * ADAPTER_RATE**change
     raw["model"]["adapter"] = adapter and adapter.model_dump(mode="json")
-    raw["train"] |= {"max_steps": math.ceil(settings.max_epochs * steps_per_epoch), "epochs": None}
+    steps = math.ceil(settings.max_epochs * steps_per_epoch)
+    raw["train"] |= {"max_steps": steps, "epochs": None, "profile": None}
     raw["evaluation"] |= {
         "every_n_steps": max(1, round(steps_per_epoch / settings.evaluations_per_epoch)),
         "domains": [domain],

@@ -49,8 +49,8 @@ class JudgeSettings(Section):
     """What tells the domain of a generated text."""
 
     kind: Literal["classifier", "endpoint", "model"] = "classifier"
-    """`classifier`: a linear text classifier trained on the run's own prepared data, without model or
-    network. `endpoint`: a model behind an API. `model`: a local model, by the likelihood of each name."""
+    """`classifier`: a linear text classifier trained on the run's own prepared data, without network.
+    `endpoint`: a model behind an API. `model`: a local model, by the likelihood of each name."""
     endpoint: Endpoint | None = None
     """endpoint: the server."""
     model: PlaceText | None = None

@@ -160,8 +160,9 @@ def _further_problems(model: type[BaseModel], raw: dict[str, Any], unsound: set[
         for name, info in model.model_fields.items()
         if name in raw and name not in unsound
     }
-    with contextlib.suppress(AttributeError):  # a section is not there
-        yield from model.model_construct(**values).problems()
+    for find in model.model_construct(**values).finders():
+        with contextlib.suppress(AttributeError):  # a section is not there
+            yield from find()
 
 
 def write_resolved(config: Config, path: Path) -> None:

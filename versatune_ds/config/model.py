@@ -35,10 +35,16 @@ class Adapter(Section):
     """Adapter folder to go on from, or several, each with its factor in their sum; `rank` is then the sum of
     their ranks. None: a new adapter."""
 
+    @property
+    def started(self) -> dict[str, float]:
+        """Folder of `start_from` -> its factor."""
+        given = self.start_from
+        return given if isinstance(given, dict) else {given: 1.0} if given else {}
+
     def problems(self) -> Iterator[str]:
         """What does not hold together."""
         heads = [name for name in self.targets if name in ("lm_head", "embed_tokens")]
-        if heads and not isinstance(self.targets, str):
+        if heads:
             yield f"targets: {heads[0]} cannot have an adapter: the loss takes the head's weight"
 
 

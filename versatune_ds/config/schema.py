@@ -4,26 +4,26 @@ A run is one YAML file validated into `Config`. Sections are frozen; unknown key
 a default is required. Settings are checked here once, alone and against each other, so that the rest of the
 code can trust them.
 
-What is not covered: the sections of the domains and their weights (`config/weights.py`) and of `versatune-ds
-detect` (`config/detection.py`), how the file is read and how errors are worded (`config/load.py`), and what
-the DeepSpeed file may hold beyond the keys we own (`engine/backend/deepspeed_config.py`).
+What is not covered: the sections of the model (`config/model.py`), of the domains and their weights
+(`config/weights.py`) and of `versatune-ds detect` (`config/detection.py`), how the file is read and how
+errors are worded (`config/load.py`), and what the DeepSpeed file may hold beyond the keys we own
+(`engine/backend/deepspeed_config.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from versatune_ds.config.detection import Detect
 from versatune_ds.config.model import Adapter, Model
 from versatune_ds.config.secrets import find_secret
-from versatune_ds.config.section import PREPARING, Place, Section
+from versatune_ds.config.section import Place, Section
 from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.foundations.text import command
 
@@ -71,13 +71,12 @@ class Source(Section):
     split: str = "train"
     """Split of a hub data set, or of a folder that holds several; `train+test` stands for both."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Source:
+    def data_problems(self) -> Iterator[str]:
+        """What does not hold together."""
         if (self.domain is None) == (self.domain_column is None):
-            raise ValueError("give exactly one of `domain` and `domain_column`")
+            yield "give exactly one of `domain` and `domain_column`"
         if not self.path:
-            raise ValueError("`path` is empty: give a file, folder, glob, list of these, or hub name")
-        return self
+            yield "`path` is empty: give a file, folder, glob, list of these, or hub name"
 
 
 class Data(Section):
@@ -176,12 +175,11 @@ class Profile(Section):
     steps: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     """The first and the last one, from 1; a trace holds every operator, so two or three say enough."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Profile:
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
         first, last = self.steps
         if not first <= last < first + 20:
-            raise ValueError(f"steps {first} to {last}: give first and last, at most 20 steps")
-        return self
+            yield f"steps {first} to {last}: give first and last, at most 20 steps"
 
 
 class Train(Section):
@@ -356,30 +354,23 @@ class Config(Section):
             )
         return values
 
-    @model_validator(mode="after")
-    def _check(self, info: ValidationInfo) -> Config:
-        if info.context is PREPARING and (found := list(self._problems_of_sources())):
-            raise ValueError("\n".join(found))
-        return self
+    def finders(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """What does not hold together between sections."""
+        return (
+            self.data_problems,
+            self._problems_of_names,
+            self._problems_of_evaluation,
+            self._problems_of_epochs,
+            self._problems_of_training,
+        )
 
-    def problems(self) -> Iterator[str]:
-        """What does not hold together between sections; of those only that are sound by themselves."""
-        sources, names = self._problems_of_sources, self._problems_of_names
-        for find in (sources, names, self._problems_of_evaluation, self._problems_of_epochs):
-            with contextlib.suppress(AttributeError):  # of a section that is not there
-                yield from find()
-
-    def _problems_of_sources(self) -> Iterator[str]:
+    def data_problems(self) -> Iterator[str]:
         """Sources of domains that are not in the table."""
         known = self.domains.names
         for kind, sources in (("train", self.data.train), ("eval", self.data.eval)):
             for i, source in enumerate(sources):
                 if source.domain is not None and source.domain not in known:
                     yield f"data.{kind}[{i}].domain is {source.domain!r}; domains.names has {known}"
-        if self.optimizer.states == "bf16_stochastic" and self.model.dtype != "bf16":
-            yield f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
-        if self.model.neftune_alpha is not None and self.batch.sequence_parallel > 1:
-            yield "model.neftune_alpha: noise is for whole packs; set batch.sequence_parallel: 1"
 
     def _problems_of_evaluation(self) -> Iterator[str]:
         if not self.data.eval and self.weights.needs_probe:
@@ -427,3 +418,9 @@ class Config(Section):
                 yield f"domains.max_epochs: unknown domains {unknown}; known: {sorted(names)}"
             if any(not (math.isfinite(v) and v > 0) for v in self.domains.max_epochs.values()):
                 yield "domains.max_epochs: every number of epochs must be > 0"
+
+    def _problems_of_training(self) -> Iterator[str]:
+        if self.optimizer.states == "bf16_stochastic" and self.model.dtype != "bf16":
+            yield f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
+        if self.model.neftune_alpha is not None and self.batch.sequence_parallel > 1:
+            yield "model.neftune_alpha: noise is for whole packs; set batch.sequence_parallel: 1"

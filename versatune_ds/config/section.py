@@ -5,7 +5,7 @@ What is not covered: the sections themselves (`config/schema.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,12 +40,21 @@ class Section(BaseModel):
         protected_namespaces=(),
     )
 
-    def problems(self) -> Iterator[str]:
-        """What does not hold together, a sentence each."""
+    def data_problems(self) -> Iterator[str]:
+        """What does not hold together so that no data could be prepared either, a sentence each."""
         return iter(())
+
+    def problems(self) -> Iterator[str]:
+        """What else does not hold together, a sentence each."""
+        return iter(())
+
+    def finders(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """All that find problems; each by itself, as one may need a part of the settings that is unsound."""
+        return self.data_problems, self.problems
 
     @model_validator(mode="after")
     def _hold_together(self, info: ValidationInfo) -> Section:
-        if info.context is not PREPARING and (found := list(self.problems())):
+        finders = (self.data_problems,) if info.context is PREPARING else self.finders()
+        if found := [problem for find in finders for problem in find()]:
             raise ValueError("\n".join(found))
         return self

@@ -10,7 +10,7 @@ summed token losses of sample i after and before, over the n samples of a domain
 (ratio estimator: Cochran, Sampling Techniques, 3rd ed., section 2.11). What both find hard cancels, so the
 interval is far narrower than that of two unrelated means.
 
-What is not covered: measuring (`engine/evaluation.py`) and drawing (`report/evaluation.py`).
+What is not covered: measuring (`engine/evaluate.py`) and drawing (`report/evaluation.py`).
 """
 
 from __future__ import annotations

@@ -81,12 +81,17 @@ def replay_history(
 
     Args:
         history: from `read_history`; its steps are taken, `weights.every_n_steps` is not looked at.
-        controller: fresh, with `loss_source: train`.
+        controller: fresh, with `loss_source: train` and no guard.
         table: the controller's domains.
 
     Raises:
-        ConfigError: the history has a domain that the table lacks.
+        ConfigError: the history has a domain that the table lacks, or the strategy reads more than losses.
     """
+    if controller.needs_probe:
+        raise ConfigError(
+            "weights.strategy marginal reads the held-out losses of every sample, which a history does not "
+            "have; choose another strategy"
+        )
     for name in domains_of(history):
         if name not in table.names:
             raise ConfigError(f"the history has losses of an {unknown_name('domain', name, table.names)}")

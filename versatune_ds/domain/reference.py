@@ -173,7 +173,7 @@ def prior_weights(domains: Domains, table: DomainTable) -> Vector:
     """`domains.initial` as float64[k] on the simplex: uniform, given shares, or a knowledge.json.
 
     A knowledge.json holds `{"domains": {name: probability}}`; other keys are `knowledge.py`'s. Shares may be
-    rounded (see `WEIGHT_SUM_TOLERANCE` in the schema) and are scaled to sum 1.
+    rounded (see `WEIGHT_SUM_TOLERANCE` in config/weights.py) and are scaled to sum 1.
 
     Raises:
         ConfigError: the shares are not those of the table's domains, or do not sum to 1.

@@ -39,9 +39,7 @@ def model_fingerprint(settings: Model) -> str:
     """
     if settings.adapter is not None:
         base = model_fingerprint(settings.model_copy(update={"adapter": None}))
-        given = settings.adapter.start_from
-        folders = given if isinstance(given, dict) else {given: 1.0} if given else {}
-        parts = [[factor, _files(Path(folder))] for folder, factor in sorted(folders.items())]
+        parts = [[factor, _files(Path(place))] for place, factor in sorted(settings.adapter.started.items())]
         return canonical_hash([base, parts, settings.adapter.model_dump(exclude={"start_from", "dropout"})])
     architecture = load_architecture(settings)
     folder = Path(settings.source)

@@ -48,7 +48,7 @@ class Prepared:
     tokenizer: Any
     """With its chat template; None where samples were given instead of caches."""
     architecture: Any
-    """The transformers config of the model; None where samples were given."""
+    """The transformers config of the model."""
     companions: Companions | None
     """What the finished model has beside its weights; None where nothing is exported."""
     train: Sequence[Any]
@@ -139,14 +139,15 @@ def prepare_on_samples(config: Config, samples: Sequence[Any]) -> Prepared:
     corpus, planner = Corpus.from_caches(samples, table.names), planner_settings(config, table)
     corpus.check(planner)
     settings = deepspeed_config(config, ranks.dp.size)
-    zero = with_sizes(settings["zero_optimization"], built_shape(load_architecture(config.model)))
+    architecture = load_architecture(config.model)
+    zero = with_sizes(settings["zero_optimization"], built_shape(architecture))
     return Prepared(
         config=config,
         ranks=ranks,
         deepspeed=settings | {"zero_optimization": zero},
         table=table,
         tokenizer=None,
-        architecture=None,
+        architecture=architecture,
         companions=None,
         train=samples,
         held_out=[None] * len(table),

@@ -161,10 +161,8 @@ class Components:
             return last
         checkpoint = self.config.run.dir / constants.CHECKPOINTS_DIR / checkpoint_name(best.best_step)
         require_sound(checkpoint)
-        layout = state_layout(self.prepared.deepspeed, self.config)
-        load_model_state(
-            checkpoint, self.backend, read_state(checkpoint, layout, facts(self.prepared.architecture))
-        )
+        saved = read_state(checkpoint, self.backend.layout, facts(self.prepared.architecture))
+        load_model_state(checkpoint, self.backend, saved)
         self.progress.note(
             f"parameters after step {best.best_step} of {last}, whose held-out loss {best.best_loss:.4f} is "
             "the lowest (evaluation.select)"

@@ -42,6 +42,11 @@ def in_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
 
 
+def divisors(number: int) -> str:
+    """The numbers that divide a number, for an error text."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
 def command(verb: str, *words: object) -> str:
     """A command of this program that can be pasted into a shell."""
     return shlex.join(["versatune-ds", verb, *map(str, words)])

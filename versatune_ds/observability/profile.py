@@ -60,6 +60,7 @@ class StepProfiler:
             LOGGER.warning("train.profile: the run did not get through the steps %d to %d", *self._steps)
             if self._profile is not None:
                 self._profile.stop()
+                self._end()
 
     def _start(self, number: int) -> None:
         import torch
@@ -96,9 +97,15 @@ class StepProfiler:
         except (OSError, RuntimeError) as error:
             LOGGER.warning("the profile could not be written (%s); training goes on", error)
         finally:
-            if cuda:
-                torch.cuda.memory._record_memory_history(enabled=None)
-            self._profile = None
+            self._end()
+
+    def _end(self) -> None:
+        """Record nothing more: a later run of this process is not asked for."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.memory._record_memory_history(enabled=None)
+        self._profile = None
 
 
 def summary(averages: Iterable[Any], wall_s: float, *, on_cuda: bool) -> dict[str, Any]:

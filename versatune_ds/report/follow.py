@@ -7,16 +7,15 @@ What is not covered: telling a killed run from a living one on another host: the
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from versatune_ds.foundations import constants
+from versatune_ds.foundations.files import read_json_object
 from versatune_ds.observability.progress import duration
 from versatune_ds.report.measures import status
 from versatune_ds.report.runs import RunData
@@ -37,9 +36,9 @@ class State(NamedTuple):
 
 def state_of(run: RunData) -> State:
     """Running, standing still, ended, or killed; by the clock of this host."""
-    holder = _holder(run.folder / constants.RUN_HOLDER_FILE)
+    holder = read_json_object(run.folder / constants.RUN_HOLDER_FILE)
     how_far = status(run).removesuffix(": running or stopped")
-    if holder is None:
+    if not holder:
         return State(f"ended, {how_far}", True)
     if holder.get("host") == socket.gethostname() and not os.path.exists(f"/proc/{holder.get('pid')}"):
         return State(f"killed, {how_far}: process {holder['pid']} is gone and did not end its run", True)
@@ -50,11 +49,3 @@ def state_of(run: RunData) -> State:
         since = time.strftime("%H:%M:%S", time.localtime(max(written)))
         return State(f"stands still, {how_far}: nothing recorded since {since} ({duration(silent_s)})", False)
     return State(f"running, {how_far}", False)
-
-
-def _holder(path: Path) -> dict[str, object] | None:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -5,12 +5,12 @@ What is not covered: the trace itself, which a trace viewer shows (docs/metrics.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from versatune_ds.foundations import constants
+from versatune_ds.foundations.files import read_json_object
 from versatune_ds.report.measures import number, percent
 from versatune_ds.report.page import PageSection, Table
 from versatune_ds.report.runs import RunData
@@ -39,11 +39,8 @@ def profile_section(runs: Sequence[RunData]) -> PageSection | None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """profile.json; None where there is none, or not one of ours."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if {"steps", "device", "wall_s", "phases", "items"} <= found.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
+    found = read_json_object(path)
+    return found if {"steps", "device", "wall_s", "phases", "items"} <= found.keys() else None
 
 
 def _tables(found: Mapping[str, Any], label: str) -> list[Table]:

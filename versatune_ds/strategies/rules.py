@@ -13,7 +13,7 @@ themselves. A rule that only multiplies cannot revive a domain of weight 0: use 
 A rule takes `UpdateInputs` and, by keyword, the settings of `weights.*` that it reads; what no other strategy
 reads has no effect with another one, and a run says so. A new strategy is its rule and an entry of the table
 here, a row of the table in tests/strategies/test_rules.py and a file in configs/strategies; a setting that
-only it has is a field of `Weights` in config/schema.py.
+only it has is a field of `Weights` in config/weights.py.
 
 What is not covered: floor, cap and step limit (`simplex`), windows and absent domains (`domain.controller`).
 """

@@ -144,6 +144,10 @@ def test_vectors_are_made_once(embedder, tmp_path, monkeypatch, caplog):
     np.testing.assert_array_equal(embedder.embed_once([" law", " code"], tmp_path), first)
     assert not calls
     embedder.embed_once([" law", " law"], tmp_path)
-    (tmp_path / "judge_base.npz").write_bytes(b"cut short")
-    embedder.embed_once([" law", " law"], tmp_path)
-    assert len(calls) == 2 and "made again" in caplog.text
+    whole = (tmp_path / "judge_base.npz").read_bytes()
+    for damaged in (b"not one", b"", whole[:40]):
+        (tmp_path / "judge_base.npz").write_bytes(damaged)
+        caplog.clear()
+        embedder.embed_once([" law", " law"], tmp_path)
+        assert "made again" in caplog.text
+    assert len(calls) == 4

@@ -90,7 +90,7 @@ def _run_slice(settings: BenchSettings, chosen: Slice, index: int, limit_s: floa
         asked, answer = Path(folder, "job.json"), Path(folder, "outcome.json")
         write_json_atomic(asked, job)
         command = [*COMMAND, str(asked), str(answer)]
-        ended = run_program(command, limit_s or math.inf, own_port(index), echo=True)
+        ended = run_program(command, math.inf if limit_s is None else limit_s, own_port(index), echo=True)
         if ended.code is None:
             return _lost("time limit", f"ended after {limit_s:g} s (--slice-limit-s)")
         if answer.is_file():

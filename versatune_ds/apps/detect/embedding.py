@@ -13,6 +13,7 @@ What is not covered: models larger than one device; encoders that pool in anothe
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ class Embedder:
                     if str(kept["key"]) == key:
                         vectors: npt.NDArray[np.float32] = kept["vectors"]
                         return vectors
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 log.warning("%s cannot be read (%s): made again", path, error)
         progress = WorkProgress(f"reading ({self.kind})", "texts", len(texts), 0, is_main=True)
         try:

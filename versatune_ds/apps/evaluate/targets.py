@@ -1,6 +1,6 @@
 """What a user may give as a model, and the Hugging Face folder that it stands for.
 
-A Hugging Face folder or hub name, a run folder (its exported model, else its newest checkpoint) or a
+A Hugging Face folder or hub name, a run folder (its exported model, else its best or newest checkpoint) or a
 checkpoint folder. Checkpoints are exported first (`engine/checkpointing/hf_export.py`), beside their run, and
 kept.
 
@@ -54,7 +54,9 @@ def resolve_target(name: str, config: Config) -> Target:
         return Target(_model_of_run(path), path)
     if (path / constants.CHECKPOINT_MANIFEST_FILE).is_file() and NAME.fullmatch(path.name):
         run = path.resolve().parent.parent
-        return Target(distributed.on_main(_export, run, path), run / constants.EVALUATIONS_DIR / path.name)
+        return Target(
+            distributed.on_main(_export, run, path, False), run / constants.EVALUATIONS_DIR / path.name
+        )
     if _is_model(path):
         if not weight_files(path):
             raise ConfigError(
@@ -88,15 +90,19 @@ def _model_of_run(run: Path) -> str:
             "set checkpoint.every_n_steps to have checkpoints before its end"
         )
     log.info("%s has no %s/ yet: its checkpoint %s is evaluated", run, constants.EXPORT_DIR, checkpoint.name)
-    return distributed.on_main(_export, run, checkpoint)
+    return distributed.on_main(_export, run, checkpoint, True)
 
 
-def _export(run: Path, checkpoint: Path) -> str:
-    """A checkpoint as a Hugging Face folder beside its run; one that is there and newer is used again."""
+def _export(run: Path, checkpoint: Path, is_sound: bool) -> str:
+    """A checkpoint as a Hugging Face folder beside its run; one that is there and newer is used again.
+
+    Args:
+        is_sound: the ranks have just read every byte of it; else that is done here.
+    """
     target = run / f"{constants.EXPORT_DIR}-{checkpoint.name}"
     made_at = (checkpoint / constants.CHECKPOINT_MANIFEST_FILE).stat().st_mtime
     if not _is_model(target) or target.stat().st_mtime < made_at:
-        if (found := damage(checkpoint)) is not None:
+        if not is_sound and (found := damage(checkpoint)) is not None:
             raise StateError(f"{checkpoint} is damaged: {found}; give another checkpoint")
         log.info("exporting %s to %s", checkpoint, target)
         export_from_run(run, checkpoint, target)

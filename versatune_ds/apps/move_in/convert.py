@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import yaml
 
@@ -18,7 +18,7 @@ from versatune_ds.apps.move_in.datasets import axolotl_data, llama_factory_data,
 from versatune_ds.apps.move_in.foreign import Foreign
 from versatune_ds.apps.move_in.training import IGNORED, LEFT, carry_batch, carry_model, carry_run, carry_zero
 from versatune_ds.config.load import read_yaml, validate_config
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import ChatTemplate, Config
 from versatune_ds.foundations.errors import ConfigError
 
 COMMON = {
@@ -31,7 +31,7 @@ COMMON = {
     "gradient_accumulation_steps": 1,
 }
 """Defaults of transformers' TrainingArguments."""
-BUILT_IN = ("chatml", "llama3", "llama2", "alpaca", "hermes")
+TEMPLATES: tuple[str, ...] = get_args(ChatTemplate)
 WIDTH = 110
 
 
@@ -139,13 +139,13 @@ def import_config(path: Path, ranks: int) -> str:
     _settle_adapter(given, trainer.name)
     template = str(given.take("template") or "tokenizer")
     trainer.data(given)
-    if template not in (*BUILT_IN, "tokenizer", "tokenizer_default"):
+    if template not in (*TEMPLATES, "tokenizer_default"):
         given.leave(
             "template", template, "the tokenizer's own is taken; set data.chat_template for a base model"
         )
     given.set(
         "data",
-        chat_template=template if template in BUILT_IN else "tokenizer",
+        chat_template=template if template in TEMPLATES else "tokenizer",
         train_on="last_turn" if given.is_on("mask_history") else None,
     )
     if given.is_on("train_on_prompt"):

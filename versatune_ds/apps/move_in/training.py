@@ -178,7 +178,7 @@ def carry_run(given: Foreign, *, has_held_out: bool) -> None:
     given.set("checkpoint", every_n_steps=saves, keep_last=given.take("save_total_limit"))
     patience, best = given.take("early_stopping_patience"), given.is_on("load_best_model_at_end")
     if evaluates is not None and has_held_out:
-        select = "overall" if best else None
+        select = "overall" if best or patience else None  # what stops early has its best parameters exported
         given.set("evaluation", every_n_steps=evaluates, patience=patience or None, select=select)
     elif evaluates is not None or patience or best:
         given.note(

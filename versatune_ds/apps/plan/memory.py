@@ -209,9 +209,7 @@ def _activations(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     # In backward: gradients of the MLP's product, its two factors and the hidden states around it. The
     # product itself, of a frozen layer, has gone by then.
     working = tokens * s * ((3 if setup.adapter is None else 2) * shape.mlp + 2 * shape.hidden)
-    policy = setup.checkpointing
-    above = isinstance(policy, int) and (shape.layers - 1) % policy > 0  # what the last layer kept has gone
-    if recomputes and not above:
+    if recomputes:
         working += layer_activations(shape, setup)
     if setup.checkpointing == "selective":
         working -= kept_outputs(shape, setup)

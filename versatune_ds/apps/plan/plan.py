@@ -105,7 +105,9 @@ def options(shape: ModelShape, setup: Setup, machine: Machine) -> list[Option]:
             machine,
         )
         for offload, recompute, stage in itertools.product(OFFLOAD, CHECKPOINTING, STAGES)
-        if (offload != "all" or stage == 3) and not (setup.is_qlora and stage == 3)
+        if (offload != "all" or stage == 3)
+        and not (setup.is_qlora and stage == 3)
+        and (offload == "none" or setup.states == "fp32")
     ]
     order = {"fits": 0, "tight": 1, "does not fit": 2}
     return sorted(found, key=lambda c: (order[c.verdict], c.verdict != "fits" and c.memory.peak))

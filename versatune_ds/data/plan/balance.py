@@ -20,6 +20,7 @@ import numpy as np
 
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.foundations.text import divisors
 
 
 def quadratic_tokens(num_params_nonembedding: int, num_layers: int, hidden_size: int) -> float:
@@ -59,13 +60,13 @@ def by_cost(packs: Sequence[Pack], pack_len: int) -> tuple[Pack, ...]:
     return tuple(sorted(packs, key=lambda pack: _squared_lengths(pack, pack_len), reverse=True))
 
 
-def check_world_size(num_packs: int, world_size: int, what: str = "ranks") -> None:
-    """Raise ConfigError unless `num_packs` can be shared evenly by `world_size` ranks, or `what` they are."""
+def check_world_size(num_packs: int, world_size: int, sharing: int = 1) -> None:
+    """Raise ConfigError unless `num_packs` can be shared evenly by `world_size` ranks, or groups of ranks."""
+    what = "ranks" if sharing == 1 else f"groups of {sharing} ranks"
     if world_size < 1 or num_packs % world_size:
-        sizes = ", ".join(str(n) for n in range(1, num_packs + 1) if num_packs % n == 0)
         raise ConfigError(
             f"batch.packs_per_step is {num_packs}, which {world_size} {what} cannot share evenly; "
-            f"use one of {sizes} {what}, or make packs_per_step a multiple of {world_size}"
+            f"use one of {divisors(num_packs)} {what}, or make packs_per_step a multiple of {world_size}"
         )
 
 

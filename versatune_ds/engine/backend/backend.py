@@ -59,7 +59,7 @@ class Backend(Protocol):
         """Loss of one pack (`packed_lm.model_inputs`); a collective."""
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
-        """Add the gradient of a micro-batch, to be averaged over the data-parallel ranks; a collective.
+        """Add the gradient of a micro-batch, to be averaged over all ranks; a collective.
 
         Args:
             is_last: the micro-batch is the last one of its step.

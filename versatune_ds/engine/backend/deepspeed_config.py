@@ -166,17 +166,16 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         if key in WITHOUT_EFFECT:
             raise _without_effect(key, WITHOUT_EFFECT[key])
     merged["train_micro_batch_size_per_gpu"] = 1
-    sharing = config.batch.sequence_parallel
-    check_world_size(
-        config.batch.packs_per_step, world_size, "ranks" if sharing == 1 else f"groups of {sharing} ranks"
-    )
+    check_world_size(config.batch.packs_per_step, world_size, config.batch.sequence_parallel)
     merged["gradient_accumulation_steps"] = config.batch.packs_per_step // world_size
     merged["gradient_clipping"] = config.optimizer.max_grad_norm
     if config.model.dtype == "bf16":
         merged["bf16"] = {"enabled": True}
     if config.model.dtype == "fp16":
         merged["fp16"] = {"enabled": True}
-    merged.setdefault("zero_optimization", {"stage": 3})
+    zero = merged.setdefault("zero_optimization", {"stage": 3})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"deepspeed: zero_optimization is {zero!r}; it must be an object with a stage")
     if config.optimizer.states != "fp32":
         _require_states(merged)
         merged["zero_allow_untested_optimizer"] = True
@@ -252,9 +251,6 @@ def _require_accepted(settings: dict[str, Any]) -> DeepSpeedConfig:
     Raises:
         ConfigError: names the key or the section.
     """
-    zero = settings["zero_optimization"]
-    if not isinstance(zero, dict):
-        raise ConfigError(f"deepspeed: zero_optimization is {zero!r}; it must be an object with a stage")
     try:
         return DeepSpeedConfig(copy.deepcopy(settings))
     except (DeepSpeedConfigError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:

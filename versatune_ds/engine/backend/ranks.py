@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.foundations.text import divisors
 
 
 class Group(NamedTuple):
@@ -53,9 +54,8 @@ def count_groups(ranks: int, sharing: int) -> int:
         ConfigError: the ranks are no multiple.
     """
     if ranks % sharing:
-        allowed = [str(n) for n in range(1, ranks + 1) if ranks % n == 0]
         raise ConfigError(
             f"batch.sequence_parallel is {sharing}, and {ranks} ranks are no multiple of it; use one of "
-            f"{', '.join(allowed)}, or other ranks"
+            f"{divisors(ranks)}, or other ranks"
         )
     return ranks // sharing

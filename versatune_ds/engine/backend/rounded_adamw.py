@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
+from versatune_ds.engine.backend.saved_shards import MOMENTS
+
 SLICE = 2**24
 """Elements that are computed at a time; bounds the temporaries to about 20 bytes times this."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class RoundedAdamW(torch.optim.Optimizer):

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from versatune_ds.config.model import Model
 from versatune_ds.engine.model.adapters import MAGNITUDE, PREFIX, file_name, lora_config
-from versatune_ds.engine.model.source import TEXT_PART
+from versatune_ds.engine.model.source import TEXT_PART, weight_map
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import ConfigError, StateError
 from versatune_ds.foundations.files import write_json_atomic
@@ -85,34 +85,27 @@ def merged_tensors(
         )
 
 
-def base_files(source: str) -> list[Path]:
-    """The safetensors files of a base model, in a folder or the hub's cache.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    config = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
-    files = sorted(Path(config).parent.glob("*.safetensors")) if config else []
-    if not files:
-        raise ConfigError(f"the base model {source} has no safetensors files here to merge the adapter into")
-    return files
-
-
 def holds_head(source: str) -> bool:
     """Whether the files of a base model hold an output weight of its own."""
     return HEAD in {name for _, _, name in _names(source)}
 
 
 def _names(source: str) -> list[tuple[Path, str, str]]:
-    """(file, name in it, name in the model) of a base model's tensors, or of those of its text part."""
+    """(file, name in it, name in the model) of a base model's tensors, or of those of its text part; it lies
+    in a folder or in the hub's cache.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    config = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
+    if config is None:
+        raise ConfigError(f"the base model {source} is not here; the adapter is merged into its safetensors")
     found = []
-    for path in base_files(source):
-        with safe_open(path, "pt") as file:
-            for stored in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                name = stored
-                for pattern, put in TEXT_PART.items():
-                    name = re.sub(pattern, put, name)
-                found.append((path, stored, name))
+    for stored, path in weight_map(Path(config).parent).items():
+        name = stored
+        for pattern, put in TEXT_PART.items():
+            name = re.sub(pattern, put, name)
+        found.append((path, stored, name))
     has_images = any(stored != name for _, stored, name in found)
     return [
         (path, stored, name)

@@ -112,8 +112,7 @@ def check_places(run_dir: Path, settings: Model) -> None:
     checkpoints = run_dir / CHECKPOINTS_DIR
     if checkpoints.is_symlink() and not checkpoints.is_dir():
         raise StateError(f"{checkpoints} is a link to {os.path.realpath(checkpoints)}, which is no folder")
-    start = settings.adapter and settings.adapter.start_from
-    adapters = list(start) if isinstance(start, dict) else [start]
+    adapters = settings.adapter.started if settings.adapter else {}
     given = [("model.source", settings.source), ("model.tokenizer", settings.tokenizer)]
     inside = Path(os.path.realpath(run_dir))
     for name, source in [*given, *(("model.adapter.start_from", folder) for folder in adapters)]:

@@ -133,7 +133,7 @@ def publish(
 def keep(folder: Path, settings: Checkpoint, best: Mapping[str, Any] | None = None) -> None:
     """Write down which checkpoint is the best, if that is a new one, and prune the others; rank 0 only."""
     if best is not None:
-        write_json_atomic(folder / BEST_FILE, {"checkpoint": checkpoint_name(best["step"]), **best})
+        _note_best(folder, best)
     _prune(folder, settings)
 
 
@@ -147,10 +147,14 @@ def restore_best(folder: Path, best: Mapping[str, Any] | None) -> bool:
         Whether it is there.
     """
     if best is not None and (folder / checkpoint_name(best["step"])).is_dir():
-        write_json_atomic(folder / BEST_FILE, {"checkpoint": checkpoint_name(best["step"]), **best})
+        _note_best(folder, best)
         return True
     (folder / BEST_FILE).unlink(missing_ok=True)
     return False
+
+
+def _note_best(folder: Path, best: Mapping[str, Any]) -> None:
+    write_json_atomic(folder / BEST_FILE, {"checkpoint": checkpoint_name(best["step"]), **best})
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:

@@ -11,7 +11,6 @@ a holder on another host is all there is.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -23,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import StateError
-from versatune_ds.foundations.files import remove_temporaries, write_json_atomic
+from versatune_ds.foundations.files import read_json_object, remove_temporaries, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
@@ -61,8 +60,8 @@ class RunLock:
             self._lock.acquire(blocking=False)
         except Timeout:
             raise StateError(
-                f"{self.folder} is in use by {_describe(self._read_holder())}; wait for it, stop it, or "
-                "choose another run.dir"
+                f"{self.folder} is in use by {_describe(read_json_object(self._holder))}; wait for it, stop "
+                "it, or choose another run.dir"
             ) from None
         except OSError as error:
             raise unwritable(self.folder, error) from None
@@ -70,7 +69,7 @@ class RunLock:
             log.warning(
                 "%s was in use by %s, which was killed; this run takes over",
                 self.folder,
-                _describe(self._read_holder()),
+                _describe(read_json_object(self._holder)),
             )
         try:
             for name in (constants.RUN_HOLDER_FILE, constants.RUN_INFO_FILE, constants.RESOLVED_CONFIG_FILE):
@@ -87,20 +86,13 @@ class RunLock:
             self._lock.release()
             raise unwritable(self.folder, error) from None
 
-    def _read_holder(self) -> dict[str, Any] | None:
-        try:
-            holder = json.loads(self._holder.read_bytes())
-        except (OSError, ValueError):
-            return None
-        return holder if isinstance(holder, dict) else None
-
 
 def unwritable(folder: Path, error: OSError) -> StateError:
     """The error for a run folder that cannot be written."""
     return StateError(f"run.dir {folder} cannot be written ({error.strerror}); choose another one")
 
 
-def _describe(holder: dict[str, Any] | None) -> str:
-    if holder is None:
+def _describe(holder: dict[str, Any]) -> str:
+    if not holder:
         return "another process"
     return f"process {holder.get('pid')} on {holder.get('host')} (started {holder.get('started_at')})"

@@ -43,10 +43,8 @@ class SavedAdapter(NamedTuple):
     scaling: float
     """alpha / rank."""
     rank: int
-    targets: frozenset[str]
     kind: str
     """"lora" or "dora"."""
-    base: str | None
     tensors: dict[str, torch.Tensor]
     """Name without `PREFIX` -> tensor on the CPU."""
 
@@ -144,7 +142,6 @@ def read_adapter(folder: Path) -> SavedAdapter:
         config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS_FILE)
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        targets = frozenset(name.split(".")[-2 - (MAGNITUDE not in name)] for name in tensors)
         extra = [key for key in ("rank_pattern", "alpha_pattern", "use_rslora") if config.get(key)]
         extra += [f"bias {config['bias']}"] if config.get("bias", "none") != "none" else []
         if config.get("peft_type") != "LORA" or extra:
@@ -160,9 +157,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     return SavedAdapter(
         alpha / rank,
         rank,
-        targets,
         "dora" if config.get("use_dora") else "lora",
-        config.get("base_model_name_or_path"),
         {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()},
     )
 
@@ -173,8 +168,7 @@ def combined(settings: Adapter) -> dict[str, torch.Tensor]:
     Raises:
         ConfigError: folders that cannot be read, or do not fit the settings or each other.
     """
-    given = settings.start_from
-    factors: Mapping[str, float] = given if isinstance(given, dict) else {str(given): 1.0}
+    factors = settings.started
     parts = {folder: read_adapter(Path(folder)) for folder in factors}
     kind = "dora" if settings.kind == "dora" else "lora"
     for folder, part in parts.items():

@@ -6,7 +6,7 @@ memory as they are made and fetches each back while the layer behind it works; o
 is torch's selective checkpointing, but that torch's would see the operators that fetch weights under ZeRO-3,
 which in backward are others than in forward; here it sees those that are kept.
 
-What is not covered: torch.compile with `selective` and `offload` (refused in `config/schema.py`).
+What is not covered: torch.compile with `selective` and `offload` (refused in `config/model.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -87,14 +87,9 @@ class KeptOnly(TorchDispatchMode):
 
 def _keeping() -> tuple[KeptOnly, KeptOnly]:
     """Contexts of one layer's forward and of its recomputation."""
-    operators = [getattr(getattr(torch.ops, space), name, None) for space, name in _split(KEPT)]
-    overloads = [operator.default for operator in operators if operator is not None]
-    save, reuse = create_selective_checkpoint_contexts(overloads)
+    # of what `KeptOnly` shows them
+    save, reuse = create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
     return KeptOnly(save, torch.nn.functional.linear is not torch._C._nn.linear), KeptOnly(reuse)
-
-
-def _split(names: set[str]) -> list[list[str]]:
-    return [name.split("::") for name in sorted(names)]
 
 
 class _Held:

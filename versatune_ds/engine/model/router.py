@@ -51,15 +51,14 @@ def balance(
             in p once f is known, and no gradient goes through f.)
     """
     probabilities = torch.stack(logits).float().softmax(-1)  # [L, T, E]
-    chosen = torch.zeros_like(probabilities, dtype=torch.long)
-    chosen.scatter_(-1, probabilities.detach().topk(choices).indices, 1)
-    kept = real.unsqueeze(-1)
-    load = (chosen * kept).sum(1)
+    chosen = probabilities.detach().topk(choices).indices.flatten(1)  # [L, T k]
+    counted = real.long().repeat_interleave(choices).expand_as(chosen)
+    load = chosen.new_zeros(len(logits), probabilities.shape[-1]).scatter_add_(1, chosen, counted)
     counts = torch.cat([load.sum(0), real.sum().view(1)])
     if group is not None:
         counts = group.total(counts)
     rows = len(logits) * counts[-1].clamp_min(1)
-    mean = (probabilities * kept).sum((0, 1)) / rows
+    mean = (probabilities * real.unsqueeze(-1)).sum((0, 1)) / rows
     return Balance(probabilities.shape[-1] * (counts[:-1] / rows * mean).sum(), load)
 
 
@@ -80,6 +79,8 @@ class Routers:
         self, logits: tuple[torch.Tensor, ...], real: torch.Tensor, group: SequenceGroup | None = None
     ) -> torch.Tensor:
         """Count a pack, or this rank's part of it; its loss times the coefficient, float32 []."""
+        if not self.coefficient:  # nothing is trained by it: nothing is kept for backward
+            logits = tuple(of_layer.detach() for of_layer in logits)
         found = balance(logits, self.choices, real, group)
         sums = torch.cat([found.loss.detach().double().view(1), found.load.double().flatten()])
         self._sums = sums if self._sums is None else self._sums + sums

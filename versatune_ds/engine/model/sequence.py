@@ -38,6 +38,7 @@ from versatune_ds.engine.model.attention import (
     varlen_attention,
 )
 from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.foundations.text import divisors
 from versatune_kernels import LossOutput
 
 Attention = Callable[..., tuple[torch.Tensor, None]]
@@ -74,10 +75,9 @@ def check_heads(heads: int, ranks: int) -> None:
         ConfigError: names the numbers that can.
     """
     if heads % ranks:
-        allowed = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         raise ConfigError(
             f"batch.sequence_parallel is {ranks}, and the model's {heads} attention heads cannot be shared "
-            f"evenly by so many ranks; use one of {', '.join(allowed)}"
+            f"evenly by so many ranks; use one of {divisors(heads)}"
         )
 
 
