@@ -15,7 +15,7 @@ its own dtype. Rows whose label is ignored are dropped before step 1.
 
 Precision: with p = softmax(z), label y and token weight w,
 
-    d loss / d z_v = w * (p_v - [v = y])
+    d loss / d z_v = w * (p_v - [v = y])        (with `by_probability` w * p_y in place of w)
 
 is formed in fp32 and rounded afterwards: p - 1 of a confident target rounded too early is 0.
 On CPUs that multiply bf16, each product of steps 3 and 4 (a chunk and a block of the vocabulary) is
@@ -189,6 +189,8 @@ def _row_pass_(
     nll = exp_sum.log() + below_top
 
     factor = torch.ones_like(nll) if row_weight is None else row_weight[:, None]
+    if spec.by_probability:
+        factor = factor * (-nll).exp()
     objective = factor * nll
 
     if training:

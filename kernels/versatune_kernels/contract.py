@@ -22,7 +22,7 @@ class LossOutput(NamedTuple):
     """
 
     loss: Tensor
-    """float32 []. sum over valid tokens of token_weight * nll / normalizer."""
+    """float32 []. sum over valid tokens of token_weight * nll / normalizer (see `by_probability`)."""
     token_loss: Tensor
     """float32 [N]. Negative log-likelihood of each token; 0 where the label is ignored."""
     sample_loss: Tensor
@@ -45,6 +45,7 @@ class Spec(NamedTuple):
     """Whether the gradient of hidden will be asked for."""
     grad_weight: bool
     """Whether the gradient of weight will be asked for."""
+    by_probability: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class ForwardPass(NamedTuple):
     nll: Tensor
     """float32 [n]."""
     objective: Tensor
-    """float32 [n]. token_weight * nll, not normalized."""
+    """float32 [n]. What the loss sums, not normalized."""
     d_hidden: Tensor | None
     """[N, H], zero at ignored tokens; None when not wanted. Lacks the factor `pending`."""
     d_weight: Tensor | None

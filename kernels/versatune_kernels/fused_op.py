@@ -46,6 +46,7 @@ def linear_cross_entropy_op(
     chunk_tokens: int,
     grad_hidden: bool,
     grad_weight: bool,
+    by_probability: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of LossOutput, d_hidden, d_weight (empty where not wanted) and their factor.
@@ -60,7 +61,7 @@ def linear_cross_entropy_op(
         normalizer: float64 [].
         The others as in `loss.linear_cross_entropy`.
     """
-    spec = Spec(logit_scale, softcap, logits_dtype, chunk_tokens, grad_hidden, grad_weight)
+    spec = Spec(logit_scale, softcap, logits_dtype, chunk_tokens, grad_hidden, grad_weight, by_probability)
     value_checks = checks.ValueChecks(validate, hidden.device)
     checks.check_values(
         value_checks, labels, ignore_index, weight.shape[0], num_valid, sample_ids, num_samples, normalizer

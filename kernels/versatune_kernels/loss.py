@@ -33,6 +33,7 @@ def linear_cross_entropy(
     softcap: float = 0.0,
     chunk_tokens: int | str = "auto",
     logits_dtype: str = "fp32",
+    by_probability: bool = False,
     backend: str = "auto",
     num_valid: int | None = None,
     validate: bool | None = None,
@@ -57,6 +58,8 @@ def linear_cross_entropy(
         chunk_tokens: rows of logits held at a time (not by the reference); "auto": `sizing.py`.
         logits_dtype: "fp32", or "compute": the dtype of hidden, as a model in 16-bit computes them,
             at half the memory and less accuracy. The triton backend obeys; the others hold fp32.
+        by_probability: multiply each token's loss by its own probability exp(-nll), taken as a constant
+            (dynamic fine-tuning, arXiv:2508.05629); the sums stay those of nll.
         backend: "auto", "triton", "chunked" or "reference"; see `backends.py`.
         num_valid: number of labels that differ from ignore_index, where the host knows it. On CUDA
             it saves the one moment where the host waits for the device.
@@ -99,7 +102,9 @@ def linear_cross_entropy(
         tokens = valid_tokens(labels, token_weight, divisor, ignore_index, num_valid)
         # Autocast would round the fp32 parts of the arithmetic.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            loss, nll = reference_loss(flat_hidden, weight, tokens, float(logit_scale), float(softcap))
+            loss, nll = reference_loss(
+                flat_hidden, weight, tokens, float(logit_scale), float(softcap), by_probability
+            )
         token_loss = nll.new_zeros(labels.numel()).index_copy_(0, tokens.index, nll)
         return LossOutput(
             loss, token_loss, *segment_sums(token_loss, labels, ignore_index, sample_ids, num_samples)
@@ -123,6 +128,7 @@ def linear_cross_entropy(
         0 if chunk_tokens == "auto" else chunk_tokens,
         training and flat_hidden.requires_grad,
         training and weight.requires_grad,
+        by_probability,
         backend,
     )
     return LossOutput(*outputs[:NUM_OUTPUTS])

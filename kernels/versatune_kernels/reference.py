@@ -7,7 +7,9 @@ raw logits r = weight @ x,
     nll    = log sum_v exp(z_v) - z_label
     loss   = sum_i w_i * nll_i / normalizer
 
-Source of the softcap: Gemma 2 (arXiv:2408.00118).
+and with `by_probability` w_i * exp(-nll_i) in place of w_i, through which no gradient flows.
+
+Sources: of the softcap Gemma 2 (arXiv:2408.00118), of `by_probability` DFT (arXiv:2508.05629).
 
 What is not covered: memory. It holds several fp32 tensors of n * V elements.
 """
@@ -19,7 +21,12 @@ from versatune_kernels.contract import ValidTokens
 
 
 def reference_loss(
-    hidden: Tensor, weight: Tensor, tokens: ValidTokens, logit_scale: float, softcap: float
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: ValidTokens,
+    logit_scale: float,
+    softcap: float,
+    by_probability: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss and per-row negative log-likelihood.
 
@@ -27,7 +34,7 @@ def reference_loss(
         hidden: [N, H] bf16, fp16 or fp32.
         weight: [V, H] of the same dtype.
         tokens: the rows that count.
-        logit_scale, softcap: as in `linear_cross_entropy`.
+        logit_scale, softcap, by_probability: as in `linear_cross_entropy`.
 
     Returns:
         (float32 [], float32 [n]); the first is differentiable in hidden and weight.
@@ -39,6 +46,8 @@ def reference_loss(
     # log_softmax keeps the small loss of a confident row, which logsumexp - z_label would round away.
     nll = -z.log_softmax(dim=1).gather(1, tokens.labels[:, None]).squeeze(1)
     per_token = nll if tokens.token_weight is None else tokens.token_weight * nll
+    if by_probability:
+        per_token = per_token * (-nll.detach()).exp()
 
     if float(tokens.normalizer) == 0:
         # Sums over no element: exactly 0 with exactly zero gradients, tied to both inputs.

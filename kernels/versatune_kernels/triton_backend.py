@@ -138,6 +138,7 @@ def _launch_rows(
             VOCAB_SIZE=logits.shape[1],
             HAS_TOKEN_WEIGHT=has_weight,
             HAS_SOFTCAP=spec.softcap > 0,
+            BY_PROBABILITY=spec.by_probability,
             TRAINING=spec.grad_hidden or spec.grad_weight,
             TILE=tile,
             LANES=max(tile // TILE_ROWS, 1),

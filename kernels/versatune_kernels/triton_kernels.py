@@ -38,6 +38,7 @@ def row_kernel(
     VOCAB_SIZE: tl.constexpr,
     HAS_TOKEN_WEIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    BY_PROBABILITY: tl.constexpr,
     TRAINING: tl.constexpr,
     TILE: tl.constexpr,
     LANES: tl.constexpr,
@@ -101,6 +102,8 @@ def row_kernel(
     token_weight = 1.0
     if HAS_TOKEN_WEIGHT:
         token_weight = tl.load(token_weight_ptr + row)
+    if BY_PROBABILITY:
+        token_weight *= tl.exp(-nll)
     tl.store(nll_ptr + row, nll)
     tl.store(objective_ptr + row, token_weight * nll)
 

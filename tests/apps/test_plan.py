@@ -45,6 +45,20 @@ def test_models_by_hub_name_and_folder(tmp_path):
         find_shape(str(tmp_path))
 
 
+def test_an_average_lies_in_host_memory_and_muon_has_one_momentum():
+    """Of Qwen2.5-32B's 32.76 G parameters 31.2 G lie in matrices of the layers."""
+    shape, plain = find_shape("qwen2.5-32b"), Setup(gpus=8)
+    averaged, muon = (dataclasses.replace(plain, **{name: True}) for name in ("has_average", "has_muon"))
+    n = shape.parameters
+    of_layers = shape.layers * 2 * (5120 * 5120 + 5120 * 1024) + shape.layers * 3 * 5120 * 27648
+    host = total(memory_plan(shape, averaged).host) - total(memory_plan(shape, plain).host)
+    assert host == pytest.approx(8 * n / 8, rel=1e-6)
+    held = total(memory_plan(shape, plain).held) - total(memory_plan(shape, muon).held)
+    assert held == pytest.approx(6 * of_layers / 8, rel=1e-6)  # 2 in place of 8 bytes each
+    sizes = [checkpoint_bytes(shape, setup) for setup in (plain, averaged, muon)]
+    assert sizes == [12 * n, 16 * n, 12 * n - 6 * of_layers]
+
+
 def test_state_of_a_32b_model_is_16_bytes_a_parameter_over_the_ranks():
     shape = find_shape("qwen2.5-32b")
     plan = memory_plan(shape, Setup(gpus=32, checkpointing="all"))

@@ -15,7 +15,7 @@ import torch
 from launching import run_cases
 from plain_backend import PlainRun, plain_run
 from safetensors.torch import load_file
-from small_runs import small_run
+from small_runs import cut_back, small_run
 
 from versatune_ds.cli.main import main
 from versatune_ds.config.schema import Checkpoint
@@ -173,12 +173,14 @@ def test_an_early_stopped_run_exports_its_best_parameters_and_stays_ended(config
     assert stopped.samples == [] and len(stopped.lines("eval")) == 8
 
 
-@pytest.mark.parametrize("step", [3, BEST, 6])
+@pytest.mark.parametrize("step", [2, 3, BEST, 6])
 def test_a_resumed_run_has_the_same_best_one(config, whole, selected, step):
-    """From before it, from it, and from after it; evaluations are written down once."""
-    name = f"resumed_{step}"
-    stopped = run(config, name, f"train.max_steps={step}", "checkpoint.export_at_end=false")
-    assert names(stopped.folder / "checkpoints")[-1] == step
+    """From before it, from it, and from after it; 2 and 4 were saved for their evaluations, after these."""
+    name, kept = f"resumed_{step}", config.parent / "kept"
+    if not kept.exists():
+        run(config, "kept", "checkpoint.keep_last=100", "checkpoint.export_at_end=false")
+        assert names(kept / "checkpoints") == [1, 2, 3, BEST, 6, STEPS]
+    cut_back(kept, config.parent / name, step)
     resumed = run(config, name)
     assert len(resumed.samples) == STEPS - step
     assert [line["step"] for line in resumed.lines("eval")] == list(range(STEPS + 1))

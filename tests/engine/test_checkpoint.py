@@ -134,7 +134,12 @@ def test_random_generators_go_on_where_they_were_with_as_many_ranks(tmp_path, ra
     assert torch.equal(drawn[0], expected) == restored
 
 
-OLDER = {"model.adapter": None, SUB_GROUP_KEY: 10**9, "optimizer.states": "fp32"}
+OLDER = {
+    "model.adapter": None,
+    SUB_GROUP_KEY: 10**9,
+    "optimizer.states": "fp32",
+    "optimizer.kind": "adamw",
+}
 """Of layouts that do not speak of these."""
 
 
@@ -146,6 +151,7 @@ OLDER = {"model.adapter": None, SUB_GROUP_KEY: 10**9, "optimizer.states": "fp32"
         ({"optimizer offload": True}, None),
         ({"model.dtype": "fp32"}, "model.dtype 'bf16'; this run has 'fp32'"),
         ({"ZeRO stage": 0}, "ZeRO stage 3; this run has 0, and ZeRO stage 0 cannot go on"),
+        ({"optimizer.kind": "muon"}, "optimizer.kind 'adamw'; this run has 'muon', and another optimizer"),
         ({"model.adapter": {"rank": 8}}, "model.adapter None; this run has {'rank': 8}, and another adapter"),
     ],
 )
@@ -155,11 +161,11 @@ def test_what_a_run_can_go_on_from(tmp_path, layout, problem):
     state = {"version": 1, "world_size": 4, "layout": saved}
     (tmp_path / "versatune_state.json").write_text(json.dumps(state))
     if problem is None:
-        read = ck.read_state(tmp_path, saved | {"model.adapter": None} | layout, {"hidden_size": "8"})
+        read = ck.read_state(tmp_path, saved | OLDER | layout, {"hidden_size": "8"})
         assert read == state | {"layout": OLDER | saved}
     else:
         with pytest.raises(StateError, match=problem):
-            ck.read_state(tmp_path, saved | {"model.adapter": None} | layout, {})
+            ck.read_state(tmp_path, saved | OLDER | layout, {})
 
 
 def test_shards_are_bounded_and_indexed(tmp_path):

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from versatune_ds.config.model import Model
+from versatune_ds.config.schema import Optimizer
 from versatune_ds.engine.backend.deepspeed_backend import DeepSpeedBackend
 from versatune_ds.engine.backend.deepspeed_config import state_layout
 from versatune_ds.engine.backend.ranks import Group, Ranks
-from versatune_ds.engine.model.dtypes import multiplies_bf16
+from versatune_ds.engine.model.source import multiplies_bf16
 
 NAN = float("nan")
 
@@ -54,10 +55,12 @@ def live() -> Live:
 def backend_of(live: Live, stage: int = 0) -> DeepSpeedBackend:
     settings: dict[str, Any] = {"zero_optimization": {"stage": stage}}
     ranks = Ranks(Group(0, 1), Group(0, 1))
-    layout = state_layout(settings, Model(source="unused", dtype="fp32"))
+    config: Any = SimpleNamespace(model=Model(source="unused", dtype="fp32"), optimizer=Optimizer())
+    layout = state_layout(settings, config)
     model: Any = live.model
     attention: Any = SimpleNamespace()
-    return DeepSpeedBackend(live, model, torch.device("cpu"), attention, settings, layout, ranks)
+    device = torch.device("cpu")
+    return DeepSpeedBackend(live, model, device, attention, settings, layout, ranks, config.optimizer)
 
 
 def test_a_micro_batch_is_added_as_it_is_and_the_last_one_is_named(live):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -29,6 +31,31 @@ def test_linear_and_constant():
     falling = rates(steps=10, warmup_ratio=0, schedule="linear")
     assert falling == pytest.approx([1 - i / 10 for i in range(10)])
     assert rates(warmup_ratio=0, schedule="constant") == [1.0] * 11
+
+
+@pytest.mark.parametrize(
+    ("schedule", "decay"),
+    [("wsd_linear", [1, 0.75, 0.5, 0.25]), ("wsd_sqrt", [1, 0.5, 1 - math.sqrt(0.5), 1 - math.sqrt(0.75)])],
+)
+def test_warm_up_stays_and_decays(schedule, decay):
+    """2 steps of warm-up, 4 at the peak, then ceil(0.35 * 10) = 4, the first of which is at the peak."""
+    values = rates(steps=10, warmup_ratio=0.2, decay_ratio=0.35, schedule=schedule, min_lr_ratio=0.1)
+    assert values == pytest.approx([0.5, 1, 1, 1, 1, 1, *(0.1 + 0.9 * share for share in decay)])
+    # where warm-up leaves less than that, decay begins after it
+    assert rates(steps=4, warmup_ratio=0.5, decay_ratio=1, schedule="wsd_linear") == [0.5, 1, 1, 0.5]
+    assert rates(steps=2, warmup_ratio=1, decay_ratio=1, schedule=schedule) == [0.5, 1]
+
+
+def test_a_longer_run_is_the_same_until_the_shorter_one_decays():
+    short, long = (
+        rates(steps=n, warmup_ratio=2 / n, decay_ratio=5 / n, schedule="wsd_sqrt") for n in (20, 40)
+    )
+    assert short[:16] == long[:16] and short[16] < long[16]
+
+
+def test_a_decay_of_schedules_without_one_is_refused():
+    with pytest.raises(ValueError, match="decay_ratio is of no use: schedule is cosine"):
+        Optimizer(decay_ratio=0.1)
 
 
 def test_one_step_and_all_warm_up_are_defined():

@@ -22,6 +22,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.engine.model.adapters import PREFIX
 from versatune_ds.engine.preflight import checks as preflight
+from versatune_ds.foundations.files import canonical_hash
 
 EXPERTS = 64
 """So many that no rank's tokens reach all of them."""
@@ -71,6 +72,17 @@ CASES = {
         "untied-packed-zero1-dora",
         "untied-packed-zero3-dora",
         "experts-packed-zero3-lora",
+        *(f"tied-packed-zero{stage}-dft" for stage in (1, 2)),
+        "untied-unpacked-zero3-dft-triton",
+        "untied-packed-zero3-by2-dft",
+        *(f"tied-packed-zero{stage}-noise" for stage in (1, 2)),
+        "untied-packed-zero3-noise-recompute",
+        "untied-packed-zero3-noise-lora",
+        "untied-packed-zero2-noise-compile",
+        *(f"tied-packed-zero{stage}-muon" for stage in (1, 2)),
+        "untied-unpacked-zero3-muon",
+        "untied-packed-zero3-muon-nan",
+        "untied-packed-zero2-by2-muon",
         "longrope-packed-zero3",
         *(f"experts-packed-{how}" for how in ("zero2", "zero3", "zero3-recompute", "zero3-frozen")),
         *(f"untied-packed-zero{stage}-by2" for stage in range(4)),
@@ -84,6 +96,7 @@ CASES = {
     ],
     4: [
         "untied-packed-zero3",
+        "untied-packed-zero3-noise",
         "tied-unpacked-zero3-recompute",
         "untied-packed-zero1",
         *(f"untied-packed-zero{stage}-by{n}" for stage in (1, 2, 3) for n in (2, 4)),
@@ -188,7 +201,7 @@ def reference(models):
 
     @functools.cache
     def run(
-        name, max_norm=0.0, start="fp32", compute="fp32", adapter=None, frozen=False
+        name, max_norm=0.0, start="fp32", compute="fp32", adapter=None, frozen=False, objective=""
     ) -> dict[str, torch.Tensor]:
         """The two steps.
 
@@ -199,6 +212,7 @@ def reference(models):
             compute: `bf16` (as `start`): forward and backward on a bf16 copy of the fp32 weights that AdamW
                 moves.
             frozen: routers do not train, and their loss is not added.
+            objective: `dft`, or `noise` on the embeddings of `cases.PACKED`, or `muon` as the optimizer.
         """
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
@@ -215,6 +229,12 @@ def reference(models):
             masters.values(), lr=cases.LEARNING_RATE, eps=cases.EPS, betas=(0.9, 0.95), weight_decay=0.0
         )
         out = {f"start.{key}": master.clone() for key, master in masters.items()}
+        embed = model.get_input_embeddings()
+        momenta = {
+            key: torch.zeros_like(master)
+            for key, master in masters.items()
+            if objective == "muon" and "proj" in key and master.dim() == 2
+        }
         for step in ("first", "second"):
             total, count = 0.0, 0
             sums, token_losses = np.zeros((2, 2)), []
@@ -223,11 +243,15 @@ def reference(models):
             for i, domain in enumerate(cases.DOMAINS):
                 tokens, mask = cases.Samples().sample(i)
                 ids = torch.tensor(tokens.astype(np.int64))
-                found = model(ids.unsqueeze(0), **options)
+                vectors = embed(ids.unsqueeze(0))
+                if objective == "noise":
+                    vectors = vectors + noise_of(i, step, vectors.shape[-1])
+                found = model(inputs_embeds=vectors, **options)
                 logits, routed[i] = found.logits[0], found.get("router_logits")
                 losses = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
                 supervised = torch.from_numpy(mask[1:])
-                total = total + losses[supervised].sum()
+                trained = losses * (-losses.detach()).exp() if objective == "dft" else losses
+                total = total + trained[supervised].sum()
                 count += int(supervised.sum())
                 sums[:, domain] += float(losses[supervised].sum()), int(supervised.sum())
                 token_losses.append(losses[supervised].detach())
@@ -255,6 +279,8 @@ def reference(models):
             if max_norm:
                 torch.nn.utils.clip_grad_norm_(masters.values(), max_norm)
             optimizer.param_groups[0]["lr"] = cases.RATES[step]
+            for key, momentum in momenta.items():
+                muon_step(masters[key], momentum, cases.MUON_FACTOR * cases.RATES[step])
             optimizer.step()
             model.zero_grad()
             for key, master in masters.items():
@@ -267,6 +293,29 @@ def reference(models):
     return run
 
 
+def muon_step(master: torch.Tensor, momentum: torch.Tensor, rate: float) -> None:
+    """Keller Jordan's step of a matrix in fp32; takes its gradient away from AdamW."""
+    gradient, master.grad = master.grad, None
+    momentum.lerp_(gradient, 0.05)
+    x = gradient.lerp(momentum, 0.95)
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    master.sub_(rate * max(1.0, master.shape[0] / master.shape[1]) ** 0.5 * x)
+
+
+def noise_of(sample: int, step: str, width: int) -> torch.Tensor:
+    """NEFTune's for a sample of `PACKED`: +-alpha / sqrt(L d), drawn for its pack."""
+    number, pack = next((n, pack) for n, pack in enumerate(cases.PACKED) if sample in pack)
+    seed = int(canonical_hash([0, cases.STEPS.index(step), number])[:15], 16)
+    drawn = torch.empty(1, cases.PACK_LEN, width).uniform_(
+        -1, 1, generator=torch.Generator().manual_seed(seed)
+    )
+    length, at = cases.LENGTHS[sample], sum(cases.LENGTHS[i] for i in pack[: pack.index(sample)])
+    return cases.ALPHA / (length * width) ** 0.5 * drawn[:, at : at + length]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "case"), [(n, case) for n, names in CASES.items() for case in names])
 def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
@@ -275,16 +324,22 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
     adapter = next((word for word in case.split("-") if word in ("lora", "dora")), None)
     ours = results(ranks)[case]
     frozen = "frozen" in case or adapter is not None
-    expected = reference(case.split("-")[0], max_norm, adapter=adapter, frozen=frozen)
+    objective = next((word for word in case.split("-") if word in ("dft", "noise", "muon")), "")
+    model = case.split("-")[0]
+    expected = reference(model, max_norm, adapter=adapter, frozen=frozen, objective=objective)
     for step in ("first", "second"):
         assert expected[f"norm_{step}"] > 2 * max_norm  # clipping is no trifle
         # rows 0 and 1 of the buffer: loss sum and supervised tokens per domain
         np.testing.assert_allclose(ours[f"sums_{step}"][:2], expected[f"sums_{step}"], rtol=2e-5)
     names = {name for name in expected if name.startswith("parameter.")}
     assert names == {name for name in ours if name.startswith("parameter.")}
+    atol = 1e-4 if objective == "muon" else 2e-6  # five steps of Newton-Schulz, of steps of 0.05
+    if objective:
+        plain = reference(model, max_norm, adapter=adapter, frozen=frozen)
+        assert max((plain[name] - expected[name]).abs().max() for name in names) > 1e-3
     for name in names:
         torch.testing.assert_close(
-            ours[name], expected[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+            ours[name], expected[name], rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
         if adapter and "lora_" not in name:
             assert torch.equal(ours[name], expected[name]), f"{name} is frozen"

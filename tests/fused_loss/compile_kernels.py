@@ -17,8 +17,8 @@ from triton.compiler import ASTSource
 from versatune_kernels import triton_backend, triton_kernels
 
 VOCAB_SIZES = (32001, 50257, 128257, 151936, 152064)
-PLAIN = dict(HAS_TOKEN_WEIGHT=False, HAS_SOFTCAP=False, TRAINING=True)
-EVERYTHING = dict(HAS_TOKEN_WEIGHT=True, HAS_SOFTCAP=True, TRAINING=True)
+PLAIN = dict(HAS_TOKEN_WEIGHT=False, HAS_SOFTCAP=False, BY_PROBABILITY=False, TRAINING=True)
+EVERYTHING = dict(HAS_TOKEN_WEIGHT=True, HAS_SOFTCAP=True, BY_PROBABILITY=True, TRAINING=True)
 ROWS = (("fp32", "bf16", PLAIN), ("bf16", "bf16", EVERYTHING), ("fp32", "fp32", EVERYTHING))
 """Types of logits and gradient, and switches, for every vocabulary."""
 MORE_ROWS = (("fp32", "fp16", EVERYTHING), ("fp32", "bf16", {**EVERYTHING, "TRAINING": False}))

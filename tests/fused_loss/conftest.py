@@ -97,6 +97,8 @@ class Tools:
             z = o["softcap"] * torch.tanh(z / o["softcap"])
         nll = F.cross_entropy(z, case.labels, ignore_index=IGNORE, reduction="none")
         per_token = nll * o["token_weight"].to(z.dtype) if "token_weight" in o else nll
+        if o.get("by_probability"):
+            per_token = per_token * (-nll.detach()).exp()
         loss = per_token.sum() / o["normalizer"]
         loss.backward()
         assert hidden.grad is not None and weight.grad is not None

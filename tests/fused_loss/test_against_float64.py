@@ -11,6 +11,7 @@ OPTIONS = {
     "scale": {"logit_scale": 0.25},
     "softcap": {"softcap": 5.0},
     "both": {"logit_scale": 0.5, "softcap": 8.0},
+    "probability": {"softcap": 8.0, "by_probability": True},
 }
 
 

@@ -115,7 +115,7 @@ def test_the_operator_keeps_what_it_promises(tools, dtype, wanted, chunking_back
     hidden = case.hidden.requires_grad_(wanted[0])
     weight = case.weight.requires_grad_(wanted[1])
     normalizer = torch.tensor(5.0, dtype=torch.float64)
-    options = (3, None, -100, None, 0.5, 8.0, "fp32", 4, *wanted, chunking_backend)
+    options = (3, None, -100, None, 0.5, 8.0, "fp32", 4, *wanted, True, chunking_backend)
     torch.library.opcheck(
         linear_cross_entropy_op,
         (hidden, weight, case.labels, ids, None, normalizer, *options),

@@ -16,7 +16,7 @@ import torch
 
 from versatune_kernels import linear_cross_entropy
 
-SWITCHES = {"HAS_TOKEN_WEIGHT": False, "HAS_SOFTCAP": False, "TRAINING": True}
+SWITCHES = {"HAS_TOKEN_WEIGHT": False, "HAS_SOFTCAP": False, "BY_PROBABILITY": False, "TRAINING": True}
 COMPILER = Path(__file__).with_name("compile_kernels.py")
 NUM_SAMPLES = 4
 MAX_SPILLED_BYTES = 24

@@ -34,6 +34,7 @@ FILES = {
     "attention": "versatune_ds/engine/model/attention.py",
     "shape": "versatune_ds/engine/model/shape.py",
     "optimizer": "versatune_ds/engine/backend/optimizer.py",
+    "noise": "versatune_ds/engine/model/noise.py",
     "statistics": "versatune_ds/engine/statistics.py",
     "evaluate": "versatune_ds/engine/evaluate.py",
     "skipping": "versatune_ds/engine/skipping.py",
@@ -96,6 +97,9 @@ TESTS = {
     "checkpoint": "tests/engine/test_checkpoint.py",
     "saving": "tests/engine/test_saving.py",
     "best": "tests/engine/test_best_checkpoint.py",
+    "noise": "tests/engine/test_noise.py",
+    "average": "tests/engine/test_average.py",
+    "muon": "tests/engine/test_muon.py",
     "export": "tests/engine/test_export.py",
     "reshard": "tests/engine/test_reshard.py",
     "model": "tests/engine/test_model.py",
@@ -184,7 +188,7 @@ RESUMED = "loop::test_a_resumed_run_ends_with_the_parameters_of_the_whole_one"
 
 MICRO_BATCH = "backend::test_a_micro_batch_is_added_as_it_is_and_the_last_one_is_named"
 STEPPED = "backend::test_a_step_is_taken_with_its_learning_rate"
-SET_RATE = "        set_learning_rate(self.live.optimizer, learning_rate)\n"
+SET_RATE = "        set_learning_rate(self.live.optimizer, learning_rate, self.muon_factor)\n"
 TAKE_STEP = "        self.live.step()\n"
 fault(
     "the learning rate is set after the step", "backend", SET_RATE + TAKE_STEP, TAKE_STEP + SET_RATE, STEPPED
@@ -1051,7 +1055,7 @@ fault(
 fault(
     "decay is measured from the first step",
     "optimizer",
-    "(step - warmup) / (total_steps - warmup)",
+    "(step - start) / (total_steps - start)",
     "step / total_steps",
     RATE,
 )
@@ -1095,6 +1099,62 @@ fault(
     "[settings.keep_last - 1 :]",
     "checkpoint::test_pruning_keeps_the_newest_and_milestones",
     NEWER,
+)
+fault(
+    "a wsd schedule decays from its warm-up on",
+    "optimizer",
+    "start = max(warmup,",
+    "start = min(warmup,",
+    "optimizer::test_warm_up_stays_and_decays",
+)
+fault(
+    "the average of weights forgets as fast as it should remember",
+    "optimizer",
+    ".lerp_(weights, 1.0 - decay)",
+    ".lerp_(weights, decay)",
+    "average::test_the_average_is_in_host_memory_and_goes_when_it_is_not_asked_for_any_more",
+)
+fault(
+    "noise falls with the length and not with its root",
+    "noise",
+    "lengths.clamp(min=1).rsqrt()",
+    "lengths.clamp(min=1).reciprocal()",
+    "noise::test_it_is_uniform_within_the_bound_of_each_sample_and_spares_padding",
+)
+fault(
+    "noise is the same in every step",
+    "noise",
+    "[self.seed, step, rank_number(*rank)]",
+    "[self.seed, rank_number(*rank)]",
+    "noise::test_it_follows_from_seed_step_and_pack_and_not_from_the_ranks",
+)
+fault(
+    "the chunked loss leaves the probability out of the gradient",
+    "chunked",
+    "        factor = factor * spec.logit_scale\n",
+    "        factor = spec.logit_scale * (1.0 if row_weight is None else row_weight[:, None])\n",
+    "float64::test_every_option",
+)
+fault(
+    "the row kernel leaves the probability out",
+    "row kernels",
+    "token_weight *= tl.exp(-nll)",
+    "token_weight *= 1.0",
+    "float64::test_every_option",
+)
+fault(
+    "matrices of Muon have the learning rate of AdamW",
+    "optimizer",
+    'rate * (muon_factor if group.get("use_muon") else 1.0)',
+    "rate",
+    "muon::test_its_matrices_have_a_learning_rate_of_their_own",
+)
+fault(
+    "gradients are scattered where Muon needs them whole",
+    "optimizer",
+    '        zero["reduce_scatter"] = False\n',
+    "        pass\n",
+    "muon::test_deepspeed_s_reduce_scatter_is_off_where_muon_needs_that",
 )
 fault(
     "the best checkpoint is pruned",
@@ -1765,15 +1825,15 @@ fault(
 fault(
     "every rank takes the same packs",
     "balance",
-    "(mirrored if start // world_size % 2 else rank)",
-    "(mirrored if start // world_size % 2 else 0)",
+    "(world_size - 1 - rank if micro_step % 2 else rank)",
+    "(world_size - 1 - rank if micro_step % 2 else 0)",
     "balance::test_every_pack_goes_to_exactly_one_rank",
     "loader::test_ranks_share_what_one_rank_gets",
 )
 fault(
     "the costliest packs always go to one rank",
     "balance",
-    "(mirrored if start // world_size % 2 else rank)",
+    "(world_size - 1 - rank if micro_step % 2 else rank)",
     "rank",
     "balance::test_packs_of_one_micro_step_are_neighbours_in_cost",
 )

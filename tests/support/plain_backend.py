@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from versatune_ds.data.loader import StepLoader
 from versatune_ds.engine import run as run_module
 from versatune_ds.engine import train
 from versatune_ds.engine.backend.backend import Backend, Write, all_names
+from versatune_ds.engine.backend.deepspeed_config import state_layout
 from versatune_ds.engine.backend.optimizer import build_optimizer, set_learning_rate
 from versatune_ds.engine.backend.ranks import Group, Ranks
 from versatune_ds.engine.model.attention import choose_attention
@@ -44,11 +45,11 @@ class PlainBackend:
         disturb: called with the number of the step (from 0) and the output of each training pass.
     """
 
-    layout: ClassVar = {"ZeRO stage": 0, "model.dtype": "fp32", "optimizer offload": False}
     ranks = Ranks(Group(0, 1), Group(0, 1))
     device = CPU
 
     def __init__(self, config: Config, disturb: Disturb | None) -> None:
+        self.layout = state_layout({"zero_optimization": {"stage": 0}}, config)
         self.attention = choose_attention(config.model, "cpu")
         self.model = build_model(config.model, self.attention, config.run.seed)
         self.optimizer = build_optimizer(self.model, config.optimizer, offload=False)

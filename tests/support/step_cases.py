@@ -43,6 +43,11 @@ WITHOUT_SUPERVISION = 2
 LEARNING_RATE, EPS = 0.5, 1.0
 RATES = {"first": 0.3, "poisoned": 5.0, "second": 0.45}
 """Of each step; none is that of the settings."""
+STEPS = ("first", "poisoned", "second")
+MUON_FACTOR = 0.1
+"""Learning rate of Muon's matrices over AdamW's, in the `-muon` cases."""
+ALPHA = 20.0
+"""Of the `-noise` cases: the noise moves losses by a tenth."""
 LONG = tuple(f"{step:02}" for step in range(20))
 RECOMPUTE = {"recompute": "all", "selective": "selective", "hosted": "offload", "second": 2}
 """Words of a case for `model.activation_checkpointing`."""
@@ -94,10 +99,10 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
 
     Args:
         case: `<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-compile][-triton][-nan]
-            [-clip][-frozen][-bf16][-sums][-overlap][-long][-by<n>]`; recompute: or another word of RECOMPUTE;
-            frozen: its routers; sums: gradients are summed in fp32, by another optimizer of DeepSpeed's;
-            overlap: of communication, with buckets smaller than a layer; long: 20 steps; by: n ranks share a
-            pack.
+            [-clip][-frozen][-bf16][-sums][-overlap][-long][-by<n>][-dft][-noise][-muon]`; recompute: or
+            another word of RECOMPUTE; frozen: its routers; sums: gradients are summed in fp32, by another
+            optimizer of DeepSpeed's; overlap: of communication, with buckets smaller than a layer; long: 20
+            steps; by: n ranks share a pack.
     """
     words = case.split("-")
     layout = PACKED if "packed" in words else UNPACKED
@@ -113,6 +118,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
         "dtype": "bf16" if "bf16" in words else "fp32",
         "activation_checkpointing": next((RECOMPUTE[w] for w in words if w in RECOMPUTE), "off"),
         "compile": "layers" if "compile" in words else "off",
+        "objective": "dft" if "dft" in words else "cross_entropy",
+        "neftune_alpha": ALPHA if "noise" in words else None,
         "router": "frozen" if "frozen" in words else "train",
         "loss_backend": "triton" if "triton" in words else "chunked",
     }
@@ -124,6 +131,9 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
     raw = settings(model, layout, zero, max_norm)
     if "sums" in words:
         raw["deepspeed"]["data_types"] = {"grad_accum_dtype": "fp32"}
+    if "muon" in words:
+        raw["optimizer"] |= {"kind": "muon", "muon_lr": MUON_FACTOR * LEARNING_RATE}
+    torch._dynamo.config.disable = "muon" in words  # DeepSpeed compiles Newton-Schulz
     config = validate_config(raw, case)
     ranks = Ranks.of_world(next((int(w.removeprefix("by")) for w in words if w.startswith("by")), 1))
     backend = build_backend(config, deepspeed_config(config, ranks.dp.size), ranks, device)
@@ -136,10 +146,11 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
     everything = [collate(pack, sources, PACK_LEN, 0) for pack in chosen]
     plan = SimpleNamespace(step=0, loss_weight=sum(batch.supervised_tokens for batch in everything))
     out = {}
-    steps = ("first", "poisoned", "second") if "nan" in words else ("first", "second")
+    steps = STEPS if "nan" in words else ("first", "second")
     for step in LONG if "long" in words else steps:
         if step == "poisoned":
             poison_last_rank()
+        plan.step = STEPS.index(step) if step in STEPS else int(step)
         accumulate(run, plan, batches)
         totals = run.statistics.reduce()
         applied = apply_step(run, reason_to_skip(totals, run.spikes, run.backend), RATES.get(step, 0.1))

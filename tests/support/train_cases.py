@@ -344,7 +344,13 @@ def lowest_after(best: int) -> None:
     EarlyStopping.observe = lambda self, step, _: ORIGINAL_OBSERVE(self, step, 1.0 + abs(step - best))
 
 
+def leave_uncompiled() -> None:
+    """What DeepSpeed compiles for Muon runs as it is written: compiling takes longer than these runs."""
+    torch._dynamo.config.disable = True
+
+
 SABOTAGE = {
+    "leave uncompiled": leave_uncompiled,
     "lowest after step 4": lambda: lowest_after(4),
     "record samples": record_samples,
     "write slowly": write_slowly,
@@ -386,6 +392,7 @@ def repair() -> None:
     deepspeed_backend.build_model = ORIGINAL_BUILD
     WeightController.update, EarlyStopping.observe = ORIGINAL_UPDATE, ORIGINAL_OBSERVE
     resource.setrlimit(resource.RLIMIT_FSIZE, (UNLIMITED, UNLIMITED))
+    torch._dynamo.config.disable = False
 
 
 def main(cases: Path) -> None:

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     which.add_argument("--newest", action="store_true", help="the newest sound checkpoint, not the best one")
     parser.add_argument("--out", type=place, help="target folder; default: RUN/model-step-N")
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (optimizer.ema_decay)")
     parser.add_argument("--merge", action="store_true", help="the base model with the adapter added")
     parser.add_argument(
         "--push",
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if args.public and args.push is None:
         raise ConfigError("--public: say where to with --push OWNER/NAME")
     finished = args.run_dir / constants.EXPORT_DIR
-    as_it_is = args.step is None and not (args.newest or args.out or args.merge) and finished.is_dir()
+    asked = args.step is not None or args.newest or args.out or args.merge or args.ema
+    as_it_is = not asked and finished.is_dir()
     target, step = (finished, None) if args.push and as_it_is else export(args)
     print(target)
     if args.push:
@@ -71,6 +73,7 @@ def export(args: argparse.Namespace) -> tuple[Path, int]:
         raise StateError(f"{folder} holds no such checkpoint; checkpoint.every_n_steps makes them")
     if args.step is not None:
         require_sound(checkpoint)
-    target = args.out or args.run_dir / f"model-{checkpoint.name}{'-merged' if args.merge else ''}"
-    export_from_run(args.run_dir, checkpoint, target, args.merge)
+    kind = f"{'-merged' if args.merge else ''}{'-ema' if args.ema else ''}"
+    target = args.out or args.run_dir / f"model-{checkpoint.name}{kind}"
+    export_from_run(args.run_dir, checkpoint, target, args.merge, args.ema)
     return target, step_of(checkpoint)

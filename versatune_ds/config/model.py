@@ -82,6 +82,12 @@ class Model(Section):
     """Implementation of the fused linear + cross-entropy. `auto`: triton on CUDA, else chunked."""
     logits_dtype: Literal["fp32", "compute"] = "fp32"
     """`compute`: logits in `dtype`, half the memory a larger error (docs/train.md); triton only."""
+    objective: Literal["cross_entropy", "dft"] = "cross_entropy"
+    """`dft`: each token's loss times its own probability, as a constant (arXiv:2508.05629). All losses in
+    logs, weights and evaluations stay cross-entropies."""
+    neftune_alpha: float | None = Field(None, gt=0)
+    """Add uniform noise of +-alpha / sqrt(L d) to the embeddings in training (arXiv:2310.05914): L the tokens
+    of a sample, d the hidden size. None: none."""
     liger: Literal["auto", "off"] = "auto"
     """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
     compile: Literal["off", "layers"] = "off"

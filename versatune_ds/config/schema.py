@@ -119,8 +119,12 @@ class BatchSettings(Section):
 
 
 class Optimizer(Section):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon`: orthogonalised momentum for the matrices of the layers, AdamW for all else (docs/train.md)."""
+    muon_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of those matrices; follows the same schedule."""
     lr: float = Field(1e-5, gt=0)
     """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
@@ -132,14 +136,37 @@ class Optimizer(Section):
     states: Literal["fp32", "bf16_moments", "bf16_stochastic"] = "fp32"
     """What is held between steps: fp32 master weights and moments; fp32 master weights and bf16 moments; both
     in bf16, rounded at random. 12, 8 and 6 bytes a parameter (docs/train.md)."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd_linear", "wsd_sqrt"] = "cosine"
+    """Shape after warm-up. wsd: constant, then a decay in the last `decay_ratio` of all steps, linear or as
+    1 - sqrt (docs/train.md says when)."""
+    decay_ratio: float = Field(0.2, gt=0, le=1)
+    """Share of all steps in which the wsd schedules decay; warm-up comes first."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     """Share of all steps in which the learning rate rises linearly from 0."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """Learning rate that cosine and linear decay end at, over `lr`."""
+    """Learning rate that a decay ends at, over `lr`."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this global norm; 0: never."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep a running average of the weights in host memory for `versatune-ds export --ema`: after each step
+    decay x average + (1 - decay) x weights. ZeRO stage 1 to 3. None: none."""
+
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
+        if (self.kind == "muon") != (self.muon_lr is not None):
+            yield "kind: muon and muon_lr need each other"
+        if self.kind == "muon" and self.max_grad_norm > 0:
+            yield (
+                "kind: muon: DeepSpeed would clip by the norm of Muon's updates, which says nothing of "
+                "gradients; set max_grad_norm: 0"
+            )
+        if self.kind == "muon" and self.states != "fp32":
+            yield f"kind: muon has states of its own; states {self.states} is for adamw"
+        if self.ema_decay is not None and self.states == "bf16_stochastic":
+            yield "ema_decay averages fp32 master weights, which states bf16_stochastic does not keep"
+        is_given = self.decay_ratio != Optimizer.model_fields["decay_ratio"].default
+        if is_given and not self.schedule.startswith("wsd"):
+            yield f"decay_ratio is of no use: schedule is {self.schedule}, not wsd"
 
 
 class Profile(Section):
@@ -334,7 +361,7 @@ class Config(Section):
             self._problems_of_names,
             self._problems_of_evaluation,
             self._problems_of_epochs,
-            self._problems_of_states,
+            self._problems_of_training,
         )
 
     def data_problems(self) -> Iterator[str]:
@@ -392,6 +419,8 @@ class Config(Section):
             if any(not (math.isfinite(v) and v > 0) for v in self.domains.max_epochs.values()):
                 yield "domains.max_epochs: every number of epochs must be > 0"
 
-    def _problems_of_states(self) -> Iterator[str]:
+    def _problems_of_training(self) -> Iterator[str]:
         if self.optimizer.states == "bf16_stochastic" and self.model.dtype != "bf16":
             yield f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
+        if self.model.neftune_alpha is not None and self.batch.sequence_parallel > 1:
+            yield "model.neftune_alpha: noise is for whole packs; set batch.sequence_parallel: 1"

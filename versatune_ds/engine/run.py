@@ -43,9 +43,8 @@ from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut
 from versatune_ds.engine.faults.run_lock import unwritable
 from versatune_ds.engine.model.adapters import trained_targets
-from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.shape import ModelShape
-from versatune_ds.engine.model.source import facts
+from versatune_ds.engine.model.source import DTYPES, facts
 from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.engine.preflight.dry_run import dry_run_when_asked
 from versatune_ds.engine.prepared import Prepared, prepare_run
@@ -236,7 +235,7 @@ def read_saved(checkpoint: Path | None, prepared: Prepared) -> tuple[dict[str, A
     if checkpoint is None:
         return None, TrainState.of(prepared, None)
     with going_on(checkpoint, prepared.config):
-        layout = state_layout(prepared.deepspeed, prepared.config.model, prepared.config.optimizer.states)
+        layout = state_layout(prepared.deepspeed, prepared.config)
         saved = read_state(checkpoint, layout, facts(prepared.architecture))
         state = TrainState.of(prepared, saved)
         if state.planner.step > prepared.total_steps:

@@ -160,7 +160,8 @@ def accumulate(run: Components, plan: StepPlan, batches: list[Batch]) -> list[to
         place = plan.step + 1, f"of pack {i + 1} of {len(batches)}"
         with phase(FORWARD, *place):
             on_device = batch.to(backend.device, non_blocking=True)
-            out = backend.forward(**model_inputs(on_device, normalizer, passes))
+            drawn = plan.step, i, *backend.ranks.dp
+            out = backend.forward(**model_inputs(on_device, normalizer, passes, drawn))
         with phase(STATISTICS, *place):
             run.statistics.add(out, on_device.sample_domains, on_device.sample_ids, on_device.token_weight)
         with phase(BACKWARD, *place):

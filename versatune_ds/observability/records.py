@@ -102,8 +102,8 @@ class StepRecord:
     domain_supervised_tokens: Mapping[str, int]
     """Supervised tokens of this step."""
     weighted_loss: float | None = None
-    """What the step's gradient is of: sum of weight x loss over sum of weights, in nats; None for data
-    without weights, where it is `loss`."""
+    """What the step's gradient is of (with `model.objective` cross_entropy): sum of weight x loss over sum of
+    weights, in nats; None for data without weights, where it is `loss`."""
     domain_weighted_loss: Mapping[str, float | None] | None = None
     """The same by domain."""
     weights: Mapping[str, float]

@@ -45,7 +45,7 @@ from versatune_ds.engine.backend.parameters import parameter_counts
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.signals import StopRequest
-from versatune_ds.engine.model.dtypes import DTYPES
+from versatune_ds.engine.model.source import DTYPES
 from versatune_ds.engine.phases import DATA_WAIT, WEIGHT_UPDATE, Recorder, phase, recording, timed
 from versatune_ds.engine.preflight.dry_run import dry_run_when_asked
 from versatune_ds.engine.prepared import prepare_on_samples

@@ -20,7 +20,7 @@ from versatune_ds.config.benchmarks import Benchmarks, Task
 from versatune_ds.config.derive import model_of
 from versatune_ds.config.model import Model
 from versatune_ds.domain.evaluation import BenchmarkScore
-from versatune_ds.engine.model.dtypes import DTYPES
+from versatune_ds.engine.model.source import DTYPES
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 from versatune_ds.foundations.log import get_logger

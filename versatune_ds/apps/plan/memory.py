@@ -30,8 +30,8 @@ from versatune_ds.apps.plan.setup import FP32, GIB, INT, LONG, Checkpointing, Se
 from versatune_ds.config.model import Adapter
 from versatune_ds.domain.statistics import NUM_ROWS
 from versatune_ds.engine.backend.rounded_adamw import SLICE
-from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.shape import ModelShape
+from versatune_ds.engine.model.source import DTYPES
 from versatune_kernels.chunked import VOCAB_BLOCK
 from versatune_kernels.contract import Spec
 from versatune_kernels.sizing import auto_chunk_tokens, row_stride, triton_chunks
@@ -275,6 +275,15 @@ def frozen_bytes(shape: ModelShape, setup: Setup) -> int:
     return int((shape.parameters - in_4_bits) * setup.element + in_4_bits * NF4)
 
 
+def moment_bytes(shape: ModelShape, setup: Setup, shards: int) -> int:
+    """Of one shard: two moments of AdamW; for Muon's matrices one momentum, in the gradients' dtype."""
+    vectors = sum(shape.vectors) * shape.layers + shape.hidden
+    by_muon = shape.nonembedding_parameters - vectors if setup.has_muon else 0
+    both = 2 * setup.moment
+    n = trained_parameters(shape, setup.adapter)
+    return math.ceil((n * both - by_muon * (both - setup.element)) / shards)
+
+
 def _states(
     shape: ModelShape, setup: Setup
 ) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
@@ -297,7 +306,9 @@ def _states(
         if buffers.hpz_ranks > 1:
             whole = shape.parameters * s
             held.append(Part("parameters, secondary copy (ZeRO++)", whole // buffers.hpz_ranks, False))
-    states = [Part("moments", shard * 2 * setup.moment, True)]
+    if setup.has_average:
+        host.append(Part("average of the weights, and a copy of them", shard * 2 * FP32, False))
+    states = [Part("moments", moment_bytes(shape, setup, setup.shards), not setup.has_muon)]
     if stage:
         states.insert(0, Part("master weights", shard * setup.master, True))
     (host if setup.offloads_optimizer else held).extend(states)

@@ -19,11 +19,12 @@ from versatune_ds.apps.plan.gpus import Gpu
 from versatune_ds.apps.plan.memory import (
     MemoryPlan,
     memory_plan,
+    moment_bytes,
     recomputed_layers,
     total,
     trained_parameters,
 )
-from versatune_ds.apps.plan.setup import GIB, Checkpointing, Offload, Setup
+from versatune_ds.apps.plan.setup import FP32, GIB, Checkpointing, Offload, Setup
 from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.observability.throughput import TERA
 
@@ -148,11 +149,12 @@ def describe(setup: Setup) -> str:
 
 
 def checkpoint_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Bytes of one checkpoint over all ranks, of what is trained: master weights and moments, and below
-    ZeRO-3 the parameters too."""
+    """Bytes of one checkpoint over all ranks, of what is trained: master weights, their average if there is
+    one, and moments, and below ZeRO-3 the parameters too."""
     trained = trained_parameters(shape, setup.adapter)
     parameters = setup.element if setup.zero_stage in (1, 2) else 0
-    return trained * (setup.master + 2 * setup.moment + parameters)
+    average = FP32 if setup.has_average else 0
+    return trained * (setup.master + average + parameters) + moment_bytes(shape, setup, 1)
 
 
 def make_plan(

@@ -15,8 +15,8 @@ from versatune_ds.config.model import Adapter, Recompute
 from versatune_ds.config.schema import Config
 from versatune_ds.data.collate import rows_of
 from versatune_ds.engine.backend.zero_sizes import with_sizes
-from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.shape import ModelShape
+from versatune_ds.engine.model.source import DTYPES
 from versatune_ds.foundations.errors import ConfigError
 
 Offload = Literal["none", "optimizer", "all"]
@@ -78,6 +78,8 @@ class Setup:
     """What is trained in the model's place."""
     states: str = "fp32"
     """`optimizer.states`."""
+    has_muon: bool = False
+    has_average: bool = False
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu: as the tests run: chunked loss, sdpa, one sample after the other."""
 
@@ -163,6 +165,8 @@ def setup_fields(config: Config) -> dict[str, Any]:
         "packs_per_step": config.batch.packs_per_step,
         "sequence_parallel": config.batch.sequence_parallel,
         "states": config.optimizer.states,
+        "has_muon": config.optimizer.kind == "muon",
+        "has_average": config.optimizer.ema_decay is not None,
         "checkpointing": config.model.activation_checkpointing,
         "offload": read_offload(zero),
         "zero": zero,

@@ -70,6 +70,11 @@ def check_world_size(num_packs: int, world_size: int, sharing: int = 1) -> None:
         )
 
 
+def rank_number(micro_step: int, rank: int, world_size: int) -> int:
+    """Number among all packs of a step of a rank's pack in this micro-step; see `rank_packs`."""
+    return micro_step * world_size + (world_size - 1 - rank if micro_step % 2 else rank)
+
+
 def rank_packs(packs: Sequence[Pack], rank: int, world_size: int) -> list[Pack]:
     """The packs of one rank, one per micro-step.
 
@@ -90,11 +95,7 @@ def rank_packs(packs: Sequence[Pack], rank: int, world_size: int) -> list[Pack]:
     check_world_size(len(packs), world_size)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} does not exist among {world_size} ranks")
-    mirrored = world_size - 1 - rank
-    return [
-        packs[start + (mirrored if start // world_size % 2 else rank)]
-        for start in range(0, len(packs), world_size)
-    ]
+    return [packs[rank_number(i, rank, world_size)] for i in range(len(packs) // world_size)]
 
 
 def modelled_idle(packs: Sequence[Pack], world_size: int, *, pack_len: int, quadratic_tokens: float) -> float:

@@ -28,7 +28,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import Config, Optimizer
 from versatune_ds.engine.backend.backend import Backend, Write, all_names
 from versatune_ds.engine.backend.deepspeed_config import (
     deepspeed_config,
@@ -36,14 +36,18 @@ from versatune_ds.engine.backend.deepspeed_config import (
     state_layout,
     zero_stage,
 )
-from versatune_ds.engine.backend.optimizer import build_optimizer, set_learning_rate
+from versatune_ds.engine.backend.optimizer import (
+    average_weights,
+    build_optimizer,
+    set_learning_rate,
+    settle_averages,
+)
 from versatune_ds.engine.backend.process_group import sequence_group
 from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.backend.reshard import load_resharded
 from versatune_ds.engine.backend.safe_loading import tensors_only
 from versatune_ds.engine.model.adapters import MAGNITUDE
 from versatune_ds.engine.model.attention import AttentionChoice, choose_attention
-from versatune_ds.engine.model.dtypes import multiplies_bf16
 from versatune_ds.engine.model.isolation import PROBE_TOKENS, isolation_leak, sharing_error
 from versatune_ds.engine.model.packed_lm import (
     PackedCausalLM,
@@ -53,7 +57,7 @@ from versatune_ds.engine.model.packed_lm import (
 )
 from versatune_ds.engine.model.rope import turning_length
 from versatune_ds.engine.model.sequence import check_heads, share_heads
-from versatune_ds.engine.model.source import load_architecture
+from versatune_ds.engine.model.source import load_architecture, multiplies_bf16
 from versatune_ds.foundations.errors import ConfigError, StateError, VersaTuneError
 from versatune_ds.foundations.log import get_logger
 from versatune_kernels import KernelError, LossOutput, resolve_backend
@@ -90,6 +94,7 @@ class DeepSpeedBackend:
         live: the DeepSpeed engine around `model`, or `model` itself where it only goes forward.
         settings: the DeepSpeed configuration in force.
         layout: `state_layout` of the settings.
+        optimizer: `optimizer` section.
     """
 
     def __init__(
@@ -101,7 +106,9 @@ class DeepSpeedBackend:
         settings: Mapping[str, Any],
         layout: dict[str, Any],
         ranks: Ranks,
+        optimizer: Optimizer,
     ) -> None:
+        self.ema_decay, self.muon_factor = optimizer.ema_decay, (optimizer.muon_lr or 0.0) / optimizer.lr
         self.live, self.model, self.device, self.attention = live, model, device, attention
         self.settings, self.layout, self.ranks = settings, layout, ranks
         self._files = HandingOver()
@@ -142,9 +149,12 @@ class DeepSpeedBackend:
 
     def step(self, learning_rate: float) -> bool:
         """As `Backend.step`."""
-        set_learning_rate(self.live.optimizer, learning_rate)
+        set_learning_rate(self.live.optimizer, learning_rate, self.muon_factor)
         self.live.step()
-        return bool(self.live.was_step_applied())
+        applied = bool(self.live.was_step_applied())
+        if applied and self.ema_decay is not None:
+            average_weights(self.live.optimizer.optimizer.state, self.ema_decay)
+        return applied
 
     def discard(self) -> None:
         """As `Backend.discard`."""
@@ -198,6 +208,11 @@ class DeepSpeedBackend:
 
     def load(self, folder: Path, layout: Mapping[str, Any], world_size: int) -> None:
         """As `Backend.load`; bit for bit with as many ranks and this layout, else shards are divided anew."""
+        self._load(folder, layout, world_size)
+        if self.layout["ZeRO stage"] > 0:
+            settle_averages(self.live.optimizer.optimizer.state, self.ema_decay)
+
+    def _load(self, folder: Path, layout: Mapping[str, Any], world_size: int) -> None:
         if self.layout["ZeRO stage"] == 0 or (world_size == self.ranks.size and layout == self.layout):
             with tensors_only(folder):
                 loaded, _ = self.live.load_checkpoint(
@@ -241,8 +256,8 @@ def build_backend(
     restore_buffers(model, buffers)
     if config.model.compile == "layers":
         model.compile_layers()
-    layout = state_layout(settings, config.model, config.optimizer.states)
-    backend = DeepSpeedBackend(live, model, device, attention, settings, layout, ranks)
+    layout = state_layout(settings, config)
+    backend = DeepSpeedBackend(live, model, device, attention, settings, layout, ranks, config.optimizer)
     check_isolation(backend, config)
     return backend
 
@@ -267,8 +282,8 @@ def build_for_evaluation(config: Config, device: torch.device) -> DeepSpeedBacke
         restore_buffers(model, buffers)
     else:
         model.to(device)
-    layout = state_layout(settings, config.model)
-    backend = DeepSpeedBackend(live, model, device, attention, settings, layout, ranks)
+    layout = state_layout(settings, config)
+    backend = DeepSpeedBackend(live, model, device, attention, settings, layout, ranks, config.optimizer)
     check_isolation(backend, config)
     return backend
 

@@ -29,9 +29,9 @@ from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from versatune_ds.config.model import Model
 from versatune_ds.config.schema import Config
 from versatune_ds.data.plan.balance import check_world_size
+from versatune_ds.engine.backend.optimizer import require_muon
 from versatune_ds.engine.backend.zero_sizes import DEEPSPEED_SUB_GROUP, SUB_GROUP_KEY
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 
@@ -104,7 +104,7 @@ ZERO_WITHOUT_EFFECT = {
     "legacy_stage1": "is refused by DeepSpeed",
     "load_from_fp32_weights": "is for DeepSpeed's own checkpoints; the trainer's always keep fp32 weights",
     "pipeline_loading_checkpoint": "is for DeepSpeed's own checkpoints",
-    "save_muon_momentum_buffer_in_memory": "is for the Muon optimizer, which the trainer does not have",
+    "save_muon_momentum_buffer_in_memory": "is for Muon offloaded to nvme, which the trainer refuses",
     "stage3_gather_16bit_weights_on_model_save": "is for DeepSpeed's own export; the trainer's needs no key",
     "stage3_gather_fp16_weights_on_model_save": "is for DeepSpeed's own export; the trainer's needs no key",
     "zenflow": "takes optimizer steps later than the trainer counts them",
@@ -185,6 +185,14 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     merged["timers"] = {"throughput": {"enabled": False}}
     accepted = _require_accepted(merged)
     _require_effect(merged)
+    offload = merged["zero_optimization"].get("offload_optimizer") or {}
+    if config.optimizer.ema_decay is not None and (not zero_stage(merged) or offload.get("device") == "nvme"):
+        raise ConfigError(
+            "optimizer.ema_decay averages fp32 master weights, which ZeRO stage 0 does not keep and which "
+            "offloading to nvme puts out of reach: use stage 1, 2 or 3 without nvme"
+        )
+    if config.optimizer.kind == "muon":
+        require_muon(config, merged)
     _require_exact_gradients(accepted, config.model.dtype)
     return merged
 
@@ -200,15 +208,14 @@ def offloads_optimizer(settings: Mapping[str, Any]) -> bool:
     return offload.get("device", "none") != "none"
 
 
-def state_layout(settings: Mapping[str, Any], model: Model, states: str = "fp32") -> dict[str, Any]:
+def state_layout(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """What decides how DeepSpeed lays out saved state, beside the number of ranks; part of a checkpoint.
 
     Args:
         settings: a DeepSpeed configuration.
-        model: `model` section.
-        states: `optimizer.states`.
+        config: of the run.
     """
-    adapter, stage = model.adapter, zero_stage(settings)
+    model, adapter, stage = config.model, config.model.adapter, zero_stage(settings)
     groups = settings["zero_optimization"].get("sub_group_size", DEEPSPEED_SUB_GROUP)
     return {
         "ZeRO stage": stage,
@@ -216,7 +223,8 @@ def state_layout(settings: Mapping[str, Any], model: Model, states: str = "fp32"
         "model.dtype": model.dtype,
         "model.adapter": adapter and adapter.model_dump(include={"kind", "rank", "alpha", "targets"}),
         "optimizer offload": offloads_optimizer(settings),
-        "optimizer.states": states,
+        "optimizer.states": config.optimizer.states,
+        "optimizer.kind": config.optimizer.kind,
     }
 
 

@@ -12,6 +12,11 @@ from versatune_ds.engine.model.packed_lm import PackedCausalLM
 from versatune_ds.engine.model.shape import ModelShape
 
 
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """Shape of a parameter before any partitioning."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def parameter_counts(model: PackedCausalLM, trained: bool = False) -> tuple[int, int]:
     """All parameters, and those outside the input and output embeddings (partitioned ones at full size).
 

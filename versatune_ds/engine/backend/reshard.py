@@ -15,11 +15,13 @@ other dtypes, moments swapped to NVMe, and model parallelism.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from versatune_ds.engine.backend.optimizer import AVERAGE, MOMENTUM
 from versatune_ds.engine.backend.rounded_adamw import RoundedAdamW
 from versatune_ds.engine.backend.saved_shards import MASTER, MOMENTS, SavedShards
 from versatune_ds.foundations import distributed
@@ -40,6 +42,11 @@ def load_resharded(folder: Path, world_size: int, live: Any) -> None:
             "resume it as it was saved"
         )
     saved = SavedShards(folder, world_size)
+    if saved.holds(MOMENTUM):
+        raise StateError(
+            f"{folder} was written with other ranks or settings, and Muon's momentum cannot be divided anew; "
+            "resume it with the ranks and settings it was saved with"
+        )
     optimizer = live.optimizer
     partitioned = live.zero_optimization_partition_weights()
     stage_3, others = "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"
@@ -50,14 +57,16 @@ def load_resharded(folder: Path, world_size: int, live: Any) -> None:
             "DeepSpeed uses for gradient sums in another dtype (data_types.grad_accum_dtype), cannot take "
             "over a state that was divided otherwise; resume it with the ranks and settings it was saved with"
         )
+    averages = (AVERAGE,) if saved.holds(AVERAGE) else ()
     for flat in flats:
         dtype = torch.bfloat16 if isinstance(optimizer.optimizer, RoundedAdamW) else flat.dtype
-        optimizer.optimizer.state[flat] = {kind: torch.zeros_like(flat, dtype=dtype) for kind in MOMENTS}
+        state = {kind: torch.zeros_like(flat, dtype=dtype) for kind in MOMENTS}
+        optimizer.optimizer.state[flat] = state | {kind: torch.zeros_like(flat) for kind in averages}
     if partitioned:
         optimizer.checkpoint_event_prologue()
         for parameter, name in live.param_names.items():
             if parameter.requires_grad:
-                _load_stage3(saved, name, parameter)
+                _load_stage3(saved, name, parameter, (*MOMENTS, *averages))
     else:
         for group, flat in enumerate(flats):
             _load_stages_1_and_2(saved, group, flat, live)
@@ -72,7 +81,7 @@ def load_resharded(folder: Path, world_size: int, live: Any) -> None:
         setattr(live, key, saved.model_state[key])
 
 
-def _load_stage3(saved: SavedShards, name: str, parameter: Any) -> None:
+def _load_stage3(saved: SavedShards, name: str, parameter: Any, kinds: Sequence[str]) -> None:
     """Fill this rank's part of a parameter that ZeRO-3 has partitioned; the last ranks' parts are padded."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
@@ -86,7 +95,7 @@ def _load_stage3(saved: SavedShards, name: str, parameter: Any) -> None:
     weights = read(MASTER)
     safe_set_local_fp32_param(parameter, weights)
     parameter.ds_tensor.data.copy_(weights)
-    for kind in MOMENTS:
+    for kind in kinds:
         safe_set_local_optimizer_state(parameter, read(kind), kind)
 
 
@@ -100,7 +109,7 @@ def _load_stages_1_and_2(saved: SavedShards, group: int, flat: torch.Tensor, liv
         first, last = max(at, low), min(at + parameter.numel(), low + flat.numel())
         if first < last:
             targets = {MASTER: flat.data, **optimizer.optimizer.state[flat]}
-            for kind in (MASTER, *MOMENTS):
+            for kind in targets:
                 values = saved.read(live.param_names[parameter], kind, first - at, last - at)
                 targets[kind].narrow(0, first - low, last - first).copy_(values)
 

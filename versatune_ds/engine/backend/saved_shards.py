@@ -169,11 +169,15 @@ class SavedShards:
             )
         return {name: self._first[name] for name in names}
 
+    def holds(self, kind: str) -> bool:
+        """Whether there is state of this kind."""
+        return any(kind in state for state in self._optimizers[0]["state"].values())
+
     def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
         """Elements `start` .. `stop` of a flattened parameter's fp32 weights or moment, fp32 on the CPU.
 
         Args:
-            kind: `MASTER` or one of `MOMENTS`.
+            kind: `MASTER`, one of `MOMENTS`, or another that it `holds`.
 
         Raises:
             StateError: the checkpoint does not hold them.
@@ -216,18 +220,19 @@ class SavedWeights(Mapping[str, torch.Tensor]):
 
     Args:
         folder: a sound checkpoint. own_state: the state of ours in it (`engine/checkpointing/folder.py`),
-        which knows the ranks and the ZeRO stage.
+        which knows the ranks and the ZeRO stage. kind: what of the trained parameters.
 
     Raises:
-        StateError: files in a layout that is not known.
+        StateError: files in a layout that is not known, or without that kind.
     """
 
-    def __init__(self, folder: Path, own_state: Mapping[str, Any]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, own_state: Mapping[str, Any], kind: str = MASTER) -> None:
+        self._folder, self._kind = folder, kind
         with _known_layout(folder):
             self._world_size = int(own_state["world_size"])
             is_sharded = own_state["layout"]["ZeRO stage"] > 0
             self._shards = SavedShards(folder, self._world_size) if is_sharded else None
+            lacks = kind != MASTER and not (self._shards and self._shards.holds(kind))
             state = self._shards.model_state if self._shards else mapped(folder / model_file(None))
             self._module: Mapping[str, torch.Tensor] = state["module"]
             groups = state["param_shapes"] or []
@@ -239,6 +244,8 @@ class SavedWeights(Mapping[str, torch.Tensor]):
             }
             shared = state["shared_params"] if self._shards else _repeated(self._module)
             self._names = [name for name in self._module if name not in shared]
+        if lacks:
+            raise StateError(f"{folder} holds no {kind} of the weights; optimizer.ema_decay keeps one")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -252,7 +259,7 @@ class SavedWeights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if self._shards and name in self._trained:
             shape = self._trained[name]
-            return self._shards.read(name, MASTER, 0, math.prod(shape)).view(shape)
+            return self._shards.read(name, self._kind, 0, math.prod(shape)).view(shape)
         if name in self._partitioned:
             return self._read_untrained(name)
         return self._module[name].detach()

@@ -277,12 +277,14 @@ def read_state(path: Path, layout: dict[str, Any], architecture: Mapping[str, st
         "model.adapter": None,
         SUB_GROUP_KEY: groups,
         "optimizer.states": "fp32",
+        "optimizer.kind": "adamw",
         **state["layout"],
     }
     unsharded = "ZeRO stage 0" if 0 in (saved["ZeRO stage"], layout["ZeRO stage"]) else None
     changes = (
         ("model.dtype", "another precision"),
         ("model.adapter", "another adapter"),
+        ("optimizer.kind", "another optimizer"),
         ("ZeRO stage", unsharded),
     )
     for key, why in changes:

@@ -29,7 +29,8 @@ from versatune_ds.config.schema import Config
 from versatune_ds.data.encode.chat_encoder import stop_token
 from versatune_ds.data.encode.tokenizer import load_tokenizer, set_chat_template
 from versatune_ds.engine.backend.backend import Backend
-from versatune_ds.engine.backend.saved_shards import SavedWeights
+from versatune_ds.engine.backend.optimizer import AVERAGE
+from versatune_ds.engine.backend.saved_shards import MASTER, SavedWeights
 from versatune_ds.engine.checkpointing.adapter_export import (
     adapter_tensors,
     holds_head,
@@ -39,9 +40,8 @@ from versatune_ds.engine.checkpointing.adapter_export import (
 )
 from versatune_ds.engine.checkpointing.export_target import check_target, make_empty, replace, unfinished
 from versatune_ds.engine.checkpointing.folder import saved_state
-from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.router import as_published
-from versatune_ds.engine.model.source import load_architecture
+from versatune_ds.engine.model.source import DTYPES, load_architecture
 from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError, SaveError, StateError, VersaTuneError
 from versatune_ds.foundations.files import write_json_atomic
@@ -186,6 +186,7 @@ def export_checkpoint(
     dtype: str,
     max_shard_bytes: int,
     merge: bool = False,
+    ema: bool = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, or as an adapter folder, on one CPU process.
 
@@ -197,13 +198,15 @@ def export_checkpoint(
         dtype: "bf16", "fp16" or "fp32"; fp32 master weights are rounded to it.
         max_shard_bytes: bound of a shard. Host memory holds one shard and one parameter.
         merge: add the adapter to the base model's weights, and write the whole model.
+        ema: the average of the weights (`optimizer.ema_decay`) in their place.
 
     Raises:
         ConfigError: nothing to merge, or no base model to merge into.
-        StateError: the checkpoint's files are not as this program writes them, or the target holds others.
+        StateError: the checkpoint's files are not as this program writes them or hold no average, or the
+            target holds others.
         SaveError: the folder could not be written.
     """
-    weights = SavedWeights(checkpoint, saved_state(checkpoint))
+    weights = SavedWeights(checkpoint, saved_state(checkpoint), AVERAGE if ema else MASTER)
     config.dtype = DTYPES[dtype]
     if NAME_PREFIX + "lm_head.weight" in weights:
         config.tie_word_embeddings = False  # of a model whose configuration does not say what its files hold
@@ -221,14 +224,16 @@ def export_checkpoint(
     _write_folder(rounded, config, companions, folder, max_shard_bytes)
 
 
-def export_from_run(run_dir: Path, checkpoint: Path, target: Path, merge: bool = False) -> None:
+def export_from_run(
+    run_dir: Path, checkpoint: Path, target: Path, merge: bool = False, ema: bool = False
+) -> None:
     """`export_checkpoint` with the settings, tokenizer and architecture of the run that made it.
 
     Args:
         run_dir: the run folder; its resolved.yaml is read.
         checkpoint: a sound checkpoint of it.
         target: folder to write.
-        merge: as there.
+        merge, ema: as there.
 
     Raises:
         ConfigError: its settings, model or tokenizer cannot be found any more.
@@ -240,7 +245,8 @@ def export_from_run(run_dir: Path, checkpoint: Path, target: Path, merge: bool =
     architecture = load_architecture(config.model)
     shard_bytes = int(config.checkpoint.export_shard_gb * 1e9)
     companions = Companions.of(config, tokenizer, architecture)
-    export_checkpoint(checkpoint, architecture, companions, target, config.model.dtype, shard_bytes, merge)
+    dtype = config.model.dtype
+    export_checkpoint(checkpoint, architecture, companions, target, dtype, shard_bytes, merge, ema)
 
 
 def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

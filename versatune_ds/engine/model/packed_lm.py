@@ -26,13 +26,13 @@ from versatune_ds.config.model import Model
 from versatune_ds.data.collate import Batch
 from versatune_ds.engine.model.adapters import add_adapter
 from versatune_ds.engine.model.attention import AttentionChoice
-from versatune_ds.engine.model.dtypes import DTYPES
 from versatune_ds.engine.model.families import LogitRule, logit_rule
+from versatune_ds.engine.model.noise import EmbeddingNoise, Place
 from versatune_ds.engine.model.recompute import recompute_in_backward
 from versatune_ds.engine.model.rope import rotate_by_sample, set_ends
 from versatune_ds.engine.model.router import ROUTER, Routers, experts_of
 from versatune_ds.engine.model.sequence import SequenceGroup
-from versatune_ds.engine.model.source import TEXT_PART, check_files, holds_own_head, load_architecture
+from versatune_ds.engine.model.source import DTYPES, TEXT_PART, check_files, holds_own_head, load_architecture
 from versatune_ds.engine.phases import LOSS, timed
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError
@@ -53,12 +53,15 @@ class LossHead(nn.Module):
         backend: `model.loss_backend`.
         logits_dtype: `model.logits_dtype`.
         rule: what the model does to its logits.
+        is_dft: whether `model.objective` is dft.
     """
 
-    def __init__(self, weight: nn.Parameter, backend: str, logits_dtype: str, rule: LogitRule) -> None:
+    def __init__(
+        self, weight: nn.Parameter, backend: str, logits_dtype: str, rule: LogitRule, is_dft: bool = False
+    ) -> None:
         super().__init__()
         self.weight = weight
-        self.backend, self.logits_dtype, self.rule = backend, logits_dtype, rule
+        self.backend, self.logits_dtype, self.rule, self.is_dft = backend, logits_dtype, rule, is_dft
 
     def forward(
         self,
@@ -83,6 +86,7 @@ class LossHead(nn.Module):
             logit_scale=self.rule.scale,
             softcap=self.rule.softcap,
             logits_dtype=self.logits_dtype,
+            by_probability=self.is_dft,
             backend=self.backend,
         )
 
@@ -97,6 +101,8 @@ class PackedCausalLM(nn.Module):
         logits_dtype: `model.logits_dtype`.
         routers: of a mixture of experts.
         sequence: the ranks that share a pack; then `lm` attends by `sequence.share_heads`.
+        is_dft: whether `model.objective` is dft.
+        noise: on its embeddings.
 
     Raises:
         ConfigError: an output layer or a change of the logits that the loss cannot follow.
@@ -110,14 +116,17 @@ class PackedCausalLM(nn.Module):
         logits_dtype: str = "fp32",
         routers: Routers | None = None,
         sequence: SequenceGroup | None = None,
+        is_dft: bool = False,
+        noise: EmbeddingNoise | None = None,
     ) -> None:
         super().__init__()
-        self.liger, self.routers, self.sequence = liger, routers, sequence
+        self.liger, self.routers, self.sequence, self.noise = liger, routers, sequence, noise
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
         self.tied = lm.get_input_embeddings().weight is head.weight
-        lm.set_output_embeddings(LossHead(head.weight, loss_backend, logits_dtype, logit_rule(lm.config)))
+        rule = logit_rule(lm.config)
+        lm.set_output_embeddings(LossHead(head.weight, loss_backend, logits_dtype, rule, is_dft))
         self._rotary: list[Any] = rotate_by_sample(lm)
         self.lm: Any = lm
 
@@ -169,6 +178,7 @@ class PackedCausalLM(nn.Module):
         token_weight: torch.Tensor | None = None,
         passes: float = 1,
         parts: int = 1,
+        place: Place = (0, 0, 0, 1),
     ) -> LossOutput:
         """Loss of one pack (see `data.collate.Batch` for shapes), divided by `normalizer`.
 
@@ -178,7 +188,10 @@ class PackedCausalLM(nn.Module):
                 them where ranks share packs.
             parts: ranks that share the pack. Of more than one, the loss is that of this rank's rows, and the
                 sums of samples are the pack's.
+            place: the pack's; noise is drawn by it.
         """
+        if self.noise is not None and self.training:
+            self.noise.prepare(sample_ids, num_samples, place)
         routers = self.routers if self.training else None
         options: dict[str, Any] = {} if routers is None else {"output_router_logits": True}
         group = self.sequence if parts > 1 else None
@@ -213,7 +226,7 @@ def build_model(
     Args:
         settings: `model` section.
         attention: from `choose_attention`.
-        seed: of random initialisation; ranks must use the same.
+        seed: of random initialisation and noise; ranks must use the same.
         device_type: "cpu" or "cuda", where the model will run.
         sequence: the ranks that share a pack.
 
@@ -238,7 +251,11 @@ def build_model(
         for name, parameter in lm.named_parameters():
             if settings.router == "frozen" and name.endswith(ROUTER):
                 parameter.requires_grad_(False)
-    return PackedCausalLM(lm, settings.loss_backend, liger, settings.logits_dtype, routers, sequence)
+    noise = None
+    if settings.neftune_alpha is not None:
+        noise = EmbeddingNoise(lm.get_input_embeddings(), settings.neftune_alpha, seed)
+    how = (settings.loss_backend, liger, settings.logits_dtype)
+    return PackedCausalLM(lm, *how, routers, sequence, settings.objective == "dft", noise)
 
 
 def four_bits(settings: Model) -> dict[str, Any]:
@@ -365,7 +382,9 @@ def apply_liger(lm: PreTrainedModel, choice: str, device_type: str, left_out: tu
     return f"{parts} (liger-kernel {importlib.metadata.version('liger-kernel')})"
 
 
-def model_inputs(batch: Batch, normalizer: float, passes: float = 1) -> dict[str, Any]:
+def model_inputs(
+    batch: Batch, normalizer: float, passes: float = 1, place: Place = (0, 0, 0, 1)
+) -> dict[str, Any]:
     """Keyword arguments of `PackedCausalLM.forward` for a batch on the model's device."""
     return {
         "input_ids": batch.input_ids,
@@ -378,6 +397,7 @@ def model_inputs(batch: Batch, normalizer: float, passes: float = 1) -> dict[str
         "num_valid": batch.supervised_tokens,
         "normalizer": normalizer,
         "passes": passes,
+        "place": place,
         "token_weight": batch.token_weight,
         "parts": batch.parts,
     }

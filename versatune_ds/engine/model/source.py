@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,25 @@ from versatune_ds.data.encode.tokenizer import READ_SUFFIXES, refuse_pointers
 from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 from versatune_ds.foundations.errors import ConfigError
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""`model.dtype` in torch's words."""
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 """Names of weights in a model of images and text, and in its text part alone; transformers' key_mapping."""
 UNIMPORTANT = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 """Keys of a transformers config that change nothing here, beside ids of tokens."""
 ROWS = 4096
 """Rows of two matrices that are compared at once."""
+
+
+def multiplies_bf16(capabilities: Mapping[str, Any] | None = None) -> bool:
+    """Whether this CPU has bf16 units; True where torch cannot say.
+
+    Args:
+        capabilities: `torch.cpu.get_capabilities()`; None: of this CPU.
+    """
+    if capabilities is None:
+        capabilities = getattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})()
+    return any(has for name, has in capabilities.items() if name.endswith("bf16"))
 
 
 def load_architecture(settings: Model) -> Any:
