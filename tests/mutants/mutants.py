@@ -1977,7 +1977,7 @@ GOES_ON = "controller::test_resumed_run_equals_the_uninterrupted_one"
 fault(
     "the reference's standard error is ignored",
     "controller",
-    "                reference_stderr=self._reference.stderr,\n",
+    "reference_stderr=reference.stderr, ",
     "",
     "controller::test_noise_of_the_reference_counts_too",
 )
@@ -2076,8 +2076,8 @@ fault(
 fault(
     "the step limit is forgotten",
     "controller",
-    "            max_relative_change=self._domains.max_relative_change,\n",
-    "            max_relative_change=None,\n",
+    "max_relative_change=change",
+    "max_relative_change=None",
     "controller::test_limits_hold_and_are_explained",
 )
 fault(
