@@ -1279,22 +1279,22 @@ fault(
 fault(
     "asked to stop, nothing is saved",
     "saving",
-    "return agreed.stop or agreed.save or",
-    "return agreed.save or",
+    "due = agreed.stop or agreed.save or",
+    "due = agreed.save or",
     "saving::test_when_a_run_saves",
     "loop::test_asked_to_stop_it_saves_and_goes_on_when_started_again",
 )
 fault(
     "the clock's checkpoint is not written",
     "saving",
-    "return agreed.stop or agreed.save or",
-    "return agreed.stop or",
+    "due = agreed.stop or agreed.save or",
+    "due = agreed.stop or",
     "saving::test_when_a_run_saves",
 )
 fault(
     "the last step is not saved",
     "saving",
-    " or (last and periodic)",
+    " or (last and self.is_periodic)",
     "",
     "saving::test_when_a_run_saves",
     "loop::test_the_last_step_is_evaluated_and_saved_whatever_the_interval",
