@@ -1401,8 +1401,8 @@ fault(
 fault(
     "the export is not rounded to its dtype",
     "export",
-    "return tensor.to(dtype) if tensor.is_floating_point() else tensor",
-    "return tensor",
+    "t.to(config.dtype) if t.is_floating_point() else t",
+    "t",
     "export::test_sizes_that_do_not_divide",
 )
 fault(

@@ -52,8 +52,6 @@ def isolation_leak(
 
     Args:
         model: the DeepSpeed engine, or a `PackedCausalLM`.
-        vocab_size: token ids are drawn below it.
-        device: where the model computes.
         neighbour: tokens of the first sample; between `turning_length` and twice as many, it shows positions
             that depend on length.
         part: this rank's of a pack.

@@ -67,10 +67,6 @@ class SequenceGroup(NamedTuple):
 def check_heads(heads: int, ranks: int) -> None:
     """Refuse a number of ranks that cannot share the heads.
 
-    Args:
-        heads: the model's attention heads.
-        ranks: `batch.sequence_parallel`.
-
     Raises:
         ConfigError: names the numbers that can.
     """
