@@ -48,7 +48,7 @@ from versatune_ds.engine.backend.reshard import load_resharded
 from versatune_ds.engine.backend.safe_loading import tensors_only
 from versatune_ds.engine.model.adapters import MAGNITUDE
 from versatune_ds.engine.model.attention import AttentionChoice, choose_attention
-from versatune_ds.engine.model.isolation import PROBE_TOKENS, isolation_leak, sharing_error
+from versatune_ds.engine.model.isolation import PROBE_TOKENS, probe_packs
 from versatune_ds.engine.model.packed_lm import PackedCausalLM, build_model, float32_buffers, restore_buffers
 from versatune_ds.engine.model.rope import turning_length
 from versatune_ds.engine.model.sequence import check_heads, share_heads
@@ -327,10 +327,10 @@ def check_isolation(backend: Backend, config: Config) -> None:
     turn = turning_length(architecture)
     # two samples below the turn beside one beyond it
     longer = PROBE_TOKENS if turn is None else min(2 * turn - 2, config.batch.pack_len)
-    probe = (backend.forward, architecture.vocab_size, backend.device, longer, backend.ranks.sp)
     with backend.evaluating():
-        leak = isolation_leak(*probe)
-        error = sharing_error(*probe) if backend.ranks.sp.size > 1 else 0.0
+        leak, error = probe_packs(
+            backend.forward, architecture.vocab_size, backend.device, longer, backend.ranks.sp
+        )
     if not math.isfinite(leak):
         raise VersaTuneError(
             f"model.source {architecture.name_or_path!r} gives losses that are not finite on a short probe; "
