@@ -54,6 +54,7 @@ setup(
             "sample/*.md",
             "data/encode/templates/*.jinja",
             "report/templates/*",
+            "apps/detect/topics.yaml",
         ],
         "versatune_kernels": ["py.typed"],
     },

@@ -1279,22 +1279,22 @@ fault(
 fault(
     "asked to stop, nothing is saved",
     "saving",
-    "return agreed.stop or agreed.save or",
-    "return agreed.save or",
+    "due = agreed.stop or agreed.save or",
+    "due = agreed.save or",
     "saving::test_when_a_run_saves",
     "loop::test_asked_to_stop_it_saves_and_goes_on_when_started_again",
 )
 fault(
     "the clock's checkpoint is not written",
     "saving",
-    "return agreed.stop or agreed.save or",
-    "return agreed.stop or",
+    "due = agreed.stop or agreed.save or",
+    "due = agreed.stop or",
     "saving::test_when_a_run_saves",
 )
 fault(
     "the last step is not saved",
     "saving",
-    " or (last and periodic)",
+    " or (last and self.is_periodic)",
     "",
     "saving::test_when_a_run_saves",
     "loop::test_the_last_step_is_evaluated_and_saved_whatever_the_interval",
@@ -1401,8 +1401,8 @@ fault(
 fault(
     "the export is not rounded to its dtype",
     "export",
-    "return tensor.to(dtype) if tensor.is_floating_point() else tensor",
-    "return tensor",
+    "t.to(config.dtype) if t.is_floating_point() else t",
+    "t",
     "export::test_sizes_that_do_not_divide",
 )
 fault(
@@ -1977,7 +1977,7 @@ GOES_ON = "controller::test_resumed_run_equals_the_uninterrupted_one"
 fault(
     "the reference's standard error is ignored",
     "controller",
-    "                reference_stderr=self._reference.stderr,\n",
+    "reference_stderr=reference.stderr, ",
     "",
     "controller::test_noise_of_the_reference_counts_too",
 )
@@ -2076,8 +2076,8 @@ fault(
 fault(
     "the step limit is forgotten",
     "controller",
-    "            max_relative_change=self._domains.max_relative_change,\n",
-    "            max_relative_change=None,\n",
+    "max_relative_change=change",
+    "max_relative_change=None",
     "controller::test_limits_hold_and_are_explained",
 )
 fault(

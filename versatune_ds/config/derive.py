@@ -77,9 +77,7 @@ def single_domain_config(
     """Settings that train `reference.model` on one domain until its held-out loss stops falling.
 
     Args:
-        config: the run's settings.
         domain: the one to train on; the others stay in the table with weight 0.
-        folder: run folder.
         num_tokens: training tokens of the domain.
         adapter: what is trained of the model; None: all of it.
     """

@@ -51,12 +51,9 @@ class StepLoader:
     """Batches of one rank, step by step.
 
     Args:
-        corpus: lengths of all samples of all domains.
         caches: token cache of each domain, in table order; None for a domain without data.
-        settings: what a step is.
         state: where to start; `PlannerState.initial(k)` for a new run.
         rank, world_size: this rank among the data-parallel ranks; the plan does not depend on them.
-        pad_id: token id of padding.
         part: this rank among those that share a pack, and their number.
         prefetch: prepare the next step in a thread. Without it the results are the same.
         pin_memory: put batches in page-locked memory, for copies that overlap (needs CUDA).

@@ -60,7 +60,6 @@ class StepStatistics:
 
     Args:
         num_domains: k.
-        device: where the model computes.
         routers: of a mixture of experts, whose counts go along.
         counts: False on all but one of the ranks that share a pack: they have the same sums of samples.
     """

@@ -12,22 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from versatune_ds.domain.evaluation import perplexity
+from versatune_ds.foundations.json_input import finite
 
 GIB = 1 << 30
-
-
-def finite(value: Any) -> float | None:
-    """`value` as a Python float; None when it is None, NaN or infinite."""
-    if value is None:
-        return None
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 def by_domain(

@@ -64,7 +64,7 @@ def cards(run: RunData) -> list[Card]:
 
 
 FACTS: tuple[Fact, ...] = (
-    ("Progress", lambda run: status(run)),
+    ("Progress", status),
     ("Started", lambda run: _flat(run.info.get("started_at"))),
     ("Model", lambda run: _model(run)),
     ("Strategy of weights", lambda run: _strategy(run)),

@@ -85,7 +85,6 @@ def memory_plan(shape: ModelShape, setup: Setup) -> MemoryPlan:
     """Memory of a run.
 
     Args:
-        shape: the model.
         setup: the settings; `packs_per_step` is a multiple of `gpus` over `sequence_parallel`.
     """
     held, gradients, step, host = _states(shape, setup)
@@ -246,10 +245,7 @@ def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     block = min(vocab, VOCAB_BLOCK) * width * FP32 if s < FP32 else 0
     weight = vocab * width * (FP32 + (s if s < FP32 else 0)) * is_trained
     hidden = tokens * width * FP32 + 2 * rows * width * FP32
-    return (
-        Part("loss: logits of a chunk", logits + block, True),
-        Part(what, weight + hidden, True),
-    )
+    return (Part("loss: logits of a chunk", logits + block, True), Part(what, weight + hidden, True))
 
 
 def _communication(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:

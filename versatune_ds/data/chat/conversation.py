@@ -67,10 +67,6 @@ class Conversation:
 def to_train(chat: Conversation, reasoning: str, train_on: str) -> Conversation:
     """The conversation with the weight that each assistant turn has in training.
 
-    Args:
-        reasoning: `data.reasoning`.
-        train_on: `data.train_on`.
-
     Raises:
         BadRow: nothing is left to train on, or nothing of a turn is left without its thoughts.
     """

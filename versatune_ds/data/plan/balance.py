@@ -33,7 +33,6 @@ def quadratic_tokens(num_params_nonembedding: int, num_layers: int, hidden_size:
 
     Args:
         num_params_nonembedding: N, parameters of the layers without embeddings and head.
-        num_layers: transformer layers.
         hidden_size: attention heads times head size.
     """
     return num_params_nonembedding / (num_layers * hidden_size)
@@ -81,8 +80,6 @@ def rank_packs(packs: Sequence[Pack], rank: int, world_size: int) -> list[Pack]:
     Args:
         packs: the step's packs as planned, by falling cost (`by_cost`); their number is a multiple of
             `world_size`.
-        rank: 0..world_size-1.
-        world_size: number of data-parallel ranks.
 
     Returns:
         len(packs) / world_size packs. Micro-step m takes packs m * world_size and following; every second
@@ -102,9 +99,6 @@ def modelled_idle(packs: Sequence[Pack], world_size: int, *, pack_len: int, quad
     """Share of rank time spent waiting, if every micro-step lasts as long as its costliest pack.
 
     Args:
-        packs: the step's packs, as given to `rank_packs`.
-        world_size: number of ranks.
-        pack_len: slots in a pack.
         quadratic_tokens: see the function of this name.
 
     Returns:

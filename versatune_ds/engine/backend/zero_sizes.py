@@ -32,7 +32,6 @@ def with_sizes(zero: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
 
     Args:
         zero: the section; what it gives stays.
-        shape: the model's.
     """
     stage = int(zero.get("stage", 0))
     if stage == 0:
