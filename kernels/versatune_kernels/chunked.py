@@ -81,13 +81,12 @@ def chunked_pass(hidden: Tensor, weight: Tensor, tokens: ValidTokens, spec: Spec
         part = slice(start, min(start + chunk, num_rows))
         _run_chunk(hidden, weight, tokens, spec, part, buffers, nll, objective, d_hidden, d_weight)
 
-    is_zero = tokens.normalizer == 0
+    is_zero = tokens.nonzero == 0
     for gradient in (d_hidden, d_weight):
         # Beside NaN a product with 0 would not do. On the CPU reading the number costs nothing.
         if gradient is not None and (gradient.device.type != "cpu" or bool(is_zero)):
             gradient.masked_fill_(is_zero, 0)
-    pending = torch.where(is_zero, 0, 1 / tokens.normalizer).float()
-    return ForwardPass(nll, objective, d_hidden, d_weight, pending)
+    return ForwardPass(nll, objective, d_hidden, d_weight, tokens.inverse)
 
 
 class _Buffers(NamedTuple):

@@ -2177,8 +2177,8 @@ fault("sums off by one sample", "row kernels", "ids == segment", "ids == segment
 fault(
     "last tile of tokens dropped",
     "row kernels",
-    "while start < num_tokens:",
-    "while start + TILE < num_tokens:",
+    "count = tl.zeros([TILE], tl.int64)\n    start = 0\n    while start < num_tokens:",
+    "count = tl.zeros([TILE], tl.int64)\n    start = 0\n    while start + TILE < num_tokens:",
     *ALL,
     "kernel sums::test_sums_over_ragged_tiles",
 )
@@ -2233,6 +2233,34 @@ fault(
     "factor = token_weight * logit_scale",
     "factor = logit_scale",
     *ALL,
+)
+fault(
+    "tokens of a later tile take the rows of the first",
+    "row kernels",
+    "seen += tl.sum(valid.to(tl.int32), 0)",
+    "seen += 0",
+    "triton::test_tokens_with_a_label_come_first",
+)
+fault(
+    "a label beyond the last class passes the device's check",
+    "row kernels",
+    "(labels < 0) | (labels >= vocab_size)",
+    "(labels < 0) | (labels > vocab_size)",
+    "triton::test_the_device_asserts_what_the_host_checks",
+)
+fault(
+    "a captured batch of all rows is put in another order",
+    "row kernels",
+    "tl.where(num_rows == num_tokens, tokens, rows)",
+    "tl.where(num_rows < 0, tokens, rows)",
+    "triton::test_rows_beyond_the_valid_ones_are_zero",
+)
+fault(
+    "partial sums in 16 bits",
+    "triton",
+    "@fp32_partial_sums()\n",
+    "",
+    "chunks::test_products_keep_partial_sums_in_fp32",
 )
 fault("normalizer forgotten", "row kernels", "* tl.load(factor_ptr)", "", *ALL)
 fault(

@@ -43,7 +43,7 @@ class ZeroBuffers:
     @classmethod
     def of(cls, shape: ModelShape, setup: Setup) -> ZeroBuffers:
         """Those of a run, as its `zero_optimization` section and the model's size say."""
-        zero = with_sizes({**setup.zero, "stage": setup.zero_stage}, shape)
+        zero = with_sizes({**setup.zero, "stage": setup.zero_stage}, shape, setup.adapter)
         keys = {
             "overlap": "overlap_comm",
             "reduce_bucket": "reduce_bucket_size",
