@@ -5,7 +5,9 @@ What is not covered: where the row stands (`blocks.RowPlace`), and whether it st
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Iterable
 from enum import Enum
 from typing import Any
@@ -128,6 +130,17 @@ def wrong_type(place: str, value: Any, wanted: str) -> BadRow:
 def column_names(row: Iterable[str]) -> str:
     """The first names of a row's fields, for error texts."""
     return ", ".join(short(name, 40)[1:-1] for name in list(row)[:12]) or "none"
+
+
+@functools.lru_cache(maxsize=4096)
+def word(name: str) -> str:
+    """A name however it is spelled: lossMask, loss-mask and Loss_Mask are one."""
+    return re.sub(r"[-_\s]", "", name).lower()
+
+
+def word_set(names: str) -> frozenset[str]:
+    """`word` of each of these names."""
+    return frozenset(map(word, names.split()))
 
 
 def from_json_text(value: Any, beginnings: str) -> Any:
