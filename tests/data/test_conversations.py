@@ -299,6 +299,34 @@ def test_nulls_that_tables_fill_in_are_no_arguments() -> None:
         "unit": None,
     }
     assert rules.parse(row, "messages", drop_nulls=True).turns[1].calls[0]["function"]["arguments"] == ASKED
+    for written in (
+        {"messages": json.dumps(row["messages"])},
+        chat(
+            user(), says(None, tool_calls=[called('{"city": "Oslo", "unit": null}')]), RESULT, says("Rain.")
+        ),
+        chat(
+            user(),
+            says(None, tool_calls=json.dumps([called({"city": "Oslo", "unit": None})])),
+            RESULT,
+            says(),
+        ),
+    ):
+        calls = rules.parse(written, "messages", drop_nulls=True).turns[1].calls
+        assert calls[0]["function"]["arguments"] == {"city": "Oslo", "unit": None}, (
+            "written so, not filled in"
+        )
+    for tools in ('[{"name": "w", "x": null}]', ['{"name": "w", "x": null}']):
+        (tool,) = rules.parse(row | {"tools": tools}, "messages", drop_nulls=True).tools
+        assert tool["function"] == {"name": "w", "x": None}
+
+
+def test_structs_of_lists_are_lists_also_within_turns() -> None:
+    call = {"type": ["function"], "function": [called()["function"]]}
+    parts = {"type": ["text", "text"], "text": ["Q", "?"]}
+    row = chat(user(parts), says(None, tool_calls=call), RESULT, says("Rain."), tools={"name": ["weather"]})
+    read = parse(row)
+    assert read.turns[0][:2] == ("user", "Q?") and read.turns[1].calls == (called(),)
+    assert read.tools == ({"type": "function", "function": {"name": "weather"}},)
 
 
 def test_arguments_are_text_where_the_template_takes_no_object() -> None:
@@ -532,6 +560,11 @@ def test_weights_of_ids(name: str) -> None:
     assert isinstance(row, TokenRow) and row.weights is not None
     assert row.mask.tolist() == [False, True, True] and row.weights.tolist() == [0, 1, 2]
     assert parse({"input_ids": [5, 6], name: [0, 1]}).weights is None
+    for other in ("weights", "mask", "lossWeights"):
+        with pytest.raises(
+            BadRow, match=f"{other} is a list; weights of tokens are read from supervised_mask"
+        ):
+            parse({"input_ids": [5, 6], name: [0, 1], other: [0, 0.5]})
 
 
 # --- the cache ------------------------------------------------------------------------------------------------

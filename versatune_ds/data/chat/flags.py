@@ -25,6 +25,8 @@ TRAINED = word_set(
 MASKED = word_set(
     "masked is_masked mask_loss ignore ignored ignore_loss no_loss no_train dont_train do_not_train"
 )
+FLAGS = TRAINED | MASKED
+"""Fields of turns, by `word`."""
 UNCLEAR = "mask"
 OF_ROWS = word_set(
     "weight sample_weight example_weight row_weight loss_weight loss_scale loss train trainable "
@@ -36,9 +38,7 @@ _SOUNDS_SO = re.compile(r"(?<![a-z])(?:loss|train|mask|weight|supervis|learn)")
 WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0, "on": 1.0, "off": 0.0}
 
 
-def weight_of(
-    fields: Mapping[str, Any], place: str, names: Container[str] = TRAINED | MASKED
-) -> float | None:
+def weight_of(fields: Mapping[str, Any], place: str, names: Container[str] = FLAGS) -> float | None:
     """The weight that flags agree on; None where there is none.
 
     Raises:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from versatune_ds.data.chat.conversation import Turn
-from versatune_ds.data.chat.flags import MASKED, TRAINED, refuse_unclear, weight_of
+from versatune_ds.data.chat.flags import FLAGS, refuse_unclear, weight_of
 from versatune_ds.data.rows.reasons import (
     BadRow,
     Reason,
@@ -22,6 +22,7 @@ from versatune_ds.data.rows.reasons import (
     from_json_text,
     refuse_surrogates,
     short,
+    transposed,
     word,
     word_set,
     wrong_type,
@@ -101,7 +102,7 @@ def read_turns(
         tools += read_tools(fields.get("tools"), f"{where}.tools", drop_nulls)
         known = {*role_names, *content_names, *ALWAYS_READ, *READ_OF.get(turn.role, ())}
         for name, value in fields.items():
-            if name in known or value in (None, "", [], {}) or word(name) in TRAINED | MASKED:
+            if name in known or value in (None, "", [], {}) or word(name) in FLAGS:
                 continue
             if turn.role == "assistant":
                 refuse_unclear(name, [value], f"{where}.")
@@ -169,6 +170,7 @@ def _field(fields: Mapping[str, Any], where: str, names: Sequence[str]) -> tuple
 
 def _read_content(value: Any, place: str, *, is_result: bool = False) -> tuple[str, list[str]]:
     """(text, thoughts): parts of text joined as they are."""
+    value = value if is_result else transposed(value)
     is_text = isinstance(value, str) or (isinstance(value, list) and all(map(_is_part, value)))
     if is_result and not is_text:
         value = json.dumps(value, ensure_ascii=False)
@@ -205,7 +207,8 @@ def _is_part(value: Any) -> bool:
 
 
 def _read_calls(fields: Mapping[str, Any], where: str, drop_nulls: bool) -> tuple[dict[str, Any], ...]:
-    given = from_json_text(fields.get("tool_calls"), "[{") or []
+    drop_nulls = drop_nulls and not isinstance(fields.get("tool_calls"), str)
+    given = transposed(from_json_text(fields.get("tool_calls"), "[{")) or []
     if not isinstance(given, list):
         given = [given]
     place = f"{where}.tool_calls"
@@ -232,7 +235,9 @@ def _read_call(call: Any, place: str, drop_nulls: bool) -> dict[str, Any]:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except ValueError as error:
             raise BadRow(Reason.INVALID_JSON, f"{place}: the arguments are no JSON ({error})") from None
-    arguments = {} if arguments is None else without_nulls(arguments) if drop_nulls else arguments
+    elif drop_nulls:
+        arguments = without_nulls(arguments)
+    arguments = {} if arguments is None else arguments
     refuse_surrogates(place, json.dumps([name, arguments], ensure_ascii=False))
     return {"type": "function", **outer, "function": {"name": name, "arguments": arguments}}
 
@@ -269,7 +274,8 @@ def read_tools(value: Any, place: str, drop_nulls: bool) -> tuple[Any, ...]:
     Raises:
         BadRow: it is neither.
     """
-    tools = from_json_text(value, "[{")
+    drop_nulls = drop_nulls and not isinstance(value, str)
+    tools = transposed(from_json_text(value, "[{"))
     tools = [tools] if isinstance(tools, dict) and tools else tools or []
     if isinstance(tools, str) and (is_blank(tools) or tools.strip() == "null"):
         tools = []
@@ -277,10 +283,10 @@ def read_tools(value: Any, place: str, drop_nulls: bool) -> tuple[Any, ...]:
         raise wrong_type(place, value, "a list of functions, or that as JSON text")
     result = []
     for i, tool in enumerate(tools):
-        tool = from_json_text(tool, "{")
+        written, tool = tool, from_json_text(tool, "{")
         if not isinstance(tool, dict):
             raise wrong_type(f"{place}[{i}]", tool, "an object that describes a function")
-        tool = without_nulls(tool) if drop_nulls else tool
+        tool = without_nulls(tool) if drop_nulls and tool is written else tool
         result.append(
             tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
         )

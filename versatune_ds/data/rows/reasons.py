@@ -153,6 +153,15 @@ def from_json_text(value: Any, beginnings: str) -> Any:
         return value
 
 
+def transposed(value: Any) -> Any:
+    """A struct of equally long lists, as `datasets` stores a list of structs, as that list; else `value`."""
+    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
+        return value
+    if len({len(column) for column in value.values()}) != 1:
+        return value
+    return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
+
+
 def refuse_surrogates(place: str, value: str) -> None:
     """Raise BadRow where a text holds half of a surrogate pair: it is no text."""
     if value.isascii():

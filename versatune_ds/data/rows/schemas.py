@@ -29,6 +29,7 @@ from versatune_ds.data.rows.reasons import (
     kind_of,
     refuse_surrogates,
     short,
+    transposed,
     word,
     wrong_type,
 )
@@ -270,6 +271,7 @@ class RowSchema:
         value = self._value(row, name)
         turns = transposed(from_json_text(value, "["))
         names = [(self.column(names[0]), *names) for names in (role_names, content_names)]
+        drop_nulls = drop_nulls and not isinstance(value, str)  # JSON text holds what was written
         read = read_turns(turns, self.column(name), names[0], names[1], drop_nulls)
         return read._replace(notes=frozenset({"json_text"})) if isinstance(value, str) else read
 
@@ -303,7 +305,11 @@ class RowSchema:
         self._refuse_padding(row, len(tokens))
         given = [name for name in ("labels", *MASKS) if row.get(self.column(name)) is not None]
         of_tokens = {self.column(name) for name in MASKS}
-        beside = {k: v for k, v in row.items() if not isinstance(v, list) and k not in of_tokens}
+        beside = {name: value for name, value in row.items() if name not in of_tokens}
+        for name, value in beside.items():
+            if word(self.ours(name)) in OF_ROWS and isinstance(value, list):
+                said = f"{name} is a list; weights of tokens are read from supervised_mask (0 to 1)"
+                raise BadRow(Reason.UNSUPPORTED_FIELD, said)
         factor, _ = with_row_flags(beside, [], [], self.ours)
         if len(given) != 1:
             found = "both are given" if given else "neither is given"
@@ -368,15 +374,6 @@ class RowSchema:
             return np.array(values, dtype=np.float64 if float in allowed else np.int64)
         except OverflowError:
             raise BadRow(Reason.INVALID_TOKEN, f"{column} holds a number beyond 64 bits") from None
-
-
-def transposed(value: Any) -> Any:
-    """A struct of equally long lists, as `datasets` stores a list of structs, as that list; else `value`."""
-    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
-        return value
-    if len({len(column) for column in value.values()}) != 1:
-        return value
-    return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
 
 
 def _holds_turns(value: Any) -> bool:
