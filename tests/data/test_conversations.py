@@ -334,6 +334,15 @@ def test_arguments_are_text_where_the_template_takes_no_object() -> None:
     assert texts(row, ARGUMENTS_AS_TEXT)[0] == 'weather{"city": "Oslo"}'
 
 
+def test_a_turn_of_calls_has_an_empty_text_where_the_template_takes_no_none() -> None:
+    template = AGENT.replace(
+        "{{- m.content or '' }}", "{%- if '</think>' not in m.content %}{{- m.content }}{%- endif %}"
+    )
+    assert template != AGENT and "none" in template + "{# none #}"
+    row = chat(user(), says(None, tool_calls=[called()]), RESULT, says("Rain."), tools=[TOOL])
+    assert texts(row, template + "{# none #}") == [WRITTEN, "Rain."]
+
+
 def test_tools_and_calls_that_the_template_leaves_out_are_errors() -> None:
     error = rejected(chat(user(), says(), tools=[TOOL]), "chatml")
     assert error.reason == Reason.LOST_TEXT and "'weather'" in error.message and "hermes" in error.message
@@ -516,6 +525,17 @@ def test_which_turns_are_trained_on() -> None:
 def test_an_open_turn_has_no_stop_token_to_learn(name: str) -> None:
     row = chat(user("Write JSON."), says("{", **{name: True}), user("go on"), says("}"))
     assert trained(row) == [("{", 1.0), ("}<|im_end|>", 1.0)]
+
+
+@pytest.mark.parametrize("begun", ["<think>\\n", "<think>\\n\\n</think>\\n\\n"])
+def test_turns_need_not_have_the_thought_that_the_prompt_begins(begun: str) -> None:
+    """As Qwen3's thinking models: earlier turns are written without one."""
+    template = PLAIN.replace("<|im_start|>assistant\\n", f"<|im_start|>assistant\\n{begun}")
+    assert template != PLAIN
+    assert texts(chat(user(), says("One."), user(), says("Two.")), template) == ["One.", "Two."]
+    thought = f"<think>\n{THOUGHT}\n</think>\n\n4"
+    trained_on = thought if "/" in begun else thought.removeprefix("<think>\n")
+    assert texts(chat(user(), says("One."), user(), says(thought)), template) == ["One.", trained_on]
 
 
 def test_variables_of_the_row_reach_the_template() -> None:
