@@ -188,7 +188,7 @@ def _open_all(config: Config, units: Sequence[Unit]) -> dict[str, list[TokenCach
         manifest = read_unit(unit.folder)
         if is_outdated(manifest):
             logger.warning(
-                "%s was prepared by an earlier version, which read less of a row (weights and flags, thoughts, "
+                "%s was prepared by an earlier version, which read less of a row (weights, flags, thoughts, "
                 "system prompts in columns); `versatune-ds prepare` makes it again",
                 unit.folder,
             )
