@@ -50,6 +50,23 @@ def test_alpaca_input_follows_the_instruction() -> None:
     assert row.turns[0][:2] == ("user", "Add.\n\n1, 2")
 
 
+def test_rounds_before_the_prompt_are_turns() -> None:
+    before = ("user", "q"), ("assistant", "a")
+    for row in (
+        {"instruction": "Q", "output": "A", "history": [["q", "a"]]},
+        {"prompt": "Q", "completion": "A", "history": '[["q", "a"]]'},
+    ):
+        assert parse(row | {"system": "S"}) == Conversation((TURNS[0], *before, *TURNS[1:]))
+        assert parse(row | {"history": [], "system": "S"}) == Conversation(TURNS)
+
+
+def test_thoughts_in_a_column_belong_to_the_response() -> None:
+    row = {"Question": "Q", "Complex_CoT": "hm", "Response": "A"}
+    columns = {"prompt": "Question", "reasoning_content": "Complex_CoT", "completion": "Response"}
+    assert parse(row, columns=columns).turns[1][:3] == ("assistant", "A", "hm")
+    assert parse({"instruction": "Q", "reasoning_content": "hm", "output": "A"}).turns[1].reasoning == "hm"
+
+
 def test_columns_are_mapped_also_inside_turns() -> None:
     assert parse({"q": "Q", "a": "A"}, columns={"prompt": "q", "completion": "a"}).turns[1][:2] == (
         "assistant",
@@ -89,7 +106,13 @@ BAD_ROWS: list[tuple[dict[str, Any], Reason]] = [
     ({"instruction": "Q", "output": "A", "input": 1}, Reason.WRONG_TYPE),
     ({"instruction": "Q", "output": True}, Reason.WRONG_TYPE),
     ({"instruction": "Q \ud800", "output": "A"}, Reason.LONE_SURROGATE),
-    ({"instruction": "Q", "output": "A", "history": [["a", "b"]]}, Reason.UNSUPPORTED_FIELD),
+    (
+        {"messages": [turn("user", "Q"), turn("assistant", "A")], "history": [["a", "b"]]},
+        Reason.UNSUPPORTED_FIELD,
+    ),
+    ({"instruction": "Q", "output": "A", "history": ["a", "b"]}, Reason.WRONG_TYPE),
+    ({"instruction": "Q", "output": "A", "history": "a"}, Reason.WRONG_TYPE),
+    ({"instruction": "Q", "output": "A", "images": ["a"]}, Reason.UNSUPPORTED_FIELD),
     ({"prompt": "Q", "completion": "A"}, Reason.OTHER_FORMAT),
     ({"messages": "user: hi"}, Reason.WRONG_TYPE),
     ({"messages": {"role": "user"}}, Reason.WRONG_TYPE),

@@ -111,7 +111,7 @@ def inspect(config: Config, *, domain: str | None = None, samples: int = 3, pack
     names = config.domains.names
     if domain is not None and domain not in names:
         raise ConfigError(unknown_name("domain", domain, names))
-    caches = open_caches(config)
+    caches = open_caches(config, all_domains=False)
     chosen = {
         split: [c for c in members if c is not None and domain in (None, c.domain)]
         for split, members in caches.items()

@@ -186,8 +186,8 @@ def _open_all(config: Config, units: Sequence[Unit]) -> dict[str, list[TokenCach
         manifest = read_unit(unit.folder)
         if is_outdated(manifest):
             logger.warning(
-                "%s was prepared by an earlier version, which ignored weights and flags of turns, thoughts "
-                "in fields of their own and system prompts in columns; `versatune-ds prepare` reads them",
+                "%s was prepared by an earlier version, which read less of a row (weights, flags, thoughts, "
+                "system prompts in columns); `versatune-ds prepare` makes it again",
                 unit.folder,
             )
         for name, domain in manifest["domains"].items():

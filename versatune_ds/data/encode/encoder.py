@@ -135,6 +135,7 @@ class _BlockEncoder:
                 row.domain = schema.domain_of(found)
                 row.content = schema.parse(found, self.task.format, drop_nulls=bool(block.arrow))
                 if isinstance(row.content, Conversation):
+                    self.result.columns |= dict.fromkeys(sorted(row.content.unused))
                     row.content = to_train(row.content, self.settings.reasoning, self.settings.train_on)
                 good.append(row)
             except BadRow as error:
