@@ -60,7 +60,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ScoredAnswer:
     """A line of answers.jsonl, without its step."""
 
     domain: str
@@ -80,7 +80,7 @@ class Answer:
 class AnswerScores:
     """All answers of an evaluation, the same on all ranks."""
 
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[ScoredAnswer, ...] = ()
     seconds: float | None = None
     """None: nothing was asked."""
 
@@ -254,7 +254,7 @@ class Questions:
         by_length = sorted(range(len(self.questions)), key=lambda i: (-len(self.questions[i].prompt), i))
         return [by_length[i : i + size] for i in range(0, len(by_length), size)]
 
-    def _score(self, tokens: Mapping[int, Sequence[int]]) -> list[Answer]:
+    def _score(self, tokens: Mapping[int, Sequence[int]]) -> list[ScoredAnswer]:
         """The answers in the order of the questions; on rank 0."""
         failures: list[str] = []
         answers = []
@@ -267,7 +267,7 @@ class Questions:
                 failures.append(f"{question.source}: {type(error).__name__}: {error}")
             prompt = self.tokenizer.decode(question.prompt, skip_special_tokens=True)
             known = (question.domain, question.source, prompt[-MAX_PROMPT_CHARS:], said.text)
-            answers.append(Answer(*known, question.reference, score, said.num_tokens, said.finished))
+            answers.append(ScoredAnswer(*known, question.reference, score, said.num_tokens, said.finished))
         if failures:
             log.warning("%d answers have no score; the first: %s", len(failures), failures[0])
         return answers
