@@ -37,6 +37,8 @@ FILES = {
     "noise": "versatune_ds/engine/model/noise.py",
     "statistics": "versatune_ds/engine/statistics.py",
     "evaluate": "versatune_ds/engine/evaluate.py",
+    "questions": "versatune_ds/engine/answers/questions.py",
+    "decoding": "versatune_ds/engine/answers/decoding.py",
     "skipping": "versatune_ds/engine/skipping.py",
     "checkpoint": "versatune_ds/engine/checkpointing/folder.py",
     "saving": "versatune_ds/engine/checkpointing/saver.py",
@@ -93,6 +95,7 @@ TESTS = {
     "body": "tests/engine/test_body.py",
     "optimizer": "tests/engine/test_optimizer.py",
     "statistics": "tests/engine/test_statistics.py",
+    "answers": "tests/engine/test_answers.py",
     "skipping": "tests/engine/test_skipping.py",
     "checkpoint": "tests/engine/test_checkpoint.py",
     "saving": "tests/engine/test_saving.py",
@@ -480,6 +483,39 @@ fault(
     WRITTEN,
 )
 
+# --- scored answers -----------------------------------------------------------------------------------------
+
+GENERATES = "answers::test_a_model_that_takes_packs_generates_as_it_is_in_transformers"
+fault(
+    "the first of several turns is asked",
+    "questions",
+    "labels[gaps[-1] + 1]",
+    "labels[gaps[0] + 1]",
+    "answers::test_the_last_supervised_turn",
+)
+fault(
+    "answers belong to other questions",
+    "questions",
+    "found |= zip(batch, ",
+    "found |= zip(batch[::-1], ",
+    "answers::test_answers_are_those_of_the_exported_model",
+)
+fault(
+    "answers see the padding of their batch",
+    "decoding",
+    "attention_mask=mask",
+    "attention_mask=torch.ones_like(mask)",
+    f"{GENERATES}[llama]",
+    "answers::test_answers_are_those_of_the_exported_model",
+)
+fault(
+    "training goes on with the attention of generation",
+    "decoding",
+    "stack.callback(lm.set_attn_implementation, packed)",
+    "pass",
+    f"{GENERATES}[llama]",
+)
+
 # --- evaluation ---------------------------------------------------------------------------------------------
 
 fault(
@@ -600,7 +636,7 @@ fault(
 fault(
     "the longest sample chooses the rotary frequencies of a pack",
     "model",
-    "self._rotary: list[Any] = rotate_by_sample(lm)",
+    "self.rotary: list[Any] = rotate_by_sample(lm)",
     "",
     f"{ALTERED}[llama, dynamic rope]",
     f"{ALTERED}[phi3, longrope]",

@@ -187,7 +187,8 @@ def reference_from_model(config: Config, source: str, device: torch.device) -> R
         ConfigError, StateError, DivergenceError: as `measure`.
     """
     table = DomainTable(config.domains.names)
-    evaluation = measure(config, source, device)
+    losses_only = config.evaluation.model_copy(update={"generate": None})
+    evaluation = measure(config.model_copy(update={"evaluation": losses_only}), source, device)
     _require_evaluated(table, evaluation)
     sums = evaluation.sums
     caches = open_caches(config)

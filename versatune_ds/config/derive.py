@@ -105,6 +105,7 @@ def single_domain_config(
         "domains": [domain],
         "patience": settings.patience,
         "select": None,
+        "generate": None,
     }
     raw["checkpoint"] |= {"keep_last": 1, "milestone_every_n_steps": None, "export_at_end": False}
     return validate_config(raw, f"settings of the reference run of {domain}").like(config)

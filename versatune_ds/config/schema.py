@@ -5,9 +5,9 @@ a default is required. Settings are checked here once, alone and against each ot
 code can trust them.
 
 What is not covered: the sections of the model (`config/model.py`), of the domains and their weights
-(`config/weights.py`) and of `versatune-ds detect` (`config/detection.py`), how the file is read and how
-errors are worded (`config/load.py`), and what the DeepSpeed file may hold beyond the keys we own
-(`engine/backend/deepspeed_config.py`).
+(`config/weights.py`), of scored answers (`config/answers.py`) and of `versatune-ds detect`
+(`config/detection.py`), how the file is read and how errors are worded (`config/load.py`), and what the
+DeepSpeed file may hold beyond the keys we own (`engine/backend/deepspeed_config.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from versatune_ds.config.answers import Answers
 from versatune_ds.config.detection import Detect
 from versatune_ds.config.model import Adapter, Model
 from versatune_ds.config.secrets import find_secret
@@ -227,15 +228,22 @@ class Evaluation(Section):
     patience: int | None = Field(None, ge=1)
     """Early stopping: end the run after this many evaluations in a row whose loss (`select`, by default the
     overall one) is not below the lowest one so far. None: never."""
+    generate: Answers | None = None
+    """Let the model answer held-out samples at every evaluation, and score that. None: losses only."""
 
     def problems(self) -> Iterator[str]:
         """What does not hold together."""
         for name in ("patience", "select"):
             if getattr(self, name) is not None and self.every_n_steps is None:
                 yield f"{name} looks at evaluations: give every_n_steps"
-        unknown = sorted(self.selected - set(self.domains or self.selected))
-        if unknown:
-            yield f"select names {', '.join(unknown)}, which `domains` leaves out"
+        for key, named in (("select", self.selected), ("generate.score", self.asked)):
+            if unknown := sorted(named - set(self.domains or named)):
+                yield f"{key} names {', '.join(unknown)}, which `domains` leaves out"
+
+    @property
+    def asked(self) -> set[str]:
+        """Domains that `generate.score` names."""
+        return set() if self.generate is None else self.generate.named
 
     @property
     def selected(self) -> set[str]:
@@ -379,6 +387,10 @@ class Config(Section):
             yield f"weights.{asked} measures held-out losses: give data.eval"
         if not self.data.eval and self.evaluation.every_n_steps is not None:
             yield "evaluation.every_n_steps is set: give data.eval"
+        if self.evaluation.generate is not None and not self.data.eval:
+            yield "evaluation.generate asks held-out samples: give data.eval"
+        if self.evaluation.generate is not None and self.batch.sequence_parallel > 1:
+            yield "evaluation.generate: ranks do not share the tokens of an answer; set sequence_parallel: 1"
         stops = self.evaluation.patience is not None
         if stops and self.evaluation.select is None and self.checkpoint.export_at_end:
             yield (
@@ -401,12 +413,14 @@ class Config(Section):
             if isinstance(values, dict) and set(values) != names:
                 missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
                 yield f"{what}: missing domains {missing}, unknown domains {unknown}"
-        unknown = sorted(set(self.evaluation.domains or ()) - names)
-        if unknown:
-            yield f"evaluation.domains: unknown domains {unknown}; known: {sorted(names)}"
-        unknown = sorted(self.evaluation.selected - names)
-        if unknown:
-            yield f"evaluation.select: unknown domains {unknown}; known: overall, {sorted(names)}"
+        evaluation = self.evaluation
+        for key, known, named in (
+            ("domains", "", set(evaluation.domains or ())),
+            ("select", "overall, ", evaluation.selected),
+            ("generate.score", "", evaluation.asked),
+        ):
+            if unknown := sorted(named - names):
+                yield f"evaluation.{key}: unknown domains {unknown}; known: {known}{sorted(names)}"
         if self.weights.target is not None and self.weights.target not in names:
             yield f"weights.target {self.weights.target!r}; known: {self.domains.names}"
 

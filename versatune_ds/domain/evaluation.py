@@ -72,11 +72,21 @@ class ModelEvaluation:
     benchmarks: tuple[BenchmarkScore, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Facts for people."""
+    answers: tuple[Mapping[str, Any], ...] = ()
+    """What the model answered (`evaluation.generate`): as lines of answers.jsonl, without a step."""
 
     @property
     def names(self) -> list[str]:
         """Domains with held-out data."""
         return list(self.losses)
+
+    def scores(self) -> dict[str, list[float]]:
+        """Scores of answers by domain, without those that are not known."""
+        found: dict[str, list[float]] = {answer["domain"]: [] for answer in self.answers}
+        for answer in self.answers:
+            if answer["score"] is not None:
+                found[answer["domain"]].append(answer["score"])
+        return found
 
     @property
     def sums(self) -> DomainSums:
@@ -104,6 +114,7 @@ class ModelEvaluation:
             "loss_unit": "nats per supervised token",
             "domains": domains,
             "benchmarks": [asdict(score) for score in self.benchmarks],
+            "answers": [dict(answer) for answer in self.answers],
             "fingerprints": {k: v for k, v in asdict(self.fingerprints).items() if v is not None},
             "provenance": dict(self.provenance),
             "sample_losses": {name: values.tolist() for name, values in self.losses.items()},
@@ -138,6 +149,7 @@ class ModelEvaluation:
                 tokens={str(k): np.array(v, dtype=np.float64) for k, v in raw["sample_tokens"].items()},
                 fingerprints=Fingerprints(**prints),
                 benchmarks=tuple(BenchmarkScore(**score) for score in raw["benchmarks"]),
+                answers=tuple(dict(answer) for answer in raw.get("answers", ())),
                 provenance=dict(raw["provenance"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -191,6 +203,60 @@ def compare(after: ModelEvaluation, before: ModelEvaluation) -> list[Change]:
             "evaluation.max_samples_per_domain); evaluate both with the same settings to compare them"
         )
     return [_change(name, after, before) for name in after.names]
+
+
+@dataclass(frozen=True)
+class ScoreChange:
+    """How the scores of one domain's answers changed, over the samples that both models have a score for."""
+
+    domain: str
+    before: float
+    """Mean score, 0 to 1."""
+    after: float
+    stderr: float | None
+    """Standard error of after - before, over samples; None for fewer than two."""
+    better: int
+    """Samples with a higher score than before."""
+    worse: int
+    samples: int
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of after - before."""
+        if self.stderr is None:
+            return None
+        difference = self.after - self.before
+        return difference - Z_95 * self.stderr, difference + Z_95 * self.stderr
+
+
+def compare_scores(after: ModelEvaluation, before: ModelEvaluation) -> list[ScoreChange]:
+    """Change of every domain's scores, sample by sample; nothing where one of the two was not asked.
+
+    Raises:
+        ConfigError: the two were asked other samples.
+    """
+    if not after.answers or not before.answers:
+        return []
+    ours, theirs = (
+        {(a["domain"], a["source"], a["reference"]): a["score"] for a in model.answers}
+        for model in (after, before)
+    )
+    if ours.keys() != theirs.keys():
+        raise ConfigError(
+            f"{after.model} and {before.model} were asked other samples (evaluation.generate); evaluate both "
+            "with the same settings to compare them"
+        )
+    changes = []
+    for name in after.scores():
+        both = [(ours[k], theirs[k]) for k in ours if k[0] == name and None not in (ours[k], theirs[k])]
+        if not both:
+            continue
+        new, old = np.array(both, dtype=np.float64).T
+        n, moved = len(both), new - old
+        stderr = float(moved.std(ddof=1) / math.sqrt(n)) if n >= 2 else None
+        counts = int((moved > 0).sum()), int((moved < 0).sum()), n
+        changes.append(ScoreChange(name, float(old.mean()), float(new.mean()), stderr, *counts))
+    return changes
 
 
 def _change(name: str, after: ModelEvaluation, before: ModelEvaluation) -> Change:

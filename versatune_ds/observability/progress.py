@@ -178,7 +178,7 @@ class Progress:
             self.note(f"  alarm: {alarm}")
 
     def evaluation(self, record: EvalRecord) -> None:
-        """One line with the held-out losses."""
+        """One line with the held-out losses and the scores of answers."""
         if not self._is_main:
             return
         short = short_names(self._names)
@@ -188,9 +188,12 @@ class Progress:
             if (loss := finite(record.domain_loss.get(name))) is not None
         ]
         overall = "-" if record.loss is None else f"{record.loss:.3f}"
-        self.note(
-            f"eval after step {record.step}: loss {overall} | {' '.join(parts)} | {duration(record.eval_s)}"
-        )
+        facts = [f"eval after step {record.step}: loss {overall}", " ".join(parts)]
+        scores = [f"{short[n]} {score:.2f}" for n, score in record.domain_score.items() if score is not None]
+        if scores:
+            facts.append(f"score {' '.join(scores)}")
+        facts.append(duration(record.eval_s + (record.generate_s or 0.0)))
+        self.note(" | ".join(facts))
 
     def note(self, text: str) -> None:
         """Print a line of text (above the bar when there is one)."""

@@ -170,7 +170,13 @@ class EvalRecord:
     domain_stderr: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     """Standard error of `domain_loss`, by domain; None where it is not known (fewer than two samples)."""
     eval_s: float
-    """Wall-clock seconds."""
+    """Wall-clock seconds of the losses."""
+    domain_score: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    """Mean score of the model's answers, 0 to 1, by domain that is asked (`evaluation.generate`)."""
+    domain_answers: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Scored answers, by domain that is asked."""
+    generate_s: float | None = None
+    """Wall-clock seconds of the answers; None: nothing was asked."""
     unix_time_s: float = dataclasses.field(default_factory=time.time)
     """Seconds since 1970 when the record was made."""
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,11 @@ class Sinks:
         """Record an evaluation: eval.jsonl and the trackers."""
         self._record(constants.EVAL_FILE, "eval", record.to_json())
 
+    def answers(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Record what the model answered at an evaluation: answers.jsonl."""
+        for line in lines:
+            self._append(constants.ANSWERS_FILE, line)
+
     def weight_update(self, line: Mapping[str, Any]) -> None:
         """Record a weight update (`WeightUpdate.to_json()`): weights.jsonl and the trackers."""
         self._record(constants.WEIGHTS_FILE, "weights", line)
@@ -248,7 +253,11 @@ class Sinks:
 
 
 LOG_FILES = (
-    *(constants.METRICS_FILE, constants.WEIGHTS_FILE, constants.EVAL_FILE, constants.SKIPPED_STEPS_FILE),
+    constants.METRICS_FILE,
+    constants.WEIGHTS_FILE,
+    constants.EVAL_FILE,
+    constants.ANSWERS_FILE,
+    constants.SKIPPED_STEPS_FILE,
 )
 
 

@@ -96,6 +96,8 @@ class RunData:
     """[e, k]."""
     eval_s: Array
     """[e] seconds."""
+    eval_score: Array
+    """[e, k] mean score of answers, 0 to 1."""
     best: Mapping[str, Any]
     """checkpoints/best.json, empty where no checkpoint is kept for its loss."""
     evaluation: ModelEvaluation | None
@@ -148,9 +150,9 @@ def read_run(folder: Path, label: str | None = None) -> RunData:
     config_text, config = _read_mapping(settings_file, yaml.safe_load, "settings are unknown", notes)
     metrics_file = folder / constants.METRICS_FILE
     best = folder / constants.CHECKPOINTS_DIR / constants.BEST_FILE
-    first_line = next(_read_jsonl(metrics_file, []), {})
-    evals = list(_read_jsonl(folder / constants.EVAL_FILE, notes))
-    updates = list(_read_jsonl(folder / constants.WEIGHTS_FILE, notes))
+    first_line = next(read_jsonl(metrics_file, []), {})
+    evals = list(read_jsonl(folder / constants.EVAL_FILE, notes))
+    updates = list(read_jsonl(folder / constants.WEIGHTS_FILE, notes))
     names = _domain_names(info, config, [first_line, *evals[:1], *updates[:1]])
     steps, skip_reasons = _read_steps(metrics_file, names, notes)
     real_updates = [line for line in updates if line["step"] > 0]
@@ -175,6 +177,7 @@ def read_run(folder: Path, label: str | None = None) -> RunData:
         eval_loss=_column(evals, "loss"),
         eval_domain_loss=_matrix(evals, "domain_loss", names),
         eval_s=_column(evals, "eval_s"),
+        eval_score=_matrix(evals, "domain_score", names),
         best=_read_mapping(best, json.loads, "the best one is unknown", notes)[1] if best.is_file() else {},
         evaluation=_read_evaluation(folder / constants.EVALUATION_FILE, notes),
         alarms=_alarms(skip_reasons, updates),
@@ -224,7 +227,7 @@ def _read_evaluation(path: Path, notes: list[str]) -> ModelEvaluation | None:
         return None
 
 
-def _read_jsonl(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file of lines; at its end, a torn last line and bad lines become notes."""
     if not path.is_file():
         return
@@ -268,7 +271,7 @@ def _read_steps(path: Path, names: Sequence[str], notes: list[str]) -> tuple[dic
     rows: dict[int, Array] = {}
     reasons: dict[int, str] = {}
     twice = 0
-    for line in _read_jsonl(path, notes):
+    for line in read_jsonl(path, notes):
         step = int(line["step"])
         twice += step in rows
         rows[step] = _step_row(line, names)

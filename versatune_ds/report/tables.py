@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.observability.progress import duration, si
-from versatune_ds.report.evaluation import benchmark_table, loss_table
+from versatune_ds.report.evaluation import benchmark_table, loss_table, score_table
 from versatune_ds.report.measures import (
     NOTHING,
     all_names,
@@ -204,6 +204,8 @@ def evaluation_tables(run: RunData) -> list[Table]:
         return []
     found = run.evaluation
     tables = [loss_table(found, f"Evaluation of {found.model}")]
+    if found.answers:
+        tables.append(score_table(found, f"Scored answers of {found.model}"))
     if found.benchmarks:
         tables.append(benchmark_table(found, None, f"Benchmarks of {found.model}"))
     return tables

@@ -23,6 +23,7 @@ from scipy.special import softmax
 from versatune_ds.apps.detect.generate import load_model, load_text_tokenizer, subject_fingerprint
 from versatune_ds.apps.detect.judge import PLAIN_ENDING, PROMPT_VERSION, Judgement, question
 from versatune_ds.config.model import Model
+from versatune_ds.engine.answers.decoding import pad_left
 from versatune_ds.foundations.errors import ConfigError
 
 
@@ -155,14 +156,6 @@ def name_log_probabilities(
             "the judge's device is out of memory; lower detect.judge.batch_size or max_chars"
         ) from error
     return total.reshape(-1, k).cpu().numpy()
-
-
-def pad_left(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask), both int64[n, longest]; padding stands in front and has mask 0."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
 
 
 def judge_settings(source: str, subject: Model) -> Model:

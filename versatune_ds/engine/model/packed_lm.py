@@ -66,14 +66,19 @@ class LossHead(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
-        labels: torch.Tensor,
-        sample_ids: torch.Tensor,
-        num_samples: int,
-        num_valid: int,
-        normalizer: float,
+        labels: torch.Tensor | None = None,
+        sample_ids: torch.Tensor | None = None,
+        num_samples: int = 0,
+        num_valid: int = 0,
+        normalizer: float = 1.0,
         token_weight: torch.Tensor | None = None,
-    ) -> LossOutput:
-        """Loss of a pack. `hidden` [T, H] is positional: ZeRO-3's release hook ignores keywords."""
+    ) -> LossOutput | torch.Tensor:
+        """Loss of a pack; without labels logits [..., V], for transformers' `generate`.
+
+        `hidden` [T, H] (or [..., H]) is positional: ZeRO-3's release hook ignores keywords.
+        """
+        if labels is None:
+            return nn.functional.linear(hidden, self.weight)
         return linear_cross_entropy(
             hidden,
             self.weight,
@@ -127,7 +132,7 @@ class PackedCausalLM(nn.Module):
         self.tied = lm.get_input_embeddings().weight is head.weight
         rule = logit_rule(lm.config)
         lm.set_output_embeddings(LossHead(head.weight, loss_backend, logits_dtype, rule, is_dft))
-        self._rotary: list[Any] = rotate_by_sample(lm)
+        self.rotary: list[Any] = rotate_by_sample(lm)
         self.lm: Any = lm
 
     @property
@@ -197,7 +202,7 @@ class PackedCausalLM(nn.Module):
         group = self.sequence if parts > 1 else None
         if self.sequence is not None:
             options["sequence_group"] = group
-        set_ends(self._rotary, cu_seqlens, len(input_ids), group and group.rank)
+        set_ends(self.rotary, cu_seqlens, len(input_ids), group and group.rank)
         body = self.body(input_ids, position_ids, cu_seqlens, max_seqlen, **options)
         hidden = body.last_hidden_state.squeeze(0)
         head = self.lm.get_output_embeddings()

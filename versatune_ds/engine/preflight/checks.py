@@ -276,10 +276,9 @@ def ignored_settings(config: Config) -> list[str]:
         for name, field in Weights.model_fields.items()
         if name in settings_of_others(strategy) and getattr(config.weights, name) != field.default
     ]
-    if config.evaluation.max_samples_per_domain is not None and config.evaluation.every_n_steps is None:
-        ignored.append("evaluation.max_samples_per_domain (evaluation.every_n_steps is not set)")
-    if config.evaluation.domains is not None and config.evaluation.every_n_steps is None:
-        ignored.append("evaluation.domains (evaluation.every_n_steps is not set)")
+    for name in ("max_samples_per_domain", "domains", "generate"):
+        if getattr(config.evaluation, name) is not None and config.evaluation.every_n_steps is None:
+            ignored.append(f"evaluation.{name} (evaluation.every_n_steps is not set)")
     if config.weights.loss_unit == "byte" and config.weights.reference is None:
         ignored.append("weights.loss_unit (there is no weights.reference)")
     return ignored
