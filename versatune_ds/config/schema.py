@@ -425,3 +425,5 @@ class Config(Section):
             yield f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
         if self.model.neftune_alpha is not None and self.batch.sequence_parallel > 1:
             yield "model.neftune_alpha: noise is for whole packs; set batch.sequence_parallel: 1"
+        if self.model.kl_to_base is not None and self.batch.sequence_parallel > 1:
+            yield "model.kl_to_base: the base sees whole samples; set batch.sequence_parallel: 1"

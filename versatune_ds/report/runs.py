@@ -59,7 +59,14 @@ STEP_KEYS = (
     "memory_gib",
     "unix_time_s",
 )
-STEP_DOMAIN_KEYS = ("domain_loss", "domain_supervised_tokens", "weights", "target_shares", "epochs")
+STEP_DOMAIN_KEYS = (
+    "domain_loss",
+    "domain_supervised_tokens",
+    "weights",
+    "target_shares",
+    "epochs",
+    "domain_base_kl",
+)
 UPDATE_KEYS = ("gamma", "phi", "after")
 MAX_NOTES_PER_FILE = 5
 
