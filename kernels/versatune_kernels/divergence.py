@@ -99,9 +99,9 @@ def _chunk(
     """KL of each row, float32 [C]; fills d_x [C, H] with its gradient."""
     blocks = list(vocab_blocks(weight))
     both = x.new_empty((2, len(x), len(weight)), dtype=torch.float32)
-    for logits, rows in zip(both, (x, base), strict=True):
+    for logits, states in zip(both, (x, base), strict=True):
         for block in blocks:
-            product_(logits[:, block], rows, weight[block].T, accumulate=False)
+            product_(logits[:, block], states, weight[block].T, accumulate=False)
     kl = x.new_empty(len(x), dtype=torch.float32)
     gradient = both[0].view(weight.dtype)[:, : len(weight)]  # takes the place of the logits, as in `chunked`
     for rows in row_blocks(both[0]):

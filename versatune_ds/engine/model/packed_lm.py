@@ -215,9 +215,9 @@ class PackedCausalLM(nn.Module):
             place: the pack's; noise is drawn by it.
             compared: samples whose KL to the base is added to the loss.
         """
-        extra = None
+        term = None
         if compared is not None and self.base_kl is not None:
-            extra = functools.partial(self.base_kl.term, compared, sample_ids, self.base_hidden(compared))
+            term = functools.partial(self.base_kl.term, compared, sample_ids, self.base_hidden(compared))
         if self.noise is not None and self.training:
             self.noise.prepare(sample_ids, num_samples, place)
         routers = self.routers if self.training else None
@@ -231,7 +231,7 @@ class PackedCausalLM(nn.Module):
         head = self.lm.get_output_embeddings()
         with timed(LOSS):
             out: LossOutput = head(
-                hidden, labels, sample_ids, num_samples, num_valid, normalizer, token_weight, extra
+                hidden, labels, sample_ids, num_samples, num_valid, normalizer, token_weight, term
             )
         if routers is not None:
             extra = routers.observe(body.router_logits, sample_ids >= 0, group)
