@@ -14,6 +14,7 @@ TRITON = 'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_6
 TRACKING = ["tensorboard>=2.15", "wandb>=0.17"]
 HUB = ["datasets>=3.0"]
 ADAPTER = ["peft>=0.18"]
+GGUF = ["gguf>=0.10"]
 EVAL = ["lm-eval>=0.4.13"]
 TEST = [
     *ADAPTER,
@@ -28,6 +29,7 @@ TEST = [
     "trl>=1.16",  # the rival of `versatune-ds evidence`
     TRITON,
     *HUB,
+    *GGUF,
     *EVAL,
 ]
 
@@ -84,6 +86,7 @@ setup(
         "swanlab": ["swanlab>=0.10"],
         "trackio": ["trackio>=0.43"],
         "hub": HUB,
+        "gguf": GGUF,
         "vllm": ["vllm>=0.10"],
         "audit": ["pip-audit>=2.7"],
         "eval": EVAL,

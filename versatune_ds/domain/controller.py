@@ -70,6 +70,10 @@ class WeightController:
         domains: initial weights and limits.
         weights: strategy and its parameters.
         reference: held-out losses (`load_reference`), needed by strategies that compare with them.
+        total_steps: optimizer steps of the run, where they are known: `interval` may depend on them.
+
+    Attributes:
+        interval: optimizer steps between updates.
 
     Raises:
         ConfigError: no reference where one is needed; limits that no weights can keep; a schedule that
@@ -83,6 +87,7 @@ class WeightController:
         domains: Domains,
         weights: Weights,
         reference: ReferenceLosses | None = None,
+        total_steps: int | None = None,
     ) -> None:
         self._strategy = STRATEGIES[weights.strategy]
         if self._strategy.compares and reference is None:
@@ -90,6 +95,7 @@ class WeightController:
         self._table = table
         self._domains = domains
         self._settings = weights
+        self.interval = weights.interval(total_steps)
         self._reference = reference
         self._target = None if weights.target is None else table.id_of(weights.target)
         self._schedule = resolve_schedule(weights.schedule, table) if self._strategy.is_scheduled else {}
@@ -153,7 +159,7 @@ class WeightController:
             skipped: the last of them was not applied. What its losses would have moved waits for the next
                 update, whose window then is longer; a schedule asks no losses and does not wait.
         """
-        asked = not skipped and step > 0 and step % self._settings.every_n_steps == 0
+        asked = not skipped and step > 0 and step % self.interval == 0
         if self._strategy.is_scheduled:
             return (step > 0 and step in self._schedule) or (self._guard is not None and asked)
         return asked

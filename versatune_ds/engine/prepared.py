@@ -69,7 +69,8 @@ class Prepared:
 
     def new_controller(self) -> WeightController:
         """The domain weights before the first step."""
-        return WeightController(self.table, self.config.domains, self.config.weights, self.reference)
+        weights = self.config.weights
+        return WeightController(self.table, self.config.domains, weights, self.reference, self.total_steps)
 
 
 def prepare_run(config: Config, device_type: str) -> Prepared:

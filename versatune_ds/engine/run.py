@@ -432,6 +432,8 @@ def introduce(prepared: Prepared, backend: Backend) -> None:
         settings.pack_len,
         prepared.total_steps,
     )
+    if (late := preflight.late_weights(config, prepared.total_steps)) is not None:
+        log.warning("%s", late)
     for setting in preflight.ignored_settings(config):
         log.info("note: this setting has no effect: %s", setting)
     if epoch.unpacked >= 2 * epoch.packed:

@@ -243,7 +243,7 @@ def update_times(run: Components, stepper: Stepper, step_s: float) -> dict[str, 
         with recording() as recorder:
             stepper.take(1)
         wait_s.append(recorder.seconds(DATA_WAIT))
-    every = run.config.weights.every_n_steps
+    every = run.config.weights.interval(run.prepared.total_steps)
     return {
         "update_s": float(np.median(update_s)),
         "data_wait_after_s": float(np.median(wait_s)),

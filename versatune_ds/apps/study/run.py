@@ -41,6 +41,7 @@ from versatune_ds.data.rows.files import find_files
 from versatune_ds.data.rows.readers import decode_block, read_blocks
 from versatune_ds.domain.reference import REFERENCE_FORMAT, REFERENCE_VERSION
 from versatune_ds.engine.faults.signals import StopRequest
+from versatune_ds.engine.fingerprints import model_fingerprint
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import DataError, StateError, VersaTuneError
 from versatune_ds.foundations.files import canonical_hash, require_own, write_json_atomic, write_text_atomic
@@ -107,10 +108,13 @@ def run_study(study: Study) -> StudyRuns:
     study.dir.mkdir(parents=True, exist_ok=True)
     plan = make_plan(study)
     total = plan.check()
-    prepared = prepare(plan.base().config)
+    first = [*plan.base(), *plan.references()][0].config
+    prepared = prepare(first)
     log.info("%s", prepared.table())
-    with StopRequest() as stop, StudyWorkers(study, data_fingerprint(prepared), total, stop) as workers:
-        workers.run([plan.base()])
+    model = model_fingerprint(first.model) if study.model.source else None
+    origin = canonical_hash([data_fingerprint(prepared), model]) if model else data_fingerprint(prepared)
+    with StopRequest() as stop, StudyWorkers(study, origin, total, stop) as workers:
+        workers.run(plan.base())
         reference = reference_losses(workers.run(plan.references()))
         for_runs_elsewhere = {"format": REFERENCE_FORMAT, "version": REFERENCE_VERSION, "losses": reference}
         write_json_atomic(study.dir / "reference.json", for_runs_elsewhere)
@@ -132,7 +136,7 @@ def make_plan(study: Study) -> StudyPlan:
     if (corpus or study.corpus) == "sample":
         sample = study.dir / "sample"
         unpack_sample(sample)
-        return StudyPlan(study, sample / "data", sample / "model")
+        return StudyPlan(study, sample / "data", study.model.source or sample / "model")
     corpus = Path(corpus or study.corpus)
     if not corpus.is_dir():
         raise DataError(
@@ -140,6 +144,8 @@ def make_plan(study: Study) -> StudyPlan:
             "settings.data start from",
             path=corpus,
         )
+    if study.model.source:
+        return StudyPlan(study, corpus, study.model.source)
     folder = study.dir / "model"
     plan = StudyPlan(study, corpus, folder)
     wanted = canonical_hash([study.model.model_dump(), str(corpus)])
@@ -149,7 +155,7 @@ def make_plan(study: Study) -> StudyPlan:
         folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(marker, None)
         log.info("training a tokenizer of %d entries on the training files", study.model.vocab_size)
-        vocab_size = train_tokenizer(training_texts(plan.base()), folder, study.model.vocab_size)
+        vocab_size = train_tokenizer(training_texts(plan.base()[0]), folder, study.model.vocab_size)
         write_json_atomic(folder / "config.json", {**llama_config(vocab_size), **study.model.shape})
         write_json_atomic(marker, wanted)
     return plan
@@ -369,7 +375,8 @@ def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
         expansions=[(expansion.target, expansion.arms) for expansion in study.expansions],
     )
     finished = [json.loads(path.read_text()) for path in study.dir.glob(f"runs/*/{FINISHED_FILE}")]
-    info = json.loads((study.dir / "runs" / BASE_RUN / constants.RUN_INFO_FILE).read_text())
+    a_run = f"{runs.arms[0].arm}_seed-{runs.arms[0].seed}" if study.model.source else BASE_RUN
+    info = json.loads((study.dir / "runs" / a_run / constants.RUN_INFO_FILE).read_text())
     summary["provenance"] = {
         "date": time.strftime("%Y-%m-%d"),
         "config": str(config_path),

@@ -28,6 +28,7 @@ from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, supply
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.replay import resolve_schedule
 from versatune_ds.domain.table import DomainTable
+from versatune_ds.engine.backend.optimizer import learning_rate
 from versatune_ds.engine.checkpointing.export_target import check_places
 from versatune_ds.engine.checkpointing.folder import list_checkpoints
 from versatune_ds.engine.model.adapters import require_peft
@@ -45,6 +46,8 @@ log = get_logger(__name__)
 
 COMPILED_RECOMPUTE = (2, 13)
 """The torch from which compiled layers can be recomputed under ZeRO-3."""
+EARLY_UPDATES = 3
+"""Fewer updates of the weights while the learning rate is high are worth a warning."""
 
 
 def check_folder(config: Config) -> None:
@@ -268,6 +271,21 @@ def check_router(settings: Model, architecture: Any) -> None:
         )
     if all(given.values()):
         raise ConfigError("model.router frozen: routers that do not train need no model.router_aux_loss")
+
+
+def late_weights(config: Config, total_steps: int) -> str | None:
+    """A warning where weights that move would hardly do so while the learning rate is still high."""
+    strategy, every = STRATEGIES[config.weights.strategy], config.weights.interval(total_steps)
+    updates = range(every, total_steps, every)
+    peak = config.optimizer.lr
+    early = sum(learning_rate(config.optimizer, step, total_steps) >= peak / 2 for step in updates)
+    if not (strategy.moves_with_losses or strategy.by_gain) or early >= EARLY_UPDATES:
+        return None
+    return (
+        f"weights: {len(updates)} updates in {total_steps} steps, {early} of them while the learning rate is "
+        "at least half its peak: shares that arrive late change little; lower weights.every_n_steps, or keep "
+        "the rate longer (optimizer.schedule wsd_linear)"
+    )
 
 
 def ignored_settings(config: Config) -> list[str]:
