@@ -8,7 +8,7 @@ import pytest
 
 from versatune_ds.data.chat.conversation import Conversation
 from versatune_ds.data.rows.reasons import BadRow, Reason
-from versatune_ds.data.rows.schemas import RowSchema, TokenRow
+from versatune_ds.data.rows.schemas import RowSchema, TextRow, TokenRow
 
 TURNS = (("system", "S"), ("user", "Q"), ("assistant", "A"))
 
@@ -85,6 +85,27 @@ def test_pretokenized_rows_by_labels_or_mask() -> None:
     assert isinstance(by_labels, TokenRow)
     assert by_labels.tokens.tolist() == by_mask.tokens.tolist() == [5, 6, 7]
     assert by_labels.mask.tolist() == by_mask.mask.tolist() == [False, True, True]
+
+
+def test_whole_texts_are_read_when_they_are_named_and_never_guessed() -> None:
+    line = {"index": 3, "text": "Once.", "num_tokens": 2, "finished": False}  # of `detect`
+    assert parse(line, format="text") == TextRow("Once.", is_finished=False)
+    assert parse({"text": "Once."}, format="text") == TextRow("Once.")
+    assert parse({"body": "Once.", "weight": 0.5}, format="text", columns={"text": "body"}) == TextRow(
+        "Once.", weight=0.5
+    )
+    assert RowSchema(domain="law").detect(line) is None
+    for row, reason, message in [
+        ({"text": " \n"}, Reason.BLANK_TEXT, "empty"),
+        ({"text": 3}, Reason.WRONG_TYPE, "a string"),
+        ({"text": "A", "finished": "no"}, Reason.WRONG_TYPE, "true or false"),
+        ({"text": "A", "weight": 0}, Reason.SWITCHED_OFF, "weight 0"),
+    ]:
+        with pytest.raises(BadRow, match=message) as error:
+            parse(row, format="text")
+        assert error.value.reason == reason
+    with pytest.raises(BadRow, match="need `format: text`"):
+        RowSchema(domain="law").parse(line, None)
 
 
 ANSWER = turn("assistant", "A")

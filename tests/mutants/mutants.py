@@ -35,6 +35,8 @@ FILES = {
     "shape": "versatune_ds/engine/model/shape.py",
     "optimizer": "versatune_ds/engine/backend/optimizer.py",
     "noise": "versatune_ds/engine/model/noise.py",
+    "comparison": "versatune_ds/data/plan/comparison.py",
+    "divergence": "kernels/versatune_kernels/divergence.py",
     "statistics": "versatune_ds/engine/statistics.py",
     "evaluate": "versatune_ds/engine/evaluate.py",
     "questions": "versatune_ds/engine/answers/questions.py",
@@ -101,6 +103,9 @@ TESTS = {
     "saving": "tests/engine/test_saving.py",
     "best": "tests/engine/test_best_checkpoint.py",
     "noise": "tests/engine/test_noise.py",
+    "base kl": "tests/engine/test_base_kl.py",
+    "comparison": "tests/data/test_comparison.py",
+    "divergence": "tests/fused_loss/test_divergence.py",
     "average": "tests/engine/test_average.py",
     "muon": "tests/engine/test_muon.py",
     "export": "tests/engine/test_export.py",
@@ -404,8 +409,8 @@ fault("a flag needs all ranks", "statistics", "bool(n > 0)", "bool(n == 3)", FLA
 fault(
     "flags are shifted by one",
     "statistics",
-    "buffer[count + 1 :], np.cumsum",
-    "buffer[count:], np.cumsum",
+    "np.split(buffer[count + 1 :], sizes)",
+    "np.split(buffer[count:], sizes)",
     FLAGS,
 )
 fault("sums are not cleared", "statistics", "        self._sums.zero_()\n", "", SUMS)
@@ -1163,6 +1168,58 @@ fault(
     "[self.seed, step, rank_number(*rank)]",
     "[self.seed, rank_number(*rank)]",
     "noise::test_it_follows_from_seed_step_and_pack_and_not_from_the_ranks",
+)
+fault(
+    "the KL goes from the model to the base",
+    "divergence",
+    "kl[rows] = (q * b.sub_(z)).sum(1)",
+    "kl[rows] = (z.exp() * (z - b)).sum(1)",
+    "divergence::test_the_direction_is_from_the_base",
+    "divergence::test_values_and_gradients_are_those_of_float64",
+)
+fault(
+    "the KL's gradient leaves the cap out",
+    "divergence",
+    "slope = scale * (1 - logits.square())",
+    "slope = scale + 0 * logits",
+    "divergence::test_values_and_gradients_are_those_of_float64",
+)
+fault(
+    "the KL forgets the upstream gradient",
+    "divergence",
+    "d_hidden.mul_(upstream[0].unsqueeze(1)).to(ctx.dtype)",
+    "d_hidden.to(ctx.dtype)",
+    "divergence::test_values_and_gradients_are_those_of_float64",
+)
+fault(
+    "every step compares the same samples",
+    "comparison",
+    '["kl_to_base", seed, step]',
+    '["kl_to_base", seed]',
+    "comparison::test_each_sample_is_chosen_with_the_probability_of_the_share",
+    "comparison::test_all_or_nothing_and_other_seeds_and_steps",
+)
+fault(
+    "a rank divides the KL by what it compares itself",
+    "loader",
+    "for pack, of in everyone)",
+    "for pack, of in rank_packs(everyone, self.rank, self.world_size))",
+    "comparison::test_ranks_and_a_resume_compare_what_one_rank_compares",
+)
+fault(
+    "the base keeps its adapter",
+    "adapters",
+    "            layer._disable_adapters = True\n",
+    "            pass\n",
+    "base kl::test_it_holds_the_model_near_its_base_and_is_told_by_domain",
+    "base kl::test_the_model_is_whole_again_behind_the_base_and_a_rehearsal_leaves_nothing",
+)
+fault(
+    "the KL of a step is carried into the next",
+    "statistics",
+    "        self._kl.zero_()\n",
+    "",
+    "base kl::test_a_resumed_run_compares_what_the_whole_one_does",
 )
 fault(
     "the chunked loss leaves the probability out of the gradient",

@@ -30,6 +30,7 @@ def with_model(config: Config, source: str) -> Config:
     raw["model"] |= {
         **model_of(source),
         "weights": "pretrained",
+        "kl_to_base": None,
         "tokenizer": config.model.tokenizer or config.model.source,
     }
     return validate_config(raw, f"settings with the model {source}").like(config)
@@ -97,7 +98,8 @@ def single_domain_config(
     raw["batch"]["packs_per_step"] = packs_per_step
     change = (adapter is not None) - (config.model.adapter is not None)
     raw["optimizer"]["lr"] = settings.lr or config.optimizer.lr * ADAPTER_RATE**change
-    raw["model"]["adapter"] = adapter and adapter.model_dump(mode="json")
+    # a reference is to fit its domain as well as it can
+    raw["model"] |= {"adapter": adapter and adapter.model_dump(mode="json"), "kl_to_base": None}
     steps = math.ceil(settings.max_epochs * steps_per_epoch)
     raw["train"] |= {"max_steps": steps, "epochs": None, "profile": None}
     raw["evaluation"] |= {

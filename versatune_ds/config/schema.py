@@ -28,7 +28,7 @@ from versatune_ds.config.section import Place, Section
 from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.foundations.text import command
 
-DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized"]
+DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized", "text"]
 ChatTemplate = Literal["tokenizer", "chatml", "hermes", "alpaca", "llama2", "llama3"]
 DEFAULT_COLLECTIVE_TIMEOUT_S = 1800.0
 
@@ -66,7 +66,8 @@ class Source(Section):
     domain_column: str | None = None
     """Column that holds each row's domain name."""
     format: DataFormat = "auto"
-    """Row schema; `auto` tells it from the columns, once per file."""
+    """Row schema; `auto` tells it from the columns, once per file. All but `text` (whole texts, all of which
+    is trained on), which must be named."""
     columns: dict[str, str] = Field({})
     """Our column name -> the file's column name, e.g. `{prompt: question, completion: answer}`."""
     split: str = "train"
@@ -438,3 +439,5 @@ class Config(Section):
             yield f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
         if self.model.neftune_alpha is not None and self.batch.sequence_parallel > 1:
             yield "model.neftune_alpha: noise is for whole packs; set batch.sequence_parallel: 1"
+        if self.model.kl_to_base is not None and self.batch.sequence_parallel > 1:
+            yield "model.kl_to_base: the base sees whole samples; set batch.sequence_parallel: 1"

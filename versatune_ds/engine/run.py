@@ -282,10 +282,15 @@ def assemble(
             *prepared.ranks.dp,
             pad_id=prepared.pad_id,
             part=prepared.ranks.sp,
+            compared_share=config.model.compared_share,
             pin_memory=backend.device.type == "cuda",
         ),
         statistics=StepStatistics(
-            len(prepared.table), backend.device, backend.model.routers, counts=prepared.ranks.sp.rank == 0
+            len(prepared.table),
+            backend.device,
+            backend.model.routers,
+            counts=prepared.ranks.sp.rank == 0,
+            base_kl=backend.model.base_kl,
         ),
         saver=Saver(
             config.run.dir / constants.CHECKPOINTS_DIR, config.checkpoint, backend, newest=state.planner.step

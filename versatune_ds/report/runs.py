@@ -37,7 +37,14 @@ STEP_KEYS = (
     *("data_wait_s", "plan_s", "boundary_s", "update_s", "probe_s", "save_stall_s", "memory_gib"),
     "unix_time_s",
 )
-STEP_DOMAIN_KEYS = ("domain_loss", "domain_supervised_tokens", "weights", "target_shares", "epochs")
+STEP_DOMAIN_KEYS = (
+    "domain_loss",
+    "domain_supervised_tokens",
+    "weights",
+    "target_shares",
+    "epochs",
+    "domain_base_kl",
+)
 UPDATE_KEYS = ("gamma", "phi", "after")
 MAX_NOTES_PER_FILE = 5
 

@@ -51,6 +51,7 @@ class Reason(str, Enum):
     NO_STOP_TOKEN = "no_stop_token"
     NOTHING_SUPERVISED = "nothing_supervised"
     LOST_TEXT = "lost_text"
+    BLANK_TEXT = "blank_text"
     # By `data.train_on` and flags, whatever `data.on_bad_row` says.
     SWITCHED_OFF = "switched_off"
     # By `data.overlong`, whatever `data.on_bad_row` says.
@@ -60,7 +61,7 @@ class Reason(str, Enum):
 
 WHOLE_FILE = (Reason.EMPTY_FILE, Reason.DAMAGED_FILE, Reason.TRUNCATED_FILE, Reason.WRONG_ENCODING)
 """Reasons that concern a file, or the rest of it from a place on, and not one row."""
-NEVER_FATAL = (Reason.SWITCHED_OFF, Reason.OVERLONG, Reason.OVERLONG_NOTHING_LEFT)
+NEVER_FATAL = (Reason.BLANK_TEXT, Reason.SWITCHED_OFF, Reason.OVERLONG, Reason.OVERLONG_NOTHING_LEFT)
 """Reasons that no setting of `data.on_bad_row` stops at."""
 
 

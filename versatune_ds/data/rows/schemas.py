@@ -1,4 +1,4 @@
-"""Row schemas: a raw dict becomes a conversation, or token ids with a mask, or a reason why not.
+"""Row schemas: a raw dict becomes a conversation, a text, or token ids with a mask, or a reason why not.
 
 A file has one format: the named one, or the first of `FORMATS` whose required columns a row of the file has
 (the first such row decides). `columns` maps these names to the file's own ones, also inside the turns of
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,11 @@ FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretokenized": (("input_ids",), ("labels", *MASKS, "attention_mask")),
     "alpaca": (("instruction", "output"), ("input", *BEFORE_RESPONSE, *BESIDE_TURNS)),
     "prompt_completion": (("prompt", "completion"), (*BEFORE_RESPONSE, *BESIDE_TURNS)),
+    "text": (("text",), ("finished",)),
 }
+NAMED_ONLY = ("text",)
+"""Formats that no column tells: a column `text` may also hold rendered chats, whose prompts nobody wants to
+train on."""
 # What carries meaning that we would lose in silence, but where a format reads it; null and empty are fine.
 UNSUPPORTED_IN_ROWS = ("history", "images", "videos", "audios")
 
@@ -66,6 +70,19 @@ class TokenRow:
     """bool[n], True: trained on."""
     weights: npt.NDArray[np.float32] | None = None
     """float32[n], factors in the loss; None: 1 where trained on."""
+
+
+class TextRow(NamedTuple):
+    """A whole text, all of it trained on; also what `versatune-ds detect` writes (sequences.jsonl)."""
+
+    text: str
+    is_finished: bool = True
+    """False: it was cut, so no end token is trained on behind it."""
+    weight: float = 1.0
+    """Factor in the loss."""
+
+
+Content = Conversation | TokenRow | TextRow
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,7 @@ class RowSchema:
             return self.format
         present = set(names)
         for format, (required, _) in FORMATS.items():
-            if all(self.column(name) in present for name in required):
+            if format not in NAMED_ONLY and all(self.column(name) in present for name in required):
                 return format
         return None
 
@@ -134,9 +151,7 @@ class RowSchema:
             raise BadRow(Reason.UNKNOWN_DOMAIN, unknown_name("domain", short(value)[1:-1], self.domains))
         return value
 
-    def parse(
-        self, row: Mapping[str, Any], format: str | None, *, drop_nulls: bool = False
-    ) -> Conversation | TokenRow:
+    def parse(self, row: Mapping[str, Any], format: str | None, *, drop_nulls: bool = False) -> Content:
         """Check a row against the format of its file.
 
         Args:
@@ -151,7 +166,7 @@ class RowSchema:
             return self._parse_other(row, format)
         return self._parse_as(row, format, drop_nulls)
 
-    def _parse_other(self, row: Mapping[str, Any], format: str) -> Conversation | TokenRow:
+    def _parse_other(self, row: Mapping[str, Any], format: str) -> Content:
         """A row with none of the format's columns: is it another format's (and then, is it at all sound)?"""
         other = self.detect(row)
         if other is None:
@@ -162,9 +177,7 @@ class RowSchema:
             f"found a row of format {other}; the file's first rows are {format}. Use one format per file",
         )
 
-    def _parse_as(
-        self, row: Mapping[str, Any], format: str, drop_nulls: bool = False
-    ) -> Conversation | TokenRow:
+    def _parse_as(self, row: Mapping[str, Any], format: str, drop_nulls: bool = False) -> Content:
         for name in UNSUPPORTED_IN_ROWS:
             if row.get(name) and name not in FORMATS[format][1]:
                 raise BadRow(
@@ -172,6 +185,8 @@ class RowSchema:
                 )
         if format == "pretokenized":
             return self._token_row(row)
+        if format == "text":
+            return self._text_row(row)
         read: ReadTurns = getattr(self, f"_{format}")(row, drop_nulls)
         before = self._history(row) if "history" in FORMATS[format][1] else []
         notes = read.notes
@@ -193,11 +208,13 @@ class RowSchema:
         return Conversation(tuple(turns), tuple(tools), variables, weight, notes, unused=read.unused)
 
     def _unknown_columns(self, row: Mapping[str, Any]) -> BadRow:
-        known = "; ".join(f"{name}: {' + '.join(required)}" for name, (required, _) in FORMATS.items())
+        told = {name: required for name, (required, _) in FORMATS.items() if name not in NAMED_ONLY}
+        known = "; ".join(f"{name}: {' + '.join(required)}" for name, required in told.items())
         return BadRow(
             Reason.UNKNOWN_COLUMNS,
             f"found the columns {column_names(row)}, which fit no format ({known}). Map them in the "
-            "source, e.g. `columns: {prompt: question, completion: answer}`",
+            "source, e.g. `columns: {prompt: question, completion: answer}`; whole texts, all of which "
+            "is trained on, need `format: text`",
         )
 
     # One method per format; types checked.
@@ -296,7 +313,23 @@ class RowSchema:
         refuse_surrogates(place, value)
         return value
 
-    # Pre-tokenised rows.
+    # Whole texts, and pre-tokenised rows.
+
+    def _text_row(self, row: Mapping[str, Any]) -> TextRow:
+        text, finished = self._text(row, "text"), row.get(self.column("finished"))
+        if is_blank(text):
+            raise BadRow(Reason.BLANK_TEXT, "the text is empty, or white space or invisible characters only")
+        if finished not in (None, True, False):
+            raise wrong_type(self.column("finished"), finished, "true or false")
+        return TextRow(text, finished is not False, self._weight(row))
+
+    def _weight(self, row: Mapping[str, Any]) -> float:
+        """Of the whole row."""
+        values = {name: value for name, value in row.items() if not isinstance(value, list)}
+        weight, _ = with_row_flags(values, [], [], self.column)
+        if weight == 0:
+            raise BadRow(Reason.SWITCHED_OFF, "the row has the weight 0")
+        return 1.0 if weight is None else weight
 
     def _token_row(self, row: Mapping[str, Any]) -> TokenRow:
         tokens = self._numbers(row, "input_ids")
