@@ -71,7 +71,7 @@ def read_result(folder: Path, arm: str, seed: int, total_steps: int) -> RunResul
     if not steps or steps[0] != 0 or steps[-1] != total_steps:
         raise StateError(
             f"{folder}: evaluated after the steps {steps}; expected 0 .. {total_steps}. Remove the folder "
-            "and start the study again"
+            "and start the command again"
         )
     metrics = _lines(folder / constants.METRICS_FILE)
     names = list(evaluations[0]["domain_loss"])
@@ -113,9 +113,13 @@ def interval(values: Sequence[float] | Array) -> dict[str, float | None]:
     array = np.asarray(values, dtype=np.float64)
     n, half_width = len(array), None
     if n >= 2:
-        quantile = T_975[n - 2] if n - 2 < len(T_975) else NORMAL_975
-        half_width = float(quantile * array.std(ddof=1) / math.sqrt(n))
+        half_width = float(t_975(n - 1) * array.std(ddof=1) / math.sqrt(n))
     return {"mean": float(array.mean()), "half_width": half_width}
+
+
+def t_975(degrees: int) -> float:
+    """0.975 quantile of Student's t for so many degrees of freedom, >= 1."""
+    return T_975[degrees - 1] if degrees <= len(T_975) else NORMAL_975
 
 
 def intervals(values: Array, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
@@ -231,5 +235,5 @@ def _mean_by_name(values: Sequence[Mapping[str, float]], names: Sequence[str]) -
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise StateError(f"{path} is missing; remove {path.parent} and start the study again")
+        raise StateError(f"{path} is missing; remove {path.parent} and start the command again")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
