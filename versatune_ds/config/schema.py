@@ -5,9 +5,9 @@ a default is required. Settings are checked here once, alone and against each ot
 code can trust them.
 
 What is not covered: the sections of the model (`config/model.py`), of the domains and their weights
-(`config/weights.py`) and of `versatune-ds detect` (`config/detection.py`), how the file is read and how
-errors are worded (`config/load.py`), and what the DeepSpeed file may hold beyond the keys we own
-(`engine/backend/deepspeed_config.py`).
+(`config/weights.py`), of `versatune-ds detect` (`config/detection.py`) and of `search` (`config/search.py`),
+how the file is read and how errors are worded (`config/load.py`), and what the DeepSpeed file may hold beyond
+the keys we own (`engine/backend/deepspeed_config.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from versatune_ds.config.detection import Detect
 from versatune_ds.config.model import Adapter, Model
+from versatune_ds.config.search import Search
 from versatune_ds.config.secrets import find_secret
 from versatune_ds.config.section import Place, Section
 from versatune_ds.config.weights import Domains, Weights
@@ -329,6 +330,8 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
     detect: Detect = Detect()
+    search: Search | None = None
+    """How `versatune-ds search` looks for a mixture; a run itself does nothing with it."""
     deepspeed: dict[str, Any] | Place = Field({})
     """DeepSpeed JSON file, or the same inline; without a `zero_optimization` key: ZeRO-3. Batch size,
     optimizer, precision and clipping come from this file's other sections and may not stand in it."""
@@ -404,6 +407,9 @@ class Config(Section):
         unknown = sorted(set(self.evaluation.domains or ()) - names)
         if unknown:
             yield f"evaluation.domains: unknown domains {unknown}; known: {sorted(names)}"
+        unknown = sorted(set(self.search.limits if self.search else ()) - names)
+        if unknown:
+            yield f"search.limits: unknown domains {unknown}; known: {sorted(names)}"
         unknown = sorted(self.evaluation.selected - names)
         if unknown:
             yield f"evaluation.select: unknown domains {unknown}; known: overall, {sorted(names)}"
