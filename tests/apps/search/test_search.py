@@ -286,7 +286,8 @@ def python(*arguments: str) -> str:
 def test_a_search_from_the_command_line_and_a_run_with_its_mixture(prepared, tmp_path, way):
     file, folder = str(prepared / "config.yaml"), tmp_path / "run" / "search"
     main, overrides = ["-m", "versatune_ds.cli.main"], [f"run.dir={tmp_path / 'run'}", f"search.way={way}"]
-    said = python(*main, "search", "--config", file, *overrides, "search.rounds=1")
+    budget = ["search.budget_tokens=20000", "search.rounds=1"]
+    said = python(*main, "search", "--config", file, *overrides, *budget)
     assert f"use it: domains.initial={folder / 'mixture.json'} weights.strategy=constant" in said
     found = content(folder / "mixture.json")["search"]
     assert all(0 < loss["measured"] < 1.1 * loss["base"] for loss in found["losses"].values())
