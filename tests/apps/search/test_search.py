@@ -63,7 +63,7 @@ def settings(prepared, tmp_path, monkeypatch):
         stop_after = 10**6
 
         def __init__(self, folder, workers, origin, total, stop):
-            self.origin, self.total = origin, total
+            self.origin, self.folder = origin, folder
 
         def __enter__(self):
             return self
@@ -72,6 +72,7 @@ def settings(prepared, tmp_path, monkeypatch):
             pass
 
         def finish(self, jobs):
+            assert (self.folder / "search.json").is_file()  # before the first run
             for job in jobs:
                 if search_run.is_finished(job, job.fingerprint(self.origin)):
                     continue

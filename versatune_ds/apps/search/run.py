@@ -177,6 +177,7 @@ class Exploration:
 
     def run(self, workers: StudyWorkers) -> Found:
         """All rounds, and the runs that check what was found."""
+        self.journal.write()
         singles = [self.plan.single(i) for i in range(self.counts.singles)]
         alone = [self._check("start", self.start)] if singles else []
         self._finish(workers, [*singles, *alone])
@@ -340,6 +341,10 @@ class SearchJournal:
     def add(self, points: Sequence[Array]) -> None:
         """Write down a round before its first run."""
         self.rounds.append(list(points))
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, also before the first run of all."""
         content = {
             "format": JOURNAL_FORMAT,
             "version": 1,
