@@ -53,6 +53,12 @@ def test_the_first_mixtures_are_start_uniform_and_drawn_around_both():
     np.testing.assert_array_equal(points, again)
 
 
+def test_a_uniform_start_is_tried_once():
+    points = first_points(np.full(4, 0.25), 6, lambda w: w, 3)
+    assert len({tuple(point) for point in points}) == len(points) == 6
+    assert points[0].tolist() == [0.25] * 4
+
+
 def test_a_domain_without_a_share_is_tried_too():
     drawn = draw([np.array([1.0, 0.0])], 50, 2.0, lambda w: w, np.random.default_rng(0))
     assert max(p[1] for p in drawn) > 0.01

@@ -90,10 +90,12 @@ def round_size(done: int, points: int, rounds: int) -> int:
 
 
 def first_points(start: Array, size: int, bounded: Bounded, seed: int) -> list[Array]:
-    """Start, uniform mixture, and mixtures drawn around them in turn; within the bounds, rounded."""
+    """Start, uniform mixture (if it is another), and mixtures drawn around them in turn; within the bounds,
+    rounded."""
     uniform = np.full(len(start), 1 / len(start))
     drawn = draw([start, uniform], size, len(start), bounded, np.random.default_rng(seed))
-    return [rounded(bounded(start)), rounded(bounded(uniform)), *drawn][:size]
+    first = {tuple(point): point for point in (rounded(bounded(start)), rounded(bounded(uniform)))}
+    return [*first.values(), *drawn][:size]
 
 
 def draw(
