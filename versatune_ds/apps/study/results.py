@@ -64,7 +64,7 @@ def read_result(folder: Path, arm: str, seed: int, total_steps: int) -> RunResul
     if not steps or steps[0] != 0 or steps[-1] != total_steps:
         raise StateError(
             f"{folder}: evaluated after the steps {steps}; expected 0 .. {total_steps}. Remove the folder "
-            "and start the study again"
+            "and start the command again"
         )
     metrics = _lines(folder / constants.METRICS_FILE)
     names = list(evaluations[0]["domain_loss"])
@@ -221,5 +221,5 @@ def _mean_by_name(values: Sequence[Mapping[str, float]], names: Sequence[str]) -
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise StateError(f"{path} is missing; remove {path.parent} and start the study again")
+        raise StateError(f"{path} is missing; remove {path.parent} and start the command again")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
