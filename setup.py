@@ -78,7 +78,7 @@ setup(
         "matplotlib>=3.8",
         "psutil>=5.9",
         "scikit-learn>=1.4",
-        "scipy>=1.11",
+        "scipy>=1.11.1",
         "httpx>=0.27",
     ],
     extras_require={
