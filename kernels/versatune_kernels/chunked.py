@@ -114,13 +114,13 @@ def _run_chunk(
     x = hidden[part] if tokens.covers_all else hidden.index_select(0, tokens.index[part])
     row_weight = None if tokens.token_weight is None else tokens.token_weight[part]
     logits = buffers.logits[: len(x)]
-    blocks = list(_vocab_blocks(weight))
+    blocks = list(vocab_blocks(weight))
     for block in blocks:
         product_(logits[:, block], x, weight[block].T, accumulate=False)
     training = d_hidden is not None or d_weight is not None
     # 16-bit: a row's gradient takes the first half of the memory of its fp32 logits.
     d_logits = logits.view(weight.dtype)[:, : len(weight)]
-    for rows in _row_blocks(logits):
+    for rows in row_blocks(logits):
         place = slice(part.start + rows.start, part.start + rows.stop)
         block_weight = None if row_weight is None else row_weight[rows]
         nll[place], objective[place] = _row_pass_(
@@ -202,7 +202,7 @@ def _row_pass_(
     return nll.squeeze(1), objective.squeeze(1)
 
 
-def _vocab_blocks(weight: Tensor) -> Iterator[slice]:
+def vocab_blocks(weight: Tensor) -> Iterator[slice]:
     """Row ranges of `weight` to multiply at a time: all of an fp32 weight, blocks of others."""
     vocab_size = weight.shape[0]
     step = vocab_size if weight.dtype == torch.float32 else VOCAB_BLOCK
@@ -210,7 +210,7 @@ def _vocab_blocks(weight: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, vocab_size))
 
 
-def _row_blocks(logits: Tensor) -> Iterator[slice]:
+def row_blocks(logits: Tensor) -> Iterator[slice]:
     """Ranges of rows to take from logits to their gradient at a time."""
     block_bytes = GPU_ROW_BLOCK_BYTES if logits.is_cuda else CPU_ROW_BLOCK_BYTES
     step = max(1, block_bytes // (4 * logits.shape[1]))

@@ -51,13 +51,7 @@ from versatune_ds.strategies.rules import (
     forgetting_degree,
     learnable_potential,
 )
-from versatune_ds.strategies.simplex import (
-    Vector,
-    entropy,
-    limit_weights,
-    project,
-    weights_digest,
-)
+from versatune_ds.strategies.simplex import Vector, entropy, limit_weights, weights_digest
 
 STATE_VERSION = 1
 
@@ -66,9 +60,6 @@ class WeightController:
     """Holds the weights, the loss window and the last losses of a run.
 
     Args:
-        table: the domains.
-        domains: initial weights and limits.
-        weights: strategy and its parameters.
         reference: held-out losses (`load_reference`), needed by strategies that compare with them.
         total_steps: optimizer steps of the run, where they are known: `interval` may depend on them.
 
@@ -102,9 +93,8 @@ class WeightController:
         require_limits(self._schedule, table, domains)
         self._start = self._schedule.get(0, initial_weights(domains, weights, table))
         # no step limit before the first step: floor and cap hold from the start
-        self._initial = project(
-            self._start, np.full(len(table), domains.min_weight), np.full(len(table), domains.max_weight)
-        )
+        self._limits = domains.model_dump(include={"min_weight", "max_weight"})
+        self._initial = limit_weights(self._start, self._start, **self._limits)
         k = len(table)
         self._weights = self._initial
         self._guard = None if weights.guard is None else OverfitGuard(table.names, weights.guard)
@@ -292,23 +282,12 @@ class WeightController:
         first = present & ~self._measured
         losses = np.where(present, new_losses, self._losses)
         stderr = np.where(present, new_stderr, self._stderr)
-        phi = forgetting_degree(
-            losses,
-            self._losses,
-            stderr=np.nan_to_num(stderr),
-            previous_stderr=np.nan_to_num(self._stderr),
-            noise_z=settings.noise_z,
-        )
+        noise: dict[str, Any] = {"stderr": np.nan_to_num(stderr), "noise_z": settings.noise_z}
+        phi = forgetting_degree(losses, self._losses, previous_stderr=np.nan_to_num(self._stderr), **noise)
         measured = self._measured | present
-        gamma = np.zeros(len(self._table))
-        if self._reference is not None:
-            gamma = learnable_potential(
-                losses,
-                self._reference.losses,
-                stderr=np.nan_to_num(stderr),
-                reference_stderr=self._reference.stderr,
-                noise_z=settings.noise_z,
-            )
+        gamma, reference = np.zeros(len(self._table)), self._reference
+        if reference is not None:
+            gamma = learnable_potential(losses, reference.losses, reference_stderr=reference.stderr, **noise)
         return Measurement(
             losses=losses,
             stderr=stderr,
@@ -349,7 +328,10 @@ class WeightController:
             rule = before.copy()
             reasons.append("no domain was measured: the weights stand")
         # a schedule is taken as it is; its floor and cap were checked at the start
-        after = rule if strategy.is_scheduled else self._limited(rule, before)
+        after = rule
+        if not strategy.is_scheduled:
+            change = self._domains.max_relative_change
+            after = limit_weights(rule, before, **self._limits, max_relative_change=change)
         reasons += limit_reasons(self._table.names, rule, after)
         if settings.shadow:
             reasons.append("shadow: computed, not applied")
@@ -408,28 +390,14 @@ class WeightController:
             guard=guard.to_json(),
         )
 
-    def _limited(self, proposed: Vector, previous: Vector) -> Vector:
-        return limit_weights(
-            proposed,
-            previous,
-            min_weight=self._domains.min_weight,
-            max_weight=self._domains.max_weight,
-            max_relative_change=self._domains.max_relative_change,
-        )
-
     def _alarms(self, measurement: Measurement, after: Vector) -> list[str]:
         if not self._strategy.moves_with_losses:
             return []
-        alarms: list[str] = []
-        if self._reference is not None and self._strategy.compares:
-            alarms += reference_alarms(
-                self._table,
-                measurement.losses,
-                self._reference.losses,
-                measurement.gamma,
-                measurement.measured,
-            )
-        return alarms + weight_alarms(self._table, after, self._initial, self._domains)
+        alarms = weight_alarms(self._table, after, self._initial, self._domains)
+        if self._reference is None or not self._strategy.compares:
+            return alarms
+        m, reference = measurement, self._reference.losses
+        return reference_alarms(self._table, m.losses, reference, m.gamma, m.measured) + alarms
 
     def _checked_sums(self, sums: DomainSums | npt.NDArray[np.float64]) -> DomainSums:
         checked = sums if isinstance(sums, DomainSums) else DomainSums(sums)

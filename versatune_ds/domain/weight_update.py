@@ -57,7 +57,6 @@ class WeightUpdate:
     reasons: list[str]
     """Why the numbers are what they are, in words."""
     alarms: list[str]
-    """See `versatune_ds.domain.alarms`."""
     guard: dict[str, Any] | None = None
     """By domain: `OverfitGuard.to_json`; None without a guard."""
 

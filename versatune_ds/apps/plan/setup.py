@@ -76,6 +76,8 @@ class Setup:
     """Share of positions with a label."""
     adapter: Adapter | None = None
     """What is trained in the model's place."""
+    compares: bool = False
+    """With `model.kl_to_base`."""
     states: str = "fp32"
     """`optimizer.states`."""
     has_muon: bool = False
@@ -164,6 +166,7 @@ def setup_fields(config: Config) -> dict[str, Any]:
         "pack_len": config.batch.pack_len,
         "packs_per_step": config.batch.packs_per_step,
         "sequence_parallel": config.batch.sequence_parallel,
+        "compares": config.model.kl_to_base is not None,
         "states": config.optimizer.states,
         "has_muon": config.optimizer.kind == "muon",
         "has_average": config.optimizer.ema_decay is not None,

@@ -37,8 +37,7 @@ def with_sizes(zero: dict[str, Any], shape: ModelShape, adapter: Adapter | None)
 
     Args:
         zero: the section; what it gives stays.
-        shape: the model's.
-        adapter: what is trained of it; None: all of it.
+        adapter: what is trained of the model; None: all of it.
     """
     stage = int(zero.get("stage", 0))
     if stage == 0:
