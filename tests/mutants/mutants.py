@@ -2278,8 +2278,8 @@ fault(
 fault(
     "tokens beyond the end are summed",
     "row kernels",
-    "inside = tokens < num_tokens",
-    "inside = tokens < num_tokens + 1",
+    "inside = tokens < num_tokens\n        ids =",
+    "inside = tokens < num_tokens + 1\n        ids =",
     "triton::test_sums_read_no_token_beyond_the_end",
 )
 fault("squares are not squared", "row kernels", "value * value", "value", *ALL)
