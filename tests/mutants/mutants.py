@@ -1211,7 +1211,6 @@ fault(
     "adapters",
     "            layer._disable_adapters = True\n",
     "            pass\n",
-    "base kl::test_it_holds_the_model_near_its_base_and_is_told_by_domain",
     "base kl::test_the_model_is_whole_again_behind_the_base_and_a_rehearsal_leaves_nothing",
 )
 fault(
