@@ -424,13 +424,8 @@ class WeightController:
             return []
         alarms: list[str] = []
         if self._reference is not None and self._strategy.compares:
-            alarms += reference_alarms(
-                self._table,
-                measurement.losses,
-                self._reference.losses,
-                measurement.gamma,
-                measurement.measured,
-            )
+            known = (measurement.gamma, measurement.measured)
+            alarms += reference_alarms(self._table, measurement.losses, self._reference.losses, *known)
         return alarms + weight_alarms(self._table, after, self._initial, self._domains)
 
     def _checked_sums(self, sums: DomainSums | npt.NDArray[np.float64]) -> DomainSums:
