@@ -14,6 +14,7 @@ TRITON = 'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_6
 TRACKING = ["tensorboard>=2.15", "wandb>=0.17"]
 HUB = ["datasets>=3.0"]
 ADAPTER = ["peft>=0.18"]
+GGUF = ["gguf>=0.10"]
 EVAL = ["lm-eval>=0.4.13"]
 TEST = [
     *ADAPTER,
@@ -28,6 +29,7 @@ TEST = [
     "trl>=1.16",  # the rival of `versatune-ds evidence`
     TRITON,
     *HUB,
+    *GGUF,
     *EVAL,
 ]
 
@@ -52,6 +54,7 @@ setup(
             "sample/*.md",
             "data/encode/templates/*.jinja",
             "report/templates/*",
+            "apps/detect/topics.yaml",
         ],
         "versatune_kernels": ["py.typed"],
     },
@@ -75,6 +78,7 @@ setup(
         "matplotlib>=3.8",
         "psutil>=5.9",
         "scikit-learn>=1.4",
+        "scipy>=1.11.1",
         "httpx>=0.27",
     ],
     extras_require={
@@ -84,6 +88,7 @@ setup(
         "swanlab": ["swanlab>=0.10"],
         "trackio": ["trackio>=0.43"],
         "hub": HUB,
+        "gguf": GGUF,
         "vllm": ["vllm>=0.10"],
         "audit": ["pip-audit>=2.7"],
         "eval": EVAL,

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = REPOSITORY / "tests" / "support" / "measure_cases.py"
 DOMAINS = ["law", "medicine", "code"]
-SHARED = "batch.sequence_parallel=2"
+SHARED = ("batch.sequence_parallel=2", "evaluation.generate=null")
+ASKED = {"samples": 3, "max_new_tokens": 24, "batch_size": 2}
 TABLE = DomainTable(DOMAINS)
 
 
@@ -40,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
     raw["weights"] = {"strategy": "constant"}
     raw["optimizer"] |= {"lr": 3e-2, "schedule": "constant"}
     raw["train"] = {"max_steps": 40}
-    raw["evaluation"] = {"every_n_steps": 4, "patience": 2, "select": "overall"}
+    raw["evaluation"] = {"every_n_steps": 4, "patience": 2, "select": "overall", "generate": ASKED}
     raw["checkpoint"] = {"every_n_steps": 10, "keep_last": 1}
     raw["reference"] = {"lr": 5e-3, "max_epochs": 2, "patience": 2}
     prepare_run(folder, raw)
@@ -88,8 +89,8 @@ def measured(folder) -> Path:
         case(folder, "evaluate", "broken", model=str(broken)),
     ]
     shared = [
-        case(folder, "evaluate", "shared", SHARED, model=model),
-        case(folder, "reference", "reference_shared", SHARED),
+        case(folder, "evaluate", "shared", *SHARED, model=model),
+        case(folder, "reference", "reference_shared", *SHARED),
     ]
     evaluations = folder / "trained" / "evaluation.json"
     run_cases(folder, 2, cases[:5])
@@ -192,6 +193,22 @@ def test_evaluation_is_that_of_the_run_on_any_ranks_and_stage(measured):
         for other in (second, shared):
             np.testing.assert_allclose(first.losses[name], other.losses[name], rtol=1e-4)
             assert np.array_equal(first.tokens[name], other.tokens[name])
+
+
+def test_answers_are_those_of_the_run_on_any_ranks_and_stage(measured):
+    """Two ranks with parts of every weight, in training and afterwards; one rank that holds all of them."""
+    evaluations = read_jsonl(measured / "trained" / "eval.jsonl")
+    best = min(evaluations[1:], key=lambda line: line["loss"])
+    lines = read_jsonl(measured / "trained" / "answers.jsonl")
+    assert len(lines) == len(evaluations) * len(DOMAINS) * ASKED["samples"]
+    trained = [line for line in lines if line.pop("step") == best["step"]]
+    assert len({line["answer"] for line in trained}) > 2
+    for name in ("two_ranks_zero3.json", "one_rank_stage0.json"):
+        found = ModelEvaluation.read(measured / name)
+        assert list(found.answers) == trained
+        assert {name: sum(of) / 3 for name, of in found.scores().items()} == best["domain_score"]
+    assert ModelEvaluation.read(measured / "shared_packs.json").answers == ()
+    assert not (measured / "reference" / "law" / "answers.jsonl").read_text()
 
 
 def test_reference_losses_of_shared_packs_are_the_same(measured):

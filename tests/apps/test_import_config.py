@@ -52,7 +52,10 @@ val_size: 0.1
 hf_hub_token: hf_abcdefghijklmnopqrstuvwxyzabcdefgh
 """
 REGISTRY = {
-    "law": {"file_name": "../rows/law.json", "columns": {"prompt": "task", "response": "output"}},
+    "law": {
+        "file_name": "../rows/law.json",
+        "columns": {"prompt": "task", "response": "output", "history": "earlier"},
+    },
     "code": {
         "file_name": "../rows/chats.jsonl",
         "formatting": "sharegpt",
@@ -205,7 +208,7 @@ def test_llama_factory(imported):
     assert ours.optimizer.betas == (0.9, 0.999) and ours.optimizer.warmup_ratio == 0.1
     assert ours.domains.names == ["law", "code"] and ours.domains.initial == {"law": 0.25, "code": 0.75}
     law, code = ours.data.train
-    assert (law.format, law.columns) == ("alpaca", {"instruction": "task"})
+    assert (law.format, law.columns) == ("alpaca", {"instruction": "task", "history": "earlier"})
     assert (code.format, code.columns) == ("messages", {})
     assert ours.deepspeed == {"zero_optimization": {"stage": 3}} and ours.checkpoint.every_n_steps == 500
     left = [line.split(":")[0] for line in text.partition("# Not carried over:\n")[2].splitlines()]

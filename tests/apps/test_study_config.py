@@ -16,11 +16,20 @@ STUDY = {
     "arms": {"uniform": {"weights": {"strategy": "uniform"}}},
 }
 
+PRETRAINED = {"pretraining": None, "model": {"source": "x"}, "mixture": {"law": 0.5, "code": 0.5}}
+
 
 def load(tmp_path, overrides=(), **changes):
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump({**STUDY, **changes}))
     return load_study(path, list(overrides))
+
+
+def test_a_pretrained_model_brings_a_mixture_of_its_own(tmp_path):
+    study = load(tmp_path, **PRETRAINED)
+    assert study.initial == PRETRAINED["mixture"] and study.model.source == "x"
+    study = load(tmp_path, **PRETRAINED | {"mixture": "~/knowledge.json"})
+    assert study.initial.name == "knowledge.json" and "~" not in str(study.initial)
 
 
 def test_overrides_reach_arms(tmp_path):
@@ -39,6 +48,10 @@ def test_overrides_reach_arms(tmp_path):
         ({"expansions": [{"target": "law", "arms": ["x"]}]}, "expansions: 'x' is no arm"),
         ({"pretraining": {"mixture": {"law": 0.5, "math": 0.5}}}, r"mixture names \['law', 'math'\]"),
         ({"pretraining": {"mixture": {"law": 0.5, "code": 0.4}}}, "shares sum to 0.9"),
+        ({"pretraining": None}, "source is not given: the study needs `pretraining`"),
+        ({"model": {"source": "x"}}, "source is given: the study needs `mixture`, and only that of"),
+        (PRETRAINED | {"mixture": {"law": 0.5, "math": 0.5}}, r"\n.*mixture names \['law', 'math'\]"),
+        (PRETRAINED | {"model": {"source": "x", "vocab_size": 1024}}, "of a model that is made"),
         ({"worker": 2}, "worker: unknown key; did you mean workers"),
     ],
 )

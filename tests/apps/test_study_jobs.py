@@ -46,7 +46,7 @@ def test_every_arm_runs_with_every_seed_on_the_same_budget():
 def test_fine_tuning_starts_from_the_mixture_of_the_base_unless_an_arm_says_otherwise():
     jobs = {job.arm: job.config for job in plan_of().arms(REFERENCE)}
     mixture = plan_of().study.pretraining.mixture
-    assert plan_of().base().config.domains.initial == mixture
+    assert plan_of().base()[0].config.domains.initial == mixture
     assert jobs["fostering_linear"].domains.initial == jobs["constant"].domains.initial == mixture
     assert jobs["law_only"].domains.initial["law"] == 1.0
     assert jobs["law_expansion"].weights.target == "law"
@@ -56,7 +56,20 @@ def test_an_adapter_is_trained_by_all_but_the_base():
     plan = plan_of("strategies", "model.adapter={rank: 4}")
     tuned = [*plan.references(), *plan.arms(REFERENCE)]
     assert {job.config.model.adapter.rank for job in tuned} == {4}
-    assert plan.base().config.model.adapter is None
+    assert plan.base()[0].config.model.adapter is None
+
+
+def test_a_pretrained_model_is_trained_by_all_and_made_by_none():
+    study = load_study(
+        STUDIES / "strategies.yaml",
+        ["pretraining=null", "model={source: /real, adapter: {rank: 4}}", "mixture=/seen/knowledge.json"],
+    )
+    plan = StudyPlan(study, Path("/corpus"), "/real")
+    assert plan.base() == []
+    jobs = {job.arm: job.config for job in plan.arms(REFERENCE)}
+    assert {config.model.source for config in jobs.values()} == {"/real"}
+    assert jobs["constant"].domains.initial == Path("/seen/knowledge.json")
+    assert jobs["law_only"].domains.initial["law"] == 1.0
 
 
 def test_reference_runs_see_one_domain_and_are_evaluated_on_the_way():

@@ -7,7 +7,7 @@ import pytest
 
 from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.domain.controller import WeightController
-from versatune_ds.domain.history import Losses, domains_of, read_history, replay_history, sums_of
+from versatune_ds.domain.history import Losses, read_history, replay_history, sums_of
 from versatune_ds.domain.reference import load_reference
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
@@ -118,7 +118,7 @@ def test_domains_without_a_loss_and_the_line_of_step_0_are_passed_over(tmp_path)
     )
     first, second = read_history(lines)
     assert vars(first) == vars(losses(5, losses={"law": 2.5}, stderr={"law": 0.1}))
-    assert second.step == 10 and domains_of([first, second]) == ["law", "code"]
+    assert second.step == 10 and list(first.losses | second.losses) == ["law", "code"]
 
 
 @pytest.mark.parametrize(

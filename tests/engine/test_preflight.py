@@ -158,6 +158,20 @@ def test_settings_without_effect_are_listed():
 
 
 @pytest.mark.parametrize(
+    ("every", "steps", "said"),
+    # a cosine falls to half its peak in the middle
+    [(None, 60, None), (None, 5000, None), (10, 60, None), (12, 60, "4 updates in 60 steps, 2 of them"),
+     (60, 60, "0 updates"), (None, 5, "4 updates in 5 steps, 2 of them")],
+)  # fmt: skip
+def test_weights_that_would_move_when_the_learning_rate_is_gone(every, steps, said):
+    moving = {"strategy": "raw_loss", "every_n_steps": every}
+    optimizer = {"schedule": "cosine", "min_lr_ratio": 0.0, "warmup_ratio": 0.0}
+    late = preflight.late_weights(config(weights=moving, optimizer=optimizer), steps)
+    assert (late is None) if said is None else (said in late)
+    assert preflight.late_weights(config(weights=moving | {"strategy": "uniform"}), steps) is None
+
+
+@pytest.mark.parametrize(
     ("version", "stage", "recompute"),
     [("2.11.0", 3, "all"), ("2.11.0", 2, "all"), ("2.11.0", 3, "off"), ("2.13.0+cpu", 3, 2)],
 )

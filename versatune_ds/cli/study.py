@@ -1,7 +1,7 @@
 """`versatune-ds study`: compare strategies over several seeds, with tables and a report.
 
-Pre-trains a small base model on a skewed mixture, fine-tunes it with every arm and seed by the trainer
-itself, and writes DIR/results/. Started again it keeps finished runs. See docs/study.md.
+Takes a pretrained model, or pre-trains a small one on a skewed mixture, fine-tunes it with every arm and seed
+by the trainer itself, and writes DIR/results/. Started again it keeps finished runs. See docs/study.md.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ def with_model(config: Config, source: str) -> Config:
     raw["model"] |= {
         **model_of(source),
         "weights": "pretrained",
+        "kl_to_base": None,
         "tokenizer": config.model.tokenizer or config.model.source,
     }
     return validate_config(raw, f"settings with the model {source}").like(config)
@@ -88,9 +89,7 @@ def single_domain_config(
     """Settings that train `reference.model` on one domain until its held-out loss stops falling.
 
     Args:
-        config: the run's settings.
         domain: the one to train on; the others stay in the table with weight 0.
-        folder: run folder.
         num_tokens: training tokens of the domain.
         adapter: what is trained of the model, by AdamW; None: all of it.
     """
@@ -114,7 +113,8 @@ def single_domain_config(
         "ema_decay": None,  # nothing is exported
         **({"kind": "adamw", "muon_lr": None} if adapter is not None else {}),
     }
-    raw["model"]["adapter"] = adapter and adapter.model_dump(mode="json")
+    # a reference is to fit its domain as well as it can
+    raw["model"] |= {"adapter": adapter and adapter.model_dump(mode="json"), "kl_to_base": None}
     steps = math.ceil(settings.max_epochs * steps_per_epoch)
     raw["train"] |= {"max_steps": steps, "epochs": None, "profile": None}
     raw["evaluation"] |= {
@@ -122,6 +122,7 @@ def single_domain_config(
         "domains": [domain],
         "patience": settings.patience,
         "select": None,
+        "generate": None,
     }
     raw["checkpoint"] |= {"keep_last": 1, "milestone_every_n_steps": None, "export_at_end": False}
     return validate_config(raw, f"settings of the reference run of {domain}").like(config)

@@ -21,6 +21,8 @@ else:
     StrategyName = Literal[tuple(STRATEGIES)]
 WEIGHT_SUM_TOLERANCE = 1e-3
 """How far given shares may be from summing to 1 (rounded decimals); they are then scaled to sum to 1."""
+LONGEST_INTERVAL, UPDATES = 100, 20
+"""Without `weights.every_n_steps`: the most steps between updates, and how many a short run has."""
 
 
 def share_problems(values: dict[str, float], what: str) -> Iterator[str]:
@@ -92,8 +94,9 @@ class Weights(Section):
     """`constant` keeps `domains.initial`; `uniform` and `inverse` ((1 - p) / Z) are static too; `manual`
     follows `schedule`; `fostering`, `expansion`, `doremi` and `raw_loss` move with the losses, `marginal`
     with what the tokens of each domain did for held-out losses."""
-    every_n_steps: int = Field(100, ge=1)
-    """Optimizer steps between updates, and the length of the loss window."""
+    every_n_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between updates, and the length of the loss window. None: a twentieth of the run, so
+    that shares arrive before the learning rate is gone, and at most 100."""
     form: Literal["linear", "exponential"] = "linear"
     """fostering: w (1 + sigma gamma) / Z, or w exp(sigma gamma) / Z."""
     sigma: float = Field(1.0, ge=0)
@@ -110,7 +113,8 @@ class Weights(Section):
     eta: float = Field(1.0, ge=0)
     """doremi and marginal: step size of the exponentiated gradient."""
     objective: dict[str, float] | None = None
-    """marginal: weight of every domain's held-out loss in what is to be lowered; None: all alike."""
+    """marginal, and `versatune-ds search`: weight of every domain's held-out loss in what is to be lowered;
+    None: all alike."""
     smoothing: float = Field(1e-3, ge=0, le=1)
     """doremi: share of the uniform distribution mixed in after each update."""
     schedule: list[ScheduledWeights] | Place | None = None
@@ -135,6 +139,11 @@ class Weights(Section):
     """Take the share of a domain that is overfitted, with any strategy; None: no guard."""
     shadow: bool = False
     """Compute and log updates without applying them."""
+
+    def interval(self, total_steps: int | None = None) -> int:
+        """Optimizer steps between updates of a run of `total_steps`, if that is known."""
+        longest = LONGEST_INTERVAL if total_steps is None else min(LONGEST_INTERVAL, total_steps // UPDATES)
+        return self.every_n_steps or max(1, longest)
 
     @property
     def needs_probe(self) -> bool:

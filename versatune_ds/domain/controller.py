@@ -52,13 +52,7 @@ from versatune_ds.strategies.rules import (
     forgetting_degree,
     learnable_potential,
 )
-from versatune_ds.strategies.simplex import (
-    Vector,
-    entropy,
-    limit_weights,
-    project,
-    weights_digest,
-)
+from versatune_ds.strategies.simplex import Vector, entropy, limit_weights, weights_digest
 
 STATE_VERSION = 1
 
@@ -67,10 +61,11 @@ class WeightController:
     """Holds the weights, the loss window and the last losses of a run.
 
     Args:
-        table: the domains.
-        domains: initial weights and limits.
-        weights: strategy and its parameters.
         reference: held-out losses (`load_reference`), needed by strategies that compare with them.
+        total_steps: optimizer steps of the run, where they are known: `interval` may depend on them.
+
+    Attributes:
+        interval: optimizer steps between updates.
 
     Raises:
         ConfigError: no reference where one is needed; limits that no weights can keep; a schedule that
@@ -84,6 +79,7 @@ class WeightController:
         domains: Domains,
         weights: Weights,
         reference: ReferenceLosses | None = None,
+        total_steps: int | None = None,
     ) -> None:
         self._strategy = STRATEGIES[weights.strategy]
         if self._strategy.compares and reference is None:
@@ -91,15 +87,15 @@ class WeightController:
         self._table = table
         self._domains = domains
         self._settings = weights
+        self.interval = weights.interval(total_steps)
         self._reference = reference
         self._target = None if weights.target is None else table.id_of(weights.target)
         self._schedule = resolve_schedule(weights.schedule, table) if self._strategy.is_scheduled else {}
         require_limits(self._schedule, table, domains)
         self._start = self._schedule.get(0, initial_weights(domains, weights, table))
         # no step limit before the first step: floor and cap hold from the start
-        self._initial = project(
-            self._start, np.full(len(table), domains.min_weight), np.full(len(table), domains.max_weight)
-        )
+        self._limits = domains.model_dump(include={"min_weight", "max_weight"})
+        self._initial = limit_weights(self._start, self._start, **self._limits)
         k = len(table)
         self._weights = self._initial
         self._guard = None if weights.guard is None else OverfitGuard(table.names, weights.guard)
@@ -158,7 +154,7 @@ class WeightController:
             skipped: the last of them was not applied. What its losses would have moved waits for the next
                 update, whose window then is longer; a schedule asks no losses and does not wait.
         """
-        asked = not skipped and step > 0 and step % self._settings.every_n_steps == 0
+        asked = not skipped and step > 0 and step % self.interval == 0
         if self._strategy.is_scheduled:
             return (step > 0 and step in self._schedule) or (self._guard is not None and asked)
         return asked
@@ -293,23 +289,12 @@ class WeightController:
         first = present & ~self._measured
         losses = np.where(present, new_losses, self._losses)
         stderr = np.where(present, new_stderr, self._stderr)
-        phi = forgetting_degree(
-            losses,
-            self._losses,
-            stderr=np.nan_to_num(stderr),
-            previous_stderr=np.nan_to_num(self._stderr),
-            noise_z=settings.noise_z,
-        )
+        noise: dict[str, Any] = {"stderr": np.nan_to_num(stderr), "noise_z": settings.noise_z}
+        phi = forgetting_degree(losses, self._losses, previous_stderr=np.nan_to_num(self._stderr), **noise)
         measured = self._measured | present
-        gamma = np.zeros(len(self._table))
-        if self._reference is not None:
-            gamma = learnable_potential(
-                losses,
-                self._reference.losses,
-                stderr=np.nan_to_num(stderr),
-                reference_stderr=self._reference.stderr,
-                noise_z=settings.noise_z,
-            )
+        gamma, reference = np.zeros(len(self._table)), self._reference
+        if reference is not None:
+            gamma = learnable_potential(losses, reference.losses, reference_stderr=reference.stderr, **noise)
         return Measurement(
             losses=losses,
             stderr=stderr,
@@ -350,7 +335,10 @@ class WeightController:
             rule = before.copy()
             reasons.append("no domain was measured: the weights stand")
         # a schedule is taken as it is; its floor and cap were checked at the start
-        after = rule if strategy.is_scheduled else self._limited(rule, before)
+        after = rule
+        if not strategy.is_scheduled:
+            change = self._domains.max_relative_change
+            after = limit_weights(rule, before, **self._limits, max_relative_change=change)
         reasons += limit_reasons(self._table.names, rule, after)
         if settings.shadow:
             reasons.append("shadow: computed, not applied")
@@ -410,23 +398,14 @@ class WeightController:
             guard=guard.to_json(),
         )
 
-    def _limited(self, proposed: Vector, previous: Vector) -> Vector:
-        return limit_weights(
-            proposed,
-            previous,
-            min_weight=self._domains.min_weight,
-            max_weight=self._domains.max_weight,
-            max_relative_change=self._domains.max_relative_change,
-        )
-
     def _alarms(self, measurement: Measurement, after: Vector) -> list[str]:
         if not self._strategy.moves_with_losses:
             return []
-        alarms: list[str] = []
-        if self._reference is not None and self._strategy.compares:
-            known = (measurement.gamma, measurement.measured)
-            alarms += reference_alarms(self._table, measurement.losses, self._reference.losses, *known)
-        return alarms + weight_alarms(self._table, after, self._initial, self._domains)
+        alarms = weight_alarms(self._table, after, self._initial, self._domains)
+        if self._reference is None or not self._strategy.compares:
+            return alarms
+        m, reference = measurement, self._reference.losses
+        return reference_alarms(self._table, m.losses, reference, m.gamma, m.measured) + alarms
 
     def _checked_sums(self, sums: DomainSums | npt.NDArray[np.float64]) -> DomainSums:
         checked = sums if isinstance(sums, DomainSums) else DomainSums(sums)

@@ -73,11 +73,6 @@ def read_history(path: Path) -> list[Losses]:
     return history
 
 
-def domains_of(history: Sequence[Losses]) -> list[str]:
-    """All domains that have a loss, in order of appearance."""
-    return list(dict.fromkeys(name for update in history for name in update.losses))
-
-
 def replay_history(
     history: Sequence[Losses], controller: WeightController, table: DomainTable
 ) -> list[WeightUpdate]:
@@ -86,7 +81,6 @@ def replay_history(
     Args:
         history: from `read_history`; its steps are taken, `weights.every_n_steps` is not looked at.
         controller: fresh, with `loss_source: train` and no guard.
-        table: the controller's domains.
 
     Raises:
         ConfigError: the history has a domain that the table lacks, or the strategy reads more than losses.
@@ -96,7 +90,7 @@ def replay_history(
             "weights.strategy marginal reads the held-out losses of every sample, which a history does not "
             "have; choose another strategy"
         )
-    for name in domains_of(history):
+    for name in (name for update in history for name in update.losses):
         if name not in table.names:
             raise ConfigError(f"the history has losses of an {unknown_name('domain', name, table.names)}")
     records = [controller.initial_update()]

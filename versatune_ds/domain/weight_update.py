@@ -57,7 +57,6 @@ class WeightUpdate:
     reasons: list[str]
     """Why the numbers are what they are, in words."""
     alarms: list[str]
-    """See `versatune_ds.domain.alarms`."""
     refused: bool
     """True where `update_z` found noise: `before` stays in force, and the window goes on."""
     guard: dict[str, Any] | None = None

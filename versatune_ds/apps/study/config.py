@@ -1,10 +1,10 @@
 """Settings of a study: many runs that differ in how they weigh domains, from one base model.
 
-A study file names a corpus, a small model, the mixture it is pre-trained on, the settings that all runs
-share, and one *arm* per strategy. Every arm is trained with every seed on the same number of tokens. Sections
-of a run (`data`, `weights`, ...) are plain mappings here and are validated as a whole run
-(`config/schema.py`) once an arm and a seed are filled in. In their texts `{corpus}` stands for the corpus
-folder.
+A study file names a corpus, a base model (a pretrained one, or a small one and the mixture that it is
+pre-trained on), the settings that all runs share, and one *arm* per strategy. Every arm is trained with every
+seed on the same number of tokens. Sections of a run (`data`, `weights`, ...) are plain mappings here and are
+validated as a whole run (`config/schema.py`) once an arm and a seed are filled in. In their texts `{corpus}`
+stands for the corpus folder.
 
 What is not covered: the meaning of a run's settings, and which runs depend on which (`apps/study/jobs.py`).
 """
@@ -19,7 +19,7 @@ from pydantic import Field
 
 from versatune_ds.config.load import load_settings
 from versatune_ds.config.model import Adapter
-from versatune_ds.config.section import Place, Section
+from versatune_ds.config.section import Place, PlaceText, Section
 from versatune_ds.config.weights import share_problems
 
 Sections = dict[str, Any]
@@ -30,8 +30,10 @@ OWNED_BY_STUDY = ("run", "model", "domains.initial", "weights.reference")
 
 
 class StudyModel(Section):
-    """The model that is made for the study, a Llama."""
+    """The base model: a pretrained one, or a Llama that is made for the study."""
 
+    source: PlaceText | None = None
+    """Folder or hub name of a pretrained model, with its tokenizer. None: one is made."""
     vocab_size: int = Field(8192, ge=512)
     """Entries of the tokenizer that is trained on the corpus. The sample brings its own tokenizer."""
     dtype: Literal["bf16", "fp32"] = "fp32"
@@ -40,6 +42,11 @@ class StudyModel(Section):
     """What reference runs and arms train beside the base model. None: all of it."""
     shape: dict[str, int] = Field(default_factory=dict)
     """Keys of a LlamaConfig that replace those of the shipped 4-layer shape of hidden size 128."""
+
+    def problems(self) -> Iterator[str]:
+        """What does not hold together."""
+        if self.source is not None and self.model_fields_set & {"vocab_size", "shape"}:
+            yield "model.vocab_size and model.shape are of a model that is made; remove them or model.source"
 
 
 class Pretraining(Section):
@@ -78,7 +85,11 @@ class Study(Section):
     seeds: list[int] = Field(min_length=1)
     """Seeds of sample order; every arm is trained with each."""
     model: StudyModel = StudyModel()
-    pretraining: Pretraining
+    pretraining: Pretraining | None = None
+    """How the base model is made, where `model.source` does not name one."""
+    mixture: dict[str, float] | Place | None = None
+    """With `model.source`, the mixture that fine-tuning starts from: shares by domain, or the knowledge.json
+    of a detection. A model that is made starts from that of its pre-training."""
     reference_seed: int = Field(0, ge=0)
     """Seed of the single-domain runs whose lowest held-out losses are the reference losses."""
     reference_evaluations: int = Field(4, ge=1)
@@ -104,11 +115,20 @@ class Study(Section):
         for expansion in self.expansions:
             if unknown := [name for name in expansion.arms if name not in self.arms]:
                 yield f"expansions: {unknown[0]!r} is no arm; arms: {list(self.arms)}"
+        given = {"pretraining": self.pretraining is not None, "mixture": self.mixture is not None}
+        needed = "mixture" if self.model.source else "pretraining"
+        if given != {name: name == needed for name in given}:
+            why = "is given" if self.model.source else "is not given"
+            yield f"model.source {why}: the study needs `{needed}`, and only that of {' and '.join(given)}"
         names = self.settings.get("domains", {}).get("names", [])
-        if set(names) != set(self.pretraining.mixture):
-            yield (
-                f"pretraining.mixture names {sorted(self.pretraining.mixture)}, domains.names {sorted(names)}"
-            )
+        key = "pretraining.mixture" if self.pretraining else "mixture"
+        if isinstance(self.initial, dict) and set(names) != set(self.initial):
+            yield f"{key} names {sorted(self.initial)}, domains.names {sorted(names)}"
+
+    @property
+    def initial(self) -> dict[str, float] | Place | None:
+        """Mixture that fine-tuning starts from, as in `domains.initial` of a run."""
+        return self.pretraining.mixture if self.pretraining else self.mixture
 
 
 def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:

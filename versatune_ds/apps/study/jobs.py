@@ -1,11 +1,12 @@
 """From a study's settings to its runs: pure functions, one complete `Config` per run.
 
-    base        one run that makes the base model from random weights, on the skewed mixture
+    base        one run that makes the base model from random weights, on the skewed mixture; none where the
+                study names a pretrained model
     reference   one run a domain, on that domain alone: its lowest held-out loss is the reference loss
     arms        every arm with every seed, from the base model, all on the same number of tokens
 
-Runs of one line do not depend on each other. Fine-tuning starts from the mixture that the base model was
-pre-trained on, which stands in for a detected knowledge distribution.
+Runs of one line do not depend on each other. Fine-tuning starts from the detected knowledge distribution of
+a pretrained model; that of one made here is known, the mixture of its pre-training.
 
 What is not covered: training (`apps/study/run.py`), and what the losses amount to
 (`apps/study/results.py`).
@@ -51,6 +52,12 @@ class Job:
         assert self.config.train.max_steps is not None
         return self.config.train.max_steps
 
+    def perform(self, device: Any) -> None:
+        """Train, in a process group that is already there."""
+        from versatune_ds.engine.train import train_in_group
+
+        train_in_group(self.config, device)
+
     def fingerprint(self, origin: str) -> str:
         """Hash of all settings and of `origin`, what else decides the result (data, base model)."""
         return canonical_hash([origin, self.config.model_dump(mode="json")])
@@ -62,10 +69,11 @@ class StudyPlan:
     Args:
         study: its settings.
         corpus: folder that `{corpus}` stands for.
-        model_folder: tokenizer and config.json of the model.
+        model_folder: tokenizer and config.json of the model; of a pretrained one the model itself, or its
+            name on a hub.
     """
 
-    def __init__(self, study: Study, corpus: Path, model_folder: Path) -> None:
+    def __init__(self, study: Study, corpus: Path, model_folder: Path | str) -> None:
         self.study = study
         self._model_folder = model_folder
         self._settings = json.loads(json.dumps(study.settings).replace("{corpus}", str(corpus)))
@@ -76,16 +84,18 @@ class StudyPlan:
         """Domain names in table order."""
         return list(self._settings["domains"]["names"])
 
-    def base(self) -> Job:
-        """The run that makes the base model."""
+    def base(self) -> list[Job]:
+        """The run that makes the base model; none for a pretrained one."""
         settings = self.study.pretraining
+        if settings is None:
+            return []
         layers: list[Sections] = [
             {"domains": {"initial": settings.mixture}, "weights": {"strategy": "constant"}},
             settings.settings,
             {"checkpoint": {"export_at_end": True}},
         ]
         model = {"source": str(self._model_folder), "weights": "random"}
-        return self._job("base", BASE_RUN, settings.seed, BASE_RUN, model, layers)
+        return [self._job("base", BASE_RUN, settings.seed, BASE_RUN, model, layers)]
 
     def references(self) -> list[Job]:
         """One single-domain run a domain."""
@@ -116,16 +126,17 @@ class StudyPlan:
         """
         self._max_steps()
         unknown = dict.fromkeys(self.domains, 1.0)
-        jobs = [self.base(), *self.references(), *self.arms(unknown)]
+        jobs = [*self.base(), *self.references(), *self.arms(unknown)]
         for expansion in self.study.expansions:
             if expansion.target not in self.domains:
                 raise ConfigError(f"expansions: {expansion.target!r} is no domain; domains: {self.domains}")
         return len(jobs)
 
     def _tune(self, kind: Kind, arm: str, seed: int, layers: Sequence[Sections]) -> Job:
-        base, adapter = self.study.dir / "runs" / BASE_RUN / EXPORT_DIR, self.study.model.adapter
+        base = self.study.model.source or self.study.dir / "runs" / BASE_RUN / EXPORT_DIR
+        adapter = self.study.model.adapter
         model = {"source": str(base), "adapter": adapter and adapter.model_dump(mode="json")}
-        mixture: Sections = {"domains": {"initial": self.study.pretraining.mixture}}
+        mixture: Sections = {"domains": {"initial": self.study.initial}}
         prefix = "reference_" if kind == "reference" else ""
         name = f"{prefix}{arm}_seed-{seed}"
         return self._job(kind, arm, seed, name, model, [mixture, *layers])

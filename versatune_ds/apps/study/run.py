@@ -41,6 +41,7 @@ from versatune_ds.data.rows.files import find_files
 from versatune_ds.data.rows.readers import decode_block, read_blocks
 from versatune_ds.domain.reference import REFERENCE_FORMAT, REFERENCE_VERSION
 from versatune_ds.engine.faults.signals import StopRequest
+from versatune_ds.engine.fingerprints import model_fingerprint
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import DataError, StateError, VersaTuneError
 from versatune_ds.foundations.files import canonical_hash, require_own, write_json_atomic, write_text_atomic
@@ -107,10 +108,13 @@ def run_study(study: Study) -> StudyRuns:
     study.dir.mkdir(parents=True, exist_ok=True)
     plan = make_plan(study)
     total = plan.check()
-    prepared = prepare(plan.base().config)
+    first = [*plan.base(), *plan.references()][0].config
+    prepared = prepare(first)
     log.info("%s", prepared.table())
-    with StopRequest() as stop, StudyWorkers(study, data_fingerprint(prepared), total, stop) as workers:
-        workers.run([plan.base()])
+    model = model_fingerprint(first.model) if study.model.source else None
+    origin = canonical_hash([data_fingerprint(prepared), model]) if model else data_fingerprint(prepared)
+    with StopRequest() as stop, StudyWorkers(study.dir, study.workers, origin, total, stop) as workers:
+        workers.run(plan.base())
         reference = reference_losses(workers.run(plan.references()))
         for_runs_elsewhere = {"format": REFERENCE_FORMAT, "version": REFERENCE_VERSION, "losses": reference}
         write_json_atomic(study.dir / "reference.json", for_runs_elsewhere)
@@ -132,7 +136,7 @@ def make_plan(study: Study) -> StudyPlan:
     if (corpus or study.corpus) == "sample":
         sample = study.dir / "sample"
         unpack_sample(sample)
-        return StudyPlan(study, sample / "data", sample / "model")
+        return StudyPlan(study, sample / "data", study.model.source or sample / "model")
     corpus = Path(corpus or study.corpus)
     if not corpus.is_dir():
         raise DataError(
@@ -140,6 +144,8 @@ def make_plan(study: Study) -> StudyPlan:
             "settings.data start from",
             path=corpus,
         )
+    if study.model.source:
+        return StudyPlan(study, corpus, study.model.source)
     folder = study.dir / "model"
     plan = StudyPlan(study, corpus, folder)
     wanted = canonical_hash([study.model.model_dump(), str(corpus)])
@@ -149,7 +155,7 @@ def make_plan(study: Study) -> StudyPlan:
         folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(marker, None)
         log.info("training a tokenizer of %d entries on the training files", study.model.vocab_size)
-        vocab_size = train_tokenizer(training_texts(plan.base()), folder, study.model.vocab_size)
+        vocab_size = train_tokenizer(training_texts(plan.base()[0]), folder, study.model.vocab_size)
         write_json_atomic(folder / "config.json", {**llama_config(vocab_size), **study.model.shape})
         write_json_atomic(marker, wanted)
     return plan
@@ -178,14 +184,16 @@ class StudyWorkers:
     """Processes that train jobs; use as a context manager.
 
     Args:
-        study: settings; `workers` of them run at the same time.
+        folder: of the study; runs lie in `runs`, what they print in `workers`.
+        workers: runs at the same time.
         origin: hash of the data.
         total: runs of the whole study, for the progress lines.
         stop: whether this process was asked to stop.
     """
 
-    def __init__(self, study: Study, origin: str, total: int, stop: StopRequest) -> None:
-        self._study = study
+    def __init__(self, folder: Path, workers: int, origin: str, total: int, stop: StopRequest) -> None:
+        self._folder = folder
+        self._workers = workers
         self._origin = origin
         self._total = total
         self._stop = stop
@@ -209,7 +217,12 @@ class StudyWorkers:
                 process.kill()
 
     def run(self, jobs: Sequence[Job]) -> list[RunResult]:
-        """Results of the jobs, in their order; finished ones are read, the others trained.
+        """`finish` the jobs; their results, in their order."""
+        self.finish(jobs)
+        return [read_result(job.config.run.dir, job.arm, job.seed, job.total_steps) for job in jobs]
+
+    def finish(self, jobs: Sequence[Job]) -> None:
+        """Perform the jobs that are not finished.
 
         Raises:
             VersaTuneError: a run failed, a worker died, or the study was asked to stop.
@@ -221,9 +234,9 @@ class StudyWorkers:
             log.info("[%d/%d] %d finished runs are kept", self._done, self._total, kept)
         for job in waiting:
             require_made(job.config.run.dir, BEGUN_FILE)
-        threads = max(1, (os.cpu_count() or 1) // self._study.workers)
+        threads = max(1, (os.cpu_count() or 1) // self._workers)
         waiting.reverse()
-        while len(self._processes) < min(self._study.workers, len(waiting)):
+        while len(self._processes) < min(self._workers, len(waiting)):
             self._start()
         busy: set[connection.Connection] = set()
         while waiting or busy:
@@ -242,12 +255,11 @@ class StudyWorkers:
                 )
         if jobs and jobs[0].kind == "base":  # what is trained from it belongs to it
             self._origin = fingerprints[jobs[0].name]
-        return [read_result(job.config.run.dir, job.arm, job.seed, job.total_steps) for job in jobs]
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        folder = self._study.dir / "workers"
+        folder = self._folder / "workers"
         folder.mkdir(exist_ok=True)
         log_file = folder / f"{len(self._processes)}.log"
         process = context.Process(target=work, args=(theirs, log_file))
@@ -257,7 +269,7 @@ class StudyWorkers:
 
     def _take(self, link: connection.Connection) -> None:
         """One answer of a worker."""
-        logs = self._study.dir / "workers"
+        logs = self._folder / "workers"
         try:
             outcome: Outcome = link.recv()
         except EOFError:
@@ -275,7 +287,7 @@ class StudyWorkers:
         self._trained_s.append(outcome.seconds)
         per_run = (time.perf_counter() - self._started) / len(self._trained_s)
         left = duration(per_run * (self._total - self._done))
-        _, loss = last_evaluation(self._study.dir / "runs" / outcome.name)
+        _, loss = last_evaluation(self._folder / "runs" / outcome.name)
         log.info(
             "[%d/%d] %s: mean held-out loss %.4f (%s), about %s left",
             self._done,
@@ -308,7 +320,6 @@ def train_job(job: Job, fingerprint: str, threads: int, device: Any) -> Outcome:
     """Train one run to its end, from its checkpoint if it was stopped; other remains are removed first."""
     import torch
 
-    from versatune_ds.engine.train import train_in_group
     from versatune_ds.foundations.commit import git_commit
 
     started, cpu_started = time.perf_counter(), time.process_time()
@@ -321,7 +332,7 @@ def train_job(job: Job, fingerprint: str, threads: int, device: Any) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(begun, fingerprint)
     try:
-        train_in_group(job.config, device)
+        job.perform(device)
     except VersaTuneError as error:
         return Outcome(job.name, str(error), False, 0.0)
     gc.collect()  # an engine holds itself in cycles
@@ -369,7 +380,8 @@ def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
         expansions=[(expansion.target, expansion.arms) for expansion in study.expansions],
     )
     finished = [json.loads(path.read_text()) for path in study.dir.glob(f"runs/*/{FINISHED_FILE}")]
-    info = json.loads((study.dir / "runs" / BASE_RUN / constants.RUN_INFO_FILE).read_text())
+    a_run = f"{runs.arms[0].arm}_seed-{runs.arms[0].seed}" if study.model.source else BASE_RUN
+    info = json.loads((study.dir / "runs" / a_run / constants.RUN_INFO_FILE).read_text())
     summary["provenance"] = {
         "date": time.strftime("%Y-%m-%d"),
         "config": str(config_path),

@@ -37,14 +37,17 @@ def provenance(summary: Json) -> str:
     hardware, study = made["hardware"], made["study"]
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     device = f"{hardware['cpu_count']} CPU cores" if hardware["device"] == "CPU" else hardware["device"]
-    mixture = ", ".join(f"{name} {100 * p:g} %" for name, p in study["pretraining"]["mixture"].items())
+    pretraining, source = study["pretraining"], study["model"].get("source")
+    start = pretraining["mixture"] if pretraining else study["mixture"]
+    if isinstance(start, dict):
+        start = ", ".join(f"{name} {100 * p:g} %" for name, p in start.items())
+    model = f"pretrained ({source}), fine-tuning starts from {start}" if source else f"pre-trained on {start}"
     return (
         f"{made['date']}; {device}, {made['workers']} runs at a time; {versions}; commit "
         f"{', '.join(made['commits'])}. Settings: {made['config']}. {made['runs']} runs took "
         f"{made['cpu_s'] / 60:.0f} minutes of CPU time and {made['run_s'] / 60:.0f} minutes of wall time "
         f"added up; the last call of the command took {made['wall_s'] / 60:.0f} minutes. Model: "
-        f"{made['num_parameters'] / 1e6:.1f} M parameters, {study['model']['dtype']}, pre-trained on "
-        f"{mixture}."
+        f"{made['num_parameters'] / 1e6:.1f} M parameters, {study['model']['dtype']}, {model}."
     )
 
 
