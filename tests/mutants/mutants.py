@@ -2125,7 +2125,7 @@ fault(
 fault(
     "the window is not reset by an update",
     "controller",
-    "        self._window = DomainSums.zeros(len(self._table))\n        self._update_count",
+    "            self.drop_window()\n        self._update_count",
     "        self._update_count",
     "controller::test_window_pools_steps_and_is_reset_by_the_update",
     WINDOW,

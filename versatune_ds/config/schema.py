@@ -442,6 +442,8 @@ class Config(Section):
     def _problems_of_training(self) -> Iterator[str]:
         if self.optimizer.states == "bf16_stochastic" and self.model.dtype != "bf16":
             yield f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
+        if self.optimizer.kind == "muon" and self.model.adapter is not None:
+            yield "optimizer.kind muon is for whole matrices, not for the factors of model.adapter; use adamw"
         if self.model.neftune_alpha is not None and self.batch.sequence_parallel > 1:
             yield "model.neftune_alpha: noise is for whole packs; set batch.sequence_parallel: 1"
         if self.model.kl_to_base is not None and self.batch.sequence_parallel > 1:

@@ -15,6 +15,7 @@ What is not covered: reducing sums over ranks, running the probe, writing weight
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -142,6 +143,10 @@ class WeightController:
         """
         self._window = self._window + self._checked_sums(step_sums)
 
+    def drop_window(self) -> None:
+        """Forget the sums since the last update: those to come include them, or were measured anew."""
+        self._window = DomainSums.zeros(len(self._table))
+
     def due(self, step: int, *, skipped: bool = False) -> bool:
         """Whether `update(step)` is to be called after `step` optimizer steps; pure.
 
@@ -214,7 +219,7 @@ class WeightController:
         if not proposal.refused:
             self._losses, self._stderr = measurement.losses, measurement.stderr
             self._measured = measurement.measured
-            self._window = DomainSums.zeros(len(self._table))
+            self.drop_window()
         self._update_count += 1
         self._last_step = step
         return record
@@ -263,10 +268,12 @@ class WeightController:
             raise StateError(f"weight controller state is damaged: {error!r}") from None
         if window.num_domains != len(self._table):
             raise StateError(f"weight controller state has a window of {window.num_domains} domains")
-        if self._guard is not None and "guard" in state:  # else it begins to watch now
-            self._guard.load_state(state["guard"])
-        if self._gains is not None:
-            self._gains.load_state(state.get("gains", {}))
+        guard, gains = copy(self._guard), copy(self._gains)
+        if guard is not None and "guard" in state:  # else it begins to watch now
+            guard.load_state(state["guard"])
+        if gains is not None:
+            gains.load_state(state.get("gains", {}))
+        self._guard, self._gains = guard, gains
         self._weights, self._initial, self._window = weights, initial, window
         self._measured = ~np.isnan(losses)
         self._losses, self._stderr = np.nan_to_num(losses), stderr
@@ -371,6 +378,7 @@ class WeightController:
             entropy=entropy(proposal.after),
             reasons=measurement.reasons + proposal.reasons,
             alarms=self._alarms(measurement, proposal.after),
+            refused=proposal.refused,
         )
 
     def _guard_record(

@@ -2,7 +2,8 @@
 
 Read is the weights.jsonl of a run: of each line `step`, `losses` (nats per supervised token, by domain) and,
 where known, `stderr`, `tokens` and `samples`; null or nothing is a domain that was absent. The line of step 0
-has no losses and is passed over.
+has no losses and is passed over. Losses of a line that was `refused` are in those of the next line, too, and
+those of a probe (`loss_source`) have the next probe in their place: a replay that refuses adds neither up.
 
 `replay_history` gives the recorded losses to a `WeightController`, update by update, as sums that have
 exactly these means and standard errors: the rules are those of a run, not a second implementation.
@@ -47,6 +48,8 @@ class Losses:
     """Supervised tokens that were measured, where known."""
     samples: Mapping[str, float]
     """Samples that were measured, where known."""
+    replaced: bool = False
+    """Whether the next losses include these, or were measured anew."""
 
 
 def read_history(path: Path) -> list[Losses]:
@@ -63,7 +66,8 @@ def read_history(path: Path) -> list[Losses]:
         if columns["losses"] and record["step"] < 1:
             raise DataError("step 0: an update has step 1 or more", path=path, line=line)
         if columns["losses"]:
-            history.append(Losses(record["step"], **columns))
+            replaced = record.get("refused") is True or record.get("loss_source") == "probe"
+            history.append(Losses(record["step"], **columns, replaced=replaced))
     if not history:
         raise DataError("holds no losses", path=path)
     return history
@@ -93,6 +97,8 @@ def replay_history(
     for update in history:
         controller.observe(sums_of(update, table))
         records.append(controller.update(update.step))
+        if update.replaced:
+            controller.drop_window()
     return records
 
 

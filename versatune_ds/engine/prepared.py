@@ -106,6 +106,7 @@ def prepare_run(config: Config, device_type: str) -> Prepared:
     corpus.check(planner)
     preflight.check_architecture(architecture, tokenizer, corpus)
     preflight.check_router(config.model, architecture)
+    preflight.check_optimizer(config.optimizer, architecture)
     encoder = ChatEncoder.build(tokenizer, config.data.chat_template)
     exported = config.checkpoint.export_at_end
     evaluated = preflight.evaluated_caches(config, table, caches["eval"])

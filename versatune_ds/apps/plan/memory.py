@@ -321,8 +321,10 @@ def _states(
             whole = shape.parameters * s
             held.append(Part("parameters, secondary copy (ZeRO++)", whole // buffers.hpz_ranks, False))
     if setup.has_average:
-        host.append(Part("average of the weights, and a copy of them", shard * 2 * FP32, False))
-    states = [Part("moments", moment_bytes(shape, setup, setup.shards), not setup.has_muon)]
+        # of weights on the host none is copied
+        copies = 0 if setup.offloads_optimizer or setup.device == "cpu" else 1
+        host.append(Part("average of the weights, and a copy of them", shard * (1 + copies) * FP32, True))
+    states = [Part("moments", moment_bytes(shape, setup, setup.shards), True)]
     if stage:
         states.insert(0, Part("master weights", shard * setup.master, True))
     (host if setup.offloads_optimizer else held).extend(states)

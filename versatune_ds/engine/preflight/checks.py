@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.config.model import Model
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import Config, Optimizer
 from versatune_ds.config.weights import Weights
 from versatune_ds.data.cache.cache import check_file
 from versatune_ds.data.cache.prepare import naming_the_command, open_caches
@@ -251,6 +251,19 @@ def check_router(settings: Model, architecture: Any) -> None:
         )
     if all(given.values()):
         raise ConfigError("model.router frozen: routers that do not train need no model.router_aux_loss")
+
+
+def check_optimizer(settings: Optimizer, architecture: Any) -> None:
+    """Refuse Muon for a mixture of experts, whose tensors have three dimensions.
+
+    Args:
+        settings: `optimizer` section.
+        architecture: the transformers config of the model.
+    """
+    if settings.kind == "muon" and experts_of(architecture):
+        raise ConfigError(
+            f"optimizer.kind muon: {architecture.model_type} has experts, which it is not for here; use adamw"
+        )
 
 
 def late_weights(config: Config, total_steps: int) -> str | None:
