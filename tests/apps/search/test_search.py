@@ -104,7 +104,14 @@ def play(job, fingerprint: str) -> None:
         lines.insert(0, {"step": 0, "domain_loss": dict(zip(NAMES, BASE.tolist(), strict=True))})
         (folder / "metrics.jsonl").write_text('{"real_tokens": 250}\n' * 2)
     (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "finished.json").write_text(json.dumps({"fingerprint": fingerprint, "seconds": 2.0}))
+    (folder / "finished.json").write_text(
+        json.dumps({"fingerprint": fingerprint, "seconds": 2.0, "seed": job.config.run.seed})
+    )
+
+
+def found_seed(folder: Path, name: str) -> int:
+    """Seed of a played run."""
+    return int(content(folder / "runs" / name / "finished.json")["seed"])
 
 
 def content(path: Path) -> dict:
@@ -116,6 +123,8 @@ def test_proxies_find_the_mixture_of_the_law_and_domains_initial_takes_it(settin
     path = search_run.search(config, settings.folder)
     found = content(path)
     points = [name for name in settings.played if name.startswith("point-")]
+    seeds = [found_seed(settings.folder, name) for name in settings.played]
+    assert seeds[0] == seeds[-1] == 5 and sorted(seeds[1:-1]) == list(range(6, 6 + len(points)))
     assert points == [f"point-{i:03d}" for i in range(len(points))]
     assert settings.played[-1].startswith("found-")
     rounds = content(settings.folder / "search.json")["rounds"]
@@ -143,10 +152,10 @@ def test_proxies_find_the_mixture_of_the_law_and_domains_initial_takes_it(settin
 
 def test_adapters_train_one_run_a_domain_and_two_that_check(settings):
     search_run.search(settings("search.way=adapters", "search.budget_tokens=20000"), settings.folder)
-    singles, points = settings.played[:6], settings.played[7:-1]
+    singles, points = settings.played[1:7], settings.played[7:-1]
     assert singles == [f"adapter-{name}" for name in NAMES]
     assert len(points) >= 9 and all(name.startswith("point-") for name in points)
-    assert settings.played[6].startswith("start-") and settings.played[-1].startswith("found-")
+    assert settings.played[0].startswith("start-") and settings.played[-1].startswith("found-")
     found = content(settings.folder / "mixture.json")["search"]
     assert found["cost"]["merged"] == len(points) and found["cost"]["runs"] == 8
     corners = [tried["shares"] for tried in found["tried"][:6]]
@@ -219,7 +228,9 @@ def test_parts_share_the_runs_of_a_round(settings):
     with pytest.raises(StudyStopped, match=r"part 0/2 of this round is done; of the others \d+ runs are not"):
         search_run.search(settings("search.part=0/2", "search.rounds=1"), settings.folder)
     first = list(settings.played)
-    assert first == [f"point-{i:03d}" for i in range(0, 2 * len(first), 2)]
+    assert first[0].startswith("start-") and first[1:] == [
+        f"point-{2 * i + 1:03d}" for i in range(len(first) - 1)
+    ]
     for calls in range(20):
         if (settings.folder / "mixture.json").exists():
             break
@@ -235,7 +246,7 @@ def test_parts_share_the_runs_of_a_round(settings):
     ("overrides", "text"),
     [
         (["search=null"], "section search is missing"),
-        (["search.budget_tokens=100"], r"budget_tokens 100 is too little for proxies: 1 runs of 512 tokens"),
+        (["search.budget_tokens=100"], r"budget_tokens 100 is too little for proxies: 2 runs of 512 tokens"),
         (["search.limits={maths: 0.1}"], r"search\.limits: unknown domains \['maths'\]"),
         (["search.limits={code: -1}"], "code would need a loss below 0"),
         (["search.part=2/2"], "part 2/2: the first of 2 is 0, the last one 1"),
@@ -295,8 +306,11 @@ def test_a_search_from_the_command_line_and_a_run_with_its_mixture(prepared, tmp
     assert (found["cost"]["merged"] > 0) == (way == "adapters")
     if way == "adapters":  # that of the first domain alone, factor 1, is the model of the run that trained it
         python("-c", MERGED, file, str(folder), *overrides)
-        line = json.loads((folder / "runs" / "alone" / "eval.jsonl").read_text())
-        assert line["domain_loss"] == pytest.approx(found["tried"][0]["loss"], rel=1e-5)
-        assert found["tried"][0]["loss"]["law"] != pytest.approx(found["losses"]["law"]["base"], rel=1e-4)
+        merged, trained = (
+            json.loads((folder / "runs" / name / "eval.jsonl").read_text().splitlines()[-1])["domain_loss"]
+            for name in ("alone", "adapter-law")
+        )
+        assert merged == pytest.approx(trained, rel=1e-5)
+        assert merged["law"] != pytest.approx(found["losses"]["law"]["base"], rel=1e-4)
     mixture = f"domains.initial={folder / 'mixture.json'}"
     python(*main, "train", "--config", file, *overrides, mixture, "train.max_steps=1")
