@@ -108,7 +108,7 @@ def draw(
 
 
 def rounded(shares: Array) -> Array:
-    """Shares with few decimals that sum to 1, by largest remainders: a bound with as few of them still holds."""
+    """Shares with few decimals that sum to 1, by largest remainders: bounds with as few still hold."""
     scaled = shares * 10**DECIMALS
     units = np.floor(scaled + 1e-6)
     missing = round(10**DECIMALS - units.sum())
