@@ -21,6 +21,7 @@ from small_runs import SMALL_MODEL, sample_settings
 from versatune_ds.apps.search import choice
 from versatune_ds.apps.search import run as search_run
 from versatune_ds.apps.search.jobs import MergedJob, SearchPlan
+from versatune_ds.apps.search.page import doubts
 from versatune_ds.apps.study.run import StudyStopped
 from versatune_ds.config.load import load_config
 from versatune_ds.config.schema import Config
@@ -147,6 +148,7 @@ def test_proxies_find_the_mixture_of_the_law_and_domains_initial_takes_it(settin
     used = settings(f"domains.initial={path}")
     np.testing.assert_allclose(prior_weights(used.domains, DomainTable(NAMES)), shares, atol=1e-9)
     page = (settings.folder / "index.html").read_text()
+    assert "Doubts" not in page
     assert page.count('<svg role="img"') == 4 and 'aria-label="shares of the mixture"' in page
 
 
@@ -240,6 +242,19 @@ def test_parts_share_the_runs_of_a_round(settings):
             )
     assert calls == 2  # the one that finds a round whole goes on with its part of the next
     assert len(set(settings.played)) == len(settings.played)
+
+
+def test_a_mixture_whose_check_is_no_better_than_the_start_is_doubted(settings):
+    """From the best mixture nothing better is found."""
+    best = dict(zip(NAMES, (BASE**2 / (BASE**2).sum()).tolist(), strict=True))
+    found = content(search_run.search(settings(f"domains.initial={json.dumps(best)}"), settings.folder))
+    measured = {key: found["search"]["objective"][key]["measured"] for key in ("found", "start")}
+    assert ("did no better" in (settings.folder / "index.html").read_text()) == (
+        measured["found"] >= measured["start"]
+    )
+    worse = {**found["search"], "objective": {"found": {"measured": 2.0}, "start": {"measured": 2.0}}}
+    assert len(doubts(worse)) == 1 and "keep the start" in doubts(worse)[0]
+    assert len(doubts({**worse, "limits_kept": False})) == 2
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from versatune_ds.apps.search.bounds import Bounds
 from versatune_ds.apps.search.choice import Goal
 from versatune_ds.apps.search.design import count, first_points, round_size, rounded
 from versatune_ds.apps.search.jobs import SearchPlan
-from versatune_ds.apps.search.page import search_page, slices
+from versatune_ds.apps.search.page import doubts, search_page, slices
 from versatune_ds.apps.search.surface import Array, Surface
 from versatune_ds.apps.study.jobs import Job
 from versatune_ds.apps.study.run import (
@@ -98,8 +98,8 @@ def search(config: Config, folder: Path) -> Path:
         values["found"]["measured"],
         values["start"]["measured"],
     )
-    if not found.limits_kept:
-        log.warning("no mixture was found that keeps search.limits; this one oversteps them least")
+    for doubt in doubts(content["search"]):
+        log.warning("%s", doubt)
     page = search_page(content, slices(found.surfaces, found.goal, found.shares))
     write_html(folder / PAGE_FILE, to_html(page, folder), "run.dir")
     return folder / MIXTURE_FILE
