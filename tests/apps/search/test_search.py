@@ -21,6 +21,7 @@ from small_runs import SMALL_MODEL, sample_settings
 from versatune_ds.apps.search import choice
 from versatune_ds.apps.search import run as search_run
 from versatune_ds.apps.search.jobs import MergedJob, SearchPlan
+from versatune_ds.apps.search.page import doubts
 from versatune_ds.apps.study.run import StudyStopped
 from versatune_ds.config.load import load_config
 from versatune_ds.config.schema import Config
@@ -104,7 +105,14 @@ def play(job, fingerprint: str) -> None:
         lines.insert(0, {"step": 0, "domain_loss": dict(zip(NAMES, BASE.tolist(), strict=True))})
         (folder / "metrics.jsonl").write_text('{"real_tokens": 250}\n' * 2)
     (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "finished.json").write_text(json.dumps({"fingerprint": fingerprint, "seconds": 2.0}))
+    (folder / "finished.json").write_text(
+        json.dumps({"fingerprint": fingerprint, "seconds": 2.0, "seed": job.config.run.seed})
+    )
+
+
+def found_seed(folder: Path, name: str) -> int:
+    """Seed of a played run."""
+    return int(content(folder / "runs" / name / "finished.json")["seed"])
 
 
 def content(path: Path) -> dict:
@@ -116,6 +124,8 @@ def test_proxies_find_the_mixture_of_the_law_and_domains_initial_takes_it(settin
     path = search_run.search(config, settings.folder)
     found = content(path)
     points = [name for name in settings.played if name.startswith("point-")]
+    seeds = [found_seed(settings.folder, name) for name in settings.played]
+    assert seeds[0] == seeds[-1] == 5 and sorted(seeds[1:-1]) == list(range(6, 6 + len(points)))
     assert points == [f"point-{i:03d}" for i in range(len(points))]
     assert settings.played[-1].startswith("found-")
     rounds = content(settings.folder / "search.json")["rounds"]
@@ -138,15 +148,16 @@ def test_proxies_find_the_mixture_of_the_law_and_domains_initial_takes_it(settin
     used = settings(f"domains.initial={path}")
     np.testing.assert_allclose(prior_weights(used.domains, DomainTable(NAMES)), shares, atol=1e-9)
     page = (settings.folder / "index.html").read_text()
+    assert "Doubts" not in page
     assert page.count('<svg role="img"') == 4 and 'aria-label="shares of the mixture"' in page
 
 
 def test_adapters_train_one_run_a_domain_and_two_that_check(settings):
     search_run.search(settings("search.way=adapters", "search.budget_tokens=20000"), settings.folder)
-    singles, points = settings.played[:6], settings.played[7:-1]
+    singles, points = settings.played[1:7], settings.played[7:-1]
     assert singles == [f"adapter-{name}" for name in NAMES]
     assert len(points) >= 9 and all(name.startswith("point-") for name in points)
-    assert settings.played[6].startswith("start-") and settings.played[-1].startswith("found-")
+    assert settings.played[0].startswith("start-") and settings.played[-1].startswith("found-")
     found = content(settings.folder / "mixture.json")["search"]
     assert found["cost"]["merged"] == len(points) and found["cost"]["runs"] == 8
     corners = [tried["shares"] for tried in found["tried"][:6]]
@@ -219,7 +230,9 @@ def test_parts_share_the_runs_of_a_round(settings):
     with pytest.raises(StudyStopped, match=r"part 0/2 of this round is done; of the others \d+ runs are not"):
         search_run.search(settings("search.part=0/2", "search.rounds=1"), settings.folder)
     first = list(settings.played)
-    assert first == [f"point-{i:03d}" for i in range(0, 2 * len(first), 2)]
+    assert first[0].startswith("start-") and first[1:] == [
+        f"point-{2 * i + 1:03d}" for i in range(len(first) - 1)
+    ]
     for calls in range(20):
         if (settings.folder / "mixture.json").exists():
             break
@@ -231,11 +244,24 @@ def test_parts_share_the_runs_of_a_round(settings):
     assert len(set(settings.played)) == len(settings.played)
 
 
+def test_a_mixture_whose_check_is_no_better_than_the_start_is_doubted(settings):
+    """From the best mixture nothing better is found."""
+    best = dict(zip(NAMES, (BASE**2 / (BASE**2).sum()).tolist(), strict=True))
+    found = content(search_run.search(settings(f"domains.initial={json.dumps(best)}"), settings.folder))
+    measured = {key: found["search"]["objective"][key]["measured"] for key in ("found", "start")}
+    assert ("did no better" in (settings.folder / "index.html").read_text()) == (
+        measured["found"] >= measured["start"]
+    )
+    worse = {**found["search"], "objective": {"found": {"measured": 2.0}, "start": {"measured": 2.0}}}
+    assert len(doubts(worse)) == 1 and "keep the start" in doubts(worse)[0]
+    assert len(doubts({**worse, "limits_kept": False})) == 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
         (["search=null"], "section search is missing"),
-        (["search.budget_tokens=100"], r"budget_tokens 100 is too little for proxies: 1 runs of 512 tokens"),
+        (["search.budget_tokens=100"], r"budget_tokens 100 is too little for proxies: 2 runs of 512 tokens"),
         (["search.limits={maths: 0.1}"], r"search\.limits: unknown domains \['maths'\]"),
         (["search.limits={code: -1}"], "code would need a loss below 0"),
         (["search.part=2/2"], "part 2/2: the first of 2 is 0, the last one 1"),
@@ -295,8 +321,11 @@ def test_a_search_from_the_command_line_and_a_run_with_its_mixture(prepared, tmp
     assert (found["cost"]["merged"] > 0) == (way == "adapters")
     if way == "adapters":  # that of the first domain alone, factor 1, is the model of the run that trained it
         python("-c", MERGED, file, str(folder), *overrides)
-        line = json.loads((folder / "runs" / "alone" / "eval.jsonl").read_text())
-        assert line["domain_loss"] == pytest.approx(found["tried"][0]["loss"], rel=1e-5)
-        assert found["tried"][0]["loss"]["law"] != pytest.approx(found["losses"]["law"]["base"], rel=1e-4)
+        merged, trained = (
+            json.loads((folder / "runs" / name / "eval.jsonl").read_text().splitlines()[-1])["domain_loss"]
+            for name in ("alone", "adapter-law")
+        )
+        assert merged == pytest.approx(trained, rel=1e-5)
+        assert merged["law"] != pytest.approx(found["losses"]["law"]["base"], rel=1e-4)
     mixture = f"domains.initial={folder / 'mixture.json'}"
     python(*main, "train", "--config", file, *overrides, mixture, "train.max_steps=1")

@@ -1,8 +1,9 @@
 """Which mixtures are tried: how many the budget allows, the first ones, and candidates for those after.
 
-    proxies     N runs; the last one is of the mixture that was found
-    adapters    a run a domain, one on the start mixture and one on the mixture that was found; the rest of
-                the budget evaluates merged adapters
+    proxies     a run for each mixture
+    adapters    a run a domain; a mixture costs an evaluation of merged adapters
+
+Two runs, on the start mixture and on the one that was found, check the result.
 
 A run costs steps x packs x pack_len tokens and two evaluations, a held-out token a third of a trained one
 (forward only; a backward costs two forwards). Start and uniform mixture come first. The first half of all
@@ -67,7 +68,7 @@ def count(way: str, budget: int, num_domains: int, run_tokens: int, held_out_tok
     """
     evaluation = EVALUATED * held_out_tokens
     run = run_tokens + 2 * evaluation
-    singles, checks = (0, 1) if way == "proxies" else (num_domains, 2)
+    singles, checks = 0 if way == "proxies" else num_domains, 2
     each = run if way == "proxies" else evaluation
     fixed, least = (singles + checks) * run, num_domains + 3
     points = math.floor((budget - fixed) / each)
@@ -107,8 +108,9 @@ def draw(
 
 
 def rounded(shares: Array) -> Array:
-    """Shares with few decimals that sum to 1: what is left goes to the largest."""
-    short = np.round(shares, DECIMALS)
-    largest = int(short.argmax())
-    short[largest] = round(1.0 - math.fsum(np.delete(short, largest)), DECIMALS)
-    return short
+    """Shares with few decimals that sum to 1, by largest remainders: bounds with as few still hold."""
+    scaled = shares * 10**DECIMALS
+    units = np.floor(scaled + 1e-6)
+    missing = round(10**DECIMALS - units.sum())
+    units[np.argsort(units - scaled, kind="stable")[:missing]] += 1
+    return units / 10**DECIMALS

@@ -88,19 +88,21 @@ class SearchPlan:
         packs = self.settings.packs_per_step or self._config.batch.packs_per_step
         return self.settings.steps * packs * self._config.batch.pack_len
 
-    def proxy(self, name: str, shares: Array, seed: int | None = None) -> Job:
-        """A run on a mixture (float64[k]), with the run's seed or another."""
+    def proxy(self, name: str, shares: Array, seed: int) -> Job:
+        """A run on a mixture (float64[k])."""
         return Job("arm", name, *self._derive(name, shares, self._adapter, seed=seed))
 
     def any_run(self) -> Job:
         """One that stands for all: they differ in their mixtures only."""
-        return self.proxy("any", np.full(len(self.table), 1 / len(self.table)))
+        return self.proxy("any", np.full(len(self.table), 1 / len(self.table)), self._config.run.seed)
 
     def single(self, domain: int) -> Job:
         """The run that trains a domain's adapter."""
         name = f"adapter-{folder_name(self.table.names[domain])}"
         alone = np.eye(len(self.table))[domain]
-        return Job("arm", name, *self._derive(name, alone, self._adapter, keep=True))
+        return Job(
+            "arm", name, *self._derive(name, alone, self._adapter, keep=True, seed=self._config.run.seed)
+        )
 
     def merged(self, name: str, shares: Array) -> Job:
         """The evaluation of the sum of all adapters, weighted by a mixture (float64[k])."""
@@ -112,7 +114,7 @@ class SearchPlan:
         }
         sums = {"rank": len(parts) * self._adapter.rank, "alpha": len(parts) * self._adapter.alpha}
         adapter = self._adapter.model_copy(update={**sums, "start_from": parts})
-        return MergedJob("arm", name, *self._derive(name, shares, adapter))
+        return MergedJob("arm", name, *self._derive(name, shares, adapter, seed=self._config.run.seed))
 
     def settings_that_matter(self) -> dict[str, Any]:
         """What decides the results of the runs, beside data and model: section -> settings."""
@@ -129,13 +131,12 @@ class SearchPlan:
         adapter: Adapter | None,
         *,
         keep: bool = False,
-        seed: int | None = None,
+        seed: int,
     ) -> tuple[int, Config]:
         """Seed and settings of a run; `keep`: export what it trained."""
         config, settings, steps = self._config, self.settings, self.settings.steps
         raw = config.model_dump(mode="json")
         added = (adapter is not None) - (config.model.adapter is not None)
-        seed = config.run.seed if seed is None else seed
         raw["run"] |= {"dir": str(self._folder / "runs" / name), "resume": "auto", "seed": seed}
         raw["model"] = {
             **self._model.model_dump(mode="json"),

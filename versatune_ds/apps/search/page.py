@@ -59,9 +59,7 @@ def search_page(content: Json, sliced: tuple[Array, Array]) -> Page:
         Card("tokens", f"{cost['tokens']:,}", f"and {cost['held_out_tokens']:,} evaluated"),
         Card("time", f"{cost['seconds'] / 60:.1f} min", "of all runs, added up"),
     ]  # fmt: skip
-    remarks = [] if found["limits_kept"] else [("Limits", [
-        "No mixture was found whose predicted intervals keep all limits; this one oversteps them least."
-    ])]  # fmt: skip
+    remarks = [("Doubts", lines)] if (lines := doubts(found)) else []
     sections = [
         _mixture(content, names),
         _losses(found, names),
@@ -70,6 +68,19 @@ def search_page(content: Json, sliced: tuple[Array, Array]) -> Page:
     ]
     lead = f"By {found['settings']['way']}, {found['settings']['steps']} steps a run; {provenance(content)}."
     return Page("Search for a mixture", sections, lead, legend=names, remarks=remarks, cards=cards)
+
+
+def doubts(found: Json) -> list[str]:
+    """Why the mixture may not be what was wanted, a sentence each."""
+    lines = []
+    if not found["limits_kept"]:
+        lines.append("No mixture was found that keeps all of search.limits; this one oversteps them least.")
+    if found["objective"]["found"]["measured"] >= found["objective"]["start"]["measured"]:
+        lines.append(
+            "The run that checks the mixture did no better than that of the start mixture: keep the start, "
+            "or search with more steps or a larger budget."
+        )
+    return lines
 
 
 def provenance(content: Json) -> str:

@@ -32,7 +32,7 @@ from versatune_ds.apps.search.bounds import Bounds
 from versatune_ds.apps.search.choice import Goal
 from versatune_ds.apps.search.design import count, first_points, round_size, rounded
 from versatune_ds.apps.search.jobs import SearchPlan
-from versatune_ds.apps.search.page import search_page, slices
+from versatune_ds.apps.search.page import doubts, search_page, slices
 from versatune_ds.apps.search.surface import Array, Surface
 from versatune_ds.apps.study.jobs import Job
 from versatune_ds.apps.study.run import (
@@ -98,8 +98,8 @@ def search(config: Config, folder: Path) -> Path:
         values["found"]["measured"],
         values["start"]["measured"],
     )
-    if not found.limits_kept:
-        log.warning("no mixture was found that keeps search.limits; this one oversteps them least")
+    for doubt in doubts(content["search"]):
+        log.warning("%s", doubt)
     page = search_page(content, slices(found.surfaces, found.goal, found.shares))
     write_html(folder / PAGE_FILE, to_html(page, folder), "run.dir")
     return folder / MIXTURE_FILE
@@ -118,7 +118,7 @@ class Found(NamedTuple):
     measured: Array
     """float64[k], losses of the run on `shares`."""
     started: Array
-    """float64[k], losses of the run on the mixture that the run would start with."""
+    """float64[k], losses of the run on the start mixture."""
 
 
 class Exploration:
@@ -179,59 +179,66 @@ class Exploration:
         """All rounds, and the runs that check what was found."""
         self.journal.write()
         singles = [self.plan.single(i) for i in range(self.counts.singles)]
-        alone = [self._check("start", self.start)] if singles else []
-        self._finish(workers, [*singles, *alone])
-        make = self.plan.merged if singles else self.plan.proxy
+        start = self._check("start", self.start)
+        waiting = [start, *singles]
+        if singles:  # what follows is merged from them
+            self._finish(workers, waiting)
+            waiting = []
         points, jobs = [*np.eye(len(self.table))[: len(singles)]], list(singles)
         for number in itertools.count():
-            if len(jobs) - len(singles) >= self.counts.points:
+            done = len(jobs) - len(singles)
+            if done >= self.counts.points:
                 break
             if number == len(self.journal.rounds):
-                self.journal.add(self._choose(points, jobs, alone))
+                self.journal.add(self._choose(points, jobs, start))
             new = self.journal.rounds[number]
-            done = len(jobs) - len(singles)
-            jobs += [make(f"point-{done + i:03d}", point) for i, point in enumerate(new)]
+            jobs += [self._trial(done + i, point) for i, point in enumerate(new)]
             points += new
-            self._finish(workers, jobs[-len(new) :])
-        goal, tried = self._known(points, jobs, alone)
+            self._finish(workers, [*waiting, *jobs[-len(new) :]])
+            waiting = []
+        goal, tried = self._known(points, jobs, start)
         surfaces = fit(tried, goal.base)
         shares, limits_kept = choice.best(surfaces, goal, self._centres, self.bounds.nearest, self.seed)
         check = self._check("found", shares)
         self._finish(workers, [check])
-        started = self._losses([*alone, jobs[0]][0])
-        return Found(shares, limits_kept, surfaces, goal, tried, self._losses(check), started)
+        return Found(shares, limits_kept, surfaces, goal, tried, self._losses(check), self._losses(start))
 
-    def _known(
-        self, points: Sequence[Array], jobs: Sequence[Job], alone: Sequence[Job]
-    ) -> tuple[Goal, Tried]:
+    def _known(self, points: Sequence[Array], jobs: Sequence[Job], start: Job) -> tuple[Goal, Tried]:
         """The goal and what was tried, of finished jobs.
 
-        Merged adapters are no runs: their losses are scaled so that at the start mixture, which is the first
-        one merged, they are those of the run on it (`alone`).
+        Merged adapters are no runs: their losses are scaled so that at the start mixture, which is the
+        first one merged, they are those of the run on it.
         """
-        base = self._losses(jobs[0], line=0)
-        goal = Goal.of(self.table.names, self.objective, self.settings.limits, base)
+        goal = Goal.of(self.table.names, self.objective, self.settings.limits, self._losses(start, line=0))
         losses = [self._losses(job) for job in jobs]
-        factor = self._losses(alone[0]) / losses[self.counts.singles] if alone else 1.0
+        singles = self.counts.singles
+        factor = self._losses(start) / losses[singles] if singles else 1.0
         return goal, [(point, factor * loss) for point, loss in zip(points, losses, strict=True)]
 
     @property
     def _centres(self) -> list[Array]:
         return [self.prior, np.full(len(self.table), 1 / len(self.table))]
 
-    def _choose(self, points: Sequence[Array], jobs: Sequence[Job], alone: Sequence[Job]) -> list[Array]:
+    def _choose(self, points: Sequence[Array], jobs: Sequence[Job], start: Job) -> list[Array]:
         """The mixtures of the next round."""
         done = len(jobs) - self.counts.singles
         size, bounded = round_size(done, self.counts.points, self.settings.rounds), self.bounds.nearest
         if not done:
             return first_points(self.prior, size, bounded, self.seed)
-        goal, tried = self._known(points, jobs, alone)
+        goal, tried = self._known(points, jobs, start)
         surfaces, seed = fit(tried, goal.base), self.seed + done
         return choice.next_points(surfaces, goal, self._centres, size, bounded, seed)
 
+    def _trial(self, number: int, shares: Array) -> Job:
+        """What tries a mixture; runs have an order of samples each, so that they scatter as runs do."""
+        name = f"point-{number:03d}"
+        if self.counts.singles:
+            return self.plan.merged(name, shares)
+        return self.plan.proxy(name, shares, self.seed + 1 + number)
+
     def _check(self, name: str, shares: Array) -> Job:
-        """A run with samples in another order than those that the surface is made from."""
-        return self.plan.proxy(f"{name}-{canonical_hash(shares.tolist())[:8]}", shares, self.seed + 1)
+        """A run that the surface does not know; on the start and on the mixture found with one seed."""
+        return self.plan.proxy(f"{name}-{canonical_hash(shares.tolist())[:8]}", shares, self.seed)
 
     def _finish(self, workers: StudyWorkers, jobs: Sequence[Job]) -> None:
         """Have the jobs done: our part by the workers, that of others before.
