@@ -21,8 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from versatune_ds.config.model import Adapter, Model
 from versatune_ds.engine.fingerprints import model_fingerprint
 from versatune_ds.engine.model.adapters import add_adapter
-from versatune_ds.engine.model.packed_lm import four_bits
-from versatune_ds.engine.model.source import load_architecture
+from versatune_ds.engine.model.source import four_bits, load_architecture
 from versatune_ds.engine.preflight.checks import check_adapter
 from versatune_ds.foundations.errors import ConfigError
 

@@ -12,7 +12,7 @@ from plain_backend import plain_run
 from small_runs import cut_back, small_run
 
 from versatune_ds.config.load import load_config
-from versatune_ds.engine.model.packed_lm import load_lm
+from versatune_ds.engine.model.source import load_lm
 from versatune_ds.engine.preflight.dry_run import dry_run
 from versatune_ds.foundations.errors import ConfigError
 

@@ -670,7 +670,7 @@ fault(
 )
 fault(
     "a head that the files hold is dropped for a configuration that ties it",
-    "model",
+    "source",
     "            config.tie_word_embeddings = False\n",
     "",
     "step::test_two_steps_equal_plain_pytorch[2-lie-packed-zero3]",
@@ -980,7 +980,7 @@ fault(
 )
 fault(
     "random weights ignore the seed",
-    "model",
+    "source",
     "    torch.manual_seed(seed)\n",
     "",
     "model::test_random_weights_follow_the_seed",

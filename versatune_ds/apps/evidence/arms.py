@@ -146,7 +146,7 @@ def trl(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
 
     from versatune_ds.config.model import Model
     from versatune_ds.engine.model.attention import VARLEN, register_varlen
-    from versatune_ds.engine.model.packed_lm import load_lm
+    from versatune_ds.engine.model.source import load_lm
 
     is_varlen = spec.arm == "trl-varlen"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

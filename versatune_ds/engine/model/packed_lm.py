@@ -15,14 +15,12 @@ import importlib.metadata
 import importlib.util
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # zero.Init patches tensor constructors: dynamo must be loaded before it is entered
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from versatune_ds.config.model import Model
 from versatune_ds.data.collate import Batch, Compared
@@ -34,7 +32,7 @@ from versatune_ds.engine.model.recompute import recompute_in_backward
 from versatune_ds.engine.model.rope import rotate_by_sample, set_ends
 from versatune_ds.engine.model.router import ROUTER, Routers, experts_of
 from versatune_ds.engine.model.sequence import SequenceGroup
-from versatune_ds.engine.model.source import DTYPES, TEXT_PART, check_files, holds_own_head, load_architecture
+from versatune_ds.engine.model.source import four_bits, load_lm
 from versatune_ds.engine.phases import LOSS, timed
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError
@@ -289,81 +287,6 @@ def build_model(
     base_kl = BaseKL(settings.kl_to_base.coefficient) if settings.kl_to_base else None
     how = (settings.loss_backend, liger, settings.logits_dtype)
     return PackedCausalLM(lm, *how, routers, sequence, settings.objective == "dft", noise, base_kl)
-
-
-def four_bits(settings: Model) -> dict[str, Any]:
-    """transformers' arguments that load a model in 4 bits onto this rank's GPU, for qlora; else none."""
-    if settings.adapter is None or settings.adapter.kind != "qlora":
-        return {}
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPES[settings.dtype],
-    )
-    return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
-
-
-def load_lm(settings: Model, seed: int, **options: Any) -> PreTrainedModel:
-    """The causal LM of transformers in `model.dtype`, pretrained or random.
-
-    Args:
-        settings: `model` section, of which source, weights, dtype and trust_remote_code matter here.
-        seed: of random initialisation.
-        options: further arguments of transformers, e.g. `attn_implementation`.
-
-    Raises:
-        ConfigError: it cannot be loaded, or lacks weights.
-    """
-    options |= {"trust_remote_code": settings.trust_remote_code, "dtype": DTYPES[settings.dtype]}
-    config, folder = load_architecture(settings), Path(settings.source)
-    check_files(settings)
-    torch.manual_seed(seed)
-    try:
-        if settings.weights == "random":
-            return AutoModelForCausalLM.from_config(config, **options)
-        if config.tie_word_embeddings and folder.is_dir() and holds_own_head(folder):
-            log.warning(
-                "%s says tie_word_embeddings: true, and its files hold a head of its own: it is trained and "
-                "exported as its files are, not tied",
-                folder,
-            )
-            config.tie_word_embeddings = False
-        # safetensors or nothing: a pytorch_model.bin is a pickle, which could run code
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            settings.source,
-            config=config,
-            key_mapping=TEXT_PART,
-            output_loading_info=True,
-            use_safetensors=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        raise ConfigError(
-            f"the model {settings.source} cannot be loaded (weights: {settings.weights}): {error}"
-        ) from error
-    lm: PreTrainedModel
-    lm, info = loaded
-    if unused := sorted(info["unexpected_keys"]):
-        log.warning(
-            "%d weights of %s have no place in %s and are left out, of the export, too: %s ...",
-            len(unused),
-            settings.source,
-            type(lm).__name__,
-            ", ".join(unused[:3]),
-        )
-    missing = set(info["missing_keys"])
-    if lm.config.tie_word_embeddings:
-        missing.discard("lm_head.weight")
-    if missing or info["mismatched_keys"]:
-        names = ", ".join(sorted(missing | {str(key) for key in info["mismatched_keys"]})[:5])
-        raise ConfigError(
-            f"the model {settings.source} lacks {len(missing)} of the model's weights or has them in "
-            f"another shape ({names}); they would be random. Get the whole model (or, if only a head is "
-            "missing that is the embedding, set tie_word_embeddings: true in its config.json), or set "
-            "model.weights: random"
-        )
-    return lm
 
 
 def liger_problem(choice: str, device_type: str) -> str | None:
