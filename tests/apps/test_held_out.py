@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from launching import REPOSITORY, case_file, launch, launch_soundly, read_jsonl
 from small_runs import prepare_run, sample_settings
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from versatune_ds.config.load import load_config
 from versatune_ds.domain.evaluation import ModelEvaluation
@@ -24,7 +26,8 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = REPOSITORY / "tests" / "support" / "measure_cases.py"
 DOMAINS = ["law", "medicine", "code"]
-SHARED = "batch.sequence_parallel=2"
+SHARED = ("batch.sequence_parallel=2", "evaluation.generate=null")
+ASKED = {"samples": 3, "max_new_tokens": 24, "batch_size": 2}
 TABLE = DomainTable(DOMAINS)
 
 
@@ -40,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
     raw["weights"] = {"strategy": "constant"}
     raw["optimizer"] |= {"lr": 3e-2, "schedule": "constant"}
     raw["train"] = {"max_steps": 40}
-    raw["evaluation"] = {"every_n_steps": 4, "patience": 2, "select": "overall"}
+    raw["evaluation"] = {"every_n_steps": 4, "patience": 2, "select": "overall", "generate": ASKED}
     raw["checkpoint"] = {"every_n_steps": 10, "keep_last": 1}
     raw["reference"] = {"lr": 5e-3, "max_epochs": 2, "patience": 2}
     prepare_run(folder, raw)
@@ -85,20 +88,36 @@ def measured(folder) -> Path:
             folder, "reference", "reference_lora", f"reference.model={proxy}", "reference.adapter={rank: 4}"
         ),
         case(folder, "evaluate", "stage0", "deepspeed={zero_optimization: {stage: 0}}", model=model),
+        case(
+            folder, "evaluate", "wild_stage0", "deepspeed={zero_optimization: {stage: 0}}", model=wild(folder)
+        ),
         case(folder, "evaluate", "broken", model=str(broken)),
     ]
-    shared = [
-        case(folder, "evaluate", "shared", SHARED, model=model),
-        case(folder, "reference", "reference_shared", SHARED),
-    ]
     evaluations = folder / "trained" / "evaluation.json"
-    run_cases(folder, 2, cases[:5])
+    wild_evaluation = folder / "trained" / "evaluations" / "wild" / "evaluation.json"
+    shared = [
+        case(folder, "evaluate", "shared", *SHARED, model=model),
+        case(folder, "reference", "reference_shared", *SHARED),
+    ]
+    run_cases(folder, 2, [*cases[:5], case(folder, "evaluate", "wild", model=wild(folder))])
     shutil.copy(evaluations, folder / "two_ranks_zero3.json")
+    shutil.copy(wild_evaluation, folder / "wild_two_ranks_zero3.json")
     run_cases(folder, 2, shared)
     shutil.copy(evaluations, folder / "shared_packs.json")
     run_cases(folder, 1, cases[5:])
     shutil.copy(evaluations, folder / "one_rank_stage0.json")
     return folder
+
+
+def wild(folder: Path) -> str:
+    """A random model with weights so large that its answers differ."""
+    model = folder / "wild"
+    if not model.exists():
+        shutil.copytree(folder / "sample" / "model", model)
+        config = AutoConfig.from_pretrained(model, initializer_range=0.3)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    return str(model)
 
 
 def poison(model: Path, target: Path) -> None:
@@ -192,6 +211,26 @@ def test_evaluation_is_that_of_the_run_on_any_ranks_and_stage(measured):
         for other in (second, shared):
             np.testing.assert_allclose(first.losses[name], other.losses[name], rtol=1e-4)
             assert np.array_equal(first.tokens[name], other.tokens[name])
+
+
+def test_answers_are_those_of_the_run_on_any_ranks_and_stage(measured):
+    """Two ranks with parts of every weight, in training and afterwards; one rank that holds all of them; and
+    the same of a model that says something else to everybody."""
+    evaluations = read_jsonl(measured / "trained" / "eval.jsonl")
+    best = min(evaluations[1:], key=lambda line: line["loss"])
+    lines = read_jsonl(measured / "trained" / "answers.jsonl")
+    assert len(lines) == len(evaluations) * len(DOMAINS) * ASKED["samples"]
+    trained = [line for line in lines if line.pop("step") == best["step"]]
+    for name in ("two_ranks_zero3.json", "one_rank_stage0.json"):
+        found = ModelEvaluation.read(measured / name)
+        assert list(found.answers) == trained
+        assert {name: sum(of) / 3 for name, of in found.scores().items()} == best["domain_score"]
+    parted = ModelEvaluation.read(measured / "wild_two_ranks_zero3.json")
+    whole = ModelEvaluation.read(measured / "trained" / "evaluations" / "wild" / "evaluation.json")
+    assert parted.provenance["world_size"] == 2 and whole.provenance["world_size"] == 1
+    assert parted.answers == whole.answers and len({line["answer"] for line in whole.answers}) > 5
+    assert ModelEvaluation.read(measured / "shared_packs.json").answers == ()
+    assert not (measured / "reference" / "law" / "answers.jsonl").read_text()
 
 
 def test_reference_losses_of_shared_packs_are_the_same(measured):

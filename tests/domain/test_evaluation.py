@@ -1,12 +1,13 @@
 """Comparing two models sample by sample, and the file that holds an evaluation."""
 
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
 
-from versatune_ds.domain.evaluation import BenchmarkScore, ModelEvaluation, compare
+from versatune_ds.domain.evaluation import BenchmarkScore, ModelEvaluation, compare, compare_scores
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.foundations.errors import ConfigError, DataError
 
@@ -53,6 +54,50 @@ def test_intervals_hold_what_they_promise():
         unpaired.append(math.hypot(new.sums.stderr()[0], old.sums.stderr()[0]) / change.before)
     assert 0.92 <= held / 400 <= 0.98
     assert np.mean(widths) < 0.3 * np.mean(unpaired)
+
+
+def answered(scores, model="m") -> ModelEvaluation:
+    """With a score for each sample of law; None: no score."""
+    answers = [
+        {
+            "domain": "law",
+            "source": f"law:{i}",
+            "reference": "r",
+            "answer": "a",
+            "score": score,
+            "finished": True,
+        }
+        for i, score in enumerate(scores)
+    ]
+    return dataclasses.replace(evaluation({"law": [1.0]}, {"law": [1]}, model), answers=tuple(answers))
+
+
+def test_change_of_scores_by_hand():
+    """0, 1, 0.5 -> 1, 1, 0 (the fourth has no score before): differences 1, 0, -0.5 with mean 1/6 and
+    variance (25 + 1 + 16) / 36 / 2 = 7/12; its mean has the standard error sqrt(7/12 / 3)."""
+    before, after = answered([0.0, 1.0, 0.5, None]), answered([1.0, 1.0, 0.0, 1.0])
+    (change,) = compare_scores(after, before)
+    assert (change.domain, change.better, change.worse, change.samples) == ("law", 1, 1, 3)
+    assert change.before == 0.5 and change.after == pytest.approx(2 / 3)
+    assert change.stderr == pytest.approx(math.sqrt(7 / 36))
+    margin = 1.959964 * math.sqrt(7 / 36)
+    assert change.interval == pytest.approx((1 / 6 - margin, 1 / 6 + margin))
+    (alone,) = compare_scores(answered([1.0]), answered([0.0]))
+    assert alone.interval is None and alone.after - alone.before == 1.0
+
+
+def test_scores_of_other_samples_are_not_compared():
+    assert compare_scores(answered([1.0]), evaluation({"law": [1.0]}, {"law": [1]})) == []
+    assert compare_scores(answered([None]), answered([1.0])) == []
+    with pytest.raises(ConfigError, match="b and a were asked other samples"):
+        compare_scores(answered([1.0], "b"), answered([1.0, 0.0], "a"))
+
+
+def test_answers_survive_the_file(tmp_path):
+    found = answered([1.0, None])
+    found.write(tmp_path / "evaluation.json")
+    assert ModelEvaluation.read(tmp_path / "evaluation.json").answers == found.answers
+    assert found.scores() == {"law": [1.0]}
 
 
 def test_one_sample_has_no_interval():

@@ -62,17 +62,11 @@ SECTIONS_THAT_MATTER = ("model", "batch", "optimizer", "train", "evaluation")
 
 
 def write_reference(
-    config: Config,
-    out: Path,
-    *,
-    model: str | None = None,
-    losses: Mapping[str, float] | None = None,
+    config: Config, out: Path, *, model: str | None = None, losses: Mapping[str, float] | None = None
 ) -> Path | None:
     """Measure by one of the three ways and write reference.json; every rank calls it.
 
     Args:
-        config: the run's settings.
-        out: folder to write into.
         model: take this finished model's losses.
         losses: take these numbers.
 
@@ -106,7 +100,6 @@ def reference_by_training(config: Config, out: Path, device: torch.device) -> Re
     """Train on each domain alone and take the lowest held-out losses; a collective.
 
     Args:
-        config: the run's settings, with its `reference` section.
         out: folder for the domains' runs, shared by all ranks.
 
     Returns:
@@ -194,7 +187,8 @@ def reference_from_model(config: Config, source: str, device: torch.device) -> R
         ConfigError, StateError, DivergenceError: as `measure`.
     """
     table = DomainTable(config.domains.names)
-    evaluation = measure(config, source, device)
+    losses_only = config.evaluation.model_copy(update={"generate": None})
+    evaluation = measure(config.model_copy(update={"evaluation": losses_only}), source, device)
     _require_evaluated(table, evaluation)
     sums = evaluation.sums
     caches = open_caches(config)

@@ -1,7 +1,8 @@
 """`versatune-ds evaluate`: held-out loss per domain of a model, run or checkpoint, and benchmark tasks.
 
-Evaluates a model on the held-out data of a configuration: loss, standard error and perplexity per domain into
-evaluation.json, a table, and a radar chart. Evaluation during training is evaluation.every_n_steps.
+Evaluates a model on the held-out data of a configuration: loss, standard error and perplexity per domain, and
+scored answers (evaluation.generate), into evaluation.json, tables, and a radar chart. Evaluation during
+training is evaluation.every_n_steps.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     if distributed.is_main():
         from versatune_ds.report.evaluation import show
 
-        print(show(done.after, done.before, done.changes, done.out / constants.EVALUATION_PICTURE_FILE))
+        picture = done.out / constants.EVALUATION_PICTURE_FILE
+        print(show(done.after, done.before, done.changes, picture, done.score_changes))
         print(done.out / constants.EVALUATION_FILE)
     from versatune_ds.apps.evaluate.lm_eval import NO_TASK
 

@@ -5,9 +5,10 @@ a default is required. Settings are checked here once, alone and against each ot
 code can trust them.
 
 What is not covered: the sections of the model (`config/model.py`), of the domains and their weights
-(`config/weights.py`), of `versatune-ds detect` (`config/detection.py`) and of `search` (`config/search.py`),
-how the file is read and how errors are worded (`config/load.py`), and what the DeepSpeed file may hold beyond
-the keys we own (`engine/backend/deepspeed_config.py`).
+(`config/weights.py`), of scored answers (`config/answers.py`), of `versatune-ds detect`
+(`config/detection.py`) and of `search` (`config/search.py`), how the file is read and how errors are worded
+(`config/load.py`), and what the DeepSpeed file may hold beyond the keys we own
+(`engine/backend/deepspeed_config.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from versatune_ds.config.answers import Answers
 from versatune_ds.config.detection import Detect
 from versatune_ds.config.model import Adapter, Model
 from versatune_ds.config.search import Search
@@ -28,7 +30,7 @@ from versatune_ds.config.section import Place, Section
 from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.foundations.text import command
 
-DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized"]
+DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized", "text"]
 ChatTemplate = Literal["tokenizer", "chatml", "hermes", "alpaca", "llama2", "llama3"]
 DEFAULT_COLLECTIVE_TIMEOUT_S = 1800.0
 
@@ -66,7 +68,8 @@ class Source(Section):
     domain_column: str | None = None
     """Column that holds each row's domain name."""
     format: DataFormat = "auto"
-    """Row schema; `auto` tells it from the columns, once per file."""
+    """Row schema; `auto` tells it from the columns, once per file. All but `text` (whole texts, all of which
+    is trained on), which must be named."""
     columns: dict[str, str] = Field({})
     """Our column name -> the file's column name, e.g. `{prompt: question, completion: answer}`."""
     split: str = "train"
@@ -228,15 +231,22 @@ class Evaluation(Section):
     patience: int | None = Field(None, ge=1)
     """Early stopping: end the run after this many evaluations in a row whose loss (`select`, by default the
     overall one) is not below the lowest one so far. None: never."""
+    generate: Answers | None = None
+    """Let the model answer held-out samples at every evaluation, and score that. None: losses only."""
 
     def problems(self) -> Iterator[str]:
         """What does not hold together."""
         for name in ("patience", "select"):
             if getattr(self, name) is not None and self.every_n_steps is None:
                 yield f"{name} looks at evaluations: give every_n_steps"
-        unknown = sorted(self.selected - set(self.domains or self.selected))
-        if unknown:
-            yield f"select names {', '.join(unknown)}, which `domains` leaves out"
+        for key, named in (("select", self.selected), ("generate.score", self.asked)):
+            if unknown := sorted(named - set(self.domains or named)):
+                yield f"{key} names {', '.join(unknown)}, which `domains` leaves out"
+
+    @property
+    def asked(self) -> set[str]:
+        """Domains that `generate.score` names."""
+        return set() if self.generate is None else self.generate.named
 
     @property
     def selected(self) -> set[str]:
@@ -382,6 +392,10 @@ class Config(Section):
             yield f"weights.{asked} measures held-out losses: give data.eval"
         if not self.data.eval and self.evaluation.every_n_steps is not None:
             yield "evaluation.every_n_steps is set: give data.eval"
+        if self.evaluation.generate is not None and not self.data.eval:
+            yield "evaluation.generate asks held-out samples: give data.eval"
+        if self.evaluation.generate is not None and self.batch.sequence_parallel > 1:
+            yield "evaluation.generate: ranks do not share the tokens of an answer; set sequence_parallel: 1"
         stops = self.evaluation.patience is not None
         if stops and self.evaluation.select is None and self.checkpoint.export_at_end:
             yield (
@@ -404,15 +418,15 @@ class Config(Section):
             if isinstance(values, dict) and set(values) != names:
                 missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
                 yield f"{what}: missing domains {missing}, unknown domains {unknown}"
-        unknown = sorted(set(self.evaluation.domains or ()) - names)
-        if unknown:
-            yield f"evaluation.domains: unknown domains {unknown}; known: {sorted(names)}"
-        unknown = sorted(set(self.search.limits if self.search else ()) - names)
-        if unknown:
-            yield f"search.limits: unknown domains {unknown}; known: {sorted(names)}"
-        unknown = sorted(self.evaluation.selected - names)
-        if unknown:
-            yield f"evaluation.select: unknown domains {unknown}; known: overall, {sorted(names)}"
+        evaluation = self.evaluation
+        for key, known, named in (
+            ("evaluation.domains", "", set(evaluation.domains or ())),
+            ("evaluation.select", "overall, ", evaluation.selected),
+            ("evaluation.generate.score", "", evaluation.asked),
+            ("search.limits", "", set(self.search.limits if self.search else ())),
+        ):
+            if unknown := sorted(named - names):
+                yield f"{key}: unknown domains {unknown}; known: {known}{sorted(names)}"
         if self.weights.target is not None and self.weights.target not in names:
             yield f"weights.target {self.weights.target!r}; known: {self.domains.names}"
 
@@ -428,5 +442,9 @@ class Config(Section):
     def _problems_of_training(self) -> Iterator[str]:
         if self.optimizer.states == "bf16_stochastic" and self.model.dtype != "bf16":
             yield f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
+        if self.optimizer.kind == "muon" and self.model.adapter is not None:
+            yield "optimizer.kind muon is for whole matrices, not for the factors of model.adapter; use adamw"
         if self.model.neftune_alpha is not None and self.batch.sequence_parallel > 1:
             yield "model.neftune_alpha: noise is for whole packs; set batch.sequence_parallel: 1"
+        if self.model.kl_to_base is not None and self.batch.sequence_parallel > 1:
+            yield "model.kl_to_base: the base sees whole samples; set batch.sequence_parallel: 1"

@@ -7,8 +7,8 @@ summed token losses of sample i after and before, over the n samples of a domain
     its variance      n / (n - 1) * sum (a_i - (1 + r) b_i)^2 / (sum b_i)^2
     forgetting        max(r, 0), the phi of docs/weights.md between the two models
 
-(ratio estimator: Cochran, Sampling Techniques, 3rd ed., section 2.11). What both find hard cancels, so the
-interval is far narrower than that of two unrelated means.
+(`probes/samples.rise_of`, with losses in the tokens' place). What both find hard cancels, so the interval is
+far narrower than that of two unrelated means.
 
 What is not covered: measuring (`engine/evaluate.py`) and drawing (`report/evaluation.py`).
 """
@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from versatune_ds.domain.probes.samples import SampleLosses, rise_of
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.foundations.errors import ConfigError, DataError
 from versatune_ds.foundations.files import write_text_atomic
-from versatune_ds.foundations.json_input import read_object, require_format
+from versatune_ds.foundations.json_input import finite, read_object, require_format
 
 EVALUATION_FORMAT = "versatune_ds.evaluation"
 EVALUATION_VERSION = 1
@@ -71,19 +72,26 @@ class ModelEvaluation:
     benchmarks: tuple[BenchmarkScore, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Facts for people."""
+    answers: tuple[Mapping[str, Any], ...] = ()
+    """What the model answered (`evaluation.generate`): as lines of answers.jsonl, without a step."""
 
     @property
     def names(self) -> list[str]:
         """Domains with held-out data."""
         return list(self.losses)
 
+    def scores(self) -> dict[str, list[float]]:
+        """Scores of answers by domain, without those that are not known."""
+        found: dict[str, list[float]] = {answer["domain"]: [] for answer in self.answers}
+        for answer in self.answers:
+            if answer["score"] is not None:
+                found[answer["domain"]].append(answer["score"])
+        return found
+
     @property
     def sums(self) -> DomainSums:
         """Sums by domain, in the order of `names`."""
-        ids = np.concatenate([np.full(len(self.losses[name]), i) for i, name in enumerate(self.names)])
-        losses = np.concatenate([self.losses[name] for name in self.names])
-        tokens = np.concatenate([self.tokens[name] for name in self.names])
-        return DomainSums.from_samples(ids, losses, tokens, len(self.names))
+        return SampleLosses(list(self.losses.values()), [self.tokens[name] for name in self.names]).sums
 
     def to_json(self) -> dict[str, Any]:
         """Content of an evaluation.json."""
@@ -91,8 +99,8 @@ class ModelEvaluation:
         mean, stderr = sums.mean_loss(), sums.stderr()
         domains = {
             name: {
-                "loss": _number(mean[i]),
-                "stderr": _number(stderr[i]),
+                "loss": finite(mean[i]),
+                "stderr": finite(stderr[i]),
                 "perplexity": perplexity(mean[i]),
                 "supervised_tokens": int(sums.tokens[i]),
                 "samples": int(sums.samples[i]),
@@ -106,6 +114,7 @@ class ModelEvaluation:
             "loss_unit": "nats per supervised token",
             "domains": domains,
             "benchmarks": [asdict(score) for score in self.benchmarks],
+            "answers": [dict(answer) for answer in self.answers],
             "fingerprints": {k: v for k, v in asdict(self.fingerprints).items() if v is not None},
             "provenance": dict(self.provenance),
             "sample_losses": {name: values.tolist() for name, values in self.losses.items()},
@@ -140,6 +149,7 @@ class ModelEvaluation:
                 tokens={str(k): np.array(v, dtype=np.float64) for k, v in raw["sample_tokens"].items()},
                 fingerprints=Fingerprints(**prints),
                 benchmarks=tuple(BenchmarkScore(**score) for score in raw["benchmarks"]),
+                answers=tuple(dict(answer) for answer in raw.get("answers", ())),
                 provenance=dict(raw["provenance"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -195,14 +205,64 @@ def compare(after: ModelEvaluation, before: ModelEvaluation) -> list[Change]:
     return [_change(name, after, before) for name in after.names]
 
 
+@dataclass(frozen=True)
+class ScoreChange:
+    """How the scores of one domain's answers changed, over the samples that both models have a score for."""
+
+    domain: str
+    before: float
+    """Mean score, 0 to 1."""
+    after: float
+    stderr: float | None
+    """Standard error of after - before, over samples; None for fewer than two."""
+    better: int
+    """Samples with a higher score than before."""
+    worse: int
+    samples: int
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of after - before."""
+        if self.stderr is None:
+            return None
+        difference = self.after - self.before
+        return difference - Z_95 * self.stderr, difference + Z_95 * self.stderr
+
+
+def compare_scores(after: ModelEvaluation, before: ModelEvaluation) -> list[ScoreChange]:
+    """Change of every domain's scores, sample by sample; nothing where one of the two was not asked.
+
+    Raises:
+        ConfigError: the two were asked other samples.
+    """
+    if not after.answers or not before.answers:
+        return []
+    ours, theirs = (
+        {(a["domain"], a["source"], a["reference"]): a["score"] for a in model.answers}
+        for model in (after, before)
+    )
+    if ours.keys() != theirs.keys():
+        raise ConfigError(
+            f"{after.model} and {before.model} were asked other samples (evaluation.generate); evaluate both "
+            "with the same settings to compare them"
+        )
+    changes = []
+    for name in after.scores():
+        both = [(ours[k], theirs[k]) for k in ours if k[0] == name and None not in (ours[k], theirs[k])]
+        if not both:
+            continue
+        new, old = np.array(both, dtype=np.float64).T
+        n, moved = len(both), new - old
+        stderr = float(moved.std(ddof=1) / math.sqrt(n)) if n >= 2 else None
+        counts = int((moved > 0).sum()), int((moved < 0).sum()), n
+        changes.append(ScoreChange(name, float(old.mean()), float(new.mean()), stderr, *counts))
+    return changes
+
+
 def _change(name: str, after: ModelEvaluation, before: ModelEvaluation) -> Change:
-    a, b = after.losses[name], before.losses[name]
-    tokens, total = math.fsum(after.tokens[name]), math.fsum(b)
-    ratio = math.fsum(a) / total
-    n = int((after.tokens[name] > 0).sum())
-    residual = math.fsum((a - ratio * b) ** 2)
-    stderr = math.sqrt(n / (n - 1) * residual) / total if n >= 2 else None
-    return Change(name, total / tokens, math.fsum(a) / tokens, ratio - 1.0, stderr)
+    a, b, tokens = after.losses[name], before.losses[name], math.fsum(after.tokens[name])
+    rise = rise_of(a, b, b)
+    return Change(name, math.fsum(b) / tokens, math.fsum(a) / tokens, rise.value, finite(rise.stderr))
 
 
 def perplexity(loss: float | None) -> float | None:
@@ -210,7 +270,3 @@ def perplexity(loss: float | None) -> float | None:
     if loss is None or not math.isfinite(loss) or loss > MAX_PERPLEXITY_LOSS:
         return None
     return math.exp(loss)
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

@@ -23,6 +23,7 @@ from versatune_ds.data.plan.corpus import Corpus, PlannerSettings
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.reference import ReferenceLosses, load_reference
 from versatune_ds.domain.table import DomainTable
+from versatune_ds.engine.answers.questions import Questions
 from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
 from versatune_ds.engine.backend.ranks import Ranks
 from versatune_ds.engine.backend.zero_sizes import with_sizes
@@ -60,6 +61,8 @@ class Prepared:
     corpus: Corpus
     planner: PlannerSettings
     reference: ReferenceLosses | None
+    questions: Questions | None
+    """What the model is asked at every evaluation; None: nothing."""
     total_steps: int
 
     @property
@@ -93,7 +96,7 @@ def prepare_run(config: Config, device_type: str) -> Prepared:
     table = DomainTable(config.domains.names)
     architecture = load_architecture(config.model)
     check_heads(architecture.num_attention_heads, ranks.sp.size)
-    zero = with_sizes(settings["zero_optimization"], built_shape(architecture))
+    zero = with_sizes(settings["zero_optimization"], built_shape(architecture), config.model.adapter)
     check_files(config.model)
     tokenizer = load_tokenizer(config)
     set_chat_template(tokenizer, config.data.chat_template)
@@ -103,8 +106,10 @@ def prepare_run(config: Config, device_type: str) -> Prepared:
     corpus.check(planner)
     preflight.check_architecture(architecture, tokenizer, corpus)
     preflight.check_router(config.model, architecture)
+    preflight.check_optimizer(config.optimizer, architecture)
     encoder = ChatEncoder.build(tokenizer, config.data.chat_template)
     exported = config.checkpoint.export_at_end
+    evaluated = preflight.evaluated_caches(config, table, caches["eval"])
     prepared = Prepared(
         config=config,
         ranks=ranks,
@@ -115,9 +120,10 @@ def prepare_run(config: Config, device_type: str) -> Prepared:
         companions=Companions.of(config, tokenizer, architecture) if exported else None,
         train=caches["train"],
         held_out=caches["eval"],
-        evaluated=preflight.evaluated_caches(config, table, caches["eval"]),
+        evaluated=evaluated,
         corpus=corpus,
         planner=planner,
+        questions=open_questions(config, evaluated, tokenizer, architecture),
         reference=open_reference(config, table, tokenizer, encoder.fingerprint, caches),
         total_steps=count_steps(config, corpus, planner),
     )
@@ -141,7 +147,7 @@ def prepare_on_samples(config: Config, samples: Sequence[Any]) -> Prepared:
     corpus.check(planner)
     settings = deepspeed_config(config, ranks.dp.size)
     architecture = load_architecture(config.model)
-    zero = with_sizes(settings["zero_optimization"], built_shape(architecture))
+    zero = with_sizes(settings["zero_optimization"], built_shape(architecture), config.model.adapter)
     return Prepared(
         config=config,
         ranks=ranks,
@@ -155,6 +161,7 @@ def prepare_on_samples(config: Config, samples: Sequence[Any]) -> Prepared:
         evaluated=[None] * len(table),
         corpus=corpus,
         planner=planner,
+        questions=None,
         reference=load_reference(config.weights.reference, table),
         total_steps=count_steps(config, corpus, planner),
     )
@@ -171,6 +178,19 @@ def planner_settings(config: Config, table: DomainTable) -> PlannerSettings:
         seed=config.run.seed,
         max_epochs=tuple(by_name.get(name) for name in table.names),
     )
+
+
+def open_questions(
+    config: Config, evaluated: Sequence[Any], tokenizer: Any, architecture: Any
+) -> Questions | None:
+    """What the model is to answer, chosen and tried; None: nothing, or nothing is evaluated.
+
+    Raises:
+        ConfigError, DataError: as `Questions`.
+    """
+    if config.evaluation.generate is None or config.evaluation.every_n_steps is None:
+        return None
+    return Questions(config, dict(zip(config.domains.names, evaluated, strict=True)), tokenizer, architecture)
 
 
 def count_steps(config: Config, corpus: Corpus, settings: PlannerSettings) -> int:

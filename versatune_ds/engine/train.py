@@ -25,6 +25,7 @@ import torch
 from versatune_ds.config.schema import Config
 from versatune_ds.data.collate import Batch
 from versatune_ds.data.plan.planner import StepPlan
+from versatune_ds.engine.answers.questions import ask
 from versatune_ds.engine.backend.optimizer import learning_rate
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.evaluate import HeldOut, evaluate, probe_losses
@@ -217,8 +218,9 @@ def evaluate_when_due(run: Components, done: int) -> None:
 
 
 def record_evaluation(run: Components, done: int, held_out: HeldOut) -> None:
-    """Evaluate on all ranks; a line of eval.jsonl and the console."""
+    """Evaluate on all ranks; a line of eval.jsonl, answers.jsonl and the console."""
     result = evaluate(run.backend, held_out, len(run.table))
+    said = ask(run.backend, run.prepared.questions)
     record = EvalRecord(
         step=done,
         domain_loss=run.table.by_name(result.sums.mean_loss()),
@@ -226,7 +228,11 @@ def record_evaluation(run: Components, done: int, held_out: HeldOut) -> None:
         domain_samples=dict(zip(run.table.names, map(int, result.samples), strict=True)),
         domain_stderr=run.table.by_name(result.sums.stderr()),
         eval_s=result.seconds,
+        domain_score=said.means(),
+        domain_answers=said.counts(),
+        generate_s=said.seconds,
     )
+    run.sinks.answers(said.lines(done))
     run.sinks.evaluation(record)
     run.progress.evaluation(record)
     if done == 0:

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from versatune_ds.foundations import log
-from versatune_ds.observability.records import EvalRecord, StepRecord, by_domain, finite
+from versatune_ds.foundations.json_input import finite
+from versatune_ds.observability.records import EvalRecord, StepRecord, by_domain
 
 LOSS_SMOOTHING = 0.8
 """Share that the smoothed loss keeps at each step; 0.8 averages over about five steps."""
@@ -97,8 +98,6 @@ class Progress:
     """Console of rank 0. Every method is cheap and never raises for what it is told to print.
 
     Args:
-        total_steps: optimizer steps of the whole run.
-        names: domain names in table order.
         done_steps: steps done before this process (a resumed run).
         is_main: False on ranks other than 0: nothing is ever printed.
         stream: where to print; default standard error.
@@ -179,7 +178,7 @@ class Progress:
             self.note(f"  alarm: {alarm}")
 
     def evaluation(self, record: EvalRecord) -> None:
-        """One line with the held-out losses."""
+        """One line with the held-out losses and the scores of answers."""
         if not self._is_main:
             return
         short = short_names(self._names)
@@ -189,9 +188,12 @@ class Progress:
             if (loss := finite(record.domain_loss.get(name))) is not None
         ]
         overall = "-" if record.loss is None else f"{record.loss:.3f}"
-        self.note(
-            f"eval after step {record.step}: loss {overall} | {' '.join(parts)} | {duration(record.eval_s)}"
-        )
+        facts = [f"eval after step {record.step}: loss {overall}", " ".join(parts)]
+        scores = [f"{short[n]} {score:.2f}" for n, score in record.domain_score.items() if score is not None]
+        if scores:
+            facts.append(f"score {' '.join(scores)}")
+        facts.append(duration(record.eval_s + (record.generate_s or 0.0)))
+        self.note(" | ".join(facts))
 
     def note(self, text: str) -> None:
         """Print a line of text (above the bar when there is one)."""

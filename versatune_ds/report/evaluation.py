@@ -9,10 +9,11 @@ What is not covered: the numbers (`versatune_ds.domain.evaluation`), drawing (`f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from versatune_ds.domain.evaluation import Change, ModelEvaluation
+from versatune_ds.domain.evaluation import Change, ModelEvaluation, ScoreChange
 from versatune_ds.foundations.files import write_bytes_atomic
 from versatune_ds.report.figures import Radar, radar_charts, to_png
 from versatune_ds.report.measures import NOTHING, number, percent
@@ -23,21 +24,28 @@ MIN_AXES = 3
 
 
 def show(
-    after: ModelEvaluation, before: ModelEvaluation | None, changes: Sequence[Change], picture: Path
+    after: ModelEvaluation,
+    before: ModelEvaluation | None,
+    changes: Sequence[Change],
+    picture: Path,
+    score_changes: Sequence[ScoreChange] = (),
 ) -> str:
     """All tables as text; draws the chart.
 
     Args:
-        after: the model.
-        before: the one it is compared with.
         changes: from `compare`, empty without `before`.
         picture: PNG file to write.
+        score_changes: from `compare_scores`.
     """
     parts = [f"{after.model}\n{to_text(loss_table(after))}"]
+    if after.answers:
+        parts.append(to_text(score_table(after)))
     if before is not None:
         worse = [change for change in changes if change.relative > 0]
         forgotten = ", ".join(f"{c.domain} {100 * c.forgetting:.2f} %" for c in worse) or "nothing"
         parts.append(f"against {before.model}\n{to_text(change_table(changes))}\nforgotten: {forgotten}")
+    if score_changes:
+        parts.append(to_text(score_change_table(score_changes)))
     if after.benchmarks:
         parts.append(to_text(benchmark_table(after, before)))
     not_run = after.provenance.get("benchmarks_not_run") or {}
@@ -51,18 +59,12 @@ def show(
 def loss_table(evaluation: ModelEvaluation, caption: str = "") -> Table:
     """Held-out loss, standard error and perplexity of each domain."""
     head = ("domain", "loss", "std. error", "perplexity", "samples", "tokens")
-    rows = [
-        (
-            name,
-            [
-                number(row["loss"], 4),
-                number(row["stderr"], 4),
-                number(row["perplexity"], 2),
-                *(f"{row[key]:,}" for key in ("samples", "supervised_tokens")),
-            ],
-        )
-        for name, row in evaluation.to_json()["domains"].items()
-    ]
+    keys = {"loss": 4, "stderr": 4, "perplexity": 2, "samples": None, "supervised_tokens": None}
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        return [f"{row[key]:,}" if n is None else number(row[key], n) for key, n in keys.items()]
+
+    rows = [(name, cells(row)) for name, row in evaluation.to_json()["domains"].items()]
     return Table(head, rows, caption)
 
 
@@ -76,6 +78,29 @@ def change_table(changes: Sequence[Change]) -> Table:
         rows.append(
             (change.domain, [*losses, f"{between} %" if between else NOTHING, percent(change.forgetting, 2)])
         )
+    return Table(head, rows)
+
+
+def score_table(evaluation: ModelEvaluation, caption: str = "") -> Table:
+    """Mean score of each domain's answers, how many have one, and how many the model ended itself."""
+    rows = []
+    for name, scores in evaluation.scores().items():
+        asked = [answer for answer in evaluation.answers if answer["domain"] == name]
+        mean = sum(scores) / len(scores) if scores else None
+        ended = sum(answer["finished"] for answer in asked)
+        rows.append((name, [percent(mean), f"{len(scores):,} of {len(asked):,}", f"{ended:,}"]))
+    return Table(("domain", "score", "answers scored", "ended by the model"), rows, caption)
+
+
+def score_change_table(changes: Sequence[ScoreChange]) -> Table:
+    """Mean score before and after, the difference with its 95 % interval, and how many samples moved."""
+    head = ("domain", "score before", "after", "difference", "95 % interval", "better", "worse", "samples")
+    rows = []
+    for c in changes:
+        between = "" if c.interval is None else " .. ".join(f"{100 * x:+.1f}" for x in c.interval)
+        moved = f"{100 * (c.after - c.before):+.1f}"
+        cells = [percent(c.before), percent(c.after), moved, between or NOTHING]
+        rows.append((c.domain, [*cells, *(f"{count:,}" for count in (c.better, c.worse, c.samples))]))
     return Table(head, rows)
 
 
@@ -94,13 +119,7 @@ def benchmark_table(after: ModelEvaluation, before: ModelEvaluation | None, capt
 
 
 def radar_chart(path: Path, after: ModelEvaluation, before: ModelEvaluation | None) -> bool:
-    """Draw the radar chart; False (and no file) when there are fewer than three domains and tasks.
-
-    Args:
-        path: PNG file to write.
-        after: the model.
-        before: another one, drawn beside it.
-    """
+    """Draw the radar chart; False (and no file) when there are fewer than three domains and tasks."""
     models = [after] if before is None else [after, before]
     panels: list[Radar] = []
     if len(after.names) >= MIN_AXES:

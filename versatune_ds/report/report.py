@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.foundations import constants
+from versatune_ds.report.answers import answer_tables, last_scores, score_table
 from versatune_ds.report.figures import INK, MUTED, Chart, Row, Series, line_chart, row_chart
 from versatune_ds.report.follow import state_of
 from versatune_ds.report.measures import (
@@ -86,7 +87,6 @@ def write_report(folders: Sequence[Path], out: Path | None = None, by: str = "st
     """Write the page and return its path.
 
     Args:
-        folders: run folders, at least one.
         out: where to write; default: `report.html` in the run folder, or in the current folder when
             there are several runs.
         by: what figures are drawn over: `steps` or `tokens`.
@@ -136,15 +136,7 @@ def render(
     states: Sequence[str] = (),
     refresh_s: int | None = None,
 ) -> str:
-    """The page as HTML text.
-
-    Args:
-        runs: at least one.
-        folder: where it will lie.
-        by: as in `write_report`.
-        states: whether the runs go on.
-        refresh_s: see `Page`.
-    """
+    """The page as HTML text."""
     several = len(runs) > 1
     drawn = [by_tokens(run) for run in runs] if by == "tokens" else runs
     made_at = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
@@ -175,7 +167,6 @@ def _domain_panels(runs: Sequence[RunData], what: str, lines: Lines, **settings:
 
     Args:
         lines: of one domain of one run.
-        settings: further fields of `Chart`.
     """
     pictures, several = [], len(runs) > 1
     for index, name in enumerate(all_names(runs)):
@@ -277,6 +268,24 @@ def loss_section(runs: Sequence[RunData]) -> PageSection:
     chart = _chart(runs, "loss over all domains", overall, **PANEL)
     panels = [Picture("all domains", line_chart(chart)), *_domain_panels(runs, "loss", lines)]
     return PageSection("losses", "Losses", lead, panels=panels, has_legend=several)
+
+
+def scores_section(runs: Sequence[RunData]) -> PageSection | None:
+    """Scored answers over the evaluations, and of one run the texts; None where nothing was asked."""
+    if not any(np.isfinite(run.eval_score).any() for run in runs):
+        return None
+
+    def lines(run: RunData, color: int, column: int, dashes: int | None) -> list[Series]:
+        return [Series(x=run.eval_steps, y=run.eval_score[:, column], color=color, dashes=dashes)]
+
+    panels = _domain_panels(runs, "score", lines, percent=True, y_range=(0.0, 1.0))
+    lead = "Held-out samples that the model answered itself, greedily (evaluation.generate): mean scores."
+    if len(runs) > 1:
+        tables = [last_scores(runs)]
+        return PageSection("answers", "Scored answers", lead, panels=panels, tables=tables, has_legend=True)
+    lead += " ✓ score 1, ✗ score 0, ? no score, [cut] at max_new_tokens. Shown are the samples asked first."
+    tables = [score_table(runs[0]), *answer_tables(runs[0])]
+    return PageSection("answers", "Scored answers", lead, panels=panels, tables=tables)
 
 
 def signals_section(runs: Sequence[RunData]) -> PageSection:
@@ -417,6 +426,7 @@ SECTIONS: tuple[tuple[Callable[[Sequence[RunData]], PageSection | None], bool], 
     (domains_section, False),
     (weights_section, True),
     (loss_section, True),
+    (scores_section, True),
     (signals_section, True),
     (shares_section, True),
     (speed_section, True),

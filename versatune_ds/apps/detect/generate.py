@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from versatune_ds.config.detection import Detect
 from versatune_ds.config.model import Model
 from versatune_ds.config.schema import Config
+from versatune_ds.engine.answers.decoding import continuations, cut_text
 from versatune_ds.engine.fingerprints import model_fingerprint, weight_files
 from versatune_ds.engine.model.packed_lm import load_lm
 from versatune_ds.engine.model.source import DTYPES, load_architecture
@@ -220,8 +221,6 @@ class TransformersGenerator:
         self.model = model
         self.tokenizer = tokenizer
         self.ends = ends
-        # generate() fills whatever is not set from the model's own settings: leave it none
-        self.model.generation_config = GenerationConfig()
         self.settings = GenerationConfig(
             do_sample=True,
             temperature=detect.temperature,
@@ -239,11 +238,8 @@ class TransformersGenerator:
         """See `Generator`; the rows of a batch share its seed, so a batch is always generated whole."""
         torch.manual_seed(batch_seed(self.detect.seed, batch))
         start = prompt_token(self.tokenizer)
-        prompt = torch.full((len(indices), 1), start, device=self.model.device)
         try:
-            rows = self.model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), generation_config=self.settings
-            )
+            rows = continuations(self.model, [[start]] * len(indices), self.settings, self.model.device)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 "the device is out of memory; lower detect.batch_size or detect.max_new_tokens"
@@ -255,16 +251,8 @@ class TransformersGenerator:
                 f"the model {self.model.config.name_or_path!r} gives probabilities that are not finite; its "
                 "weights are damaged, or model.dtype is too narrow for it"
             ) from error
-        texts = zip(indices, rows[:, 1:].tolist(), strict=True)
-        return [cut_text(self.tokenizer, index, tokens, self.ends) for index, tokens in texts]
-
-
-def cut_text(tokenizer: Any, index: int, tokens: list[int], ends: Sequence[int]) -> GeneratedText:
-    """From generated ids: everything before the first end token, special tokens left out."""
-    length = next((i for i, token in enumerate(tokens) if token in ends), None)
-    kept = tokens if length is None else tokens[:length]
-    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return GeneratedText(index, text, len(kept), finished=length is not None)
+        texts = zip(indices, rows, strict=True)
+        return [GeneratedText(i, *cut_text(self.tokenizer, tokens, self.ends)) for i, tokens in texts]
 
 
 class VllmGenerator:
@@ -310,6 +298,6 @@ class VllmGenerator:
         prompts = [{"prompt_token_ids": [prompt_token(self.tokenizer)]} for _ in indices]
         outputs = self.llm.generate(prompts, chosen, use_tqdm=False)
         return [
-            cut_text(self.tokenizer, index, list(output.outputs[0].token_ids), self.ends)
+            GeneratedText(index, *cut_text(self.tokenizer, output.outputs[0].token_ids, self.ends))
             for index, output in zip(indices, outputs, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""`versatune-ds evaluate`: held-out losses of a finished model, on one rank or many.
+"""`versatune-ds evaluate`: held-out losses and scored answers of a finished model, on one rank or many.
 
 Held-out data are those of the settings, prepared with the settings' tokenizer; a model that comes with
 another vocabulary is refused. Under ZeRO-3 the model is partitioned over the ranks.
@@ -27,9 +27,17 @@ from versatune_ds.data.cache.prepare import open_caches
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.data.plan.corpus import Corpus
-from versatune_ds.domain.evaluation import EVALUATION_FORMAT, Change, ModelEvaluation, compare
+from versatune_ds.domain.evaluation import (
+    EVALUATION_FORMAT,
+    Change,
+    ModelEvaluation,
+    ScoreChange,
+    compare,
+    compare_scores,
+)
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.domain.table import DomainTable
+from versatune_ds.engine.answers.questions import Questions, ask
 from versatune_ds.engine.backend.deepspeed_backend import build_for_evaluation
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.backend.ranks import Ranks
@@ -56,6 +64,7 @@ class Evaluated(NamedTuple):
     after: ModelEvaluation
     before: ModelEvaluation | None
     changes: list[Change]
+    score_changes: list[ScoreChange]
     out: Path
     """Folder with evaluation.json."""
 
@@ -90,8 +99,9 @@ def run_evaluation(
         before, _ = evaluate_in_group(config, against, device, tasks=tasks)
     after, folder = evaluate_in_group(config, model, device, tasks=tasks, out=out)
     changes = [] if before is None else compare(after, before)
+    score_changes = [] if before is None else compare_scores(after, before)
     close_process_group()
-    return Evaluated(after, before, changes, folder)
+    return Evaluated(after, before, changes, score_changes, folder)
 
 
 def evaluate_in_group(
@@ -145,7 +155,7 @@ def _write(evaluation: ModelEvaluation, folder: Path) -> None:
 
 
 def measure(config: Config, source: str, device: torch.device) -> ModelEvaluation:
-    """Held-out losses of a model, sample by sample; a collective.
+    """Held-out losses and answers of a model, sample by sample; a collective.
 
     Args:
         config: the run's settings: data, tokenizer, pack length, dtype, attention, DeepSpeed file.
@@ -170,9 +180,14 @@ def measure(config: Config, source: str, device: torch.device) -> ModelEvaluatio
     lacking = [name for name, cache in zip(table.names, caches, strict=True) if cache is None]
     if lacking:
         log.warning("not evaluated, for lack of held-out data or by choice: %s", ", ".join(lacking))
+    questions = None
+    if config.evaluation.generate is not None:
+        by_name = dict(zip(table.names, caches, strict=True))
+        questions = Questions(derived, by_name, tokenizer, architecture)
     with explained(derived):
         backend = build_for_evaluation(derived, device)
         losses, tokens = evaluate_samples(backend, held_out)
+        said = ask(backend, questions)
     del backend
     free_memory()
     _check_finite(source, table, caches, losses)
@@ -188,6 +203,7 @@ def measure(config: Config, source: str, device: torch.device) -> ModelEvaluatio
             tokenizer=encoder.fingerprint,
             data=data_fingerprint(caches, table.names),
         ),
+        answers=tuple(map(dataclasses.asdict, said.answers)),
         provenance={
             **provenance(device),
             "dtype": config.model.dtype,

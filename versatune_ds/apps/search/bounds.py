@@ -14,12 +14,13 @@ What is not covered: repetition in the short runs of a search, which is less tha
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
 from versatune_ds.apps.search.surface import Array
 from versatune_ds.config.weights import Domains
-from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, supply
+from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, token_supply
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.strategies.simplex import project
 
@@ -56,11 +57,11 @@ class Bounds:
             ConfigError: the data do not last so long.
         """
         sizes = np.array(corpus.num_samples, dtype=np.float64)
-        found = supply(corpus, planner)
-        if found.steps < steps:
+        last = sum(token_supply(corpus, planner, np.ones_like(sizes))) / planner.tokens_per_step
+        if last < steps:
             raise ConfigError(
-                f"the data lasts for {found.steps:g} steps under domains.max_epochs, and {steps} are asked "
-                "for; raise max_epochs, add data, or train for fewer steps"
+                f"the data lasts for {math.floor(last)} steps under domains.max_epochs, and {steps} are "
+                "asked for; raise max_epochs, add data, or train for fewer steps"
             )
         mean_tokens = np.array(corpus.num_tokens) / sizes
         supervised = np.array(corpus.num_supervised) / sizes
@@ -70,7 +71,7 @@ class Bounds:
             domains.max_weight,
             float(steps * planner.tokens_per_step),
             sizes,
-            np.array(found.samples),
+            np.array(planner.draw_limits(corpus)),
             mean_tokens,
             units[planner.weight_unit],
         )

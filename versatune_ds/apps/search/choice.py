@@ -19,10 +19,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.special import stdtrit
 
 from versatune_ds.apps.search.design import Bounded, draw
 from versatune_ds.apps.search.surface import Array, Surface
-from versatune_ds.apps.study.results import t_975
 
 NUM_CANDIDATES = 500
 APART = 0.02
@@ -92,7 +92,7 @@ def predict(surfaces: Sequence[Surface], goal: Goal, points: Array) -> Predictio
     mean, error, run_error = (
         np.stack(parts, axis=1) for parts in zip(*(s.at(points) for s in surfaces), strict=True)
     )
-    wide = t_975(len(surfaces[0].values) - 1) * run_error
+    wide = stdtrit(len(surfaces[0].values) - 1, 0.975) * run_error
     loss = goal.base * np.exp(mean)
     return Prediction(
         loss=loss,

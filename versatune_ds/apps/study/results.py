@@ -25,19 +25,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtrit
 
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import StateError
 
 Array = npt.NDArray[np.float64]
-
-# 0.975 quantiles of Student's t for 1 .. 30 degrees of freedom; beyond that the normal distribution's.
-T_975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-NORMAL_975 = 1.960
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,13 +106,8 @@ def interval(values: Sequence[float] | Array) -> dict[str, float | None]:
     array = np.asarray(values, dtype=np.float64)
     n, half_width = len(array), None
     if n >= 2:
-        half_width = float(t_975(n - 1) * array.std(ddof=1) / math.sqrt(n))
+        half_width = float(stdtrit(n - 1, 0.975) * array.std(ddof=1) / math.sqrt(n))
     return {"mean": float(array.mean()), "half_width": half_width}
-
-
-def t_975(degrees: int) -> float:
-    """0.975 quantile of Student's t for so many degrees of freedom, >= 1."""
-    return T_975[degrees - 1] if degrees <= len(T_975) else NORMAL_975
 
 
 def intervals(values: Array, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
@@ -136,9 +124,7 @@ def by_arm(runs: Sequence[RunResult]) -> dict[str, dict[int, RunResult]]:
 
 
 def arm_summary(
-    runs: Mapping[int, RunResult],
-    baselines: Mapping[str, Mapping[int, RunResult]],
-    names: Sequence[str],
+    runs: Mapping[int, RunResult], baselines: Mapping[str, Mapping[int, RunResult]], names: Sequence[str]
 ) -> dict[str, Any]:
     """Numbers of one arm: all intervals are over its seeds, differences from `baselines` seed by seed."""
     seeds = sorted(runs)

@@ -3,7 +3,7 @@
 Such an error comes up wherever the host next asks the device for something. Where the run was then is its
 last mark (`engine/faults/watchdog.py`); which setting to lower is known here.
 
-What is not covered: errors of collectives (`engine/faults/heartbeat.py`) and of generation (`apps/detect`).
+What is not covered: errors of collectives (`engine/faults/heartbeat.py`) and of the texts of `apps/detect`.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ def out_of_memory(config: Config, where: str, reason: str) -> str:
     """What to lower, with the settings in force.
 
     Args:
-        where: what the run was doing.
         reason: torch's text, of which the first line is told.
     """
-    batch = config.batch
+    batch, answers = config.batch, config.evaluation.generate
     cures = [
         f"batch.pack_len (now {batch.pack_len})",
         f"batch.sequence_parallel, raised (now {batch.sequence_parallel}; ranks that share a pack)",
@@ -68,6 +67,8 @@ def out_of_memory(config: Config, where: str, reason: str) -> str:
         )
     if config.model.dtype == "fp32":
         cures.append("model.dtype: bf16")
+    if answers is not None:
+        cures.append(f"evaluation.generate.batch_size (now {answers.batch_size}; for answers)")
     cures.append("ZeRO-3 with offload (configs/deepspeed/zero3_offload.json), or more ranks")
     return (
         f"out of memory in {where} (peak {peak_memory_gib():.2f} GiB so far: {reason.splitlines()[0]}). "

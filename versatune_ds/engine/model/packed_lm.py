@@ -10,9 +10,11 @@ What is not covered: output layers with a bias, which are refused.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from versatune_ds.config.model import Model
-from versatune_ds.data.collate import Batch
-from versatune_ds.engine.model.adapters import add_adapter
+from versatune_ds.data.collate import Batch, Compared
+from versatune_ds.engine.model.adapters import BaseKL, add_adapter
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.families import LogitRule, logit_rule
 from versatune_ds.engine.model.noise import EmbeddingNoise, Place
@@ -66,15 +68,24 @@ class LossHead(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
-        labels: torch.Tensor,
-        sample_ids: torch.Tensor,
-        num_samples: int,
-        num_valid: int,
-        normalizer: float,
+        labels: torch.Tensor | None = None,
+        sample_ids: torch.Tensor | None = None,
+        num_samples: int = 0,
+        num_valid: int = 0,
+        normalizer: float = 1.0,
         token_weight: torch.Tensor | None = None,
-    ) -> LossOutput:
-        """Loss of a pack. `hidden` [T, H] is positional: ZeRO-3's release hook ignores keywords."""
-        return linear_cross_entropy(
+        extra: Callable[[torch.Tensor, torch.Tensor, LogitRule], torch.Tensor] | None = None,
+    ) -> LossOutput | torch.Tensor:
+        """Loss of a pack; without labels logits [..., V], for transformers' `generate`.
+
+        `hidden` [T, H] (or [..., H]) is positional: ZeRO-3's release hook ignores keywords.
+
+        Args:
+            extra: a term of the loss that needs the weight, too.
+        """
+        if labels is None:
+            return nn.functional.linear(hidden, self.weight)
+        out = linear_cross_entropy(
             hidden,
             self.weight,
             labels,
@@ -89,6 +100,9 @@ class LossHead(nn.Module):
             by_probability=self.is_dft,
             backend=self.backend,
         )
+        if extra is None:
+            return out
+        return out._replace(loss=out.loss + extra(hidden, self.weight, self.rule))
 
 
 class PackedCausalLM(nn.Module):
@@ -103,6 +117,7 @@ class PackedCausalLM(nn.Module):
         sequence: the ranks that share a pack; then `lm` attends by `sequence.share_heads`.
         is_dft: whether `model.objective` is dft.
         noise: on its embeddings.
+        base_kl: of `model.kl_to_base`.
 
     Raises:
         ConfigError: an output layer or a change of the logits that the loss cannot follow.
@@ -118,16 +133,18 @@ class PackedCausalLM(nn.Module):
         sequence: SequenceGroup | None = None,
         is_dft: bool = False,
         noise: EmbeddingNoise | None = None,
+        base_kl: BaseKL | None = None,
     ) -> None:
         super().__init__()
         self.liger, self.routers, self.sequence, self.noise = liger, routers, sequence, noise
+        self.base_kl = base_kl
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
         self.tied = lm.get_input_embeddings().weight is head.weight
         rule = logit_rule(lm.config)
         lm.set_output_embeddings(LossHead(head.weight, loss_backend, logits_dtype, rule, is_dft))
-        self._rotary: list[Any] = rotate_by_sample(lm)
+        self.rotary: list[Any] = rotate_by_sample(lm)
         self.lm: Any = lm
 
     @property
@@ -164,6 +181,16 @@ class PackedCausalLM(nn.Module):
             **options,
         )
 
+    def base_hidden(self, compared: Compared) -> torch.Tensor:
+        """[n, H]: what the model without its adapter makes of the compared tokens; without gradient."""
+        assert self.base_kl is not None
+        batch = compared.batch
+        set_ends(self.rotary, batch.cu_seqlens, len(batch.input_ids), None)
+        with self.base_kl.base(self.lm.base_model):
+            body = self.body(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+            hidden: torch.Tensor = body.last_hidden_state.squeeze(0)[compared.own_rows]
+        return hidden
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -179,6 +206,7 @@ class PackedCausalLM(nn.Module):
         passes: float = 1,
         parts: int = 1,
         place: Place = (0, 0, 0, 1),
+        compared: Compared | None = None,
     ) -> LossOutput:
         """Loss of one pack (see `data.collate.Batch` for shapes), divided by `normalizer`.
 
@@ -189,7 +217,11 @@ class PackedCausalLM(nn.Module):
             parts: ranks that share the pack. Of more than one, the loss is that of this rank's rows, and the
                 sums of samples are the pack's.
             place: the pack's; noise is drawn by it.
+            compared: samples whose KL to the base is added to the loss.
         """
+        term = None
+        if compared is not None and self.base_kl is not None:
+            term = functools.partial(self.base_kl.term, compared, sample_ids, self.base_hidden(compared))
         if self.noise is not None and self.training:
             self.noise.prepare(sample_ids, num_samples, place)
         routers = self.routers if self.training else None
@@ -197,13 +229,13 @@ class PackedCausalLM(nn.Module):
         group = self.sequence if parts > 1 else None
         if self.sequence is not None:
             options["sequence_group"] = group
-        set_ends(self._rotary, cu_seqlens, len(input_ids), group and group.rank)
+        set_ends(self.rotary, cu_seqlens, len(input_ids), group and group.rank)
         body = self.body(input_ids, position_ids, cu_seqlens, max_seqlen, **options)
         hidden = body.last_hidden_state.squeeze(0)
         head = self.lm.get_output_embeddings()
         with timed(LOSS):
             out: LossOutput = head(
-                hidden, labels, sample_ids, num_samples, num_valid, normalizer, token_weight
+                hidden, labels, sample_ids, num_samples, num_valid, normalizer, token_weight, term
             )
         if routers is not None:
             extra = routers.observe(body.router_logits, sample_ids >= 0, group)
@@ -254,8 +286,9 @@ def build_model(
     noise = None
     if settings.neftune_alpha is not None:
         noise = EmbeddingNoise(lm.get_input_embeddings(), settings.neftune_alpha, seed)
+    base_kl = BaseKL(settings.kl_to_base.coefficient) if settings.kl_to_base else None
     how = (settings.loss_backend, liger, settings.logits_dtype)
-    return PackedCausalLM(lm, *how, routers, sequence, settings.objective == "dft", noise)
+    return PackedCausalLM(lm, *how, routers, sequence, settings.objective == "dft", noise, base_kl)
 
 
 def four_bits(settings: Model) -> dict[str, Any]:
@@ -400,6 +433,7 @@ def model_inputs(
         "place": place,
         "token_weight": batch.token_weight,
         "parts": batch.parts,
+        "compared": batch.compared,
     }
 
 

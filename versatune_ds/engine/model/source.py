@@ -106,11 +106,7 @@ def facts(architecture: Any) -> dict[str, str]:
 
 
 def count_parameters(settings: Model) -> int:
-    """All parameters of a model, a tied matrix once; its weights are not read.
-
-    Raises:
-        ConfigError: as `load_architecture`.
-    """
+    """All parameters of a model, a tied matrix once; its weights are not read."""
     architecture = load_architecture(settings)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(architecture, trust_remote_code=settings.trust_remote_code)

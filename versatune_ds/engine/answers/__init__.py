@@ -1,0 +1,1 @@
+"""What the model says to held-out samples, and how its answers are scored."""
