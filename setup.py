@@ -54,6 +54,7 @@ setup(
             "sample/*.md",
             "data/encode/templates/*.jinja",
             "report/templates/*",
+            "apps/detect/topics.yaml",
         ],
         "versatune_kernels": ["py.typed"],
     },
@@ -77,6 +78,7 @@ setup(
         "matplotlib>=3.8",
         "psutil>=5.9",
         "scikit-learn>=1.4",
+        "scipy>=1.11.1",
         "httpx>=0.27",
     ],
     extras_require={

@@ -38,7 +38,7 @@ index_options=
 target=
 beside=
 # What a host with torch and transformers lacks of versatune-ds' dependencies and theirs. Left out, for their size:
-# pyarrow (parquet files), matplotlib (pictures, report), scikit-learn (topic classifier).
+# pyarrow (parquet files), matplotlib (pictures, report), scikit-learn (topic classifier), scipy (its own need).
 runtime="deepspeed hjson msgpack ninja py-cpuinfo einops psutil accelerate sentencepiece protobuf zstandard pydantic
     pydantic-core annotated-types typing-inspection typing-extensions"
 compare="liger-kernel trl datasets dill multiprocess xxhash cut-cross-entropy torchao"

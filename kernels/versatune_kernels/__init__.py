@@ -4,6 +4,8 @@ What: `linear_cross_entropy(hidden, weight, labels, ...)` is the language-model 
 one differentiable call. It never holds the full logits matrix and returns the loss of every token and
 sample next to the scalar that is trained on.
 
+`linear_kl` is its companion for a frozen head: the KL divergence to another model's hidden states.
+
 How: one signature, several backends (`reference`: readable and slow; `chunked`: portable; `triton`:
 for GPUs), picked by `backend=`. Read `contract.py` for what comes out, `fused_op.py` for the order
 of work, `chunked.py` for the arithmetic, `triton_kernels.py` for its fast form.
@@ -15,6 +17,7 @@ The package needs torch only (and Triton for its backend) and is usable by itsel
 
 from versatune_kernels.backends import ResolvedBackend, resolve_backend
 from versatune_kernels.contract import LossOutput
+from versatune_kernels.divergence import linear_kl
 from versatune_kernels.errors import KernelError
 from versatune_kernels.loss import linear_cross_entropy
 from versatune_kernels.sizing import auto_chunk_tokens
@@ -25,5 +28,6 @@ __all__ = [
     "ResolvedBackend",
     "auto_chunk_tokens",
     "linear_cross_entropy",
+    "linear_kl",
     "resolve_backend",
 ]

@@ -26,6 +26,8 @@ from versatune_kernels.errors import KernelError
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTEGER_DTYPES = (torch.int32, torch.int64)
 LOGITS_DTYPES = ("fp32", "compute")
+BAD_INPUT = "versatune_kernels: bad input; use validate=True"
+"""What a device-side assert says."""
 
 
 class ValueChecks:
@@ -43,7 +45,7 @@ class ValueChecks:
         if self.mode == "off":
             return
         if self.mode == "device":
-            torch._assert_async(holds.all(), "versatune_kernels: bad input; use validate=True")
+            torch._assert_async(holds.all(), BAD_INPUT)
         elif not bool(holds.all()):
             raise KernelError(message())
 

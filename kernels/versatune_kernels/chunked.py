@@ -81,13 +81,12 @@ def chunked_pass(hidden: Tensor, weight: Tensor, tokens: ValidTokens, spec: Spec
         part = slice(start, min(start + chunk, num_rows))
         _run_chunk(hidden, weight, tokens, spec, part, buffers, nll, objective, d_hidden, d_weight)
 
-    is_zero = tokens.normalizer == 0
+    is_zero = tokens.nonzero == 0
     for gradient in (d_hidden, d_weight):
         # Beside NaN a product with 0 would not do. On the CPU reading the number costs nothing.
         if gradient is not None and (gradient.device.type != "cpu" or bool(is_zero)):
             gradient.masked_fill_(is_zero, 0)
-    pending = torch.where(is_zero, 0, 1 / tokens.normalizer).float()
-    return ForwardPass(nll, objective, d_hidden, d_weight, pending)
+    return ForwardPass(nll, objective, d_hidden, d_weight, tokens.inverse)
 
 
 class _Buffers(NamedTuple):
@@ -115,13 +114,13 @@ def _run_chunk(
     x = hidden[part] if tokens.covers_all else hidden.index_select(0, tokens.index[part])
     row_weight = None if tokens.token_weight is None else tokens.token_weight[part]
     logits = buffers.logits[: len(x)]
-    blocks = list(_vocab_blocks(weight))
+    blocks = list(vocab_blocks(weight))
     for block in blocks:
         product_(logits[:, block], x, weight[block].T, accumulate=False)
     training = d_hidden is not None or d_weight is not None
     # 16-bit: a row's gradient takes the first half of the memory of its fp32 logits.
     d_logits = logits.view(weight.dtype)[:, : len(weight)]
-    for rows in _row_blocks(logits):
+    for rows in row_blocks(logits):
         place = slice(part.start + rows.start, part.start + rows.stop)
         block_weight = None if row_weight is None else row_weight[rows]
         nll[place], objective[place] = _row_pass_(
@@ -203,7 +202,7 @@ def _row_pass_(
     return nll.squeeze(1), objective.squeeze(1)
 
 
-def _vocab_blocks(weight: Tensor) -> Iterator[slice]:
+def vocab_blocks(weight: Tensor) -> Iterator[slice]:
     """Row ranges of `weight` to multiply at a time: all of an fp32 weight, blocks of others."""
     vocab_size = weight.shape[0]
     step = vocab_size if weight.dtype == torch.float32 else VOCAB_BLOCK
@@ -211,7 +210,7 @@ def _vocab_blocks(weight: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, vocab_size))
 
 
-def _row_blocks(logits: Tensor) -> Iterator[slice]:
+def row_blocks(logits: Tensor) -> Iterator[slice]:
     """Ranges of rows to take from logits to their gradient at a time."""
     block_bytes = GPU_ROW_BLOCK_BYTES if logits.is_cuda else CPU_ROW_BLOCK_BYTES
     step = max(1, block_bytes // (4 * logits.shape[1]))

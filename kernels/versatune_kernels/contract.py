@@ -60,6 +60,10 @@ class ValidTokens:
     """float32 [n], or None for all ones."""
     normalizer: Tensor
     """float64 []. The divisor of the loss, >= 0; the host need not read it."""
+    inverse: Tensor
+    """float32 []. 1 / normalizer; 0 where that is 0."""
+    nonzero: Tensor
+    """float32 []. 1; 0 where the normalizer is 0."""
     covers_all: bool
     """True when n == N, so that no row has to be gathered."""
     ignore_index: int

@@ -63,16 +63,33 @@ def linear_cross_entropy_op(
     """
     spec = Spec(logit_scale, softcap, logits_dtype, chunk_tokens, grad_hidden, grad_weight, by_probability)
     value_checks = checks.ValueChecks(validate, hidden.device)
-    checks.check_values(
-        value_checks, labels, ignore_index, weight.shape[0], num_valid, sample_ids, num_samples, normalizer
-    )
-    run, sum_up = chunked_pass, segment_sums
-    if _is_triton(hidden, backend):
+    is_triton = _is_triton(hidden, backend)
+    on_device = is_triton and value_checks.mode == "device"
+    if not on_device:
+        checks.check_values(
+            value_checks,
+            labels,
+            ignore_index,
+            weight.shape[0],
+            num_valid,
+            sample_ids,
+            num_samples,
+            normalizer,
+        )
+    of_tokens = (labels, token_weight, normalizer, ignore_index, num_valid)
+    if is_triton:
         from versatune_kernels import triton_backend
 
         run, sum_up = triton_backend.triton_pass, triton_backend.triton_segment_sums
-
-    tokens = valid_tokens(labels, token_weight, normalizer, ignore_index, num_valid)
+        tokens = triton_backend.triton_tokens(
+            *of_tokens,
+            ids=sample_ids,
+            num_segments=num_samples,
+            vocab_size=weight.shape[0],
+            check=on_device,
+        )
+    else:
+        run, sum_up, tokens = chunked_pass, segment_sums, valid_tokens(*of_tokens)
     # Autocast would round the fp32 parts of the arithmetic.
     with torch.autocast(device_type=hidden.device.type, enabled=False), torch.no_grad():
         done = run(hidden, weight, tokens, spec)

@@ -6,14 +6,37 @@ round in between, so the operands are widened first, except where the caller all
 the CPU multiplies bf16: that takes about half the time. Results go straight into `out`, which may be
 a view with padded rows.
 
-What is not covered: TF32 for fp32 operands and reduced-precision sums inside cuBLAS; the settings
-of `torch.backends.cuda.matmul` hold.
+What is not covered: TF32 for fp32 operands; the setting of `torch.backends.cuda.matmul` holds.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+"""Settings of torch, on by default."""
+
+
+@contextlib.contextmanager
+def fp32_partial_sums() -> Iterator[None]:
+    """Within it cuBLAS keeps the parts of a sum that it cuts up (split-K) in fp32, not in the result's bits.
+
+    It may cut where a product has few tiles and long sums: few rows times a vocabulary. With parts in bf16,
+    emulated (16 rows, H 64, V 152,064, sigma 3), the error of d_hidden is 0.20 % whole, 0.27 in 2 parts and
+    up to 0.40 in 8.
+    """
+    settings = torch.backends.cuda.matmul
+    changed = [name for name in REDUCTIONS if getattr(settings, name)]
+    for name in changed:
+        setattr(settings, name, False)
+    try:
+        yield
+    finally:
+        for name in changed:
+            setattr(settings, name, True)
 
 
 def product_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool, may_round: bool = False) -> None:

@@ -34,11 +34,14 @@ def valid_tokens(
         # A stable sort of "ignored" puts valid rows first and keeps their order; the shape of the
         # result is known to the host, so it need not wait.
         index = torch.sort((~valid).to(torch.uint8), stable=True).indices[:num_valid]
+    is_zero = normalizer == 0
     return ValidTokens(
         index=index,
         labels=labels.index_select(0, index).to(torch.int64),
         token_weight=None if token_weight is None else token_weight.index_select(0, index).float(),
         normalizer=normalizer,
+        inverse=torch.where(is_zero, 0, 1 / normalizer).float(),
+        nonzero=(~is_zero).float(),
         covers_all=index.numel() == labels.numel(),
         ignore_index=ignore_index,
     )

@@ -27,9 +27,9 @@ import torch
 import triton
 from torch import Tensor
 
-from versatune_kernels import triton_kernels
+from versatune_kernels import checks, triton_kernels
 from versatune_kernels.contract import ForwardPass, Spec, ValidTokens
-from versatune_kernels.products import product_
+from versatune_kernels.products import fp32_partial_sums, product_
 from versatune_kernels.sizing import DEFAULT_MULTIPROCESSORS, row_stride, triton_chunks
 from versatune_kernels.sums import SegmentSums, segment_sums
 
@@ -41,7 +41,7 @@ TILE_ROWS = 2
 has 8, and no other thread's values go into them."""
 
 TOKEN_TILE = 1024
-"""Tokens that a program of the segment kernel reads at a time."""
+"""Tokens that a program of the token and segment kernels reads at a time."""
 
 SCALE_TILE = 4096
 """Elements of a gradient that a program scales at a time."""
@@ -50,6 +50,7 @@ MAX_SEGMENT_READS = 2**28
 """Every segment's program reads every id; above so many reads sorting the ids is cheaper."""
 
 
+@fp32_partial_sums()
 def triton_pass(hidden: Tensor, weight: Tensor, tokens: ValidTokens, spec: Spec) -> ForwardPass:
     """Loss of every row and the gradients; arguments as `chunked.chunked_pass`.
 
@@ -60,12 +61,10 @@ def triton_pass(hidden: Tensor, weight: Tensor, tokens: ValidTokens, spec: Spec)
     chunk, fp32_sum = triton_chunks(
         spec, num_rows, hidden_size, vocab_size, weight.dtype, _multiprocessors(hidden.device)
     )
-    is_zero = tokens.normalizer == 0
-    inverse = torch.where(is_zero, 0, 1 / tokens.normalizer).float()
     if weight.dtype == torch.float16:
-        factor, pending, grad_dtype = torch.ones_like(inverse), inverse, torch.float32
+        factor, pending, grad_dtype = torch.ones_like(tokens.inverse), tokens.inverse, torch.float32
     else:
-        factor, pending, grad_dtype = inverse, (~is_zero).float(), weight.dtype
+        factor, pending, grad_dtype = tokens.inverse, tokens.nonzero, weight.dtype
 
     nll = hidden.new_empty(num_rows, dtype=torch.float32)
     objective = torch.empty_like(nll)
@@ -98,6 +97,63 @@ def triton_pass(hidden: Tensor, weight: Tensor, tokens: ValidTokens, spec: Spec)
     if d_weight is not None:
         d_weight = d_weight.to(grad_dtype)
     return ForwardPass(nll, objective, d_hidden, d_weight, pending)
+
+
+def triton_tokens(
+    labels: Tensor,
+    token_weight: Tensor | None,
+    normalizer: Tensor,
+    ignore_index: int,
+    num_valid: int | None,
+    *,
+    ids: Tensor | None,
+    num_segments: int,
+    vocab_size: int,
+    check: bool,
+) -> ValidTokens:
+    """`tokens.valid_tokens` in one launch, where that takes a dozen and its sort.
+
+    Args:
+        ids: integer [N], or None; only to be checked.
+        num_segments: S.
+        vocab_size: V.
+        check: whether the device asserts what `checks.check_values` asks, in one more launch.
+        The others as there.
+    """
+    if num_valid is None:
+        num_valid = int((labels != ignore_index).sum())
+    index = torch.empty(num_valid, dtype=torch.int64, device=labels.device)
+    kept_labels = torch.empty_like(index)
+    kept_weight = None if token_weight is None else torch.empty_like(index, dtype=torch.float32)
+    inverse, nonzero, holds = (torch.empty((), dtype=torch.float32, device=labels.device) for _ in range(3))
+    with _on(labels.device):
+        triton_kernels.tokens_kernel[(1,)](
+            labels.contiguous(),
+            labels if ids is None else ids.contiguous(),
+            inverse if token_weight is None else token_weight.contiguous(),
+            normalizer,
+            index,
+            kept_labels,
+            inverse if kept_weight is None else kept_weight,
+            inverse,
+            nonzero,
+            holds,
+            labels.numel(),
+            num_valid,
+            ignore_index,
+            vocab_size,
+            num_segments,
+            HAS_IDS=ids is not None,
+            HAS_TOKEN_WEIGHT=token_weight is not None,
+            TILE=TOKEN_TILE,
+            num_warps=4,
+        )
+    if check:
+        torch._assert_async(holds, checks.BAD_INPUT)
+    covers_all = num_valid == labels.numel()
+    return ValidTokens(
+        index, kept_labels, kept_weight, normalizer, inverse, nonzero, covers_all, ignore_index
+    )
 
 
 def _slab(weight: Tensor, rows: int, spec: Spec) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
-"""The three Triton kernels: rows of logits, segments of tokens, scaling of gradients.
+"""The four Triton kernels: tokens with a label, rows of logits, segments of tokens, scaled gradients.
 
+    tokens_kernel    one program: the tokens that carry a label in front, and what may be wrong with values
     row_kernel       one program per row: loss, then the gradient of the logits in place
     segment_kernel   one program per sample: count, sum and sum of squares in float64
     scale_kernel     the last step of backward: gradient * upstream, rounded once
@@ -19,6 +20,76 @@ What is not covered: matrix products (cuBLAS does them better), tuning of tile s
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def tokens_kernel(
+    labels_ptr,
+    ids_ptr,
+    token_weight_ptr,
+    normalizer_ptr,
+    index_ptr,
+    kept_labels_ptr,
+    kept_weight_ptr,
+    inverse_ptr,
+    nonzero_ptr,
+    holds_ptr,
+    num_tokens,
+    num_rows,
+    ignore_index,
+    vocab_size,
+    num_segments,
+    HAS_IDS: tl.constexpr,
+    HAS_TOKEN_WEIGHT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The first num_rows of: tokens with a label in their order, then the others in theirs. All: as they are.
+
+    labels and ids int32 or int64 [N]; token_weight floating [N]; normalizer fp64 []. Written for each row:
+    index int64, kept_labels int64, kept_weight fp32, all [num_rows]. inverse fp32 [], 1 / normalizer or 0;
+    nonzero and holds fp32 [], 1 or 0: whether the normalizer is not 0, and whether all that `checks.py` asks
+    of values holds, with num_rows tokens that carry a label.
+    """
+    counts = tl.zeros([TILE], tl.int32)
+    bad = tl.zeros([TILE], tl.int32)
+    start = 0
+    while start < num_tokens:
+        tokens = start + tl.arange(0, TILE)
+        inside = tokens < num_tokens
+        labels = tl.load(labels_ptr + tokens, mask=inside, other=0)
+        valid = inside & (labels != ignore_index)
+        counts += valid.to(tl.int32)
+        bad += (valid & ((labels < 0) | (labels >= vocab_size))).to(tl.int32)
+        if HAS_IDS:
+            bad += (tl.load(ids_ptr + tokens, mask=inside, other=-1) >= num_segments).to(tl.int32)
+        start += TILE
+    num_valid = tl.sum(counts, 0)
+
+    start = 0
+    seen = 0
+    while start < num_tokens:
+        tokens = start + tl.arange(0, TILE)
+        inside = tokens < num_tokens
+        labels = tl.load(labels_ptr + tokens, mask=inside, other=0)
+        valid = inside & (labels != ignore_index)
+        up_to_here = seen + tl.cumsum(valid.to(tl.int32), 0)
+        rows = tl.where(valid, up_to_here - 1, num_valid + tokens - up_to_here)
+        rows = tl.where(num_rows == num_tokens, tokens, rows)
+        kept = inside & (rows < num_rows)
+        tl.store(index_ptr + rows, tokens.to(tl.int64), mask=kept)
+        tl.store(kept_labels_ptr + rows, labels.to(tl.int64), mask=kept)
+        if HAS_TOKEN_WEIGHT:
+            weight = tl.load(token_weight_ptr + tokens, mask=kept, other=0.0)
+            tl.store(kept_weight_ptr + rows, weight.to(tl.float32), mask=kept)
+        seen += tl.sum(valid.to(tl.int32), 0)
+        start += TILE
+
+    normalizer = tl.load(normalizer_ptr)
+    inverse = 1.0 / tl.where(normalizer == 0.0, 1.0, normalizer)
+    tl.store(inverse_ptr, tl.where(normalizer == 0.0, 0.0, inverse).to(tl.float32))
+    tl.store(nonzero_ptr, (normalizer != 0.0).to(tl.float32))
+    is_usable = (normalizer >= 0.0) & (normalizer < float("inf"))
+    tl.store(holds_ptr, (is_usable & (num_valid == num_rows) & (tl.sum(bad, 0) == 0)).to(tl.float32))
 
 
 @triton.jit

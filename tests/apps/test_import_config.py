@@ -43,11 +43,19 @@ num_train_epochs: 2.0
 lr_scheduler_type: cosine
 warmup_ratio: 0.1
 bf16: true
+use_unsloth_gc: true
+use_dft_loss: true
+neftune_noise_alpha: 5
+use_muon: true
+early_stopping_steps: 3
 val_size: 0.1
 hf_hub_token: hf_abcdefghijklmnopqrstuvwxyzabcdefgh
 """
 REGISTRY = {
-    "law": {"file_name": "../rows/law.json", "columns": {"prompt": "task", "response": "output"}},
+    "law": {
+        "file_name": "../rows/law.json",
+        "columns": {"prompt": "task", "response": "output", "history": "earlier"},
+    },
     "code": {
         "file_name": "../rows/chats.jsonl",
         "formatting": "sharegpt",
@@ -86,7 +94,10 @@ gradient_accumulation_steps: 1
 micro_batch_size: 2
 num_epochs: 1
 optimizer: adamw_bnb_8bit
-lr_scheduler: cosine
+lr_scheduler: warmup_stable_decay
+lr_scheduler_kwargs: {{num_decay_steps: 20, decay_type: 1-sqrt, min_lr_ratio: 0.1}}
+sequence_parallel_degree: 2
+noisy_embedding_alpha: 5
 learning_rate: 2e-3
 fp16:
 bf16: false
@@ -96,6 +107,7 @@ warmup_steps: 10
 evals_per_epoch: 4
 eval_steps: 5
 load_best_model_at_end: true
+metric_for_best_model: eval_talks_loss
 loss_watchdog_threshold: 5.0
 fsdp: [full_shard, auto_wrap]
 """
@@ -112,9 +124,12 @@ lora_r: 4
 lora_target_modules: all-linear
 use_rslora: true
 learning_rate: 1.0e-3
-lr_scheduler_type: constant_with_warmup
+lr_scheduler_type: warmup_stable_decay
+lr_scheduler_kwargs: '{{"num_decay_steps": 2}}'
 warmup_steps: 2
 max_steps: 8
+activation_offloading: true
+neftune_noise_alpha: 5
 per_device_train_batch_size: 2
 gradient_checkpointing: true
 bf16: false
@@ -186,11 +201,14 @@ def test_llama_factory(imported):
     text, ours = imported("llama_factory")
     assert (ours.batch.pack_len, ours.batch.packs_per_step, ours.train.epochs) == (192, 4, 2.0)
     assert ours.model.dtype == "bf16" and ours.model.adapter is None
-    assert ours.model.activation_checkpointing == "all"  # its default
+    assert ours.model.activation_checkpointing == "offload"
+    assert (ours.model.objective, ours.model.neftune_alpha) == ("dft", 5.0)
+    chosen = ours.optimizer  # 0.2 sqrt(32) 1e-3
+    assert (chosen.kind, chosen.muon_lr, chosen.max_grad_norm, chosen.lr) == ("muon", 1.13e-3, 0.0, 1e-3)
     assert ours.optimizer.betas == (0.9, 0.999) and ours.optimizer.warmup_ratio == 0.1
     assert ours.domains.names == ["law", "code"] and ours.domains.initial == {"law": 0.25, "code": 0.75}
     law, code = ours.data.train
-    assert (law.format, law.columns) == ("alpaca", {"instruction": "task"})
+    assert (law.format, law.columns) == ("alpaca", {"instruction": "task", "history": "earlier"})
     assert (code.format, code.columns) == ("messages", {})
     assert ours.deepspeed == {"zero_optimization": {"stage": 3}} and ours.checkpoint.every_n_steps == 500
     left = [line.split(":")[0] for line in text.partition("# Not carried over:\n")[2].splitlines()]
@@ -215,18 +233,22 @@ def test_axolotl(imported):
         "targets": ["q_proj", "v_proj"],
         "start_from": None,
     }
-    assert ours.batch.packs_per_step == 4 and ours.optimizer.lr == 2e-3
-    assert ours.optimizer.warmup_ratio == 0.03 and ours.model.activation_checkpointing == "all"
+    assert (ours.batch.packs_per_step, ours.batch.sequence_parallel) == (2, 2) and ours.optimizer.lr == 2e-3
+    assert ours.optimizer.warmup_ratio == 0.03 and ours.model.activation_checkpointing == "offload"
+    assert (ours.optimizer.schedule, ours.optimizer.min_lr_ratio) == ("wsd_sqrt", 0.1)
+    assert ours.model.neftune_alpha is None
     talks, own = ours.data.train
     assert (talks.format, talks.columns) == ("sharegpt", {})
     assert (own.format, own.columns) == ("alpaca", {"instruction": "ask", "output": "reply"})
     assert [source.domain for source in ours.data.eval] == ["talks"]
-    assert (ours.evaluation.every_n_steps, ours.evaluation.select) == (5, "overall")
+    assert (ours.evaluation.every_n_steps, ours.evaluation.select) == (5, "talks")
     assert ours.deepspeed == {"zero_optimization": {"stage": 3}} and ours.data.chat_template == "tokenizer"
     for line in (
         "# datasets[1].shards: 4 ",
         "# datasets[1].type.format: [INST]",
-        "# optimizer: adamw_bnb_8bit ",  # by its own name
+        "# optimizer: adamw_bnb_8bit   (AdamW with fp32 state is taken; optimizer.states bf16_moments",
+        "# lr_scheduler_kwargs.num_decay_steps: 20   (optimizer.decay_ratio is the share of all steps",
+        "# noisy_embedding_alpha: 5   (noise is for whole packs",  # by its own name
         "# warmup_steps: 10 ",
         "# evals_per_epoch: 4 ",
         "# flash_attention: True ",
@@ -238,7 +260,7 @@ def test_axolotl(imported):
 def test_an_early_stop_exports_its_best_parameters(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     theirs = yaml.safe_load(AXOLOTL.format(model=place / "sample" / "model"))
-    del theirs["load_best_model_at_end"]
+    del theirs["load_best_model_at_end"], theirs["metric_for_best_model"]
     theirs |= {"early_stopping_patience": 2, "eval_steps": 5, "test_datasets": [
         {"path": "rows/talks.jsonl", "type": "chat_template", "split": "train"}
     ]}  # fmt: skip
@@ -251,14 +273,52 @@ def test_an_early_stop_exports_its_best_parameters(place, tmp_path, monkeypatch)
 def test_trl(imported):
     text, ours = imported("trl")
     assert ours.domains.initial == {"chats": 0.75, "talks": 0.25}
-    assert (ours.train.max_steps, ours.optimizer.warmup_ratio, ours.optimizer.schedule) == (
-        8,
-        0.25,
-        "constant",
-    )
+    assert (ours.train.max_steps, ours.optimizer.warmup_ratio) == (8, 0.25)
+    assert (ours.optimizer.schedule, ours.optimizer.decay_ratio) == ("wsd_linear", 0.25)
     assert ours.model.adapter.alpha == 32.0 * 2 and ours.model.adapter.targets == "all-linear"
+    assert (ours.model.objective, ours.model.neftune_alpha) == ("dft", 5.0)
+    assert ours.model.activation_checkpointing == "offload" and "(offloading: True)" in text
     assert ours.metrics.tensorboard and "# report_to: wandb " in text
-    assert "# loss_type: dft " in text and "# push_to_hub: True " in text
+    assert "# push_to_hub: True " in text and "loss_type" not in text
+    assert "# lr_scheduler_kwargs.decay_type: cosine   (wsd_linear is taken" in text  # its default
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        ("optimizer: paged_adamw_32bit", {}, "# optimizer: paged_adamw_32bit   (AdamW is taken; offload_opt"),
+        ("optimizer: lion_32bit", {}, "# optimizer: lion_32bit   (AdamW is taken)"),
+        ("optimizer: adamw_torch_fused", {}, None),
+        ("optimizer: muon", {}, "# optimizer: muon   (AdamW is taken: set kind: muon"),  # no model here
+        ("use_muon: true\nadapter: lora", {}, "# use_muon: True   (AdamW is taken: Muon is for whole models"),
+        ("loss_type: orpo", {}, "# loss_type: orpo   (cross-entropy"),
+        ("loss_type: chunked_nll", {"model": {"dtype": "fp32"}}, None),
+        ("activation_offloading: hidden_states", {"model": {"activation_checkpointing": "offload"}}, None),
+        ("context_parallel_size: 2", {"batch": {"sequence_parallel": 2, "packs_per_step": 2}}, None),
+        ("context_parallel_size: 3", {"batch": {"packs_per_step": 4}}, "must divide the ranks, here 4"),
+        ("lr_scheduler: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1.e-5}\nlearning_rate: 1.e-4",
+         {"optimizer": {"schedule": "cosine", "min_lr_ratio": pytest.approx(0.1)}}, None),
+        ("lr_scheduler: warmup_stable_decay\nlr_scheduler_kwargs: {num_decay_steps: 5, decay_type: linear}"
+         "\nmax_steps: 20", {"optimizer": {"schedule": "wsd_linear", "decay_ratio": 0.25}}, None),
+        ("lr_scheduler: polynomial\nlr_scheduler_kwargs: {power: 2}", {"optimizer": {"schedule": "cosine"}},
+         "# lr_scheduler_kwargs.power: 2 "),
+        ("load_best_model_at_end: true\nmetric_for_best_model: eval_bleu",
+         {"evaluation": {"select": "overall"}}, "# metric_for_best_model: eval_bleu   (held-out losses"),
+        ("metric_for_best_model: eval_loss\nearly_stopping_patience: 2\ngreater_is_better: true",
+         {"evaluation": {"select": "overall", "patience": 2}}, "# metric_for_best_model: eval_loss, the gre"),
+    ],
+)  # fmt: skip
+def test_one_setting_at_a_time(place, tmp_path, monkeypatch, theirs, ours, said):
+    monkeypatch.chdir(place)
+    rows = "[{path: rows/own.jsonl, type: alpaca}]"
+    given = ["base_model: m", f"datasets: {rows}", f"test_datasets: {rows}", "eval_steps: 5", theirs]
+    (tmp_path / "theirs.yaml").write_text("\n".join(given))
+    text = import_config(tmp_path / "theirs.yaml", 4)
+    found = yaml.safe_load(text)
+    for section, keys in ours.items():
+        assert {key: found[section][key] for key in keys} == keys
+    left = text.partition("# Not carried over:")[2]
+    assert said in text if said else not left
 
 
 @pytest.mark.parametrize(
@@ -322,7 +382,7 @@ def test_what_was_imported_trains(imported, place, monkeypatch, capsys):
         assert main(["prepare", "--config", str(config)]) == 0
         raw["train"] = {"max_steps": 3}
         config.write_text(yaml.safe_dump(raw))
-        cases.append({"config": str(config), "overrides": [], "sabotage": None})
+        cases.append({"config": str(config), "overrides": [], "sabotage": "leave uncompiled"})
     run_cases(place, 1, cases)
     for name in THEIRS:
         lines = read_jsonl(place / "runs" / name / "metrics.jsonl")

@@ -48,6 +48,14 @@ def config(tmp_path: Path) -> Config:
     return data_config(tmp_path, tmp_path / "tokenizer", sources, pack_len=128)
 
 
+def test_a_domain_without_data_does_not_hide_the_others(config: Config, tmp_path: Path) -> None:
+    config = data_config(
+        tmp_path, tmp_path / "tokenizer", [{"path": str(tmp_path / "law.jsonl"), "domain": "law"}]
+    )
+    prepare(config)
+    assert "law sample 0" in shown(config, samples=1)
+
+
 def test_samples_are_marked_and_escaped(config: Config, tmp_path: Path) -> None:
     prepare(config)
     text = shown(config, samples=1, packs=0)

@@ -193,6 +193,22 @@ def test_an_adapter_leaves_the_weights_and_takes_their_gradients_and_states():
     assert gradients[0] - gradients[1] == shape.head_parameters * 2
 
 
+def test_kl_to_the_base_needs_hidden_states_twice_and_logits_twice():
+    """Labels on 1024 of 2048 tokens of width 4096: 2 x 2 bytes and 4 of the gradient; 512 rows of logits."""
+    shape = find_shape("llama-2-7b")
+    lora = Setup(gpus=8, pack_len=2048, adapter=Adapter(), logits_dtype="compute")
+    without, compared = (
+        {part.name: part.bytes for part in memory_plan(shape, setup).forward_backward}
+        for setup in (lora, dataclasses.replace(lora, compares=True))
+    )
+    assert compared.pop("KL to the base: hidden states") == 1024 * 4096 * 8
+    assert compared.pop("loss: logits of a chunk") == 2 * 512 * 32000 * 4
+    assert without.pop("loss: logits of a chunk") == 1024 * 32000 * 2
+    rest = "backward of one layer, beyond the loss buffer"  # which is larger
+    assert compared.pop(rest, 0) < without.pop(rest)
+    assert compared == without
+
+
 def test_4_bits_are_held_whole_by_every_rank():
     shape, qlora = find_shape("qwen2.5-32b"), Setup(gpus=2, adapter=Adapter(kind="qlora"))
     assert {c.setup.zero_stage for c in options(shape, qlora, H100)} == {1, 2}

@@ -48,7 +48,9 @@ def zero(stage: int, **more) -> dict:
 OPTIMIZER_ON_HOST = {"offload_optimizer": {"device": "cpu"}}
 ALL_ON_HOST = {**OPTIMIZER_ON_HOST, "offload_param": {"device": "cpu"}}
 LORA = {"rank": 32}
-# (ranks, ZeRO, dtype, checkpointing, shape, tokens a pack[, adapter or ranks that share a pack])
+AVERAGED = {"optimizer": {"ema_decay": 0.9}}
+MUON = {"optimizer": {"kind": "muon", "muon_lr": 0.02, "max_grad_norm": 0}}
+# (ranks, ZeRO, dtype, checkpointing, shape, tokens a pack[, adapter, optimizer or ranks that share a pack])
 CASES = [
     (1, zero(0), "fp32", "off", QWEN2, 256),
     (1, zero(1), "bf16", "off", QWEN3, 768),
@@ -82,12 +84,25 @@ CASES = [
     (2, zero(3), "bf16", "off", QWEN3, 768, LORA),
     (2, zero(3), "fp32", 2, QWEN2, 768, LORA),
     (2, zero(2, **OPTIMIZER_ON_HOST), "bf16", "off", TIED, 512, LORA),
+    (2, zero(2), "bf16", "off", QWEN2, 768, AVERAGED),
+    (2, zero(3), "fp32", "all", QWEN2, 768, AVERAGED),
+    (1, zero(1), "bf16", "off", QWEN2, 768, MUON),
+    (2, zero(2), "bf16", "all", QWEN3, 768, MUON),
+    (2, zero(3), "fp32", "off", QWEN3, 768, MUON),
+    (2, zero(3), "bf16", "all", QWEN3, 768, MUON),
 ]
 PACKS_PER_RANK = 2
+
+
+def word(given: dict) -> str:
+    """An adapter's or optimizer's in the name of a case."""
+    optimizer = given.get("optimizer", {"kind": given.get("kind", "lora")})
+    return str(optimizer.get("kind", "average"))
+
+
 NAMES = [
     f"ranks{ranks}-zero{settings['stage']}-{dtype}-recompute_{recompute}-offload_{read_offload(settings)}"
-    f"-{shape['model_type']}"
-    + "".join(f"-by{x}" if isinstance(x, int) else f"-{x.get('kind', 'lora')}" for x in more)
+    f"-{shape['model_type']}" + "".join(f"-by{x}" if isinstance(x, int) else f"-{word(x)}" for x in more)
     for ranks, settings, dtype, recompute, shape, _, *more in CASES
 ]
 
@@ -107,6 +122,7 @@ def measured(tmp_path_factory) -> dict[str, dict]:
                 "pack_len": pack_len,
                 "packs": PACKS_PER_RANK,
                 "sharing": sharing(more),
+                "optimizer": chosen(more),
             }
             for name, case in zip(NAMES, CASES, strict=True)
             for ranks, settings, dtype, recompute, shape, pack_len, *more in [case]
@@ -119,7 +135,11 @@ def measured(tmp_path_factory) -> dict[str, dict]:
 
 
 def adapted(more: list[dict | int]) -> dict:
-    return {"adapter": more[0]} if more and isinstance(more[0], dict) else {}
+    return {"adapter": more[0]} if more and isinstance(more[0], dict) and not chosen(more) else {}
+
+
+def chosen(more: list[dict | int]) -> dict:
+    return more[0].get("optimizer", {}) if more and isinstance(more[0], dict) else {}
 
 
 def sharing(more: list[dict | int]) -> int:
@@ -140,6 +160,8 @@ def planned(case: tuple) -> tuple[ModelShape, Setup]:
         offload=read_offload(settings),
         zero=settings,
         adapter=Adapter(**adapter) if adapter else None,
+        has_average=chosen(more) == AVERAGED["optimizer"],
+        has_muon=chosen(more) == MUON["optimizer"],
         device="cpu",
     )
     return planned_shape(shape, "test"), setup

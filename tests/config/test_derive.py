@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from versatune_ds.config.derive import (
 )
 from versatune_ds.config.load import load_config
 from versatune_ds.config.model import Adapter
-from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.foundations.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -47,6 +48,36 @@ def test_one_domain_alone_with_early_stopping(quickstart):
     assert derived.batch.packs_per_step == 4 and not derived.checkpoint.export_at_end
     assert derived.run.dir == Path("out/law") and derived.run.seed == config.run.seed
     assert derived.data == config.data  # so the same caches are read
+
+
+def test_an_adapter_is_trained_by_adamw_and_no_average_is_kept(quickstart):
+    muon = "optimizer={kind: muon, muon_lr: 0.02, max_grad_norm: 0, lr: 1e-4, ema_decay: 0.9}"
+    config = quickstart("reference={lr: 3e-4}", muon)
+    alone, adapted = (
+        single_domain_config(config, "law", Path("out"), 9, adapter).optimizer
+        for adapter in (None, Adapter())
+    )
+    assert (alone.kind, alone.muon_lr, alone.lr, alone.ema_decay) == ("muon", 0.02, 3e-4, None)
+    assert (adapted.kind, adapted.muon_lr, adapted.lr, adapted.ema_decay) == ("adamw", None, 3e-4, None)
+
+
+def test_a_damaged_adapter_is_named(quickstart, tmp_path):
+    muon = "optimizer={kind: muon, muon_lr: 0.02, max_grad_norm: 0}"  # of the whole model that was trained
+    config, file = quickstart(muon), tmp_path / "adapter_config.json"
+    sound = {"r": 2, "lora_alpha": 4, "target_modules": ["v", "q"], "base_model_name_or_path": "base"}
+    file.write_text(json.dumps(sound))
+    adapter = with_model(config, str(tmp_path)).model.adapter
+    assert (adapter.rank, adapter.alpha, adapter.targets) == (2, 4.0, ["q", "v"])
+    for text, said in (
+        ('{"r": 2', "not JSON, or cut short"),
+        ("[]", "holds a list; expected an object"),
+        (json.dumps(sound | {"target_modules": ".*proj"}), r"target_modules is '\.\*proj'; was this adapter"),
+        (json.dumps({**sound, "r": None}), "r is None; was this adapter written by peft"),
+        ("{}", "r is None"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DataError, match=f"adapter_config.json: {said}"):
+            with_model(config, str(tmp_path))
 
 
 def test_without_a_reference_section_the_run_itself_is_the_example(quickstart):

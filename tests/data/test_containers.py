@@ -51,6 +51,7 @@ def columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
         ("a.tsv", 'prompt\tcompletion\nHi?\tHello.\nHo?\t"a, ""b""\nc"\n', ROWS),
         ("semicolon.csv", 'prompt;completion\nHi?;Hello.\nHo?;"a, ""b""\nc"\n', ROWS),
         ("index.csv", ",prompt\n0,Hi?\n\n1,\n", [{"": "0", "prompt": "Hi?"}, {"": "1", "prompt": ""}]),
+        ("blank.csv", "prompt,,\nHi?,,\n", [{"prompt": "Hi?", "": ""}]),
         ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0), ROWS),
         ("a.tsv.xz", lzma.compress(CSV.replace(",c", "\tc").replace(",H", "\tH").replace('?,"', '?\t"').encode()), ROWS),
         ("a.jsonl.bz2", bz2.compress("\n".join(map(json.dumps, ROWS)).encode()), ROWS),
@@ -89,6 +90,8 @@ def test_columns_on_one_line_longer_than_the_look_ahead(tmp_path: Path, monkeypa
 
 
 def test_places_of_records_count_lines_and_rows(tmp_path: Path) -> None:
+    (tmp_path / "sep.csv").write_text("sep=|\r\nprompt|completion\r\nHi?|Hello.\r\n")
+    assert [(place.line, row) for place, row in read(tmp_path / "sep.csv")] == [(3, ROWS[0])]
     (tmp_path / "a.csv").write_text('prompt,completion\n"a\nb",c\n\nd,e\n')
     assert [(place.line, place.row) for place, _ in read(tmp_path / "a.csv")] == [(2, 1), (5, 2)]
 

@@ -111,8 +111,11 @@ def chat(*turns: dict[str, Any], **more: Any) -> dict[str, Any]:
 NAMES = {
     "system": ["system", "System"],
     "developer": ["developer"],
-    "user": ["user", "human", "Human", "USER", "prompter"],
-    "assistant": ["assistant", "Assistant", "gpt", "chatgpt", "bard", "bing", "AI", "model", "bot", "gpt-4"],
+    "user": ["user", "human", "Human", "USER", "prompter", "Human:", "input", "question"],
+    "assistant": [
+        *("assistant", "Assistant", "gpt", "chatgpt", "bard", "bing", "AI", "model", "bot", "gpt-4"),
+        *("gpt-3.5-turbo", "gpt-4o", "GPT_3.5", "gpt4o-mini", "output", "answer"),
+    ],
     "tool": [
         "tool",
         "function",
@@ -121,6 +124,8 @@ NAMES = {
         "tool_response",
         "tool result",
         "Function-Response",
+        "toolResult",
+        "environment",
     ],
 }
 
@@ -156,6 +161,36 @@ def test_parts_of_text_are_joined_and_others_refused_by_their_type() -> None:
     assert parse(chat(user(), says(thinking))).turns[1][:3] == ("assistant", "A", "hm")
     with pytest.raises(BadRow, match=r"messages\[0\].content\[0\] is a part of type 'image_url'"):
         parse(chat(user([{"type": "image_url", "image_url": "x"}]), says()))
+    with pytest.raises(BadRow, match=r"messages\[0\].content\[0\].text is missing \(found: type, txt\)"):
+        parse(chat(user([{"type": "text", "txt": "x"}]), says()))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "h"}, {"type": "text", "text": "m"}]},
+        {"type": "reasoning", "reasoning": "hm"},
+        {"type": "reasoning", "text": None, "summary": [{"type": "summary_text", "text": "hm"}]},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}], "summary": None},
+    ],
+    ids=["Magistral", "plain", "summary", "content"],
+)
+def test_thoughts_that_are_parts_of_a_turn(part: dict[str, Any]) -> None:
+    row = chat(user(), says([part, {"type": "text", "text": "A"}]))
+    assert parse(row).turns[1][:3] == ("assistant", "A", "hm")
+
+
+def test_a_result_that_is_no_text_is_written_as_json() -> None:
+    for content, written in ((42, "42"), (True, "true"), ({"t": 3}, '{"t": 3}'), ([1, 2], "[1, 2]")):
+        row = chat(user(), says(None, tool_calls=[called()]), {"role": "tool", "content": content}, says())
+        assert parse(row).turns[2][:2] == ("tool", written)
+
+
+def test_tools_that_a_turn_brings_are_the_rows() -> None:
+    calls = (user(), says(None, tool_calls=[called()]), RESULT, says("Rain."))
+    row = chat({"role": "system", "content": "S", "tools": [TOOL["function"]]}, *calls)
+    assert parse(row).tools == parse(row | {"tools": [TOOL]}).tools == (TOOL,)
+    assert texts(row, HERMES) == [WRITTEN, "Rain."]
 
 
 def test_messages_as_json_text_are_read_and_counted() -> None:
@@ -163,6 +198,11 @@ def test_messages_as_json_text_are_read_and_counted() -> None:
     read = parse({"messages": json.dumps(turns)})
     assert read.turns == parse(chat(*turns)).turns and read.notes == {"json_text"}
     assert parse({"messages": [json.dumps(turn) for turn in turns]}).turns == read.turns
+    with pytest.raises(BadRow, match=r"json\.dumps writes it, str does not"):
+        parse({"messages": str(turns)})
+    read = parse({"prompt": json.dumps(turns[:1]), "completion": json.dumps(turns[1:])})
+    assert read.turns == parse(chat(*turns)).turns and read.notes == {"json_text"}
+    assert parse({"prompt": "[1, 2]", "completion": "[3]"}).turns[0][:2] == ("user", "[1, 2]")
 
 
 def test_prompt_and_completion_as_lists_of_messages_train_the_completion() -> None:
@@ -259,11 +299,48 @@ def test_nulls_that_tables_fill_in_are_no_arguments() -> None:
         "unit": None,
     }
     assert rules.parse(row, "messages", drop_nulls=True).turns[1].calls[0]["function"]["arguments"] == ASKED
+    for written in (
+        {"messages": json.dumps(row["messages"])},
+        chat(
+            user(), says(None, tool_calls=[called('{"city": "Oslo", "unit": null}')]), RESULT, says("Rain.")
+        ),
+        chat(
+            user(),
+            says(None, tool_calls=json.dumps([called({"city": "Oslo", "unit": None})])),
+            RESULT,
+            says(),
+        ),
+    ):
+        calls = rules.parse(written, "messages", drop_nulls=True).turns[1].calls
+        assert calls[0]["function"]["arguments"] == {"city": "Oslo", "unit": None}, (
+            "written so, not filled in"
+        )
+    for tools in ('[{"name": "w", "x": null}]', ['{"name": "w", "x": null}']):
+        (tool,) = rules.parse(row | {"tools": tools}, "messages", drop_nulls=True).tools
+        assert tool["function"] == {"name": "w", "x": None}
+
+
+def test_structs_of_lists_are_lists_also_within_turns() -> None:
+    call = {"type": ["function"], "function": [called()["function"]]}
+    parts = {"type": ["text", "text"], "text": ["Q", "?"]}
+    row = chat(user(parts), says(None, tool_calls=call), RESULT, says("Rain."), tools={"name": ["weather"]})
+    read = parse(row)
+    assert read.turns[0][:2] == ("user", "Q?") and read.turns[1].calls == (called(),)
+    assert read.tools == ({"type": "function", "function": {"name": "weather"}},)
 
 
 def test_arguments_are_text_where_the_template_takes_no_object() -> None:
     row = chat(user(), says(None, tool_calls=[called()]), RESULT, says("Rain."))
     assert texts(row, ARGUMENTS_AS_TEXT)[0] == 'weather{"city": "Oslo"}'
+
+
+def test_a_turn_of_calls_has_an_empty_text_where_the_template_takes_no_none() -> None:
+    template = AGENT.replace(
+        "{{- m.content or '' }}", "{%- if '</think>' not in m.content %}{{- m.content }}{%- endif %}"
+    )
+    assert template != AGENT and "none" in template + "{# none #}"
+    row = chat(user(), says(None, tool_calls=[called()]), RESULT, says("Rain."), tools=[TOOL])
+    assert texts(row, template + "{# none #}") == [WRITTEN, "Rain."]
 
 
 def test_tools_and_calls_that_the_template_leaves_out_are_errors() -> None:
@@ -312,7 +389,11 @@ def test_the_template_is_given_thoughts_by_the_name_that_it_reads() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [FULL, f"{THOUGHT}\n</think>\n\n4", f"<think>{THOUGHT}</think>4", f"[THINK]{THOUGHT}[/THINK]4"]
+    "content",
+    [
+        *(FULL, f"{THOUGHT}\n</think>\n\n4", f"<think>{THOUGHT}</think>4", f"[THINK]{THOUGHT}[/THINK]4"),
+        *(f"<thought>{THOUGHT}</thought>\n4", f"<|begin_of_thought|>{THOUGHT}<|end_of_thought|>\n4"),
+    ],
 )
 def test_thoughts_in_the_text_are_kept_masked_or_dropped(content: str) -> None:
     row = chat(user("2 + 2?"), says(content))
@@ -342,6 +423,8 @@ def test_a_turn_that_renders_to_nothing_is_a_bad_row() -> None:
 OFF = [
     *({name: value} for name in ("weight", "loss", "train", "training", "trainable", "train_on_turn", "loss_mask", "step_loss_mask") for value in (0, False, 0.0, "false", "0")),
     *({name: value} for name in ("masked", "ignore_loss") for value in (1, True, "true")),
+    *({name: value} for name in ("lossMask", "loss-mask", "Train", "LOSS", "learn", "supervise", "compute_loss") for value in (0, False, "off")),
+    *({name: True} for name in ("isMasked", "mask_loss", "no_train")),
     {"loss": False, "train": False, "loss_mask": 0, "weight": 1},
     {"train": False, "weight": 0.5},
 ]  # fmt: skip
@@ -384,6 +467,7 @@ def test_fractions_are_weights_of_tokens(name: str) -> None:
     [
         {"loss_mask": [0, 0, 0, 1]}, {"loss_mask": [False, True]}, {"weights": "[0, 0.0, 0, 1.0]"}, {"mask": [0, 0, 0, 1]},
         {"masked": [1, 0]}, {"train_mask": [1, 0, 1, 1]}, {"train": [None, False, None, None]},
+        {"lossMask": [0, 1]}, {"message_weights": [0, 0, 0, 1]}, {"turn_loss_mask": "[0, 1]"}, {"supervised": [False, True]},
     ],
     ids=str,
 )  # fmt: skip
@@ -395,6 +479,8 @@ def test_a_weight_of_the_row_is_a_factor() -> None:
     row = chat(user(), says("One.", weight=0.5), user(), says("Two."))
     assert [weight for _, weight in trained(row | {"weight": 0.5})] == [0.25, 0.5]
     assert [weight for _, weight in trained({"prompt": "Q", "completion": "A", "sample_weight": 3})] == [3.0]
+    renamed = {"columns": {"weight": "score"}}
+    assert parse({"prompt": "Q", "completion": "A", "score": 0.5, "weight": 3}, **renamed).weight == 0.5
     for off in ({"weight": 0}, {"train": False}, {"masked": True}):
         assert rejected(row | off).reason == Reason.SWITCHED_OFF
 
@@ -409,6 +495,9 @@ def test_a_weight_of_the_row_is_a_factor() -> None:
         (chat(user(), says(weight="much")), Reason.WRONG_TYPE),
         (chat(user(), says(weight=[1])), Reason.WRONG_TYPE),
         (chat(user(), says(mask=1)), Reason.UNSUPPORTED_FIELD),
+        (chat(user(), says(train_on_this=False)), Reason.UNSUPPORTED_FIELD),
+        (chat(user(), says(my_loss_flag=0)), Reason.UNSUPPORTED_FIELD),
+        (chat(user(), says(), user(), says(), turn_mask=[0, 1]), Reason.UNSUPPORTED_FIELD),
         (chat(user(), says(), mask=[1, 0]), Reason.UNSUPPORTED_FIELD),
         (chat(user(), says(), loss=1.37), Reason.UNSUPPORTED_FIELD),
         (chat(user(), says(), loss_mask=[1, 0, 1]), Reason.LENGTH_MISMATCH),
@@ -436,6 +525,17 @@ def test_which_turns_are_trained_on() -> None:
 def test_an_open_turn_has_no_stop_token_to_learn(name: str) -> None:
     row = chat(user("Write JSON."), says("{", **{name: True}), user("go on"), says("}"))
     assert trained(row) == [("{", 1.0), ("}<|im_end|>", 1.0)]
+
+
+@pytest.mark.parametrize("begun", ["<think>\\n", "<think>\\n\\n</think>\\n\\n"])
+def test_turns_need_not_have_the_thought_that_the_prompt_begins(begun: str) -> None:
+    """As Qwen3's thinking models: earlier turns are written without one."""
+    template = PLAIN.replace("<|im_start|>assistant\\n", f"<|im_start|>assistant\\n{begun}")
+    assert template != PLAIN
+    assert texts(chat(user(), says("One."), user(), says("Two.")), template) == ["One.", "Two."]
+    thought = f"<think>\n{THOUGHT}\n</think>\n\n4"
+    trained_on = thought if "/" in begun else thought.removeprefix("<think>\n")
+    assert texts(chat(user(), says("One."), user(), says(thought)), template) == ["One.", trained_on]
 
 
 def test_variables_of_the_row_reach_the_template() -> None:
@@ -475,10 +575,16 @@ def test_padding_without_a_mask_is_refused(ids: list[int]) -> None:
 
 @pytest.mark.parametrize("name", ["supervised_mask", "loss_mask", "assistant_masks", "completion_mask"])
 def test_weights_of_ids(name: str) -> None:
+    assert parse({"input_ids": "[5, 6]", name: "[0, 1]"}).mask.tolist() == [False, True], "cells of a CSV"
     row = parse({"input_ids": [5, 6, 7], name: [0, 0.5, 1], "weight": 2})
     assert isinstance(row, TokenRow) and row.weights is not None
     assert row.mask.tolist() == [False, True, True] and row.weights.tolist() == [0, 1, 2]
     assert parse({"input_ids": [5, 6], name: [0, 1]}).weights is None
+    for other in ("weights", "mask", "lossWeights"):
+        with pytest.raises(
+            BadRow, match=f"{other} is a list; weights of tokens are read from supervised_mask"
+        ):
+            parse({"input_ids": [5, 6], name: [0, 1], other: [0, 0.5]})
 
 
 # --- the cache ------------------------------------------------------------------------------------------------
@@ -502,6 +608,17 @@ def test_a_cache_has_weights_only_where_rows_have_some(tmp_path: Path) -> None:
     assert having.weight_sums[:3].tolist() == having.supervised[:3].tolist()
     assert sorted(set(having.sample(3)[1].tolist())) == [0.0, 0.5, 1.0]
     assert having.sample(0)[1].tolist() == without.sample(0)[1].astype(float).tolist()
+
+
+def test_fields_of_turns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    turns = [user(name="Bob", id=None), says(constraint=0, good=True, weight=1, thinking="", tool_calls=[])]
+    path = write_jsonl(tmp_path / "d.jsonl", [chat(*turns), chat(user("R", name="Eve"), says())])
+    report = prepare(data_config(tmp_path, tmp_path / "tokenizer", path), progress=False)
+    (said,) = [line for line in report.table().splitlines() if "not used" in line]
+    assert (
+        said == "note: train law: columns not used: messages[].constraint, messages[].good, messages[].name"
+    )
 
 
 def test_what_is_not_plain_is_counted(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from versatune_ds.apps.bench.planner import raw_lengths
 from versatune_ds.data.plan import order
 from versatune_ds.data.plan import planner as planner_module
 from versatune_ds.data.plan.balance import modelled_idle, quadratic_tokens, rank_packs
-from versatune_ds.data.plan.corpus import WEIGHT_UNITS, Corpus, PlannerSettings, steps_per_epoch, supply
+from versatune_ds.data.plan.corpus import WEIGHT_UNITS, Corpus, PlannerSettings, steps_per_epoch, token_supply
 from versatune_ds.data.plan.planner import plan_step
 from versatune_ds.data.plan.share_rules import ChairmanRule
 from versatune_ds.data.plan.state import Carried, PlannerState, Totals
@@ -304,7 +304,7 @@ def test_limited_data_is_used_up_completely_and_no_further(seed: int, unit: str)
     assert "d0 (2), d1 (1), d2 (0.4)" in str(stopped.value)
     assert state.trained.samples == state.drawn.samples == (22, 30, 2)
     assert all(trained[0, i] == 2 for i in range(11)) and all(trained[1, i] == 1 for i in range(30))
-    assert supply(corpus, settings).samples == state.drawn.samples
+    assert settings.draw_limits(corpus) == state.drawn.samples
     # The cure that the message names works: more epochs, same state.
     more = dataclasses.replace(settings, max_epochs=(3.0, 1.0, 0.4))
     assert plan_step(corpus, more, state, [0.2, 0.3, 0.5]).drawn.samples[0] > 0
@@ -313,10 +313,10 @@ def test_limited_data_is_used_up_completely_and_no_further(seed: int, unit: str)
 def test_supply_counts_what_can_be_trained_on() -> None:
     corpus = Corpus([np.full(10, 50, np.int32), np.full(20, 10, np.int32)], [np.ones(10), np.ones(20)])
     settings = PlannerSettings(pack_len=100, packs_per_step=2, max_epochs=(3.0, None))
-    assert supply(corpus, settings).samples == (30, math.inf)
-    assert supply(corpus, settings).steps == math.inf
-    assert supply(corpus, settings, [1.0, 0.0]).tokens == (1500, 0)
-    assert supply(corpus, settings, [1.0, 0.0]).steps == 7
+    assert settings.draw_limits(corpus) == (30, math.inf)
+    assert sum(token_supply(corpus, settings, [0.5, 0.5])) == math.inf
+    assert token_supply(corpus, settings, [1.0, 0.0]) == (1500, 0)
+    assert sum(token_supply(corpus, settings, [1.0, 0.0])) // settings.tokens_per_step == 7
 
 
 def test_steps_per_epoch_with_and_without_packing() -> None:

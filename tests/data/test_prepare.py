@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from prepared import content, data_config, pairs, write_jsonl
 
+from versatune_ds.apps.detect.generate import GeneratedText
 from versatune_ds.cli.main import main
 from versatune_ds.config.load import load_config, write_resolved
 from versatune_ds.data.cache import prepare as prepare_module
@@ -90,6 +91,25 @@ def test_pretokenised_rows_are_taken_as_they_are(tmp_path: Path, tokenizer: Path
     tokens, mask = cache.sample(0)
     assert (tokens.tolist(), mask.tolist()) == ([5, 6, 7, 8], [True, False, True, True])
     assert cache.supervised.tolist() == [2], "labels are shifted: nothing predicts the first token"
+
+
+def test_what_detection_writes_is_training_data_as_it_is(tmp_path: Path, tokenizer: Path) -> None:
+    lines = [
+        GeneratedText(0, "A text that ends.", 5, finished=True),
+        GeneratedText(1, " \n", 1, finished=True),
+        GeneratedText(2, "A text that was cut", 5, finished=False),
+    ]
+    write_jsonl(tmp_path / "sequences.jsonl", [line.to_json() for line in lines])
+    source = {"path": str(tmp_path / "sequences.jsonl"), "domain": "law", "format": "text"}
+    prepared = prepare(data_config(tmp_path, tokenizer, [source]))
+    cache = prepared.caches["train"][0]
+    assert texts(cache, tokenizer) == [
+        "<|im_end|>A text that ends.<|im_end|>",
+        "<|im_end|>A text that was cut",
+    ]
+    assert cache is not None and all(
+        cache.sample(i)[1].tolist()[1:] == [True] * (n - 1) for i, n in enumerate(cache.lengths)
+    )
 
 
 def test_ids_are_held_against_the_embedding_before_the_work(

@@ -8,7 +8,7 @@ import pytest
 
 from versatune_ds.data.chat.conversation import Conversation
 from versatune_ds.data.rows.reasons import BadRow, Reason
-from versatune_ds.data.rows.schemas import RowSchema, TokenRow
+from versatune_ds.data.rows.schemas import RowSchema, TextRow, TokenRow
 
 TURNS = (("system", "S"), ("user", "Q"), ("assistant", "A"))
 
@@ -50,6 +50,23 @@ def test_alpaca_input_follows_the_instruction() -> None:
     assert row.turns[0][:2] == ("user", "Add.\n\n1, 2")
 
 
+def test_rounds_before_the_prompt_are_turns() -> None:
+    before = ("user", "q"), ("assistant", "a")
+    for row in (
+        {"instruction": "Q", "output": "A", "history": [["q", "a"]]},
+        {"prompt": "Q", "completion": "A", "history": '[["q", "a"]]'},
+    ):
+        assert parse(row | {"system": "S"}) == Conversation((TURNS[0], *before, *TURNS[1:]))
+        assert parse(row | {"history": [], "system": "S"}) == Conversation(TURNS)
+
+
+def test_thoughts_in_a_column_belong_to_the_response() -> None:
+    row = {"Question": "Q", "Complex_CoT": "hm", "Response": "A"}
+    columns = {"prompt": "Question", "reasoning_content": "Complex_CoT", "completion": "Response"}
+    assert parse(row, columns=columns).turns[1][:3] == ("assistant", "A", "hm")
+    assert parse({"instruction": "Q", "reasoning_content": "hm", "output": "A"}).turns[1].reasoning == "hm"
+
+
 def test_columns_are_mapped_also_inside_turns() -> None:
     assert parse({"q": "Q", "a": "A"}, columns={"prompt": "q", "completion": "a"}).turns[1][:2] == (
         "assistant",
@@ -68,6 +85,27 @@ def test_pretokenized_rows_by_labels_or_mask() -> None:
     assert isinstance(by_labels, TokenRow)
     assert by_labels.tokens.tolist() == by_mask.tokens.tolist() == [5, 6, 7]
     assert by_labels.mask.tolist() == by_mask.mask.tolist() == [False, True, True]
+
+
+def test_whole_texts_are_read_when_they_are_named_and_never_guessed() -> None:
+    line = {"index": 3, "text": "Once.", "num_tokens": 2, "finished": False}  # of `detect`
+    assert parse(line, format="text") == TextRow("Once.", is_finished=False)
+    assert parse({"text": "Once."}, format="text") == TextRow("Once.")
+    assert parse({"body": "Once.", "weight": 0.5}, format="text", columns={"text": "body"}) == TextRow(
+        "Once.", weight=0.5
+    )
+    assert RowSchema(domain="law").detect(line) is None
+    for row, reason, message in [
+        ({"text": " \n"}, Reason.BLANK_TEXT, "empty"),
+        ({"text": 3}, Reason.WRONG_TYPE, "a string"),
+        ({"text": "A", "finished": "no"}, Reason.WRONG_TYPE, "true or false"),
+        ({"text": "A", "weight": 0}, Reason.SWITCHED_OFF, "weight 0"),
+    ]:
+        with pytest.raises(BadRow, match=message) as error:
+            parse(row, format="text")
+        assert error.value.reason == reason
+    with pytest.raises(BadRow, match="need `format: text`"):
+        RowSchema(domain="law").parse(line, None)
 
 
 ANSWER = turn("assistant", "A")
@@ -89,7 +127,13 @@ BAD_ROWS: list[tuple[dict[str, Any], Reason]] = [
     ({"instruction": "Q", "output": "A", "input": 1}, Reason.WRONG_TYPE),
     ({"instruction": "Q", "output": True}, Reason.WRONG_TYPE),
     ({"instruction": "Q \ud800", "output": "A"}, Reason.LONE_SURROGATE),
-    ({"instruction": "Q", "output": "A", "history": [["a", "b"]]}, Reason.UNSUPPORTED_FIELD),
+    (
+        {"messages": [turn("user", "Q"), turn("assistant", "A")], "history": [["a", "b"]]},
+        Reason.UNSUPPORTED_FIELD,
+    ),
+    ({"instruction": "Q", "output": "A", "history": ["a", "b"]}, Reason.WRONG_TYPE),
+    ({"instruction": "Q", "output": "A", "history": "a"}, Reason.WRONG_TYPE),
+    ({"instruction": "Q", "output": "A", "images": ["a"]}, Reason.UNSUPPORTED_FIELD),
     ({"prompt": "Q", "completion": "A"}, Reason.OTHER_FORMAT),
     ({"messages": "user: hi"}, Reason.WRONG_TYPE),
     ({"messages": {"role": "user"}}, Reason.WRONG_TYPE),

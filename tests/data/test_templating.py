@@ -14,12 +14,13 @@ from prepared import byte_level_tokenizer, qwen_like_tokenizer
 from tokenizers import AddedToken, Tokenizer, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from versatune_ds.apps.detect.generate import prompt_token
 from versatune_ds.data.chat.conversation import Conversation, to_train
 from versatune_ds.data.encode import chat_encoder
 from versatune_ds.data.encode.chat_encoder import ChatEncoder, stop_token
 from versatune_ds.data.encode.tokenizer import set_chat_template, template_text
 from versatune_ds.data.rows.reasons import BadRow, Reason
-from versatune_ds.data.rows.schemas import TokenRow
+from versatune_ds.data.rows.schemas import TextRow, TokenRow
 from versatune_ds.foundations.errors import ConfigError
 
 # In the manner of the official templates, none of which marks the assistant's turns.
@@ -250,6 +251,21 @@ def test_pre_tokenised_rows_are_checked() -> None:
         with pytest.raises(BadRow) as error:
             check(tokens, mask)
         assert error.value.reason == reason
+
+
+@pytest.mark.parametrize(("tokenizer", "start"), [(qwen(), "<|im_end|>"), (llama("</s>"), "<s>")])
+def test_whole_texts_begin_as_detection_begins_them_and_end_unless_they_were_cut(
+    tokenizer: Any, start: str
+) -> None:
+    encoder = ChatEncoder.build(tokenizer, "chatml")
+    whole, cut = (encoder.encode_text(TextRow("capital is", done)) for done in (True, False))
+    first, last = tokenizer.convert_tokens_to_ids([start, tokenizer.eos_token])
+    assert first == prompt_token(tokenizer)
+    assert cut.tokens[0] == first and tokenizer.decode(cut.tokens[1:]) == "capital is"
+    assert whole.tokens.tolist() == [*cut.tokens, last]
+    assert whole.mask.tolist() == [False] + [True] * (len(whole.tokens) - 1) and whole.weights is None
+    half = encoder.encode_text(TextRow("capital is", weight=0.5)).weights
+    assert half is not None and half.tolist() == [0.0] + [0.5] * (len(half) - 1)
 
 
 def test_the_stop_token_of_an_export() -> None:

@@ -83,6 +83,21 @@ def test_absent_domain_keeps_loss_and_gamma_and_has_no_phi():
     assert controller.update(30).phi["law"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"noise_z": 2.0}, "noise_z 2"),
+        ({"update_z": 1.5}, "update_z 1.5"),
+        ({"noise_z": 2.0, "update_z": 1.0}, "noise_z 2, update_z 1"),
+    ],
+)
+def test_a_domain_without_a_standard_error_is_absent_for_the_setting_that_asks_for_one(asked, said):
+    controller = controller_of(**asked)
+    controller.observe(DomainSums.from_samples([0, 1, 2], [200.0] * 3, [100] * 3, 3))
+    reasons = controller.update(10).reasons
+    assert any(f"law: absent (1 sample(s) give no standard error, {said});" in reason for reason in reasons)
+
+
 def test_never_measured_domain_keeps_its_weight():
     controller = controller_of("raw_loss")
     controller.observe(sums([2.0, 0.0, 1.0], tokens=(100, 0, 100)))

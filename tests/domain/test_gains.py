@@ -105,6 +105,15 @@ def test_a_resumed_run_goes_on_exactly():
     assert expected["before"] != expected["after"] and first.state() == whole.state()
 
 
+def test_a_state_that_is_refused_changes_nothing():
+    controller = trained(controller_of(guard={}))
+    controller.update(10, FIRST)
+    before, damaged = controller_of(guard={}), controller.state() | {"gains": {}}
+    with pytest.raises(StateError, match="strategy marginal is damaged"):
+        before.load_state(damaged)
+    assert before.state() == controller_of(guard={}).state()
+
+
 def test_damaged_state_and_other_samples_are_refused():
     gains = MarginalGains(np.ones(2))
     for damage in ({}, {"previous": None, "precision": [0.0], "pooled": [0.0]}):

@@ -7,7 +7,7 @@ import pytest
 
 from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.domain.controller import WeightController
-from versatune_ds.domain.history import Losses, domains_of, read_history, replay_history, sums_of
+from versatune_ds.domain.history import Losses, read_history, replay_history, sums_of
 from versatune_ds.domain.reference import load_reference
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
@@ -61,6 +61,7 @@ def test_a_missing_loss_has_no_tokens_and_a_missing_error_none():
         {"strategy": "expansion", "target": "code", "epsilon": 0.1},
         {"strategy": "doremi"},
         {"strategy": "raw_loss"},
+        {"update_z": 1.0},
     ],
 )
 def test_the_replay_of_a_run_with_its_own_settings_is_that_run(tmp_path, weights):
@@ -79,8 +80,25 @@ def test_the_replay_of_a_run_with_its_own_settings_is_that_run(tmp_path, weights
     for ours, theirs in zip(replayed, records, strict=True):
         assert ours.after == pytest.approx(theirs.after, rel=1e-9)
         assert ours.phi == pytest.approx(theirs.phi, rel=1e-6, abs=1e-12)
-        assert ours.gate_open == theirs.gate_open
+        assert ours.gate_open == theirs.gate_open and ours.refused == theirs.refused
+        assert ours.tokens == theirs.tokens
     assert records[-1].after != records[0].after
+
+
+@pytest.mark.parametrize(("said", "tokens"), [({}, 300), ({"refused": True}, 200),
+                                              ({"loss_source": "probe"}, 200)])  # fmt: skip
+def test_losses_that_the_next_line_replaces_count_once(tmp_path, said, tokens):
+    """Two updates that the replay refuses, of 100 and 200 tokens."""
+    path = tmp_path / "h.jsonl"
+    lines = [
+        {"step": step, "losses": {"law": 2.0, "code": 1.6}, "stderr": {"law": 1.0, "code": 1.0},
+         "tokens": {"law": count, "code": count}, **said}
+        for step, count in ((10, 100.0), (20, 200.0))
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    last = replay_history(read_history(path), controller_of(update_z=9.0), TABLE)[-1]
+    assert last.refused and last.before == last.after
+    assert last.tokens == {"law": tokens, "code": tokens}
 
 
 def test_by_hand(tmp_path):
@@ -100,7 +118,7 @@ def test_domains_without_a_loss_and_the_line_of_step_0_are_passed_over(tmp_path)
     )
     first, second = read_history(lines)
     assert vars(first) == vars(losses(5, losses={"law": 2.5}, stderr={"law": 0.1}))
-    assert second.step == 10 and domains_of([first, second]) == ["law", "code"]
+    assert second.step == 10 and list(first.losses | second.losses) == ["law", "code"]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from versatune_ds.config.model import Adapter, Model
 from versatune_ds.engine.fingerprints import model_fingerprint
 from versatune_ds.engine.model.adapters import add_adapter
-from versatune_ds.engine.model.source import load_architecture
+from versatune_ds.engine.model.source import four_bits, load_architecture
 from versatune_ds.engine.preflight.checks import check_adapter
 from versatune_ds.foundations.errors import ConfigError
 
@@ -154,6 +154,17 @@ def test_what_could_not_be_trained_here_is_refused_before_the_model():
         check(adapter=Adapter(), weights="random")
     with pytest.raises(ConfigError, match="qlora needs CUDA and bitsandbytes"):
         check(adapter=Adapter(kind="qlora"))
+
+
+def test_in_4_bits_a_model_is_loaded_onto_the_rank_s_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert four_bits(Model(source="x", adapter=Adapter())) == {}
+    options = four_bits(Model(source="x", dtype="bf16", adapter=Adapter(kind="qlora")))
+    chosen = options["quantization_config"]
+    assert options["device_map"] == {"": 3} and chosen.load_in_4bit
+    assert (chosen.bnb_4bit_quant_type, chosen.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
+    # whole bytes: of a floating-point dtype DeepSpeed would convert the packed weights
+    assert chosen.bnb_4bit_use_double_quant and chosen.bnb_4bit_quant_storage == torch.uint8
 
 
 def test_an_adapter_folder_is_no_model(saved):

@@ -75,7 +75,8 @@ def by_hand(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_the_average_is_that_of_plain_pytorch_after_resuming_too(config, capsys):
-    """Under ZeRO-1 to 3 on 2 ranks; resumed as it was, and on one rank in another stage."""
+    """Under ZeRO-1 to 3 on 2 ranks, also where they share packs; resumed as it was, and on one rank in
+    another stage."""
 
     def case(name: str, *overrides: str) -> dict:
         return {
@@ -89,6 +90,7 @@ def test_the_average_is_that_of_plain_pytorch_after_resuming_too(config, capsys)
         2,
         [
             *(case(f"stage_{stage}", zero(stage)) for stage in (1, 2, 3)),
+            case("shared", zero(3), "batch.sequence_parallel=2"),
             case("offload", "deepspeed={zero_optimization: {stage: 3, offload_optimizer: {device: cpu}}}"),
             case("bf16", zero(3), "model.dtype=bf16"),
             case("without", zero(3), "optimizer.ema_decay=null", "train.max_steps=1"),
@@ -113,6 +115,9 @@ def test_the_average_is_that_of_plain_pytorch_after_resuming_too(config, capsys)
             alone = exported(config.parent / f"{name}_alone", STEPS, "--ema")
             for key in ours:
                 torch.testing.assert_close(alone[key], ours[key], rtol=1e-3, atol=2e-5)
+    shared, apart = (exported(config.parent / name, STEPS, "--ema") for name in ("shared", "stage_3"))
+    for key in apart:
+        torch.testing.assert_close(shared[key], apart[key], rtol=1e-3, atol=2e-5)
     assert exported(config.parent / "bf16", STEPS, "--ema")["model.norm.weight"].dtype == torch.bfloat16
     capsys.readouterr()
     assert main(["export", str(config.parent / "without"), "--ema"]) == constants.EXIT_STATE

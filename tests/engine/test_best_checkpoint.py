@@ -165,9 +165,16 @@ def test_the_run_exports_its_best_parameters_and_not_its_last(whole, selected):
     assert is_step(whole.folder / "model", whole, STEPS) and not is_step(whole.folder / "model", whole, BEST)
 
 
-def test_an_early_stopped_run_exports_its_best_parameters_and_stays_ended(config, whole):
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [
+        ("stopped", ()),
+        ("by_the_clock", ("checkpoint.every_n_steps=null", "checkpoint.max_lost_minutes=60")),
+    ],
+)
+def test_an_early_stopped_run_exports_its_best_parameters_and_stays_ended(config, whole, name, when):
     for _ in range(2):
-        stopped = run(config, "stopped", "evaluation.patience=3")
+        stopped = run(config, name, "evaluation.patience=3", *when)
         assert stopped.finished and names(stopped.folder / "checkpoints") == [BEST, 7]
         assert is_step(stopped.folder / "model", whole, BEST)
     assert stopped.samples == [] and len(stopped.lines("eval")) == 8

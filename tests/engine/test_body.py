@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from versatune_ds.apps.doctor import backends
 from versatune_ds.config.model import Model
 from versatune_ds.engine.model.attention import choose_attention
-from versatune_ds.engine.model.isolation import isolation_leak
+from versatune_ds.engine.model.isolation import probe_packs
 from versatune_ds.engine.model.packed_lm import apply_liger, build_model
 
 VOCAB_SIZE = 64
@@ -178,6 +178,6 @@ def test_compiled_layers_give_the_same_losses_and_gradients(monkeypatch, tmp_pat
         results.append(numbers)
         # of a pack of one sample, without a mask, and of others; not of each layer
         assert len(graphs) == (2 if choice == "layers" else 0)
-        assert isolation_leak(model, VOCAB_SIZE, torch.device("cpu")) == 0.0
+        assert probe_packs(model, VOCAB_SIZE, torch.device("cpu")).leak == 0.0
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)

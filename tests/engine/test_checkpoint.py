@@ -168,6 +168,18 @@ def test_what_a_run_can_go_on_from(tmp_path, layout, problem):
             ck.read_state(tmp_path, saved | OLDER | layout, {})
 
 
+def test_only_a_model_that_a_checkpoint_names_otherwise_is_another_one(tmp_path):
+    """Checkpoints did not always name it, and transformers adds keys."""
+    state = {"version": 1, "world_size": 1, "layout": {"ZeRO stage": 2, "model.dtype": "bf16"}}
+    ours = {"hidden_size": "8", "head_dim": "4"}
+    for said in ({}, {"architecture": {}}, {"architecture": {"hidden_size": "8", "gone": "1"}}):
+        (tmp_path / "versatune_state.json").write_text(json.dumps(state | said))
+        assert ck.read_state(tmp_path, OLDER | state["layout"], ours)["world_size"] == 1
+    (tmp_path / "versatune_state.json").write_text(json.dumps(state | {"architecture": {"hidden_size": "4"}}))
+    with pytest.raises(StateError, match=r"another model: hidden_size is 4 there and 8 in model\.source"):
+        ck.read_state(tmp_path, OLDER | state["layout"], ours)
+
+
 def test_shards_are_bounded_and_indexed(tmp_path):
     tensors = {f"t{i}": torch.arange(100, dtype=torch.float32) + i for i in range(7)}  # 400 bytes each
     tensors["large"] = torch.zeros(500)

@@ -172,7 +172,7 @@ def test_only_the_files_that_transformers_loads_are_merged(tmp_path):
     lm = family_model("llama")
     lm.save_pretrained(tmp_path)
     save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, tmp_path / "consolidated.safetensors")
-    merged = dict(merged_tensors(Model(source=str(tmp_path), adapter=Adapter()), {}, torch.float32))
+    merged = dict(merged_tensors(Model(source=str(tmp_path), adapter=Adapter()), {}))
     assert merged.keys() == load_file(tmp_path / "model.safetensors").keys()
 
 
@@ -193,7 +193,7 @@ def test_the_text_part_of_a_model_of_images_is_merged_alone(tmp_path, kind, meth
         if "magnitude" in name:
             parameter.data.mul_(1.5)  # no longer the rows' own lengths
     tensors = ((name.removeprefix(PREFIX), p.detach()) for name, p in adapted.named_parameters())
-    ours = dict(merged_tensors(settings, dict(adapter_tensors(tensors)), torch.float32))
+    ours = dict(merged_tensors(settings, dict(adapter_tensors(tensors))))
     expected = adapted.merge_and_unload().state_dict()
     assert ours.keys() | {"lm_head.weight"} == expected.keys()
     for name, tensor in ours.items():

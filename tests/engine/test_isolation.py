@@ -26,7 +26,7 @@ from versatune_ds.engine.model.attention import (
     varlen_attention,
 )
 from versatune_ds.engine.model.families import MIXTURES
-from versatune_ds.engine.model.isolation import PROBE_TOKENS, isolation_leak
+from versatune_ds.engine.model.isolation import PROBE_TOKENS, probe_packs
 from versatune_ds.engine.model.packed_lm import PackedCausalLM
 from versatune_ds.engine.model.recompute import recompute_in_backward
 from versatune_ds.engine.model.rope import turning_length
@@ -61,12 +61,12 @@ def test_losses_of_a_sample_are_bit_equal_whatever_its_neighbour(kind, by_sample
     model = PackedCausalLM(attend_by_sample(lm) if by_sample else lm, "auto").eval()
     # an expert's product is over its tokens of all samples, and their number decides how it is summed
     bound = 1e-6 if model.lm.config.model_type in MIXTURES else 0.0
-    assert isolation_leak(model, VOCAB_SIZE, CPU, 14) <= bound
+    assert probe_packs(model, VOCAB_SIZE, CPU, 14).leak <= bound
 
 
 def test_a_mixture_in_bf16_passes_the_probe():
     model = PackedCausalLM(family_model("qwen3_moe").bfloat16(), "auto").eval()
-    assert isolation_leak(model, VOCAB_SIZE, CPU) <= MAX_ISOLATION_LEAK["bf16"]
+    assert probe_packs(model, VOCAB_SIZE, CPU).leak <= MAX_ISOLATION_LEAK["bf16"]
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_positions_that_depend_on_length_would_be_found_out(monkeypatch, kind, t
     monkeypatch.setattr(packed_lm, "rotate_by_sample", lambda model: [])
     model = PackedCausalLM(family_model(kind), "auto").eval()
     assert turning_length(model.lm.config) == turn
-    assert isolation_leak(model, VOCAB_SIZE, CPU, turn or PROBE_TOKENS) == 0.0
-    leak = isolation_leak(model, VOCAB_SIZE, CPU, 2 * (turn or PROBE_TOKENS) - 2)
+    assert probe_packs(model, VOCAB_SIZE, CPU, turn or PROBE_TOKENS).leak == 0.0
+    leak = probe_packs(model, VOCAB_SIZE, CPU, 2 * (turn or PROBE_TOKENS) - 2).leak
     assert leak > MAX_ISOLATION_LEAK["bf16"] if turn else leak == 0.0
 
 
@@ -94,7 +94,7 @@ def test_a_length_of_one_kind_of_layer_counts():
 def test_a_run_probes_beyond_the_turning_length(monkeypatch):
     """And no further than a sample can be, which is a pack."""
     asked = []
-    monkeypatch.setattr(deepspeed_backend, "isolation_leak", lambda *given: asked.append(given[3]) or 0.0)
+    monkeypatch.setattr(deepspeed_backend, "probe_packs", lambda *given: asked.append(given[3]) or (0.0, 0.0))
     for kind, pack_len in (("phi3, longrope", 32), ("phi3, longrope", 6), ("mistral", 32)):
         backend = SimpleNamespace(
             model=PackedCausalLM(family_model(kind), "auto"),
@@ -117,7 +117,7 @@ def test_isolation_holds_with_recomputed_activations(policy):
     recomputed = [layer.gradient_checkpointing for layer in lm.model.layers]
     assert recomputed == {"off": [False, False], "all": [True, True], 2: [True, False]}[policy]
     model = PackedCausalLM(lm, "auto").train()
-    assert isolation_leak(model, SHAPE["vocab_size"], CPU) == 0.0
+    assert probe_packs(model, SHAPE["vocab_size"], CPU).leak == 0.0
 
 
 @pytest.mark.parametrize(("policy", "calls"), [("off", [1, 1]), ("all", [2, 2]), (2, [2, 1])])
@@ -169,7 +169,7 @@ def test_a_model_that_mixes_samples_is_found_out():
         return forward(*args, attention_mask=torch.ones_like(kwargs["input_ids"]), **kwargs)
 
     body.forward = leaking
-    leak = isolation_leak(model, SHAPE["vocab_size"], CPU)
+    leak = probe_packs(model, SHAPE["vocab_size"], CPU).leak
     assert leak > 10 * max(MAX_ISOLATION_LEAK.values())
 
 
@@ -364,7 +364,7 @@ def test_varlen_on_cuda_equals_the_block_diagonal_mask():
             LlamaConfig(**(SHAPE | more)), attn_implementation=name, dtype=torch.bfloat16
         )
         packed = PackedCausalLM(model.to(device), "auto").eval()
-        assert isolation_leak(packed, 64, device) <= MAX_ISOLATION_LEAK["bf16"]
+        assert probe_packs(packed, 64, device).leak <= MAX_ISOLATION_LEAK["bf16"]
         n = 24
         ids = (torch.arange(2 * n, device=device) * 7) % 64
         labels = ids.roll(-1)

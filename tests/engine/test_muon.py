@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from versatune_ds.config.load import load_config, validate_config
 from versatune_ds.config.schema import Optimizer
 from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
 from versatune_ds.engine.backend.optimizer import set_learning_rate
+from versatune_ds.engine.preflight.checks import check_optimizer
 from versatune_ds.foundations.errors import ConfigError
 
 STEPS, CUT = 4, 2
@@ -51,7 +53,6 @@ def test_settings_that_cannot_be_meant(settings, text):
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["model.adapter={rank: 2}"], "model.adapter"),
         (["deepspeed={zero_optimization: {stage: 0}}"], "ZeRO stage 0"),
         (
             ["deepspeed={zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}"],
@@ -71,6 +72,15 @@ def test_what_muon_does_not_go_with_is_refused(config, overrides, text):
     settings = load_config(config, overrides)
     with pytest.raises(ConfigError, match=f"muon does not go with {text}"):
         deepspeed_config(settings, 1)
+
+
+def test_adapters_and_experts_are_refused_before_the_model_is_read(config):
+    with pytest.raises(ConfigError, match=r"whole matrices, not for the factors of model\.adapter"):
+        load_config(config, ["model.adapter={rank: 2}"])
+    settings = load_config(config).optimizer
+    check_optimizer(settings, SimpleNamespace(model_type="llama"))
+    with pytest.raises(ConfigError, match=r"muon: qwen3_moe has experts, .* use adamw"):
+        check_optimizer(settings, SimpleNamespace(model_type="qwen3_moe", num_experts=8))
 
 
 def test_deepspeed_s_reduce_scatter_is_off_where_muon_needs_that(config):

@@ -88,7 +88,7 @@ def test_a_model_that_mixes_tokens_outside_of_attention_is_refused(monkeypatch):
         return forward
 
     for mixes in (False, True):
-        error = isolation.sharing_error(losses(mixes), 64, torch.device("cpu"), 8, (1, 2))
+        error = isolation.probe_packs(losses(mixes), 64, torch.device("cpu"), 8, (1, 2)).error
         assert error > 0.1 if mixes else error == 0.0
     backend = SimpleNamespace(
         model=SimpleNamespace(lm=SimpleNamespace(config=Qwen2Config(**family_config("qwen2")))),
@@ -97,7 +97,7 @@ def test_a_model_that_mixes_tokens_outside_of_attention_is_refused(monkeypatch):
         device=torch.device("cpu"),
         ranks=Ranks(Group(0, 1), Group(0, 2)),
     )
-    monkeypatch.setattr(deepspeed_backend, "sharing_error", lambda *probe: 0.5)
+    monkeypatch.setattr(deepspeed_backend, "probe_packs", lambda *probe: (0.0, 0.5))
     settings = SimpleNamespace(model=SimpleNamespace(dtype="bf16"))
     with pytest.raises(VersaTuneError, match="a layer of qwen2 mixes tokens outside of its attention"):
         deepspeed_backend.check_isolation(backend, settings)

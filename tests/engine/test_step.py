@@ -74,10 +74,21 @@ CASES = {
         "experts-packed-zero3-lora",
         *(f"tied-packed-zero{stage}-dft" for stage in (1, 2)),
         "untied-unpacked-zero3-dft-triton",
+        "tied-packed-zero3-dft-lora-recompute",
+        "experts-packed-zero3-dft-recompute",
+        "untied-packed-zero2-dft-compile",
         "untied-packed-zero3-by2-dft",
+        *(f"tied-packed-zero{stage}-lora-kl" for stage in (0, 1, 2)),
+        "untied-packed-zero3-lora-kl",
+        "untied-packed-zero3-lora-kl-selective",
+        "untied-packed-zero3-dora-kl-recompute",
+        "tied-packed-zero3-lora-kl-hosted",
+        "experts-packed-zero3-lora-kl",
         *(f"tied-packed-zero{stage}-noise" for stage in (1, 2)),
         "untied-packed-zero3-noise-recompute",
         "untied-packed-zero3-noise-lora",
+        "experts-packed-zero2-noise",
+        "experts-packed-zero3-noise-lora-recompute",
         "untied-packed-zero2-noise-compile",
         *(f"tied-packed-zero{stage}-muon" for stage in (1, 2)),
         "untied-unpacked-zero3-muon",
@@ -97,6 +108,7 @@ CASES = {
     4: [
         "untied-packed-zero3",
         "untied-packed-zero3-noise",
+        "untied-packed-zero3-lora-kl",
         "tied-unpacked-zero3-recompute",
         "untied-packed-zero1",
         *(f"untied-packed-zero{stage}-by{n}" for stage in (1, 2, 3) for n in (2, 4)),
@@ -212,7 +224,8 @@ def reference(models):
             compute: `bf16` (as `start`): forward and backward on a bf16 copy of the fp32 weights that AdamW
                 moves.
             frozen: routers do not train, and their loss is not added.
-            objective: `dft`, or `noise` on the embeddings of `cases.PACKED`, or `muon` as the optimizer.
+            objective: `dft`, or `noise` on the embeddings of `cases.PACKED`, or `muon` as the optimizer, or
+                `kl` to the model without its adapter on samples of `cases.PACKED`.
         """
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
@@ -238,6 +251,7 @@ def reference(models):
         for step in ("first", "second"):
             total, count = 0.0, 0
             sums, token_losses = np.zeros((2, 2)), []
+            kl_total, kl = 0.0, np.zeros((2, 2))
             routed: dict[int, tuple[torch.Tensor, ...]] = {}
             options = {"output_router_logits": True} if name == "experts" else {}
             for i, domain in enumerate(cases.DOMAINS):
@@ -255,7 +269,17 @@ def reference(models):
                 count += int(supervised.sum())
                 sums[:, domain] += float(losses[supervised].sum()), int(supervised.sum())
                 token_losses.append(losses[supervised].detach())
+                if objective == "kl" and i in compared_in(step):
+                    with torch.no_grad(), model.disable_adapter():
+                        base_logits = model(ids.unsqueeze(0)).logits[0]
+                    log_p, log_q = (x[:-1][supervised].log_softmax(-1) for x in (logits, base_logits))
+                    of_sample = (log_q.exp() * (log_q - log_p)).sum()
+                    kl_total = kl_total + of_sample
+                    kl[:, domain] += float(of_sample), int(supervised.sum())
             loss = total / count
+            if objective == "kl":
+                loss = loss + cases.KL["coefficient"] * kl_total / kl[1].sum()
+                out[f"kl_{step}"] = torch.from_numpy(kl)
             if options:  # routers are balanced within a pack
                 balance = torch.zeros(())
                 out[f"load_{step}"] = torch.zeros(len(cases.PACKED), 2, EXPERTS)
@@ -293,6 +317,13 @@ def reference(models):
     return run
 
 
+def compared_in(step: str) -> set[int]:
+    """Samples that are compared with the base: of those in `PACKED`, in its order, every second one."""
+    order = [i for pack in cases.PACKED for i in pack]
+    u = int(canonical_hash(["kl_to_base", 0, cases.STEPS.index(step)])[:5], 16) / 2**20
+    return set(order[0 if u >= 0.5 else 1 :: 2])
+
+
 def muon_step(master: torch.Tensor, momentum: torch.Tensor, rate: float) -> None:
     """Keller Jordan's step of a matrix in fp32; takes its gradient away from AdamW."""
     gradient, master.grad = master.grad, None
@@ -324,13 +355,16 @@ def test_two_steps_equal_plain_pytorch(ranks, case, results, reference):
     adapter = next((word for word in case.split("-") if word in ("lora", "dora")), None)
     ours = results(ranks)[case]
     frozen = "frozen" in case or adapter is not None
-    objective = next((word for word in case.split("-") if word in ("dft", "noise", "muon")), "")
+    objective = next((word for word in case.split("-") if word in ("dft", "noise", "muon", "kl")), "")
     model = case.split("-")[0]
     expected = reference(model, max_norm, adapter=adapter, frozen=frozen, objective=objective)
     for step in ("first", "second"):
         assert expected[f"norm_{step}"] > 2 * max_norm  # clipping is no trifle
         # rows 0 and 1 of the buffer: loss sum and supervised tokens per domain
         np.testing.assert_allclose(ours[f"sums_{step}"][:2], expected[f"sums_{step}"], rtol=2e-5)
+        if objective == "kl":
+            np.testing.assert_allclose(ours[f"kl_{step}"], expected[f"kl_{step}"], rtol=1e-4)
+            assert (expected[f"kl_{step}"][0] / expected[f"kl_{step}"][1]).min() > 0.01
     names = {name for name in expected if name.startswith("parameter.")}
     assert names == {name for name in ours if name.startswith("parameter.")}
     atol = 1e-4 if objective == "muon" else 2e-6  # five steps of Newton-Schulz, of steps of 0.05

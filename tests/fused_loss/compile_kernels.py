@@ -46,6 +46,15 @@ def main() -> None:
                 constants = {**flags, "VOCAB_SIZE": vocab_size, "TILE": tile}
                 constants["LANES"] = tile // triton_backend.TILE_ROWS
                 built.append(build(triton_kernels.row_kernel, types, constants, capability, 8))
+        for labels, has_both in (("i64", True), ("i32", False)):
+            types = dict.fromkeys(["labels_ptr", "ids_ptr"], f"*{labels}") | {"normalizer_ptr": "*fp64"}
+            types |= dict.fromkeys(["index_ptr", "kept_labels_ptr"], "*i64")
+            fp32 = ["token_weight", "kept_weight", "inverse", "nonzero", "holds"]
+            types |= dict.fromkeys([f"{name}_ptr" for name in fp32], "*fp32")
+            numbers = ["num_tokens", "num_rows", "ignore_index", "vocab_size", "num_segments"]
+            types |= dict.fromkeys(numbers, "i32")
+            constants = dict(HAS_IDS=has_both, HAS_TOKEN_WEIGHT=has_both, TILE=triton_backend.TOKEN_TILE)
+            built.append(build(triton_kernels.tokens_kernel, types, constants, capability, 4))
         types = dict(values_ptr="*fp32", labels_ptr="*i64", ids_ptr="*i32", num_tokens="i32")
         types.update(sums_ptr="*fp64", counts_ptr="*i64", squares_ptr="*fp64", ignore_index="i32")
         constants = {"TILE": triton_backend.TOKEN_TILE}

@@ -1,5 +1,7 @@
 """Chunks: their size changes memory only, never the result; nothing large, nothing that waits."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from versatune_kernels import auto_chunk_tokens, chunked, linear_cross_entropy
 from versatune_kernels.contract import Spec
 from versatune_kernels.fused_op import linear_cross_entropy_op
+from versatune_kernels.products import REDUCTIONS, product_
 from versatune_kernels.sizing import triton_chunks
 
 
@@ -212,6 +215,7 @@ def test_the_weight_gradient_exists_once(tools, chunking_backend):
 
 WAITS_FOR_THE_DEVICE = {
     "aten::_local_scalar_dense",  # .item(), bool(tensor)
+    "aten::item",  # the same within an operator
     "aten::nonzero",
     "aten::masked_select",
     "aten::is_nonzero",
@@ -230,9 +234,37 @@ def test_nothing_waits_for_the_device_when_num_valid_is_known(tools, normalizer,
     options = dict(sample_ids=ids, num_samples=7)
     options.update(validate=False, backend="triton")
     recorder = _record(case, num_valid=int(case.valid.sum()), **options)
-    assert "aten::sort" in recorder.operations
+    assert not recorder.operations & {"aten::sort", "aten::ne", "aten::reciprocal"}, "one kernel does it"
     assert not recorder.operations & WAITS_FOR_THE_DEVICE
-    assert _record(case, **options).operations & WAITS_FOR_THE_DEVICE == {"aten::nonzero"}
+    assert _record(case, **options).operations & WAITS_FOR_THE_DEVICE == {"aten::item"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_products_keep_partial_sums_in_fp32(tools, fails, triton_backend, monkeypatch):
+    """torch lets cuBLAS round the parts of a long sum to 16 bits; the caller's settings come back."""
+    seen, settings = [], torch.backends.cuda.matmul
+    was = [getattr(settings, name) for name in REDUCTIONS]
+
+    def recording(*args, **options):
+        seen.append([getattr(settings, name) for name in REDUCTIONS])
+        product_(*args, **options)
+        if fails:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(triton_backend, "product_", recording)
+    try:
+        _set([True, False])
+        with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+            tools.run(tools.case(8), backend="triton")
+        assert seen == [[False, False]] * (1 if fails else 3)
+        assert [getattr(settings, name) for name in REDUCTIONS] == [True, False]
+    finally:
+        _set(was)
+
+
+def _set(values):
+    for name, value in zip(REDUCTIONS, values, strict=True):
+        setattr(torch.backends.cuda.matmul, name, value)
 
 
 @pytest.mark.parametrize("ignored", [0.0, 0.4, 1.1])

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from versatune_kernels import linear_cross_entropy
+from versatune_kernels.tokens import valid_tokens
 
 SWITCHES = {"HAS_TOKEN_WEIGHT": False, "HAS_SOFTCAP": False, "BY_PROBABILITY": False, "TRAINING": True}
 COMPILER = Path(__file__).with_name("compile_kernels.py")
@@ -190,6 +191,39 @@ def test_rows_beyond_the_valid_ones_are_zero(tools, num_valid, small_tiles, pois
     torch.testing.assert_close(answer.d_weight, expected_answer.d_weight)
 
 
+@pytest.mark.parametrize("num_valid", [None, 0, 40, 60, 75])
+@pytest.mark.parametrize("normalizer", [0.0, 3.0])
+def test_tokens_with_a_label_come_first(small_tiles, num_valid, normalizer):
+    """As the portable backend finds them, also where the caller's count is not the true one."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.where(torch.rand(75, generator=g) < 0.3, -100, torch.randint(0, 9, (75,), generator=g))
+    for integer, given in ((torch.int64, torch.rand(75, generator=g)), (torch.int32, None)):
+        facts = (labels.to(integer), given, torch.tensor(normalizer).double(), -100, num_valid)
+        found = small_tiles.triton_tokens(*facts, ids=None, num_segments=0, vocab_size=9, check=False)
+        torch.testing.assert_close(vars(found), vars(valid_tokens(*facts)), rtol=0, atol=0)
+
+
+BAD_VALUES = {
+    "a label that is no class": dict(labels=torch.full((75,), 9)),
+    "a negative label": dict(labels=torch.cat([torch.zeros(74, dtype=torch.int64), torch.tensor([-1])])),
+    "an id that is no sample": dict(ids=torch.arange(75) // 25 + 1),
+    "a wrong count": dict(num_valid=74),
+    "a negative normalizer": dict(normalizer=torch.tensor(-1.0).double()),
+    "a normalizer that is no number": dict(normalizer=torch.tensor(float("nan")).double()),
+    "an infinite normalizer": dict(normalizer=torch.tensor(float("inf")).double()),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_VALUES.values(), ids=BAD_VALUES)
+def test_the_device_asserts_what_the_host_checks(small_tiles, bad):
+    good = dict(labels=torch.arange(75) % 9, ids=torch.arange(75) // 25, num_valid=75)
+    good |= dict(normalizer=torch.tensor(0.0).double())
+    more = dict(token_weight=None, ignore_index=-100, num_segments=3, vocab_size=9, check=True)
+    small_tiles.triton_tokens(**good, **more)
+    with pytest.raises(RuntimeError, match="validate=True"):
+        small_tiles.triton_tokens(**{**good, **bad}, **more)
+
+
 @pytest.mark.parametrize("label", [150, 191, -1, 2**40])
 def test_an_unchecked_label_that_is_no_class_gives_nan_in_its_row(tools, label, small_tiles):
     """Never a read of the neighbour's memory (191 is the padding of the row)."""
@@ -231,11 +265,13 @@ def test_the_row_kernel_compiles_for_gpus(built, capability, vocab_size):
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("name", "builds"), [("segment_kernel", 1), ("scale_kernel", 3)])
+@pytest.mark.parametrize(
+    ("name", "builds"), [("tokens_kernel", 2), ("segment_kernel", 1), ("scale_kernel", 3)]
+)
 def test_the_other_kernels_compile_for_gpus(built, capability, name, builds):
     kernels = [b for b in built if (b["capability"], b["kernel"]) == (capability, name)]
     assert len(kernels) == builds
     for kernel in kernels:
         print(kernel)
         assert kernel["local_bytes"] == 0, kernel
-        assert kernel["loads_16_bytes"] or name == "segment_kernel", kernel
+        assert kernel["loads_16_bytes"] or name != "scale_kernel", kernel

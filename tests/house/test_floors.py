@@ -23,7 +23,7 @@ BACKEND = PACKAGE / "engine" / "backend"
 
 MAX_FILES = 12
 """Python files in a folder, besides `__init__.py`."""
-FULLER_FOLDERS = {"cli": 17}
+FULLER_FOLDERS = {"cli": 18}
 MAX_LINES = 450
 LONGER_FILES: dict[str, int] = {}
 STORY_LINES = 253

@@ -35,6 +35,8 @@ FILES = {
     "shape": "versatune_ds/engine/model/shape.py",
     "optimizer": "versatune_ds/engine/backend/optimizer.py",
     "noise": "versatune_ds/engine/model/noise.py",
+    "comparison": "versatune_ds/data/plan/comparison.py",
+    "divergence": "kernels/versatune_kernels/divergence.py",
     "statistics": "versatune_ds/engine/statistics.py",
     "evaluate": "versatune_ds/engine/evaluate.py",
     "questions": "versatune_ds/engine/answers/questions.py",
@@ -101,6 +103,9 @@ TESTS = {
     "saving": "tests/engine/test_saving.py",
     "best": "tests/engine/test_best_checkpoint.py",
     "noise": "tests/engine/test_noise.py",
+    "base kl": "tests/engine/test_base_kl.py",
+    "comparison": "tests/data/test_comparison.py",
+    "divergence": "tests/fused_loss/test_divergence.py",
     "average": "tests/engine/test_average.py",
     "muon": "tests/engine/test_muon.py",
     "export": "tests/engine/test_export.py",
@@ -404,8 +409,8 @@ fault("a flag needs all ranks", "statistics", "bool(n > 0)", "bool(n == 3)", FLA
 fault(
     "flags are shifted by one",
     "statistics",
-    "buffer[count + 1 :], np.cumsum",
-    "buffer[count:], np.cumsum",
+    "np.split(buffer[count + 1 :], sizes)",
+    "np.split(buffer[count:], sizes)",
     FLAGS,
 )
 fault("sums are not cleared", "statistics", "        self._sums.zero_()\n", "", SUMS)
@@ -665,7 +670,7 @@ fault(
 )
 fault(
     "a head that the files hold is dropped for a configuration that ties it",
-    "model",
+    "source",
     "            config.tie_word_embeddings = False\n",
     "",
     "step::test_two_steps_equal_plain_pytorch[2-lie-packed-zero3]",
@@ -975,7 +980,7 @@ fault(
 )
 fault(
     "random weights ignore the seed",
-    "model",
+    "source",
     "    torch.manual_seed(seed)\n",
     "",
     "model::test_random_weights_follow_the_seed",
@@ -1165,6 +1170,57 @@ fault(
     "noise::test_it_follows_from_seed_step_and_pack_and_not_from_the_ranks",
 )
 fault(
+    "the KL goes from the model to the base",
+    "divergence",
+    "kl[rows] = (q * b.sub_(z)).sum(1)",
+    "kl[rows] = (z.exp() * (z - b)).sum(1)",
+    "divergence::test_the_direction_is_from_the_base",
+    "divergence::test_values_and_gradients_are_those_of_float64",
+)
+fault(
+    "the KL's gradient leaves the cap out",
+    "divergence",
+    "slope = scale * (1 - logits.square())",
+    "slope = scale + 0 * logits",
+    "divergence::test_values_and_gradients_are_those_of_float64",
+)
+fault(
+    "the KL forgets the upstream gradient",
+    "divergence",
+    "d_hidden.mul_(upstream[0].unsqueeze(1)).to(ctx.dtype)",
+    "d_hidden.to(ctx.dtype)",
+    "divergence::test_values_and_gradients_are_those_of_float64",
+)
+fault(
+    "every step compares the same samples",
+    "comparison",
+    '["kl_to_base", seed, step]',
+    '["kl_to_base", seed]',
+    "comparison::test_each_sample_is_chosen_with_the_probability_of_the_share",
+    "comparison::test_all_or_nothing_and_other_seeds_and_steps",
+)
+fault(
+    "a rank divides the KL by what it compares itself",
+    "loader",
+    "for pack, of in everyone)",
+    "for pack, of in rank_packs(everyone, self.rank, self.world_size))",
+    "comparison::test_ranks_and_a_resume_compare_what_one_rank_compares",
+)
+fault(
+    "the base keeps its adapter",
+    "adapters",
+    "            layer._disable_adapters = True\n",
+    "            pass\n",
+    "base kl::test_the_model_is_whole_again_behind_the_base_and_a_rehearsal_leaves_nothing",
+)
+fault(
+    "the KL of a step is carried into the next",
+    "statistics",
+    "        self._kl.zero_()\n",
+    "",
+    "base kl::test_a_resumed_run_compares_what_the_whole_one_does",
+)
+fault(
     "the chunked loss leaves the probability out of the gradient",
     "chunked",
     "        factor = factor * spec.logit_scale\n",
@@ -1315,22 +1371,22 @@ fault(
 fault(
     "asked to stop, nothing is saved",
     "saving",
-    "return agreed.stop or agreed.save or",
-    "return agreed.save or",
+    "due = agreed.stop or agreed.save or",
+    "due = agreed.save or",
     "saving::test_when_a_run_saves",
     "loop::test_asked_to_stop_it_saves_and_goes_on_when_started_again",
 )
 fault(
     "the clock's checkpoint is not written",
     "saving",
-    "return agreed.stop or agreed.save or",
-    "return agreed.stop or",
+    "due = agreed.stop or agreed.save or",
+    "due = agreed.stop or",
     "saving::test_when_a_run_saves",
 )
 fault(
     "the last step is not saved",
     "saving",
-    " or (last and periodic)",
+    " or (last and self.is_periodic)",
     "",
     "saving::test_when_a_run_saves",
     "loop::test_the_last_step_is_evaluated_and_saved_whatever_the_interval",
@@ -1437,8 +1493,8 @@ fault(
 fault(
     "the export is not rounded to its dtype",
     "export",
-    "return tensor.to(dtype) if tensor.is_floating_point() else tensor",
-    "return tensor",
+    "t.to(config.dtype) if t.is_floating_point() else t",
+    "t",
     "export::test_sizes_that_do_not_divide",
 )
 fault(
@@ -2013,7 +2069,7 @@ GOES_ON = "controller::test_resumed_run_equals_the_uninterrupted_one"
 fault(
     "the reference's standard error is ignored",
     "controller",
-    "                reference_stderr=self._reference.stderr,\n",
+    "reference_stderr=reference.stderr, ",
     "",
     "controller::test_noise_of_the_reference_counts_too",
 )
@@ -2069,7 +2125,7 @@ fault(
 fault(
     "the window is not reset by an update",
     "controller",
-    "        self._window = DomainSums.zeros(len(self._table))\n        self._update_count",
+    "            self.drop_window()\n        self._update_count",
     "        self._update_count",
     "controller::test_window_pools_steps_and_is_reset_by_the_update",
     WINDOW,
@@ -2112,8 +2168,8 @@ fault(
 fault(
     "the step limit is forgotten",
     "controller",
-    "            max_relative_change=self._domains.max_relative_change,\n",
-    "            max_relative_change=None,\n",
+    "max_relative_change=change",
+    "max_relative_change=None",
     "controller::test_limits_hold_and_are_explained",
 )
 fault(
@@ -2213,16 +2269,16 @@ fault("sums off by one sample", "row kernels", "ids == segment", "ids == segment
 fault(
     "last tile of tokens dropped",
     "row kernels",
-    "while start < num_tokens:",
-    "while start + TILE < num_tokens:",
+    "count = tl.zeros([TILE], tl.int64)\n    start = 0\n    while start < num_tokens:",
+    "count = tl.zeros([TILE], tl.int64)\n    start = 0\n    while start + TILE < num_tokens:",
     *ALL,
     "kernel sums::test_sums_over_ragged_tiles",
 )
 fault(
     "tokens beyond the end are summed",
     "row kernels",
-    "inside = tokens < num_tokens",
-    "inside = tokens < num_tokens + 1",
+    "inside = tokens < num_tokens\n        ids =",
+    "inside = tokens < num_tokens + 1\n        ids =",
     "triton::test_sums_read_no_token_beyond_the_end",
 )
 fault("squares are not squared", "row kernels", "value * value", "value", *ALL)
@@ -2269,6 +2325,34 @@ fault(
     "factor = token_weight * logit_scale",
     "factor = logit_scale",
     *ALL,
+)
+fault(
+    "tokens of a later tile take the rows of the first",
+    "row kernels",
+    "seen += tl.sum(valid.to(tl.int32), 0)",
+    "seen += 0",
+    "triton::test_tokens_with_a_label_come_first",
+)
+fault(
+    "a label beyond the last class passes the device's check",
+    "row kernels",
+    "(labels < 0) | (labels >= vocab_size)",
+    "(labels < 0) | (labels > vocab_size)",
+    "triton::test_the_device_asserts_what_the_host_checks",
+)
+fault(
+    "a captured batch of all rows is put in another order",
+    "row kernels",
+    "tl.where(num_rows == num_tokens, tokens, rows)",
+    "tl.where(num_rows < 0, tokens, rows)",
+    "triton::test_rows_beyond_the_valid_ones_are_zero",
+)
+fault(
+    "partial sums in 16 bits",
+    "triton",
+    "@fp32_partial_sums()\n",
+    "",
+    "chunks::test_products_keep_partial_sums_in_fp32",
 )
 fault("normalizer forgotten", "row kernels", "* tl.load(factor_ptr)", "", *ALL)
 fault(

@@ -66,6 +66,12 @@ def test_a_run_s_numbers_are_on_the_page(make_run):
     assert "spread of gamma is below 0.001" in text and "law was absent" in text
 
 
+def test_the_kl_to_the_base_is_a_column_of_runs_that_have_it(make_run):
+    assert "KL to base" not in page_of(make_run()).flat()
+    page = page_of(make_run("held", base_kl=0.25, domain_base_kl={"law": 0.2525, "code": None})).flat()
+    assert "KL to base" in page and f"{MINUS}59.5 % 0.253" in page
+
+
 def test_domain_names_are_escaped_everywhere(make_run):
     name = '<script>alert(1)</script> & $x_1$ "q"'
     html = render([read_run(make_run(names=(name, "code")))])

@@ -1,8 +1,8 @@
 """Memory of real small runs, allocation by allocation; a script started by `launch`.
 
 Usage: memory_cases.py OUT_FOLDER CASES.json, a list of {"name": ..., "model": {...}, "zero": {...}, "packs":
-packs per rank, "shape": config.json as a dict, "pack_len": T, "sharing": ranks of a pack}. Rank 0 leaves
-OUT_FOLDER/NAME.json with bytes:
+packs per rank, "shape": config.json as a dict, "pack_len": T, "sharing": ranks of a pack, "optimizer":
+{...}}. Rank 0 leaves OUT_FOLDER/NAME.json with bytes:
 
     state        allocated by building the engine and training two steps, and still held
     activations  saved for backward by one forward, without parameters and without the loss's own
@@ -149,6 +149,7 @@ def settings(case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
             "packs_per_step": case["packs"] * distributed.world_size() // case["sharing"],
             "sequence_parallel": case["sharing"],
         },
+        "optimizer": case["optimizer"],
         "train": {"max_steps": 3},
         "deepspeed": {"zero_optimization": case["zero"]},
     }
@@ -180,7 +181,7 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
 
     before = held_bytes()  # of earlier cases: DeepSpeed's destroy() does not let go of everything
     made, shape = deepspeed_config(config, ranks.dp.size), planned_shape(case["shape"], case["name"])
-    made["zero_optimization"] = with_sizes(made["zero_optimization"], shape)
+    made["zero_optimization"] = with_sizes(made["zero_optimization"], shape, config.model.adapter)
     backend = build_backend(config, made, ranks, device)
     run: Any = SimpleNamespace(
         backend=backend, statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 1)
@@ -207,6 +208,7 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
 def main() -> None:
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     device = start_process_group()
+    torch._dynamo.config.disable = True  # DeepSpeed compiles Newton-Schulz, which takes longer than a run
     for case in cases:
         out = run_case(case, folder, device)
         if distributed.is_main():

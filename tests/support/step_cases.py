@@ -15,8 +15,9 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
 from versatune_ds.config.load import validate_config
-from versatune_ds.data.collate import collate, rows_of
+from versatune_ds.data.collate import Batch, collate, compare, rows_of
 from versatune_ds.data.plan.balance import rank_packs
+from versatune_ds.data.plan.comparison import chosen_samples
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
 from versatune_ds.engine.backend.deepspeed_config import deepspeed_config
@@ -48,6 +49,8 @@ MUON_FACTOR = 0.1
 """Learning rate of Muon's matrices over AdamW's, in the `-muon` cases."""
 ALPHA = 20.0
 """Of the `-noise` cases: the noise moves losses by a tenth."""
+KL = {"coefficient": 1.5, "share": 0.5}
+"""Of the `-kl` cases."""
 LONG = tuple(f"{step:02}" for step in range(20))
 RECOMPUTE = {"recompute": "all", "selective": "selective", "hosted": "offload", "second": 2}
 """Words of a case for `model.activation_checkpointing`."""
@@ -99,7 +102,7 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
 
     Args:
         case: `<tied|untied>-<packed|unpacked>-zero<stage>[-offload][-recompute][-compile][-triton][-nan]
-            [-clip][-frozen][-bf16][-sums][-overlap][-long][-by<n>][-dft][-noise][-muon]`; recompute: or
+            [-clip][-frozen][-bf16][-sums][-overlap][-long][-by<n>][-dft][-noise][-muon][-kl]`; recompute: or
             another word of RECOMPUTE; frozen: its routers; sums: gradients are summed in fp32, by another
             optimizer of DeepSpeed's; overlap: of communication, with buckets smaller than a layer; long: 20
             steps; by: n ranks share a pack.
@@ -123,6 +126,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
         "router": "frozen" if "frozen" in words else "train",
         "loss_backend": "triton" if "triton" in words else "chunked",
     }
+    if "kl" in words:
+        model["kl_to_base"] = KL
     for kind in {"lora", "dora"} & set(words):
         model["adapter"] = {**ADAPTER, "kind": kind, "start_from": str(models / f"{words[0]}-{kind}")}
         if words[0] == "experts":
@@ -137,7 +142,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
     config = validate_config(raw, case)
     ranks = Ranks.of_world(next((int(w.removeprefix("by")) for w in words if w.startswith("by")), 1))
     backend = build_backend(config, deepspeed_config(config, ranks.dp.size), ranks, device)
-    statistics = StepStatistics(2, device, backend.model.routers, counts=ranks.sp.rank == 0)
+    its = backend.model
+    statistics = StepStatistics(2, device, its.routers, counts=ranks.sp.rank == 0, base_kl=its.base_kl)
     run = SimpleNamespace(backend=backend, statistics=statistics, spikes=SpikeGuard(None, 10))
     chosen = packs(layout)
     mine = rank_packs(chosen, *ranks.dp)
@@ -151,6 +157,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
         if step == "poisoned":
             poison_last_rank()
         plan.step = STEPS.index(step) if step in STEPS else int(step)
+        if "kl" in words:
+            batches = rank_packs(with_compared(chosen, everything, plan.step, ranks.size), *ranks.dp)
         accumulate(run, plan, batches)
         totals = run.statistics.reduce()
         applied = apply_step(run, reason_to_skip(totals, run.spikes, run.backend), RATES.get(step, 0.1))
@@ -160,6 +168,8 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
             continue
         assert applied
         out[f"sums_{step}"] = torch.from_numpy(totals.sums.values.copy())
+        if totals.base_kl is not None:
+            out[f"kl_{step}"] = torch.from_numpy(totals.base_kl.copy())
         if totals.routers is not None:
             out[f"routers_{step}"] = torch.from_numpy(totals.routers.copy())
     for name, parameter in backend.parameters():
@@ -169,6 +179,18 @@ def run_case(case: str, models: Path, device: torch.device) -> dict[str, torch.T
             out[f"master.{name.removeprefix(NAME_PREFIX)}"] = safe_get_full_fp32_param(parameter).clone()
     backend.close()
     return out
+
+
+def with_compared(packs: list[Pack], batches: list[Batch], step: int, world_size: int) -> list[Batch]:
+    """Whole batches of all packs with what is compared in a step."""
+    chosen = chosen_samples(packs, KL["share"], 0, step)
+    sources = [Samples(), Samples()]
+
+    def compared(normalizer: float) -> list[Batch]:
+        rows = zip(batches, packs, chosen, strict=True)
+        return [compare(*row, sources, 0, normalizer) for row in rows]
+
+    return compared(sum(len(batch.compared.rows) for batch in compared(1.0)) / world_size)
 
 
 ORIGINAL_FORWARD = LossHead.forward

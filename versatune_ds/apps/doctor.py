@@ -68,12 +68,11 @@ def devices() -> list[Finding]:
 
     if not torch.cuda.is_available():
         return [Finding("accelerator", f"none; CPU with {os.cpu_count()} cores, torch {torch.__version__}")]
-    found = []
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        memory_gib = properties.total_memory / 2**30
-        found.append(Finding("accelerator", f"cuda:{i} {properties.name}, {memory_gib:.1f} GiB"))
-    return found
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        Finding("accelerator", f"cuda:{i} {device.name}, {device.total_memory / 2**30:.1f} GiB")
+        for i, device in enumerate(found)
+    ]
 
 
 def backends() -> list[Finding]:
@@ -99,23 +98,16 @@ def backends() -> list[Finding]:
 def disk(folder: Path) -> Finding:
     """Free space where runs will be written."""
     free_gb = shutil.disk_usage(folder).free / 1e9
-    text = f"{free_gb:.0f} GB free at {folder}"
-    if free_gb < LOW_DISK_GB:
-        return Finding(
-            "disk", f"{text}: less than {LOW_DISK_GB:.0f} GB; a checkpoint of 1B parameters takes 16", True
-        )
-    return Finding("disk", text)
+    is_low = free_gb < LOW_DISK_GB
+    why = f": less than {LOW_DISK_GB:.0f} GB; a checkpoint of 1B parameters takes 16" if is_low else ""
+    return Finding("disk", f"{free_gb:.0f} GB free at {folder}{why}", is_low)
 
 
 def jit_locks(folder: Path) -> list[Finding]:
     """Locks of extension builds. One left by a killed process would make later runs wait without a word."""
-    found = []
-    for lock in locks(folder):
-        minutes = (time.time() - lock.stat().st_mtime) / 60
-        text = (
-            f"{lock} is {minutes:.0f} min old; if no build is running, delete it: runs wait for it for ever"
-        )
-        found.append(Finding("jit lock", text, True))
+    cure = "if no build is running, delete it: runs wait for it for ever"
+    ages = {lock: (time.time() - lock.stat().st_mtime) / 60 for lock in locks(folder)}
+    found = [Finding("jit lock", f"{lock} is {age:.0f} min old; {cure}", True) for lock, age in ages.items()]
     return found or [Finding("jit lock", f"none in {folder}")]
 
 

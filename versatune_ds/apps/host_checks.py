@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from versatune_ds.foundations.errors import ConfigError
 
@@ -45,23 +45,21 @@ def system() -> list[Finding]:
     import torch
 
     built = torch.version.cuda or torch.version.hip
-    driver = _driver()
-    found = [Finding("system", f"{platform.platform()}, glibc {platform.libc_ver()[1] or 'unknown'}")]
-    text = driver or "no NVIDIA driver"
+    driver, problem = _driver(), ""
     if driver and not built:
         cure = "install torch for CUDA (pytorch.org)"
-        found.append(
-            Finding("driver", f"{text}, but torch {torch.__version__} is built for CPUs; {cure}", True)
-        )
+        problem = f", but torch {torch.__version__} is built for CPUs; {cure}"
     elif driver and not torch.cuda.is_available():
         cure = "update the driver, take a torch for an older CUDA, or see CUDA_VISIBLE_DEVICES"
-        found.append(Finding("driver", f"{text}, but torch for CUDA {built} finds no GPU; {cure}", True))
-    else:
-        found.append(Finding("driver", text))
-    found.append(Finding("CUDA of torch", built or "none"))
+        problem = f", but torch for CUDA {built} finds no GPU; {cure}"
     has_nccl = bool(built) and torch.distributed.is_nccl_available()
     version = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "none"  # type: ignore[no-untyped-call]
-    return [*found, Finding("NCCL", version)]
+    return [
+        Finding("system", f"{platform.platform()}, glibc {platform.libc_ver()[1] or 'unknown'}"),
+        Finding("driver", f"{driver or 'no NVIDIA driver'}{problem}", bool(problem)),
+        Finding("CUDA of torch", built or "none"),
+        Finding("NCCL", version),
+    ]
 
 
 def _driver() -> str | None:
@@ -154,24 +152,15 @@ def clocks(hosts: Iterable[str]) -> list[Finding]:
     """How the clocks of other hosts differ from this one's, over ssh."""
     found = []
     for host in hosts:
+        command, before = [*SSH, host, "date", "+%s.%N"], time.time()
+        how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": SSH_TIMEOUT_S}
         try:
-            before = time.time()
-            done = subprocess.run(
-                [*SSH, host, "date", "+%s.%N"],
-                capture_output=True,
-                text=True,
-                timeout=SSH_TIMEOUT_S,
-                check=True,
-            )
+            said = subprocess.run(command, check=True, **how).stdout
             took = time.time() - before
-            ahead_s = float(done.stdout) - (before + took / 2)
+            found.append(_clock(host, float(said) - (before + took / 2), took / 2))
         except (OSError, subprocess.SubprocessError, ValueError) as error:
-            said = getattr(error, "stderr", "") or str(error)
-            found.append(
-                Finding("clock", f"{host} cannot be asked over ssh: {' '.join(said.split())[:200]}", True)
-            )
-            continue
-        found.append(_clock(host, ahead_s, took / 2))
+            said = " ".join((getattr(error, "stderr", "") or str(error)).split())[:200]
+            found.append(Finding("clock", f"{host} cannot be asked over ssh: {said}", True))
     return found
 
 

@@ -56,11 +56,7 @@ LEGEND = MarkedText(
 
 
 class Paint:
-    """Marks text: colours on a terminal, brackets elsewhere.
-
-    Args:
-        stream: where the text goes.
-    """
+    """Marks text: colours on a terminal, brackets elsewhere."""
 
     def __init__(self, stream: TextIO) -> None:
         self.is_coloured = stream.isatty() and not os.environ.get("NO_COLOR")
@@ -101,18 +97,10 @@ def to_lines(page: Page, stream: TextIO) -> Iterator[str]:
         yield from section.notes
 
 
-def inspect(
-    config: Config,
-    *,
-    domain: str | None = None,
-    samples: int = 3,
-    packs: int = 2,
-) -> Page:
+def inspect(config: Config, *, domain: str | None = None, samples: int = 3, packs: int = 2) -> Page:
     """A page about the prepared data of a configuration.
 
     Args:
-        config: the run's settings.
-        domain: only this one.
         samples: samples to show per domain, evenly spread over it.
         packs: packs to show.
 
@@ -123,7 +111,7 @@ def inspect(
     names = config.domains.names
     if domain is not None and domain not in names:
         raise ConfigError(unknown_name("domain", domain, names))
-    caches = open_caches(config)
+    caches = open_caches(config, all_domains=False)
     chosen = {
         split: [c for c in members if c is not None and domain in (None, c.domain)]
         for split, members in caches.items()

@@ -24,11 +24,7 @@ READ_BYTES = 1 << 16
 
 
 class Deadline:
-    """When the command must be done.
-
-    Args:
-        seconds: from now on.
-    """
+    """When the command must be done."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -87,10 +83,8 @@ def run_program(
     """Run a program in a session of its own, to its end or to its time limit.
 
     Args:
-        command: its words.
         limit_s: seconds after which it and its children are asked, then made, to end.
         environment: variables on top of this process's own.
-        cwd: where it runs.
         look: called every 2 s while it runs, and once after it.
         echo: copy what it prints to standard error as it comes.
     """

@@ -62,17 +62,11 @@ SECTIONS_THAT_MATTER = ("model", "batch", "optimizer", "train", "evaluation")
 
 
 def write_reference(
-    config: Config,
-    out: Path,
-    *,
-    model: str | None = None,
-    losses: Mapping[str, float] | None = None,
+    config: Config, out: Path, *, model: str | None = None, losses: Mapping[str, float] | None = None
 ) -> Path | None:
     """Measure by one of the three ways and write reference.json; every rank calls it.
 
     Args:
-        config: the run's settings.
-        out: folder to write into.
         model: take this finished model's losses.
         losses: take these numbers.
 
@@ -106,7 +100,6 @@ def reference_by_training(config: Config, out: Path, device: torch.device) -> Re
     """Train on each domain alone and take the lowest held-out losses; a collective.
 
     Args:
-        config: the run's settings, with its `reference` section.
         out: folder for the domains' runs, shared by all ranks.
 
     Returns:

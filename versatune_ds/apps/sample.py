@@ -93,7 +93,6 @@ def unpack_sample(folder: str | Path, *, vocab_size: int = DEFAULT_VOCAB_SIZE) -
     written anew and named in the report; other files in the folder are left alone.
 
     Args:
-        folder: made when absent.
         vocab_size: entries of the tokenizer, 4 special tokens and 256 bytes included.
 
     Raises:

@@ -99,7 +99,7 @@ def trace(config: Config, row: str, *, domain: str | None = None) -> Page:
                 raise sample
             kinds = token_kinds(encoder, content)
         else:
-            sample = encoder.check_tokens(content)
+            sample = encoder.plain(content)
             kinds = [TEXT] * len(sample.tokens)
     except BadRow as error:
         said = f"{error.message} ({error.reason.value})"

@@ -25,10 +25,9 @@ DEFAULT_FOLDER = Path("runs/bench")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
-    parser.add_argument(
-        "--shape", help="qwen2.5-7b, -14b, -32b, qwen2-7b, llama-2-7b, -13b, llama-3-8b or tiny"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--shape", help="qwen2.5-7b, -14b, -32b, qwen2-7b, llama-2-7b, -13b, llama-3-8b or tiny")
+    add(
         "--layers",
         type=_layer_counts,
         default=(),
@@ -36,29 +35,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="slices of the first N layers with the true head; the full model's step is then extrapolated; "
         "default: the whole model, or slices of it where that does not fit",
     )
-    parser.add_argument("--pack-len", type=int, default=8192, metavar="TOKENS")
-    parser.add_argument(
-        "--packs-per-rank", type=int, default=8, metavar="N", help="packs of a rank in a step"
-    )
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps on the clock")
-    parser.add_argument("--warmup-steps", type=int, default=5, metavar="N")
-    parser.add_argument(
-        "--split-steps", type=int, default=5, metavar="N", help="steps with every phase timed"
-    )
-    parser.add_argument(
+    add("--pack-len", type=int, default=8192, metavar="TOKENS")
+    add("--packs-per-rank", type=int, default=8, metavar="N", help="packs of a rank in a step")
+    add("--steps", type=int, default=20, metavar="N", help="steps on the clock")
+    add("--warmup-steps", type=int, default=5, metavar="N")
+    add("--split-steps", type=int, default=5, metavar="N", help="steps with every phase timed")
+    add(
         "--metrics",
         choices=("on", "off", "both"),
         default="both",
         help="domain statistics; both adds steps with and without them in alternation",
     )
-    parser.add_argument(
-        "--data", default="synthetic", metavar="CONFIG", help="prepared data of these settings"
-    )
-    parser.add_argument(
-        "--supervised", type=float, default=0.5, metavar="SHARE", help="labels in synthetic data"
-    )
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
-    parser.add_argument(
+    add("--data", default="synthetic", metavar="CONFIG", help="prepared data of these settings")
+    add("--supervised", type=float, default=0.5, metavar="SHARE", help="labels in synthetic data")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
+    add(
         "--checkpointing",
         dest="activation_checkpointing",
         type=_policy,
@@ -66,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|off|all|selective|offload|N",
         help="recompute activations; auto: as little as fits by the memory model of `plan`",
     )
-    parser.add_argument(
+    add(
         "--zero",
         dest="zero_stage",
         type=int,
@@ -74,27 +65,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="ZeRO stage, otherwise configs/deepspeed/zero3.json",
     )
-    parser.add_argument("--deepspeed", metavar="FILE", help="another DeepSpeed JSON file, instead of --zero")
-    parser.add_argument(
+    add("--deepspeed", metavar="FILE", help="another DeepSpeed JSON file, instead of --zero")
+    add(
         "--slice-limit-s",
         type=float,
         metavar="SECONDS",
         help="end a slice that takes longer (building included), note it, and go on with the next",
     )
-    parser.add_argument(
-        "--out", type=place, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
-    )
-    parser.add_argument("--name", help="name of the result's files; default: made from the settings")
-    parser.add_argument(
+    add("--out", type=place, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s")
+    add("--name", help="name of the result's files; default: made from the settings")
+    add(
         "--page",
         type=place,
         metavar="FOLDER",
         help="measure nothing: compare the results in FOLDER on one page",
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="any other setting of a run"
-    )
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    add("overrides", nargs="*", metavar="section.key=value", help="any other setting of a run")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,16 +110,16 @@ def run(args: argparse.Namespace) -> int:
     signs = {f"{path.name}.json": '"schema_version"', f"{path.name}.md": "# Trainer benchmark"}
     require_own(path.parent, signs)
     slices = choose_slices(settings, device_memory())
-    write = functools.partial(write_results, args, settings, len(slices))
+    write = functools.partial(write_results, path, settings, len(slices))
     all_measured = run_slices(settings, slices, args.slice_limit_s, write)
     # the launcher ends rank 0 when another one leaves with an error: only rank 0 has the verdict
     return EXIT_OK if all_measured or not distributed.is_main() else EXIT_FAILURE
 
 
 def write_results(
-    args: argparse.Namespace, settings: BenchSettings, num_slices: int, outcomes: list[dict[str, Any]]
+    path: Path, settings: BenchSettings, num_slices: int, outcomes: list[dict[str, Any]]
 ) -> None:
-    """On rank 0: NAME.json and NAME.md of the slices that are through; at the end also to the console."""
+    """On rank 0: PATH.json and PATH.md of the slices that are through; at the end also to the console."""
     from versatune_ds.apps.bench.results import result_of, table
     from versatune_ds.apps.bench.shapes import find_shape
     from versatune_ds.foundations import distributed
@@ -140,20 +127,19 @@ def write_results(
 
     if not distributed.is_main():
         return
-    world_size = distributed.world_size()
     known = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "environment": {"date": time.strftime("%Y-%m-%d"), "world_size": world_size},
+        "environment": {"date": time.strftime("%Y-%m-%d"), "world_size": distributed.world_size()},
         "settings": settings.model_dump(mode="json"),
     }
     is_finished = len(outcomes) == num_slices
     result = result_of(outcomes, known, find_shape(settings.shape), is_finished=is_finished)
-    path = args.out / (args.name or _name(args, world_size))
+    text = table(result)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(path.with_name(f"{path.name}.json"), result)
-    write_text_atomic(path.with_name(f"{path.name}.md"), table(result))
+    write_text_atomic(path.with_name(f"{path.name}.md"), text)
     if is_finished:
-        print(table(result))
+        print(text)
         print(f"written: {path}.json")
 
 

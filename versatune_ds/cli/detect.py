@@ -19,21 +19,20 @@ DEFAULT_PICTURE = Path("knowledge.png")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
+    add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=place, metavar="FILE", help="YAML settings; see configs/")
     what.add_argument(
         "--compare", nargs="+", type=place, metavar="FILE", help="only draw these knowledge.json files"
     )
-    parser.add_argument("--model", metavar="FOLDER", help="short for detect.model=...")
-    parser.add_argument(
+    add("--model", metavar="FOLDER", help="short for detect.model=...")
+    add(
         "--out",
         type=place,
         metavar="PATH",
         help="folder of the files (default: run.dir/detect); with --compare the picture (./knowledge.png)",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
-    )
+    add("overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,16 +18,13 @@ DEFAULT_FOLDER = Path("runs/evidence")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
-    parser.add_argument(
-        "--out", type=place, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out", type=place, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s")
+    add(
         "--minutes", type=float, default=9.0, metavar="M", help="ends within M minutes (default: %(default)g)"
     )
-    parser.add_argument(
-        "--stage", type=int, nargs="+", default=[], metavar="N", help="1 2 3; default: all, sharing the time"
-    )
-    parser.add_argument(
+    add("--stage", type=int, nargs="+", default=[], metavar="N", help="1 2 3; default: all, sharing the time")
+    add(
         "--size",
         choices=("auto", "tiny", "small"),
         default="auto",

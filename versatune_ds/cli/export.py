@@ -16,7 +16,8 @@ from versatune_ds.foundations.errors import ConfigError, StateError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
-    parser.add_argument("run_dir", type=place, metavar="RUN", help="run folder")
+    add = parser.add_argument
+    add("run_dir", type=place, metavar="RUN", help="run folder")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--step",
@@ -24,15 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint to export; default: the best one (evaluation.select), or else the newest",
     )
     which.add_argument("--newest", action="store_true", help="the newest sound checkpoint, not the best one")
-    parser.add_argument("--out", type=place, help="target folder; default: RUN/model-step-N")
-    parser.add_argument("--ema", action="store_true", help="the average of the weights (optimizer.ema_decay)")
-    parser.add_argument("--merge", action="store_true", help="the base model with the adapter added")
-    parser.add_argument(
+    add("--out", type=place, help="target folder; default: RUN/model-step-N")
+    add("--ema", action="store_true", help="the average of the weights (optimizer.ema_decay)")
+    add("--merge", action="store_true", help="the base model with the adapter added")
+    add(
         "--push",
         metavar="OWNER/NAME",
         help="upload it to the Hugging Face hub with a model card; RUN/model as it is, if there is one",
     )
-    parser.add_argument("--public", action="store_true", help="with --push: a new repository is open to all")
+    add("--public", action="store_true", help="with --push: a new repository is open to all")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,16 +17,17 @@ from versatune_ds.foundations.constants import EXIT_OK
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
+    add = parser.add_argument
     add_settings(parser)
-    parser.add_argument("--domain", metavar="NAME", help="show only this domain")
-    parser.add_argument("--samples", type=at_least(0), default=3, metavar="N", help="samples per domain (3)")
-    parser.add_argument("--packs", type=at_least(0), default=2, metavar="N", help="packs to show (2)")
-    parser.add_argument(
+    add("--domain", metavar="NAME", help="show only this domain")
+    add("--samples", type=at_least(0), default=3, metavar="N", help="samples per domain (3)")
+    add("--packs", type=at_least(0), default=2, metavar="N", help="packs to show (2)")
+    add(
         "--row",
         metavar="[FILE:]N",
         help="follow line or row N of a file (default: the first) from its raw text to its token ids",
     )
-    parser.add_argument("--html", metavar="FILE", type=place, help="write a self-contained page instead")
+    add("--html", metavar="FILE", type=place, help="write a self-contained page instead")
 
 
 def run(args: argparse.Namespace) -> int:

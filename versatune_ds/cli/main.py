@@ -26,8 +26,8 @@ log = get_logger(__name__)
 
 OTHER_RANKS_WAIT_S = 5.0
 VERBS = (
-    *("sample", "import-config", "prepare", "inspect", "plan", "detect", "reference", "plan-weights"),
-    *("train", "evaluate", "export", "report", "study", "doctor", "bench", "evidence"),
+    *("sample", "import-config", "prepare", "inspect", "plan", "detect", "reference", "search"),
+    *("plan-weights", "train", "evaluate", "export", "report", "study", "doctor", "bench", "evidence"),
 )
 """In the order of a project; each is a module of this folder."""
 

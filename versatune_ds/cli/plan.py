@@ -19,35 +19,27 @@ DEFAULT_PACKS = 128
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
+    add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--model", type=place_text, metavar="NAME|FOLDER", help="shape as in bench, or a folder"
     )
     what.add_argument("--config", type=place, metavar="FILE", help="take everything from a run's settings")
-    parser.add_argument("--gpus", type=at_least(1), required=True, metavar="N")
-    parser.add_argument("--gpu", required=True, metavar="NAME", help="h100-80g, a100-80g, ...")
-    parser.add_argument("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="default: 8")
-    parser.add_argument("--seq-len", type=at_least(1), metavar="T", help="batch.pack_len; default: 8192")
-    parser.add_argument(
-        "--sequence-parallel", type=at_least(1), metavar="N", help="GPUs that share a pack; default: 1"
-    )
-    parser.add_argument(
-        "--packs-per-step",
-        type=at_least(1),
-        metavar="N",
-        help=f"default: {DEFAULT_PACKS} or a bit more",
-    )
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
-    parser.add_argument("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage")
-    parser.add_argument(
-        "--checkpointing", metavar="off|all|selective|offload|N", help="recompute activations"
-    )
-    parser.add_argument("--offload", choices=("none", "optimizer", "all"), help="to host memory")
-    parser.add_argument("--adapter", choices=("lora", "dora", "qlora"), help="train one beside the model")
-    parser.add_argument("--rank", type=at_least(1), metavar="N", help="of the adapter; default: 16")
-    parser.add_argument("--host-gib", type=float, default=1024.0, metavar="X", help="memory of a node (1024)")
-    parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --config")
+    add("--gpus", type=at_least(1), required=True, metavar="N")
+    add("--gpu", required=True, metavar="NAME", help="h100-80g, a100-80g, ...")
+    add("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="default: 8")
+    add("--seq-len", type=at_least(1), metavar="T", help="batch.pack_len; default: 8192")
+    add("--sequence-parallel", type=at_least(1), metavar="N", help="GPUs that share a pack; default: 1")
+    add("--packs-per-step", type=at_least(1), metavar="N", help=f"default: {DEFAULT_PACKS} or a bit more")
+    add("--dtype", choices=("bf16", "fp16", "fp32"))
+    add("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage")
+    add("--checkpointing", metavar="off|all|selective|offload|N", help="recompute activations")
+    add("--offload", choices=("none", "optimizer", "all"), help="to host memory")
+    add("--adapter", choices=("lora", "dora", "qlora"), help="train one beside the model")
+    add("--rank", type=at_least(1), metavar="N", help="of the adapter; default: 16")
+    add("--host-gib", type=float, default=1024.0, metavar="X", help="memory of a node (1024)")
+    add("--json", action="store_true", help="print JSON, in bytes")
+    add("overrides", nargs="*", metavar="section.key=value", help="with --config")
 
 
 def run(args: argparse.Namespace) -> int:

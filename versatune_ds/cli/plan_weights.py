@@ -29,12 +29,11 @@ NOTE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
-    parser.add_argument("--history", required=True, type=place, metavar="FILE", help="weights.jsonl of a run")
-    parser.add_argument("--config", type=place, metavar="FILE", help="settings of a run")
-    parser.add_argument(
-        "--out", type=place, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win")
+    add = parser.add_argument
+    add("--history", required=True, type=place, metavar="FILE", help="weights.jsonl of a run")
+    add("--config", type=place, metavar="FILE", help="settings of a run")
+    add("--out", type=place, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings that win")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,24 +14,25 @@ from versatune_ds.cli import at_least, place
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands behind the verb."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "runs",
         metavar="RUN",
         nargs="+",
         type=place,
         help="run folder (`run.dir`); finished, running or killed",
     )
-    parser.add_argument(
+    add(
         "--out",
         metavar="PATH",
         type=place,
         default=None,
         help="where to write the page (default: RUN/report.html; with several runs ./report.html)",
     )
-    parser.add_argument(
+    add(
         "--by", choices=("steps", "tokens"), default="steps", help="line runs up by optimizer steps or tokens"
     )
-    parser.add_argument(
+    add(
         "--follow",
         metavar="SECONDS",
         nargs="?",

@@ -53,10 +53,6 @@ class Benchmarks(Section):
 def load_benchmarks(path: Path, names: Sequence[str]) -> Benchmarks:
     """Read a benchmark file.
 
-    Args:
-        path: YAML file with the keys of `Benchmarks`.
-        names: the domains.
-
     Raises:
         ConfigError: it is missing, not YAML, has unknown keys or domains, or names a task twice.
     """

@@ -8,7 +8,6 @@ What is not covered: running them (`apps/reference.py`).
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from versatune_ds.config.load import validate_config
 from versatune_ds.config.model import Adapter
 from versatune_ds.config.schema import Config
 from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
+from versatune_ds.foundations.errors import DataError
+from versatune_ds.foundations.json_input import read_object
 
 LARGE_MODEL = 10**9
 """Parameters above which a reference is trained as an adapter unless told otherwise."""
@@ -25,22 +26,33 @@ ADAPTER_RATE = 10.0
 
 
 def with_model(config: Config, source: str) -> Config:
-    """The run with another, finished model (or adapter folder) in its place; the tokenizer stays."""
-    raw = config.model_dump(mode="json")
+    """The run with another, finished model (or adapter folder) in its place, to be evaluated; the tokenizer
+    stays, the optimizer does not."""
+    raw = config.model_dump(mode="json") | {"optimizer": {}}
     raw["model"] |= {
         **model_of(source),
         "weights": "pretrained",
+        "kl_to_base": None,
         "tokenizer": config.model.tokenizer or config.model.source,
     }
     return validate_config(raw, f"settings with the model {source}").like(config)
 
 
 def model_of(source: str) -> dict[str, Any]:
-    """Source and adapter of a `model` section for a finished model, or for an adapter and its base model."""
+    """Source and adapter of a `model` section for a finished model, or for an adapter and its base model.
+
+    Raises:
+        DataError: the adapter's configuration is damaged.
+    """
     file = Path(source) / ADAPTER_CONFIG_FILE
     if not file.is_file():
         return {"source": source, "adapter": None}
-    saved = json.loads(file.read_text(encoding="utf-8"))
+    saved = read_object(file, "the model")
+    keys = {"r": int, "lora_alpha": int | float, "target_modules": list, "base_model_name_or_path": str}
+    for key, kind in keys.items():
+        if not isinstance(saved.get(key), kind):
+            problem = f"{key} is {saved.get(key)!r}; was this adapter written by peft or by this program?"
+            raise DataError(problem, path=file)
     adapter = {
         "kind": "dora" if saved.get("use_dora") else "lora",
         "rank": saved["r"],
@@ -77,11 +89,9 @@ def single_domain_config(
     """Settings that train `reference.model` on one domain until its held-out loss stops falling.
 
     Args:
-        config: the run's settings.
         domain: the one to train on; the others stay in the table with weight 0.
-        folder: run folder.
         num_tokens: training tokens of the domain.
-        adapter: what is trained of the model; None: all of it.
+        adapter: what is trained of the model, by AdamW; None: all of it.
     """
     raw = proxy_config(config).model_dump(mode="json")
     settings = config.reference
@@ -98,8 +108,13 @@ def single_domain_config(
     raw["weights"] = {"strategy": "constant"}
     raw["batch"]["packs_per_step"] = packs_per_step
     change = (adapter is not None) - (config.model.adapter is not None)
-    raw["optimizer"]["lr"] = settings.lr or config.optimizer.lr * ADAPTER_RATE**change
-    raw["model"]["adapter"] = adapter and adapter.model_dump(mode="json")
+    raw["optimizer"] |= {
+        "lr": settings.lr or config.optimizer.lr * ADAPTER_RATE**change,
+        "ema_decay": None,  # nothing is exported
+        **({"kind": "adamw", "muon_lr": None} if adapter is not None else {}),
+    }
+    # a reference is to fit its domain as well as it can
+    raw["model"] |= {"adapter": adapter and adapter.model_dump(mode="json"), "kl_to_base": None}
     steps = math.ceil(settings.max_epochs * steps_per_epoch)
     raw["train"] |= {"max_steps": steps, "epochs": None, "profile": None}
     raw["evaluation"] |= {

@@ -48,6 +48,15 @@ class Adapter(Section):
             yield f"targets: {heads[0]} cannot have an adapter: the loss takes the head's weight"
 
 
+class KLToBase(Section):
+    """KL regularisation to the base model (docs/train.md, "Forgetting without data")."""
+
+    coefficient: float = Field(gt=0)
+    """Factor of the mean of KL(base || model) over the compared tokens, in nats, in the loss."""
+    share: float = Field(0.25, gt=0, le=1)
+    """Share of a step's samples whose supervised tokens are compared; the base's forward costs as much."""
+
+
 class Yarn(Section):
     """Positions beyond those that a model was made for (YaRN, arXiv 2309.00071), as its card asks."""
 
@@ -88,6 +97,9 @@ class Model(Section):
     neftune_alpha: float | None = Field(None, gt=0)
     """Add uniform noise of +-alpha / sqrt(L d) to the embeddings in training (arXiv:2310.05914): L the tokens
     of a sample, d the hidden size. None: none."""
+    kl_to_base: KLToBase | None = None
+    """Hold the model near what it was: add a KL term to its base, the same model with its adapter switched
+    off. None: none."""
     liger: Literal["auto", "off"] = "auto"
     """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
     compile: Literal["off", "layers"] = "off"
@@ -99,7 +111,20 @@ class Model(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 
+    @property
+    def compared_share(self) -> float:
+        """`kl_to_base.share`; 0: none."""
+        return self.kl_to_base.share if self.kl_to_base else 0.0
+
     def problems(self) -> Iterator[str]:
         """What does not hold together."""
         if self.compile != "off" and self.activation_checkpointing in ("selective", "offload"):
             yield f"compile cannot trace activation_checkpointing {self.activation_checkpointing}"
+        if self.kl_to_base is not None and self.adapter is None:
+            yield (
+                "kl_to_base compares with the model without its adapter; training all of it would need a "
+                "second copy of the model in memory. Give model.adapter, e.g. {kind: lora, rank: 64}, or "
+                "take kl_to_base out"
+            )
+        if self.kl_to_base is not None and self.neftune_alpha is not None:
+            yield "kl_to_base would compare noise: take neftune_alpha out, or kl_to_base"

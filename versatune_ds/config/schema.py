@@ -5,9 +5,10 @@ a default is required. Settings are checked here once, alone and against each ot
 code can trust them.
 
 What is not covered: the sections of the model (`config/model.py`), of the domains and their weights
-(`config/weights.py`), of scored answers (`config/answers.py`) and of `versatune-ds detect`
-(`config/detection.py`), how the file is read and how errors are worded (`config/load.py`), and what the
-DeepSpeed file may hold beyond the keys we own (`engine/backend/deepspeed_config.py`).
+(`config/weights.py`), of scored answers (`config/answers.py`), of `versatune-ds detect`
+(`config/detection.py`) and of `search` (`config/search.py`), how the file is read and how errors are worded
+(`config/load.py`), and what the DeepSpeed file may hold beyond the keys we own
+(`engine/backend/deepspeed_config.py`).
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from pydantic import Field, PrivateAttr, model_validator
 from versatune_ds.config.answers import Answers
 from versatune_ds.config.detection import Detect
 from versatune_ds.config.model import Adapter, Model
+from versatune_ds.config.search import Search
 from versatune_ds.config.secrets import find_secret
 from versatune_ds.config.section import Place, Section
 from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.foundations.text import command
 
-DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized"]
+DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pretokenized", "text"]
 ChatTemplate = Literal["tokenizer", "chatml", "hermes", "alpaca", "llama2", "llama3"]
 DEFAULT_COLLECTIVE_TIMEOUT_S = 1800.0
 
@@ -66,7 +68,8 @@ class Source(Section):
     domain_column: str | None = None
     """Column that holds each row's domain name."""
     format: DataFormat = "auto"
-    """Row schema; `auto` tells it from the columns, once per file."""
+    """Row schema; `auto` tells it from the columns, once per file. All but `text` (whole texts, all of which
+    is trained on), which must be named."""
     columns: dict[str, str] = Field({})
     """Our column name -> the file's column name, e.g. `{prompt: question, completion: answer}`."""
     split: str = "train"
@@ -337,6 +340,8 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
     detect: Detect = Detect()
+    search: Search | None = None
+    """How `versatune-ds search` looks for a mixture; a run itself does nothing with it."""
     deepspeed: dict[str, Any] | Place = Field({})
     """DeepSpeed JSON file, or the same inline; without a `zero_optimization` key: ZeRO-3. Batch size,
     optimizer, precision and clipping come from this file's other sections and may not stand in it."""
@@ -415,12 +420,13 @@ class Config(Section):
                 yield f"{what}: missing domains {missing}, unknown domains {unknown}"
         evaluation = self.evaluation
         for key, known, named in (
-            ("domains", "", set(evaluation.domains or ())),
-            ("select", "overall, ", evaluation.selected),
-            ("generate.score", "", evaluation.asked),
+            ("evaluation.domains", "", set(evaluation.domains or ())),
+            ("evaluation.select", "overall, ", evaluation.selected),
+            ("evaluation.generate.score", "", evaluation.asked),
+            ("search.limits", "", set(self.search.limits if self.search else ())),
         ):
             if unknown := sorted(named - names):
-                yield f"evaluation.{key}: unknown domains {unknown}; known: {known}{sorted(names)}"
+                yield f"{key}: unknown domains {unknown}; known: {known}{sorted(names)}"
         if self.weights.target is not None and self.weights.target not in names:
             yield f"weights.target {self.weights.target!r}; known: {self.domains.names}"
 
@@ -436,5 +442,9 @@ class Config(Section):
     def _problems_of_training(self) -> Iterator[str]:
         if self.optimizer.states == "bf16_stochastic" and self.model.dtype != "bf16":
             yield f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
+        if self.optimizer.kind == "muon" and self.model.adapter is not None:
+            yield "optimizer.kind muon is for whole matrices, not for the factors of model.adapter; use adamw"
         if self.model.neftune_alpha is not None and self.batch.sequence_parallel > 1:
             yield "model.neftune_alpha: noise is for whole packs; set batch.sequence_parallel: 1"
+        if self.model.kl_to_base is not None and self.batch.sequence_parallel > 1:
+            yield "model.kl_to_base: the base sees whole samples; set batch.sequence_parallel: 1"

@@ -39,12 +39,7 @@ def redacted(text: str) -> str:
 
 
 def find_secret(value: Any, place: str = "") -> str | None:
-    """Place of the first secret in nested settings, dotted; None if there is none.
-
-    Args:
-        value: a JSON-like value.
-        place: where it stands.
-    """
+    """Place of the first secret in nested settings, dotted; None if there is none."""
     if isinstance(value, dict):
         for key, inner in value.items():
             where = f"{place}.{key}" if place else str(key)

@@ -113,7 +113,8 @@ class Weights(Section):
     eta: float = Field(1.0, ge=0)
     """doremi and marginal: step size of the exponentiated gradient."""
     objective: dict[str, float] | None = None
-    """marginal: weight of every domain's held-out loss in what is to be lowered; None: all alike."""
+    """marginal, and `versatune-ds search`: weight of every domain's held-out loss in what is to be lowered;
+    None: all alike."""
     smoothing: float = Field(1e-3, ge=0, le=1)
     """doremi: share of the uniform distribution mixed in after each update."""
     schedule: list[ScheduledWeights] | Place | None = None

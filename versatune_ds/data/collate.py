@@ -8,6 +8,8 @@ labels, so that every pack costs the same number of slots. A pack without sample
 Where ranks share a pack, each takes a slice of its rows (`Batch.part`), cut from the whole batch: labels are
 shifted before, and boundaries stay those of the pack.
 
+Samples that are compared with the base model are laid out a second time, alone (`compare`).
+
 What is not covered: which samples share a pack (planner, packing), and attention masks (engine).
 """
 
@@ -16,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,11 @@ import torch
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.foundations.constants import IGNORE_INDEX, PADDING_ID
 from versatune_ds.foundations.errors import DataError
+
+COMPARED_ROWS = 64
+"""Rows of compared samples are padded to a multiple of this: few different shapes."""
+
+Tensors = TypeVar("Tensors", "Batch", "Compared")
 
 
 class TokenSource(Protocol):
@@ -54,6 +61,7 @@ class Batch:
         token_weight: float32[T], factor of each label in the loss, 0 without one; None: 1.
         parts: ranks that share the pack. Of more than one, all [T] and the two counts are those of one
             rank's rows; the rest is the pack's.
+        compared: samples that are compared with the base model; None: none in the whole step.
     """
 
     input_ids: torch.Tensor
@@ -67,6 +75,7 @@ class Batch:
     supervised_tokens: int
     token_weight: torch.Tensor | None = None
     parts: int = 1
+    compared: Compared | None = None
 
     def part(self, rank: int, parts: int) -> Batch:
         """The rows of one of the `parts` ranks that share the pack; `parts` divides T."""
@@ -87,18 +96,41 @@ class Batch:
             parts=parts,
         )
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        changed: dict[str, Any] = {name: change(value) for name, value in tensors.items()}
-        return dataclasses.replace(self, **changed)
-
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The batch with all tensors on `device`; the copies overlap with the host from pinned memory."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return _mapped(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked host memory; needs an accelerator (torch raises without one)."""
-        return self._map(torch.Tensor.pin_memory)
+        return _mapped(self, torch.Tensor.pin_memory)
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """Samples of a pack that are compared with the base model.
+
+    Attributes:
+        batch: these samples alone; perhaps none.
+        rows: int64[n], positions of their labels in the pack.
+        own_rows: int64[n], the same in `batch`.
+        normalizer: labels compared in the step over all ranks, divided by the ranks, > 0.
+    """
+
+    batch: Batch
+    rows: torch.Tensor
+    own_rows: torch.Tensor
+    normalizer: float
+
+
+def _mapped(record: Tensors, change: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
+    """The record with all its tensors changed, also those of a record in it."""
+    changed: dict[str, Any] = {}
+    for name, value in vars(record).items():
+        if isinstance(value, torch.Tensor):
+            changed[name] = change(value)
+        elif isinstance(value, Batch | Compared):
+            changed[name] = _mapped(value, change)  # type: ignore[type-var]
+    return dataclasses.replace(record, **changed)
 
 
 def rows_of(pack_len: int, parts: int) -> int:
@@ -163,3 +195,20 @@ def collate(pack: Pack, sources: Sequence[TokenSource | None], pack_len: int, pa
         supervised_tokens=int((labels != IGNORE_INDEX).sum()),
         token_weight=torch.from_numpy(token_weight) if has_weights else None,
     )
+
+
+def compare(
+    batch: Batch,
+    pack: Pack,
+    chosen: npt.NDArray[np.bool_],
+    sources: Sequence[TokenSource | None],
+    pad_id: int,
+    normalizer: float,
+) -> Batch:
+    """The whole batch of a pack with its chosen samples (bool[S]) to be compared; see `Compared`."""
+    part = Pack(pack.domains[chosen], pack.samples[chosen], pack.lengths[chosen])
+    alone = collate(part, sources, max(1, -(-part.length // COMPARED_ROWS)) * COMPARED_ROWS, pad_id)
+    of_chosen = torch.from_numpy(np.repeat(chosen, pack.lengths))
+    rows = torch.nonzero(of_chosen & (batch.labels[: len(of_chosen)] != IGNORE_INDEX)).flatten()
+    own_rows = torch.nonzero(alone.labels != IGNORE_INDEX).flatten()
+    return dataclasses.replace(batch, compared=Compared(alone, rows, own_rows, normalizer))

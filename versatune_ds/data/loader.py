@@ -21,9 +21,11 @@ from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from versatune_ds.data.collate import Batch, TokenSource, collate, rows_of
+from versatune_ds.data.collate import Batch, TokenSource, collate, compare, rows_of
 from versatune_ds.data.plan.balance import check_world_size, rank_packs
+from versatune_ds.data.plan.comparison import chosen_samples
 from versatune_ds.data.plan.corpus import Corpus, Float64, PlannerSettings
 from versatune_ds.data.plan.planner import StepPlan, plan_step
 from versatune_ds.data.plan.state import PlannerState
@@ -51,13 +53,11 @@ class StepLoader:
     """Batches of one rank, step by step.
 
     Args:
-        corpus: lengths of all samples of all domains.
         caches: token cache of each domain, in table order; None for a domain without data.
-        settings: what a step is.
         state: where to start; `PlannerState.initial(k)` for a new run.
         rank, world_size: this rank among the data-parallel ranks; the plan does not depend on them.
-        pad_id: token id of padding.
         part: this rank among those that share a pack, and their number.
+        compared_share: of the samples, to be compared with the base model.
         prefetch: prepare the next step in a thread. Without it the results are the same.
         pin_memory: put batches in page-locked memory, for copies that overlap (needs CUDA).
 
@@ -79,6 +79,7 @@ class StepLoader:
     _: KW_ONLY
     pad_id: int
     part: tuple[int, int] = (0, 1)
+    compared_share: float = 0.0
     prefetch: bool = True
     pin_memory: bool = False
 
@@ -131,24 +132,32 @@ class StepLoader:
         plan = plan_step(self.corpus, self.settings, state, weights)
         plan_s = time.perf_counter() - start
         batches = []
-        for pack in rank_packs(plan.packs, self.rank, self.world_size):
+        chosen = chosen_samples(plan.packs, self.compared_share, self.settings.seed, plan.step)
+        everyone = list(zip(plan.packs, chosen, strict=True))
+        num_compared = sum(self._supervised(pack.domains[of], pack.samples[of]) for pack, of in everyone)
+        for pack, of_pack in rank_packs(everyone, self.rank, self.world_size):
             if unwanted.is_set():
                 raise _Unwanted
             rows = rows_of(self.settings.pack_len, self.part[1])
             batch = collate(pack, self.caches, rows, self.pad_id)
-            planned = sum(
-                int(self.corpus.supervised[domain][sample])
-                for domain, sample in zip(pack.domains, pack.samples, strict=True)
-            )
+            planned = self._supervised(pack.domains, pack.samples)
             if batch.supervised_tokens != planned:
                 raise DataError(
                     f"step {plan.step}: a pack has {batch.supervised_tokens} supervised tokens and was "
                     f"planned with {planned}; the loss would be scaled wrongly. The token cache is damaged: "
                     "prepare it again"
                 )
+            if num_compared:
+                normalizer = num_compared / self.world_size
+                batch = compare(batch, pack, of_pack, self.caches, self.pad_id, normalizer)
             batch = batch.part(*self.part)
             batches.append(batch.pin_memory() if self.pin_memory else batch)
         return _Prepared(plan, batches, plan_s)
+
+    def _supervised(self, domains: npt.NDArray[np.int32], samples: npt.NDArray[np.int64]) -> int:
+        """Supervised tokens of samples, as planned with."""
+        pairs = zip(domains, samples, strict=True)
+        return sum(int(self.corpus.supervised[domain][sample]) for domain, sample in pairs)
 
     def close(self) -> None:
         """Drop the prefetched step and end the thread. May be called twice."""

@@ -15,6 +15,7 @@ What is not covered: reducing sums over ranks, running the probe, writing weight
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -51,13 +52,7 @@ from versatune_ds.strategies.rules import (
     forgetting_degree,
     learnable_potential,
 )
-from versatune_ds.strategies.simplex import (
-    Vector,
-    entropy,
-    limit_weights,
-    project,
-    weights_digest,
-)
+from versatune_ds.strategies.simplex import Vector, entropy, limit_weights, weights_digest
 
 STATE_VERSION = 1
 
@@ -66,9 +61,6 @@ class WeightController:
     """Holds the weights, the loss window and the last losses of a run.
 
     Args:
-        table: the domains.
-        domains: initial weights and limits.
-        weights: strategy and its parameters.
         reference: held-out losses (`load_reference`), needed by strategies that compare with them.
         total_steps: optimizer steps of the run, where they are known: `interval` may depend on them.
 
@@ -102,9 +94,8 @@ class WeightController:
         require_limits(self._schedule, table, domains)
         self._start = self._schedule.get(0, initial_weights(domains, weights, table))
         # no step limit before the first step: floor and cap hold from the start
-        self._initial = project(
-            self._start, np.full(len(table), domains.min_weight), np.full(len(table), domains.max_weight)
-        )
+        self._limits = domains.model_dump(include={"min_weight", "max_weight"})
+        self._initial = limit_weights(self._start, self._start, **self._limits)
         k = len(table)
         self._weights = self._initial
         self._guard = None if weights.guard is None else OverfitGuard(table.names, weights.guard)
@@ -151,6 +142,10 @@ class WeightController:
             ValueError: wrong shape, or not finite (a step that was skipped must not be observed).
         """
         self._window = self._window + self._checked_sums(step_sums)
+
+    def drop_window(self) -> None:
+        """Forget the sums since the last update: those to come include them, or were measured anew."""
+        self._window = DomainSums.zeros(len(self._table))
 
     def due(self, step: int, *, skipped: bool = False) -> bool:
         """Whether `update(step)` is to be called after `step` optimizer steps; pure.
@@ -224,7 +219,7 @@ class WeightController:
         if not proposal.refused:
             self._losses, self._stderr = measurement.losses, measurement.stderr
             self._measured = measurement.measured
-            self._window = DomainSums.zeros(len(self._table))
+            self.drop_window()
         self._update_count += 1
         self._last_step = step
         return record
@@ -273,10 +268,12 @@ class WeightController:
             raise StateError(f"weight controller state is damaged: {error!r}") from None
         if window.num_domains != len(self._table):
             raise StateError(f"weight controller state has a window of {window.num_domains} domains")
-        if self._guard is not None and "guard" in state:  # else it begins to watch now
-            self._guard.load_state(state["guard"])
-        if self._gains is not None:
-            self._gains.load_state(state.get("gains", {}))
+        guard, gains = copy(self._guard), copy(self._gains)
+        if guard is not None and "guard" in state:  # else it begins to watch now
+            guard.load_state(state["guard"])
+        if gains is not None:
+            gains.load_state(state.get("gains", {}))
+        self._guard, self._gains = guard, gains
         self._weights, self._initial, self._window = weights, initial, window
         self._measured = ~np.isnan(losses)
         self._losses, self._stderr = np.nan_to_num(losses), stderr
@@ -292,23 +289,12 @@ class WeightController:
         first = present & ~self._measured
         losses = np.where(present, new_losses, self._losses)
         stderr = np.where(present, new_stderr, self._stderr)
-        phi = forgetting_degree(
-            losses,
-            self._losses,
-            stderr=np.nan_to_num(stderr),
-            previous_stderr=np.nan_to_num(self._stderr),
-            noise_z=settings.noise_z,
-        )
+        noise: dict[str, Any] = {"stderr": np.nan_to_num(stderr), "noise_z": settings.noise_z}
+        phi = forgetting_degree(losses, self._losses, previous_stderr=np.nan_to_num(self._stderr), **noise)
         measured = self._measured | present
-        gamma = np.zeros(len(self._table))
-        if self._reference is not None:
-            gamma = learnable_potential(
-                losses,
-                self._reference.losses,
-                stderr=np.nan_to_num(stderr),
-                reference_stderr=self._reference.stderr,
-                noise_z=settings.noise_z,
-            )
+        gamma, reference = np.zeros(len(self._table)), self._reference
+        if reference is not None:
+            gamma = learnable_potential(losses, reference.losses, reference_stderr=reference.stderr, **noise)
         return Measurement(
             losses=losses,
             stderr=stderr,
@@ -349,7 +335,10 @@ class WeightController:
             rule = before.copy()
             reasons.append("no domain was measured: the weights stand")
         # a schedule is taken as it is; its floor and cap were checked at the start
-        after = rule if strategy.is_scheduled else self._limited(rule, before)
+        after = rule
+        if not strategy.is_scheduled:
+            change = self._domains.max_relative_change
+            after = limit_weights(rule, before, **self._limits, max_relative_change=change)
         reasons += limit_reasons(self._table.names, rule, after)
         if settings.shadow:
             reasons.append("shadow: computed, not applied")
@@ -389,6 +378,7 @@ class WeightController:
             entropy=entropy(proposal.after),
             reasons=measurement.reasons + proposal.reasons,
             alarms=self._alarms(measurement, proposal.after),
+            refused=proposal.refused,
         )
 
     def _guard_record(
@@ -408,28 +398,14 @@ class WeightController:
             guard=guard.to_json(),
         )
 
-    def _limited(self, proposed: Vector, previous: Vector) -> Vector:
-        return limit_weights(
-            proposed,
-            previous,
-            min_weight=self._domains.min_weight,
-            max_weight=self._domains.max_weight,
-            max_relative_change=self._domains.max_relative_change,
-        )
-
     def _alarms(self, measurement: Measurement, after: Vector) -> list[str]:
         if not self._strategy.moves_with_losses:
             return []
-        alarms: list[str] = []
-        if self._reference is not None and self._strategy.compares:
-            alarms += reference_alarms(
-                self._table,
-                measurement.losses,
-                self._reference.losses,
-                measurement.gamma,
-                measurement.measured,
-            )
-        return alarms + weight_alarms(self._table, after, self._initial, self._domains)
+        alarms = weight_alarms(self._table, after, self._initial, self._domains)
+        if self._reference is None or not self._strategy.compares:
+            return alarms
+        m, reference = measurement, self._reference.losses
+        return reference_alarms(self._table, m.losses, reference, m.gamma, m.measured) + alarms
 
     def _checked_sums(self, sums: DomainSums | npt.NDArray[np.float64]) -> DomainSums:
         checked = sums if isinstance(sums, DomainSums) else DomainSums(sums)

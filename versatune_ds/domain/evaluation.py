@@ -7,8 +7,8 @@ summed token losses of sample i after and before, over the n samples of a domain
     its variance      n / (n - 1) * sum (a_i - (1 + r) b_i)^2 / (sum b_i)^2
     forgetting        max(r, 0), the phi of docs/weights.md between the two models
 
-(ratio estimator: Cochran, Sampling Techniques, 3rd ed., section 2.11). What both find hard cancels, so the
-interval is far narrower than that of two unrelated means.
+(`probes/samples.rise_of`, with losses in the tokens' place). What both find hard cancels, so the interval is
+far narrower than that of two unrelated means.
 
 What is not covered: measuring (`engine/evaluate.py`) and drawing (`report/evaluation.py`).
 """
@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from versatune_ds.domain.probes.samples import SampleLosses, rise_of
 from versatune_ds.domain.reference import Fingerprints
 from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.foundations.errors import ConfigError, DataError
 from versatune_ds.foundations.files import write_text_atomic
-from versatune_ds.foundations.json_input import read_object, require_format
+from versatune_ds.foundations.json_input import finite, read_object, require_format
 
 EVALUATION_FORMAT = "versatune_ds.evaluation"
 EVALUATION_VERSION = 1
@@ -90,10 +91,7 @@ class ModelEvaluation:
     @property
     def sums(self) -> DomainSums:
         """Sums by domain, in the order of `names`."""
-        ids = np.concatenate([np.full(len(self.losses[name]), i) for i, name in enumerate(self.names)])
-        losses = np.concatenate([self.losses[name] for name in self.names])
-        tokens = np.concatenate([self.tokens[name] for name in self.names])
-        return DomainSums.from_samples(ids, losses, tokens, len(self.names))
+        return SampleLosses(list(self.losses.values()), [self.tokens[name] for name in self.names]).sums
 
     def to_json(self) -> dict[str, Any]:
         """Content of an evaluation.json."""
@@ -101,8 +99,8 @@ class ModelEvaluation:
         mean, stderr = sums.mean_loss(), sums.stderr()
         domains = {
             name: {
-                "loss": _number(mean[i]),
-                "stderr": _number(stderr[i]),
+                "loss": finite(mean[i]),
+                "stderr": finite(stderr[i]),
                 "perplexity": perplexity(mean[i]),
                 "supervised_tokens": int(sums.tokens[i]),
                 "samples": int(sums.samples[i]),
@@ -262,13 +260,9 @@ def compare_scores(after: ModelEvaluation, before: ModelEvaluation) -> list[Scor
 
 
 def _change(name: str, after: ModelEvaluation, before: ModelEvaluation) -> Change:
-    a, b = after.losses[name], before.losses[name]
-    tokens, total = math.fsum(after.tokens[name]), math.fsum(b)
-    ratio = math.fsum(a) / total
-    n = int((after.tokens[name] > 0).sum())
-    residual = math.fsum((a - ratio * b) ** 2)
-    stderr = math.sqrt(n / (n - 1) * residual) / total if n >= 2 else None
-    return Change(name, total / tokens, math.fsum(a) / tokens, ratio - 1.0, stderr)
+    a, b, tokens = after.losses[name], before.losses[name], math.fsum(after.tokens[name])
+    rise = rise_of(a, b, b)
+    return Change(name, math.fsum(b) / tokens, math.fsum(a) / tokens, rise.value, finite(rise.stderr))
 
 
 def perplexity(loss: float | None) -> float | None:
@@ -276,7 +270,3 @@ def perplexity(loss: float | None) -> float | None:
     if loss is None or not math.isfinite(loss) or loss > MAX_PERPLEXITY_LOSS:
         return None
     return math.exp(loss)
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

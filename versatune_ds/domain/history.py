@@ -2,7 +2,8 @@
 
 Read is the weights.jsonl of a run: of each line `step`, `losses` (nats per supervised token, by domain) and,
 where known, `stderr`, `tokens` and `samples`; null or nothing is a domain that was absent. The line of step 0
-has no losses and is passed over.
+has no losses and is passed over. Losses of a line that was `refused` are in those of the next line, too, and
+those of a probe (`loss_source`) have the next probe in their place: a replay that refuses adds neither up.
 
 `replay_history` gives the recorded losses to a `WeightController`, update by update, as sums that have
 exactly these means and standard errors: the rules are those of a run, not a second implementation.
@@ -47,6 +48,8 @@ class Losses:
     """Supervised tokens that were measured, where known."""
     samples: Mapping[str, float]
     """Samples that were measured, where known."""
+    replaced: bool = False
+    """Whether the next losses include these, or were measured anew."""
 
 
 def read_history(path: Path) -> list[Losses]:
@@ -63,15 +66,11 @@ def read_history(path: Path) -> list[Losses]:
         if columns["losses"] and record["step"] < 1:
             raise DataError("step 0: an update has step 1 or more", path=path, line=line)
         if columns["losses"]:
-            history.append(Losses(record["step"], **columns))
+            replaced = record.get("refused") is True or record.get("loss_source") == "probe"
+            history.append(Losses(record["step"], **columns, replaced=replaced))
     if not history:
         raise DataError("holds no losses", path=path)
     return history
-
-
-def domains_of(history: Sequence[Losses]) -> list[str]:
-    """All domains that have a loss, in order of appearance."""
-    return list(dict.fromkeys(name for update in history for name in update.losses))
 
 
 def replay_history(
@@ -82,7 +81,6 @@ def replay_history(
     Args:
         history: from `read_history`; its steps are taken, `weights.every_n_steps` is not looked at.
         controller: fresh, with `loss_source: train` and no guard.
-        table: the controller's domains.
 
     Raises:
         ConfigError: the history has a domain that the table lacks, or the strategy reads more than losses.
@@ -92,13 +90,15 @@ def replay_history(
             "weights.strategy marginal reads the held-out losses of every sample, which a history does not "
             "have; choose another strategy"
         )
-    for name in domains_of(history):
+    for name in (name for update in history for name in update.losses):
         if name not in table.names:
             raise ConfigError(f"the history has losses of an {unknown_name('domain', name, table.names)}")
     records = [controller.initial_update()]
     for update in history:
         controller.observe(sums_of(update, table))
         records.append(controller.update(update.step))
+        if update.replaced:
+            controller.drop_window()
     return records
 
 

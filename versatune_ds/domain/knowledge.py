@@ -68,12 +68,10 @@ def aggregate(
     """Mean, intervals, counts and rounds of judged texts: the measured part of a knowledge.json.
 
     Args:
-        table: the k domains.
         probabilities: float64[n, k], each row >= 0 with sum 1; n >= 1. Texts that were not judged are left
             out by the caller, never given as zeros.
         rounds: int64[n], the round (from 0) of each text.
         num_rounds: T; a round without a judged text has no mean.
-        seed: of the bootstrap.
         sources: of each domain float64[m, k]: mean probabilities that the judge gave to texts of its m
             sources, m >= 1; None: the judge's mistakes are not known.
     """

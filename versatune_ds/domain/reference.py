@@ -42,14 +42,7 @@ from versatune_ds.strategies.simplex import Vector, normalise
 REFERENCE_FORMAT = "versatune_ds.reference"
 REFERENCE_VERSION = 1
 REFERENCE_KEYS = (
-    "format",
-    "version",
-    "losses",
-    "stderr",
-    "bytes_per_token",
-    "fingerprints",
-    "method",
-    "provenance",
+    *("format", "version", "losses", "stderr", "bytes_per_token", "fingerprints", "method", "provenance"),
 )
 MEASURE_AGAIN = "measure it again (the verb reference)"
 

@@ -57,7 +57,8 @@ class WeightUpdate:
     reasons: list[str]
     """Why the numbers are what they are, in words."""
     alarms: list[str]
-    """See `versatune_ds.domain.alarms`."""
+    refused: bool
+    """True where `update_z` found noise: `before` stays in force, and the window goes on."""
     guard: dict[str, Any] | None = None
     """By domain: `OverfitGuard.to_json`; None without a guard."""
 
@@ -104,10 +105,12 @@ def measurement_reasons(
         measured: bool[k]: whether a loss counted before.
     """
     reasons = []
+    z = {"noise_z": settings.noise_z, "update_z": settings.update_z}
+    asked = ", ".join(f"{setting} {value:g}" for setting, value in z.items() if value > 0)
     for j, name in enumerate(names):
         if present[j]:
             continue
-        why = f"{sums.samples[j]:.0f} sample(s) give no standard error, noise_z {settings.noise_z:g}"
+        why = f"{sums.samples[j]:.0f} sample(s) give no standard error, {asked}"
         if sums.tokens[j] < settings.min_tokens:
             why = f"{sums.tokens[j]:.0f} supervised tokens, min_tokens {settings.min_tokens}"
         stands = "never measured, so not re-weighted by its loss; phi is 0"

@@ -73,11 +73,7 @@ class PhaseTiming(NamedTuple):
 
 
 class Recorder:
-    """The phases that end while it is open (`recording`).
-
-    Args:
-        clock: what moments are taken from.
-    """
+    """The phases that end while it is open (`recording`)."""
 
     def __init__(self, clock: HostClock) -> None:
         self.clock = clock
@@ -144,7 +140,6 @@ def phase(name: str, step: int | None = None, detail: str = "", is_limited: bool
     """What runs inside is this phase.
 
     Args:
-        name: one of the names above, or any other.
         step: optimizer step from 1; None outside the steps.
         detail: further words for the watchdog's message, such as "of pack 2 of 4".
         is_limited: whether staying here too long is a hang (`faults/watchdog.py`).

@@ -96,7 +96,7 @@ def prepare_run(config: Config, device_type: str) -> Prepared:
     table = DomainTable(config.domains.names)
     architecture = load_architecture(config.model)
     check_heads(architecture.num_attention_heads, ranks.sp.size)
-    zero = with_sizes(settings["zero_optimization"], built_shape(architecture))
+    zero = with_sizes(settings["zero_optimization"], built_shape(architecture), config.model.adapter)
     check_files(config.model)
     tokenizer = load_tokenizer(config)
     set_chat_template(tokenizer, config.data.chat_template)
@@ -106,6 +106,7 @@ def prepare_run(config: Config, device_type: str) -> Prepared:
     corpus.check(planner)
     preflight.check_architecture(architecture, tokenizer, corpus)
     preflight.check_router(config.model, architecture)
+    preflight.check_optimizer(config.optimizer, architecture)
     encoder = ChatEncoder.build(tokenizer, config.data.chat_template)
     exported = config.checkpoint.export_at_end
     evaluated = preflight.evaluated_caches(config, table, caches["eval"])
@@ -146,7 +147,7 @@ def prepare_on_samples(config: Config, samples: Sequence[Any]) -> Prepared:
     corpus.check(planner)
     settings = deepspeed_config(config, ranks.dp.size)
     architecture = load_architecture(config.model)
-    zero = with_sizes(settings["zero_optimization"], built_shape(architecture))
+    zero = with_sizes(settings["zero_optimization"], built_shape(architecture), config.model.adapter)
     return Prepared(
         config=config,
         ranks=ranks,

@@ -19,6 +19,7 @@ from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.foundations.machine import installed
 from versatune_ds.observability.throughput import peak_tflops
+from versatune_ds.observability.trackers import flat_settings
 
 log = get_logger(__name__)
 
@@ -61,19 +62,10 @@ def note_changes(config: Config) -> None:
     if not path.is_file():
         return
     try:
-        old, new = (_flat(c.model_dump(mode="json")) for c in (load_config(path), config))
+        old, new = (flat_settings(c.model_dump(mode="json")) for c in (load_config(path), config))
     except ConfigError:  # written by a version with other settings
         log.warning("%s cannot be read by this version; it will be replaced", path)
         return
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            log.warning("setting %s was %r and is now %r", key, old.get(key), new.get(key))
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    items: dict[str, Any] = {}
-    for key, inner in value.items():
-        items.update(_flat(inner, f"{prefix}.{key}" if prefix else str(key)))
-    return items
+            log.warning("setting %s was %s and is now %s", key, old.get(key), new.get(key))

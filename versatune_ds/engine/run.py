@@ -144,7 +144,7 @@ class Components:
         best = self.state.early_stopping
         if self.config.evaluation.select is not None and 0 < done == best.best_step:
             self.saver.keep_best(best.note(), self._saved_state)
-        if best.exhausted and self.config.checkpoint.every_n_steps:
+        if best.exhausted and self.saver.is_periodic:
             self.save(done)
 
     def load_best(self) -> int:
@@ -282,16 +282,18 @@ def assemble(
             *prepared.ranks.dp,
             pad_id=prepared.pad_id,
             part=prepared.ranks.sp,
+            compared_share=config.model.compared_share,
             pin_memory=backend.device.type == "cuda",
         ),
         statistics=StepStatistics(
-            len(prepared.table), backend.device, backend.model.routers, counts=prepared.ranks.sp.rank == 0
+            len(prepared.table),
+            backend.device,
+            backend.model.routers,
+            counts=prepared.ranks.sp.rank == 0,
+            base_kl=backend.model.base_kl,
         ),
         saver=Saver(
-            config.run.dir / constants.CHECKPOINTS_DIR,
-            config.checkpoint,
-            backend,
-            newest=state.planner.step,
+            config.run.dir / constants.CHECKPOINTS_DIR, config.checkpoint, backend, newest=state.planner.step
         ),
         held_out=held_out,
         probe=probe,

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from versatune_ds.domain.statistics import NUM_ROWS, DomainSums, SumRow
+from versatune_ds.engine.model.adapters import BaseKL
 from versatune_ds.engine.model.router import Routers
 from versatune_ds.foundations import distributed
 from versatune_kernels import LossOutput
@@ -53,6 +54,9 @@ class StepTotals(NamedTuple):
     """What `Routers.take` gave, added up; None without routers."""
     weighted: npt.NDArray[np.float64] | None = None
     """float64[2, k]: per domain the sum of weight x loss (nats), and of weights, over all labels."""
+    base_kl: npt.NDArray[np.float64] | None = None
+    """float64[2, k]: per domain the sum of KL(base || model) (nats), and the compared tokens; None without
+    `model.kl_to_base`."""
 
 
 class StepStatistics:
@@ -60,19 +64,27 @@ class StepStatistics:
 
     Args:
         num_domains: k.
-        device: where the model computes.
         routers: of a mixture of experts, whose counts go along.
         counts: False on all but one of the ranks that share a pack: they have the same sums of samples.
+        base_kl: the model's, whose compared tokens go along.
     """
 
     def __init__(
-        self, num_domains: int, device: torch.device, routers: Routers | None = None, counts: bool = True
+        self,
+        num_domains: int,
+        device: torch.device,
+        routers: Routers | None = None,
+        counts: bool = True,
+        base_kl: BaseKL | None = None,
     ) -> None:
-        self.num_domains, self.routers, self.counts = num_domains, routers, counts
+        self.num_domains, self.routers, self.counts, self.base_kl = num_domains, routers, counts, base_kl
         if routers is not None:
             routers.take()  # what a rehearsal has left
+        if base_kl is not None:
+            base_kl.take()
         self._sums = torch.zeros(NUM_ROWS, num_domains, dtype=torch.float64, device=device)
         self._weighted = torch.zeros(2, num_domains, dtype=torch.float64, device=device)
+        self._kl = torch.zeros(2, num_domains, dtype=torch.float64, device=device)
         self._nonfinite = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(
@@ -105,6 +117,11 @@ class StepStatistics:
         # where, not a product with 0/1: a NaN of one domain must not reach the others
         sums = torch.where(of_domain & self.counts, per_sample, 0.0).sum(-1)
         self._sums += sums
+        if self.base_kl is not None and (compared := self.base_kl.take()) is not None:
+            self._nonfinite += (~torch.isfinite(compared.kl).all()).double()
+            per_token = torch.stack([compared.kl.double(), torch.ones_like(compared.kl).double()])
+            of_token = sample_domains[compared.samples] == domains  # [k, n]
+            self._kl += torch.where(of_token, per_token.unsqueeze(1), 0.0).sum(-1)
         if token_weight is None or sample_ids is None:
             self._weighted += sums[SumRow.LOSS_SUM : SumRow.TOKENS + 1]
             return
@@ -119,21 +136,23 @@ class StepStatistics:
         votes = [torch.full_like(self._nonfinite, float(flag)) for flag in flags]
         first = torch.stack([self._nonfinite, *votes])
         counts = [] if self.routers is None else [self.routers.take()]
-        packed = torch.cat([self._sums.flatten(), first, self._weighted.flatten(), *counts])
+        more = [self._weighted.flatten(), self._kl.flatten()]
+        packed = torch.cat([self._sums.flatten(), first, *more, *counts])
         buffer = distributed.all_reduce_sum(packed).cpu().numpy()
         self._sums.zero_()
         self._weighted.zero_()
+        self._kl.zero_()
         self._nonfinite.zero_()
         count = self._sums.numel()
         sums = buffer[:count].reshape(NUM_ROWS, self.num_domains)
         finite = buffer[count] == 0 and bool(np.isfinite(sums).all())
-        said, weighted, routers = np.split(
-            buffer[count + 1 :], np.cumsum([len(flags), self._weighted.numel()])
-        )
+        sizes = np.cumsum([len(flags), self._weighted.numel(), self._kl.numel()])
+        said, weighted, kl, routers = np.split(buffer[count + 1 :], sizes)
         agreed = Flags(*(bool(n > 0) for n in said))
         return StepTotals(
             DomainSums(sums) if finite else None,
             agreed,
             routers if counts else None,
             weighted.reshape(2, self.num_domains) if finite else None,
+            kl.reshape(2, self.num_domains) if finite and self.base_kl is not None else None,
         )

@@ -6,6 +6,11 @@ What is not covered: the fields and what they mean (`observability/records.py`),
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
 from versatune_ds.data.plan.planner import StepPlan
 from versatune_ds.engine.phases import DATA_WAIT, PROBE, REDUCTION, WEIGHT_UPDATE, Recorder
 from versatune_ds.engine.run import Components
@@ -35,6 +40,7 @@ def record_step(
         return
     names, sums, routers = run.table.names, totals.sums, run.backend.model.routers
     none = dict.fromkeys(names)
+    kl = totals.base_kl
     weighted = totals.weighted if run.prepared.corpus.has_weights else None
     units = ("samples", "tokens", "supervised_tokens")
     step_s = times.age_s()
@@ -58,9 +64,9 @@ def record_step(
         samples=plan.num_samples,
         domain_loss=none if sums is None else run.table.by_name(sums.mean_loss()),
         weighted_loss=ratio(*weighted.sum(1)) if weighted is not None else None,
-        domain_weighted_loss=None
-        if weighted is None
-        else {name: ratio(*of_domain) for name, of_domain in zip(names, weighted.T, strict=True)},
+        domain_weighted_loss=None if weighted is None else by_domain(names, weighted),
+        base_kl=None if kl is None else ratio(*kl.sum(1)),
+        domain_base_kl=None if kl is None else by_domain(names, kl),
         domain_supervised_tokens=dict(zip(names, plan.trained.supervised_tokens, strict=True)),
         weights=run.table.by_name(plan.weights),
         weight_unit=run.config.domains.weight_unit,
@@ -91,3 +97,8 @@ def record_step(
     )
     run.sinks.step(record)
     run.progress.step(record)
+
+
+def by_domain(names: Sequence[str], sums: npt.NDArray[np.float64]) -> dict[str, float | None]:
+    """The quotient of two rows [2, k] for each domain; None where the second is 0."""
+    return {name: ratio(*of_domain) for name, of_domain in zip(names, sums.T, strict=True)}

@@ -1,4 +1,4 @@
-"""Reading the small JSON files that a run is given, with errors that name the file.
+"""Reading the small JSON files that a run is given, with errors that name the file; numbers for JSON.
 
 What is not covered: what the values mean.
 """
@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from versatune_ds.foundations.errors import DataError
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a Python float; None when it is None, NaN or infinite, which JSON has no numbers for."""
+    number = math.nan if value is None else float(value)
+    return number if math.isfinite(number) else None
 
 
 def read_object(path: Path, setting: str) -> dict[str, Any]:

@@ -16,14 +16,12 @@ class RankFormatter(logging.Formatter):
     """Plain text for information; level and rank in front of anything worse."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
-        if record.levelno >= logging.WARNING:
-            rank = os.environ.get("RANK")
-            where = f" [rank {rank}]" if rank is not None else ""
-            return f"{record.levelname.lower()}{where}: {text}"
-        return text
+        text = super().format(record)
+        if record.levelno < logging.WARNING:
+            return text
+        rank = os.environ.get("RANK")
+        where = f" [rank {rank}]" if rank is not None else ""
+        return f"{record.levelname.lower()}{where}: {text}"
 
 
 def setup_logging(level: int = logging.INFO) -> None:

@@ -6,15 +6,33 @@ What is not covered: accelerators (`engine/provenance.py`, `apps/evidence/record
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from versatune_ds.foundations.commit import git_commit
 
 PACKAGES = (
     *("versatune-ds", "torch", "triton", "transformers", "deepspeed", "accelerate", "flash-attn"),
     *("liger-kernel", "numpy", "sentencepiece", "safetensors", "trl", "datasets", "pytest"),
 )
 """Distributions that decide what a run or a measurement does; some are optional."""
+
+
+def describe_host(packages: Iterable[str]) -> dict[str, Any]:
+    """Date, processor, load, versions and commit: what a reader needs to repeat a measurement."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu_name(),
+        "cpu_count": len(os.sched_getaffinity(0)),
+        "load_average": list(os.getloadavg()),
+        "python": platform.python_version(),
+        "versions": installed(packages),
+        "commit": git_commit(),
+    }
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:

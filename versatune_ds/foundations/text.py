@@ -42,6 +42,12 @@ def in_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
 
 
+def listed(texts: Sequence[str], most: int) -> str:
+    """`a, b, c and 5 more`: the first `most` of them, and how many there are beside these."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
 def divisors(number: int) -> str:
     """The numbers that divide a number, for an error text."""
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -20,8 +20,6 @@ class WorkProgress:
     Args:
         what: what is being done, e.g. "generating".
         unit: what is counted, in the plural.
-        total: of them.
-        done: before this process.
         is_main: False on ranks other than 0: nothing is printed.
         interval_s: seconds between lines where there is no terminal.
     """

@@ -30,7 +30,6 @@ class StepProfiler:
     """Profiles the steps that were asked for.
 
     Args:
-        folder: the run folder.
         steps: the first and the last one, from 1; None: this rank profiles nothing.
     """
 

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from versatune_ds.foundations import log
-from versatune_ds.observability.records import EvalRecord, StepRecord, by_domain, finite
+from versatune_ds.foundations.json_input import finite
+from versatune_ds.observability.records import EvalRecord, StepRecord, by_domain
 
 LOSS_SMOOTHING = 0.8
 """Share that the smoothed loss keeps at each step; 0.8 averages over about five steps."""
@@ -97,8 +98,6 @@ class Progress:
     """Console of rank 0. Every method is cheap and never raises for what it is told to print.
 
     Args:
-        total_steps: optimizer steps of the whole run.
-        names: domain names in table order.
         done_steps: steps done before this process (a resumed run).
         is_main: False on ranks other than 0: nothing is ever printed.
         stream: where to print; default standard error.

@@ -12,22 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from versatune_ds.domain.evaluation import perplexity
+from versatune_ds.foundations.json_input import finite
 
 GIB = 1 << 30
-
-
-def finite(value: Any) -> float | None:
-    """`value` as a Python float; None when it is None, NaN or infinite."""
-    if value is None:
-        return None
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 def by_domain(
@@ -138,6 +130,10 @@ class StepRecord:
     """Model FLOPs utilisation, 0..1, useful work only; None when the peak of the hardware is unknown."""
     mfu_6n: float | None = None
     """The same with 6 N + 12 L H T for every slot token, as most papers count (`throughput`)."""
+    base_kl: float | None = None
+    """KL(base || model) in nats a compared token, before the step; None without `model.kl_to_base`."""
+    domain_base_kl: Mapping[str, float | None] | None = None
+    """The same by domain; None in it for a domain of which nothing was compared."""
     router_loss: float | None = None
     """Mixtures of experts: the routers' balance loss, mean over packs; even loads have a token's experts."""
     expert_load: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -16,6 +16,7 @@ What is not covered: what a record holds (`records`), the console (`progress`). 
 from __future__ import annotations
 
 import functools
+import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -59,16 +60,10 @@ class MetricsLog:
 
     def _repair_torn_line(self) -> int:
         """Cut the file after its last newline; return the offset of its end."""
-        size = self._file.seek(0, os.SEEK_END)
-        end, position = 0, size
-        while position > 0:
-            start = max(0, position - COPY_BLOCK_BYTES)
-            self._file.seek(start)
-            newline = self._file.read(position - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            position = start
+        size, end = self._file.seek(0, os.SEEK_END), 0
+        if size:  # an empty file cannot be mapped
+            with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as lines:
+                end = lines.rfind(b"\n") + 1
         if end < size:
             LOGGER.warning(
                 "%s: its last line was incomplete (the run was killed while writing it); "
@@ -185,7 +180,6 @@ class Sinks:
 
     Args:
         logs: file name -> open log. Empty on ranks other than 0: then every method does nothing.
-        trackers: tools outside of the run folder.
     """
 
     def __init__(
@@ -219,11 +213,6 @@ class Sinks:
     def offsets(self) -> dict[str, int]:
         """File name -> bytes, for the checkpoint; the bytes before are on disk when this returns."""
         return {name: log.offset() for name, log in self._logs.items()}
-
-    @property
-    def lost_lines(self) -> int:
-        """Lines that could not be written, over all files."""
-        return sum(log.lost_lines for log in self._logs.values())
 
     def close(self) -> None:
         """Close files and trackers; a tracker that fails is reported and does not hide the others."""
@@ -283,13 +272,11 @@ def open_sinks(
     """Open all sinks of a run; call on rank 0 only (other ranks take `Sinks()`).
 
     Args:
-        run_dir: the run folder; must exist.
         settings: section `metrics` of the configuration; preflight saw to the packages that it needs.
         offsets: `Sinks.offsets()` from the checkpoint that the run goes on from; lines behind them are
             removed and will be written again. None starts a new run: existing lines, left by a run that
             made no checkpoint, are removed too.
         first_step: number of the first step that will be recorded.
-        config: the resolved configuration, shown by trackers.
 
     Raises:
         ConfigError: a tracker cannot be started.

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import resource
 import sys
+from typing import TYPE_CHECKING
 
 from versatune_ds.observability.records import GIB
+
+if TYPE_CHECKING:
+    import torch
 
 TERA = 1e12
 
@@ -62,3 +66,15 @@ def peak_memory_gib() -> float | None:
         return float(torch.cuda.max_memory_allocated()) / GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(peak if sys.platform == "darwin" else peak * 1024) / GIB
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for an accelerator."""
+    if device.type == "cuda":
+        sys.modules["torch"].cuda.synchronize()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak of an accelerator's memory so far; that of a process on a CPU cannot be forgotten."""
+    if device.type == "cuda":
+        sys.modules["torch"].cuda.reset_peak_memory_stats()

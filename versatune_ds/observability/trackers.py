@@ -51,6 +51,11 @@ class TrackedRun(NamedTuple):
         """Of the run folder."""
         return self.folder.resolve().name
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What W&B and the packages like it are all told."""
+        return {"project": self.project, "resume": "allow", "config": dict(self.config)}
+
     def kept_id(self, tool: str, make: Callable[[], str] = lambda: uuid.uuid4().hex) -> str:
         """The id of the tool's run, from the run folder; made there first."""
         file = self.folder / f"{tool}_id.txt"
@@ -78,17 +83,13 @@ def wandb(run: TrackedRun) -> Tracker:
     import wandb
 
     kept = run.kept_id("wandb")
-    opened = wandb.init(
-        project=run.project,
-        name=run.name,
-        dir=str(run.folder),
-        id=kept,
-        resume="allow",
-        config=dict(run.config),
-    )
-    return Tracker(
-        "Weights & Biases", lambda step, scalars: opened.log(dict(scalars), step=step), opened.finish
-    )
+    opened = wandb.init(**run.arguments, name=run.name, dir=str(run.folder), id=kept)
+    return by_step("Weights & Biases", opened)
+
+
+def by_step(name: str, opened: Any) -> Tracker:
+    """A run of a package that logs and ends as W&B's do."""
+    return Tracker(name, lambda step, scalars: opened.log(dict(scalars), step=step), opened.finish)
 
 
 def mlflow(run: TrackedRun) -> Tracker:
@@ -136,15 +137,8 @@ def swanlab(run: TrackedRun) -> Tracker:
     import swanlab
 
     kept = run.kept_id("swanlab")
-    opened = swanlab.init(
-        project=run.project,
-        name=run.name,
-        log_dir=str(run.folder / "swanlab"),
-        id=kept,
-        resume="allow",
-        config=dict(run.config),
-    )
-    return Tracker("SwanLab", lambda step, scalars: opened.log(dict(scalars), step=step), opened.finish)
+    opened = swanlab.init(**run.arguments, name=run.name, log_dir=str(run.folder / "swanlab"), id=kept)
+    return by_step("SwanLab", opened)
 
 
 def trackio(run: TrackedRun) -> Tracker:
@@ -153,8 +147,8 @@ def trackio(run: TrackedRun) -> Tracker:
 
     name = run.kept_id("trackio", lambda: f"{run.name}-{uuid.uuid4().hex[:8]}")
     settings: dict[str, Any] = {"auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
-    opened = trackio.init(project=run.project, name=name, resume="allow", config=dict(run.config), **settings)
-    return Tracker("Trackio", lambda step, scalars: opened.log(dict(scalars), step=step), opened.finish)
+    opened = trackio.init(**run.arguments, name=name, **settings)
+    return by_step("Trackio", opened)
 
 
 TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {

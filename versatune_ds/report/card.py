@@ -20,16 +20,8 @@ from versatune_ds.report.tables import FACTS, domain_table
 
 FACTS_OF_A_CARD = (
     *("Strategy of weights", "Tokens trained on", "… of these supervised", "Packing efficiency"),
-    *(
-        "Training loss",
-        "Held-out loss",
-        "Weight updates",
-        "Skipped steps",
-        "Hardware",
-        "Ranks",
-        "Versions",
-        "Commit",
-    ),
+    *("Training loss", "Held-out loss", "Weight updates", "Skipped steps"),
+    *("Hardware", "Ranks", "Versions", "Commit"),
 )
 SECTIONS_OF_A_CARD = ("model", "domains", "weights", "batch", "optimizer", "train", "deepspeed")
 

@@ -9,8 +9,9 @@ What is not covered: the numbers (`versatune_ds.domain.evaluation`), drawing (`f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from versatune_ds.domain.evaluation import Change, ModelEvaluation, ScoreChange
 from versatune_ds.foundations.files import write_bytes_atomic
@@ -32,8 +33,6 @@ def show(
     """All tables as text; draws the chart.
 
     Args:
-        after: the model.
-        before: the one it is compared with.
         changes: from `compare`, empty without `before`.
         picture: PNG file to write.
         score_changes: from `compare_scores`.
@@ -60,18 +59,12 @@ def show(
 def loss_table(evaluation: ModelEvaluation, caption: str = "") -> Table:
     """Held-out loss, standard error and perplexity of each domain."""
     head = ("domain", "loss", "std. error", "perplexity", "samples", "tokens")
-    rows = [
-        (
-            name,
-            [
-                number(row["loss"], 4),
-                number(row["stderr"], 4),
-                number(row["perplexity"], 2),
-                *(f"{row[key]:,}" for key in ("samples", "supervised_tokens")),
-            ],
-        )
-        for name, row in evaluation.to_json()["domains"].items()
-    ]
+    keys = {"loss": 4, "stderr": 4, "perplexity": 2, "samples": None, "supervised_tokens": None}
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        return [f"{row[key]:,}" if n is None else number(row[key], n) for key, n in keys.items()]
+
+    rows = [(name, cells(row)) for name, row in evaluation.to_json()["domains"].items()]
     return Table(head, rows, caption)
 
 
@@ -126,13 +119,7 @@ def benchmark_table(after: ModelEvaluation, before: ModelEvaluation | None, capt
 
 
 def radar_chart(path: Path, after: ModelEvaluation, before: ModelEvaluation | None) -> bool:
-    """Draw the radar chart; False (and no file) when there are fewer than three domains and tasks.
-
-    Args:
-        path: PNG file to write.
-        after: the model.
-        before: another one, drawn beside it.
-    """
+    """Draw the radar chart; False (and no file) when there are fewer than three domains and tasks."""
     models = [after] if before is None else [after, before]
     panels: list[Radar] = []
     if len(after.names) >= MIN_AXES:

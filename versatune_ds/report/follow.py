@@ -18,13 +18,12 @@ from versatune_ds.foundations import constants
 from versatune_ds.foundations.files import read_json_object
 from versatune_ds.observability.progress import duration
 from versatune_ds.report.measures import status
-from versatune_ds.report.runs import RunData
+from versatune_ds.report.runs import GROWING, RunData
 
 QUIET_S = 120.0
 """Shortest silence that is called standing still."""
 QUIET_STEPS = 10
 """It is also longer than so many steps, and the longest evaluation, of the run."""
-GROWING = (constants.METRICS_FILE, constants.EVAL_FILE, constants.WEIGHTS_FILE)
 
 
 class State(NamedTuple):

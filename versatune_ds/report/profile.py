@@ -47,21 +47,16 @@ def _tables(found: Mapping[str, Any], label: str) -> list[Table]:
     first, last = found["steps"]
     where = "kernels and copies on the device" if found["device"] == "cuda" else "operators on the host"
     captions = {"phases": "phases, seconds of the host", "items": f"the largest {where}"}
+    head, steps = ["", "seconds", "of the time", "calls"], f"{label}steps {first} to {last}"
+
+    def cells(seconds: float, calls: int) -> list[str]:
+        return [number(seconds, 4), percent(seconds / found["wall_s"]), f"{calls:,}"]
+
     return [
         Table(
-            ["", "seconds", "of the time", "calls"],
-            [
-                (
-                    row["name"],
-                    [
-                        number(row["seconds"], 4),
-                        percent(row["seconds"] / found["wall_s"]),
-                        f"{row['calls']:,}",
-                    ],
-                )
-                for row in found[key]
-            ],
-            caption=f"{label}steps {first} to {last} ({number(found['wall_s'], 2)} s): {caption}",
+            head,
+            [(row["name"], cells(row["seconds"], row["calls"])) for row in found[key]],
+            caption=f"{steps} ({number(found['wall_s'], 2)} s): {caption}",
         )
         for key, caption in captions.items()
     ]

@@ -87,7 +87,6 @@ def write_report(folders: Sequence[Path], out: Path | None = None, by: str = "st
     """Write the page and return its path.
 
     Args:
-        folders: run folders, at least one.
         out: where to write; default: `report.html` in the run folder, or in the current folder when
             there are several runs.
         by: what figures are drawn over: `steps` or `tokens`.
@@ -137,15 +136,7 @@ def render(
     states: Sequence[str] = (),
     refresh_s: int | None = None,
 ) -> str:
-    """The page as HTML text.
-
-    Args:
-        runs: at least one.
-        folder: where it will lie.
-        by: as in `write_report`.
-        states: whether the runs go on.
-        refresh_s: see `Page`.
-    """
+    """The page as HTML text."""
     several = len(runs) > 1
     drawn = [by_tokens(run) for run in runs] if by == "tokens" else runs
     made_at = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
@@ -176,7 +167,6 @@ def _domain_panels(runs: Sequence[RunData], what: str, lines: Lines, **settings:
 
     Args:
         lines: of one domain of one run.
-        settings: further fields of `Chart`.
     """
     pictures, several = [], len(runs) > 1
     for index, name in enumerate(all_names(runs)):

@@ -25,41 +25,26 @@ import yaml
 from versatune_ds.domain.evaluation import ModelEvaluation
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import DataError, StateError
-from versatune_ds.observability.records import finite
+from versatune_ds.foundations.json_input import finite
 
 Array = npt.NDArray[np.float64]
 SHARE_UNITS = ("samples", "tokens", "supervised_tokens")
-RUN_FILES = (
-    constants.RUN_INFO_FILE,
-    constants.RESOLVED_CONFIG_FILE,
-    constants.METRICS_FILE,
-    constants.WEIGHTS_FILE,
-    constants.EVAL_FILE,
-)
+GROWING = (constants.METRICS_FILE, constants.WEIGHTS_FILE, constants.EVAL_FILE)
+RUN_FILES = (constants.RUN_INFO_FILE, constants.RESOLVED_CONFIG_FILE, *GROWING)
 STEP_KEYS = (
-    "loss",
-    "lr",
-    "grad_norm",
-    "real_tokens",
-    "slot_tokens",
-    "supervised_tokens",
-    "samples",
-    "real_tokens_per_s",
-    "slot_tokens_per_s",
-    "supervised_tokens_per_s",
-    "mfu",
-    "mfu_6n",
-    "step_s",
-    "data_wait_s",
-    "plan_s",
-    "boundary_s",
-    "update_s",
-    "probe_s",
-    "save_stall_s",
-    "memory_gib",
+    *("loss", "lr", "grad_norm", "real_tokens", "slot_tokens", "supervised_tokens", "samples"),
+    *("real_tokens_per_s", "slot_tokens_per_s", "supervised_tokens_per_s", "mfu", "mfu_6n", "step_s"),
+    *("data_wait_s", "plan_s", "boundary_s", "update_s", "probe_s", "save_stall_s", "memory_gib"),
     "unix_time_s",
 )
-STEP_DOMAIN_KEYS = ("domain_loss", "domain_supervised_tokens", "weights", "target_shares", "epochs")
+STEP_DOMAIN_KEYS = (
+    "domain_loss",
+    "domain_supervised_tokens",
+    "weights",
+    "target_shares",
+    "epochs",
+    "domain_base_kl",
+)
 UPDATE_KEYS = ("gamma", "phi", "after")
 MAX_NOTES_PER_FILE = 5
 
@@ -242,10 +227,8 @@ def _read_mapping(
 
 def _read_evaluation(path: Path, notes: list[str]) -> ModelEvaluation | None:
     """The evaluation of the finished model; a damaged file becomes a note."""
-    if not path.is_file():
-        return None
     try:
-        return ModelEvaluation.read(path)
+        return ModelEvaluation.read(path) if path.is_file() else None
     except DataError as error:
         notes.append(str(error))
         return None
@@ -364,10 +347,9 @@ def _weight_unit(config: Mapping[str, Any], line: Mapping[str, Any]) -> str:
 
 def _number(value: Any) -> float:
     """A float; NaN for null, text and everything else that is no number."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        number = finite(value)
-        return float("nan") if number is None else number
-    return float("nan")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = finite(value) if is_number else None
+    return math.nan if number is None else number
 
 
 def _column(lines: Sequence[Mapping[str, Any]], key: str) -> Array:
@@ -387,9 +369,8 @@ def _row(value: Any, names: Sequence[str]) -> list[float]:
     """Values by domain, from a mapping by name or a list in table order; NaN where there is none."""
     if isinstance(value, list) and len(value) == len(names):
         value = dict(zip(names, value, strict=True))
-    if not isinstance(value, dict):
-        return [float("nan")] * len(names)
-    return [_number(value.get(name)) for name in names]
+    by_name = value if isinstance(value, dict) else {}
+    return [_number(by_name.get(name)) for name in names]
 
 
 def _alarms(skip_reasons: Mapping[int, str], updates: Sequence[Mapping[str, Any]]) -> tuple[Alarm, ...]:

@@ -64,7 +64,7 @@ def cards(run: RunData) -> list[Card]:
 
 
 FACTS: tuple[Fact, ...] = (
-    ("Progress", lambda run: status(run)),
+    ("Progress", status),
     ("Started", lambda run: _flat(run.info.get("started_at"))),
     ("Model", lambda run: _model(run)),
     ("Strategy of weights", lambda run: _strategy(run)),
@@ -188,13 +188,17 @@ DOMAIN_COLUMNS: tuple[tuple[str, Callable[[RunData, int], str]], ...] = (
     ("Training loss", lambda run, i: arrow(*train_loss(run, i))),
     ("Held-out loss", lambda run, i: arrow(*first_last(run.eval_domain_loss[:, i]))),
     ("Change", lambda run, i: change(*first_last(run.eval_domain_loss[:, i]))),
+    ("KL to base", lambda run, i: arrow(*first_last(run.domain_series["domain_base_kl"][:, i]))),
 )
+"""The last one with `model.kl_to_base` only."""
 
 
 def domain_table(run: RunData, caption: str) -> Table:
-    """One row a domain: weight, shares, passes, losses."""
-    rows = [(name, [text(run, i) for _, text in DOMAIN_COLUMNS]) for i, name in enumerate(run.names)]
-    head = ["Domain", *(title for title, _ in DOMAIN_COLUMNS)]
+    """One row a domain: weight, shares, passes, losses, KL."""
+    is_compared = np.isfinite(run.domain_series["domain_base_kl"]).any()
+    columns = DOMAIN_COLUMNS if is_compared else DOMAIN_COLUMNS[:-1]
+    rows = [(name, [text(run, i) for _, text in columns]) for i, name in enumerate(run.names)]
+    head = ["Domain", *(title for title, _ in columns)]
     return Table(head, rows, caption=caption, color_rows=not caption)
 
 

@@ -85,7 +85,7 @@ def limit_weights(
     *,
     min_weight: float,
     max_weight: float,
-    max_relative_change: float | None,
+    max_relative_change: float | None = None,
 ) -> Vector:
     """`proposed` projected onto floor, cap and step limit: |w_j - w_old_j| <= c w_old_j.
 
@@ -95,7 +95,6 @@ def limit_weights(
     Args:
         proposed: float64[k], what the update rule wants.
         previous: float64[k] on the simplex, the weights in force.
-        min_weight, max_weight: floor and cap of every weight.
         max_relative_change: c; None: no step limit.
 
     Raises:

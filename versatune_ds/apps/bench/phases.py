@@ -57,7 +57,6 @@ class SplitRecorder(Recorder):
     """Records every phase, and lets the ranks meet before the reduction."""
 
     def enter(self, name: str) -> Any:
-        """As `Recorder.enter`."""
         if name == REDUCTION:
             with timed(RANK_WAIT):
                 distributed.barrier()

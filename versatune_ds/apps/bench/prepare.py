@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -29,13 +28,14 @@ from typing import Any
 
 from versatune_ds.config.load import load_config
 from versatune_ds.config.schema import Config
-from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.files import write_json_atomic
-from versatune_ds.foundations.machine import cpu_name, installed
+from versatune_ds.foundations.machine import describe_host
 
 SIDES = ("prepare", "datasets")
 MEASURED = ("versatune_ds", "tokenizers", "transformers", "datasets", "pyarrow")
 SPEAKERS = {"human": "user", "gpt": "assistant"}
+ANSWERED = {"alpaca": ("instruction", "output"), "prompt_completion": ("prompt", "completion")}
+FORMATS = ("messages", "sharegpt", *ANSWERED)
 
 
 def training_data(args: argparse.Namespace, *more: str) -> Config:
@@ -79,46 +79,26 @@ def run_datasets(config: Config, files: Sequence[tuple[str, str, Mapping[str, st
 def encode(batch: Any, format: str, names: Mapping[str, str], tokenizer: Any) -> dict[str, Any]:
     """Rows of a batch as token ids, as a user of `datasets` would write it."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    chats = [MESSAGES[format](row, lambda name: names.get(name, name)) for row in rows]
+    chats = [to_chat(row, format, lambda name: names.get(name, name)) for row in rows]
     return {"input_ids": tokenizer.apply_chat_template(chats, tokenize=True, return_dict=False)}
 
 
-Chat = list[dict[str, str]]
-Names = Callable[[str], str]
-
-
-def from_messages(row: Mapping[str, Any], name: Names) -> Chat:
-    return [{"role": turn[name("role")], "content": turn[name("content")]} for turn in row[name("messages")]]
-
-
-def from_sharegpt(row: Mapping[str, Any], name: Names) -> Chat:
-    turns = [(turn[name("from")], turn[name("value")]) for turn in row[name("conversations")]]
-    return with_system(row, name, *((SPEAKERS.get(speaker, speaker), text) for speaker, text in turns))
-
-
-def from_alpaca(row: Mapping[str, Any], name: Names) -> Chat:
-    extra = row.get(name("input"))
-    prompt = row[name("instruction")]
-    prompt = f"{prompt}\n\n{extra}" if extra else prompt
-    return with_system(row, name, ("user", prompt), ("assistant", row[name("output")]))
-
-
-def from_prompt_completion(row: Mapping[str, Any], name: Names) -> Chat:
-    return with_system(row, name, ("user", row[name("prompt")]), ("assistant", row[name("completion")]))
-
-
-def with_system(row: Mapping[str, Any], name: Names, *turns: tuple[str, str]) -> Chat:
+def to_chat(row: Mapping[str, Any], format: str, name: Callable[[str], str]) -> list[dict[str, str]]:
+    """The conversation of a row; `name` gives the file's name of a column."""
+    if format == "messages":
+        return [
+            {"role": turn[name("role")], "content": turn[name("content")]} for turn in row[name("messages")]
+        ]
+    if format == "sharegpt":
+        said = [(turn[name("from")], turn[name("value")]) for turn in row[name("conversations")]]
+        spoken = [(SPEAKERS.get(speaker, speaker), text) for speaker, text in said]
+    else:
+        prompt, answer = (row[name(column)] for column in ANSWERED[format])
+        extra = row.get(name("input")) if format == "alpaca" else None
+        spoken = [("user", f"{prompt}\n\n{extra}" if extra else prompt), ("assistant", answer)]
     system = row.get(name("system"))
-    spoken = [("system", system), *turns] if system else turns
+    spoken = [("system", system), *spoken] if system else spoken
     return [{"role": role, "content": content} for role, content in spoken]
-
-
-MESSAGES: dict[str, Callable[[Mapping[str, Any], Names], Chat]] = {
-    "messages": from_messages,
-    "sharegpt": from_sharegpt,
-    "alpaca": from_alpaca,
-    "prompt_completion": from_prompt_completion,
-}
 
 
 def source_files(config: Config) -> list[tuple[str, str, dict[str, str]]]:
@@ -134,8 +114,8 @@ def source_files(config: Config) -> list[tuple[str, str, dict[str, str]]]:
         for file in find_files(source.path, source.split).files
     ]
     for path, format, _ in files:
-        if format not in MESSAGES:
-            raise SystemExit(f"bench.prepare: {path} has format {format}; allowed: {', '.join(MESSAGES)}")
+        if format not in FORMATS:
+            raise SystemExit(f"bench.prepare: {path} has format {format}; allowed: {', '.join(FORMATS)}")
     return files
 
 
@@ -184,7 +164,7 @@ def run_rounds(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         files = source_files(training_data(args, f"data.cache_dir={folder}/cache"))
         listed = Path(folder) / "files.json"
         listed.write_text(json.dumps(files))
-        environment, rounds = describe_environment(), []
+        environment, rounds = describe_host(MEASURED), []
         for number in range(1, args.rounds + 1):
             sides = SIDES if number % 2 else SIDES[::-1]
             rounds.append({side: measure(side, args, str(listed), overrides) for side in sides})
@@ -209,18 +189,6 @@ def print_round(number: int, sides: Mapping[str, Mapping[str, float]]) -> None:
         for side in SIDES
     )
     print(f"round {number}: {numbers}", flush=True)
-
-
-def describe_environment() -> dict[str, Any]:
-    """What a reader needs to repeat the numbers."""
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu_name(),
-        "cpu_count": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": installed(MEASURED),
-        "commit": git_commit(),
-    }
 
 
 def main() -> None:

@@ -30,16 +30,7 @@ from versatune_ds.report.page import Page, PageSection, Table, to_markdown
 
 SCHEMA_VERSION = 2
 KIND = "trainer_bench"
-PHASES = (
-    "data_wait",
-    "forward",
-    "loss",
-    "backward",
-    "optimizer",
-    "statistics",
-    "rank_wait",
-    "other",
-)
+PHASES = (*("data_wait", "forward", "loss", "backward", "optimizer", "statistics", "rank_wait", "other"),)
 PER_LAYER_PHASES = ("forward", "backward")
 UNITS = ("real", "slot", "supervised")
 MEASURED = "measured"
@@ -50,12 +41,8 @@ MEASURED = "measured"
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, mean and 95th percentile."""
-    array = np.asarray(values, dtype=np.float64)
-    return {
-        "median": float(np.median(array)),
-        "mean": float(array.mean()),
-        "p95": float(np.quantile(array, 0.95)),
-    }
+    found = (np.median(values), np.mean(values), np.quantile(values, 0.95))
+    return dict(zip(("median", "mean", "p95"), map(float, found), strict=True))
 
 
 class Work(NamedTuple):
@@ -91,8 +78,6 @@ def rates(
     Args:
         tokens: real, slot and supervised tokens over all ranks in `seconds`.
         done: work over all ranks in `seconds`.
-        seconds: wall time.
-        world_size: number of ranks.
         peak_tflops: datasheet peak of one accelerator, or None.
         ceiling_tflops: measured matrix product of one rank, or None.
     """
@@ -119,7 +104,6 @@ def extrapolated_step_s(
 
     Args:
         slices: `layers`, `step_s` (with `mean`) and `split_s` of each measured slice.
-        full_layers: layers of the model.
         parameter_ratio: parameters of the full model over those of the single slice.
     """
     ordered = sorted(slices, key=lambda measured: measured["layers"])
@@ -143,50 +127,40 @@ def extrapolated_step_s(
 
 
 def full_model(
-    slices: Sequence[Mapping[str, Any]],
-    full: ModelShape,
-    pack_len: int,
-    world_size: int,
-    *,
-    peak_tflops: float | None,
-    ceiling_tflops: float | None,
+    slices: Sequence[Mapping[str, Any]], full: ModelShape, pack_len: int, world_size: int, **bounds: Any
 ) -> dict[str, Any]:
-    """The step of the full model: measured when a slice was all of it, else extrapolated and marked."""
+    """The step of the full model: measured when a slice was all of it, else extrapolated and marked.
+
+    Args:
+        bounds: `peak_tflops` and `ceiling_tflops` of `rates`.
+    """
     longest = max(slices, key=lambda measured: measured["layers"])
     ratio = full.parameters / longest["num_parameters"]
     step_s, method = extrapolated_step_s(slices, full.layers, ratio)
     tokens = longest["tokens_per_step"]
-    done = work(full, tokens, pack_len)
-    return {
-        "layers": full.layers,
-        "extrapolated": method != "measured",
-        "method": method,
-        "step_s": step_s,
-        **rates(tokens, done, step_s, world_size, peak_tflops=peak_tflops, ceiling_tflops=ceiling_tflops),
-    }
+    about = {"layers": full.layers, "extrapolated": method != "measured", "method": method, "step_s": step_s}
+    return about | rates(tokens, work(full, tokens, pack_len), step_s, world_size, **bounds)
 
 
 def result_of(
-    outcomes: Sequence[Mapping[str, Any]],
-    known: Mapping[str, Any],
-    full: ModelShape,
-    *,
-    is_finished: bool,
+    outcomes: Sequence[Mapping[str, Any]], known: Mapping[str, Any], full: ModelShape, *, is_finished: bool
 ) -> dict[str, Any]:
     """The result of a benchmark so far, as it is written.
 
     Args:
         outcomes: of slices (`apps/bench/slices.py`), fewest layers first, those that failed too.
         known: `command`, `settings` and `environment` as far as they are known before anything is measured.
-        full: the whole model.
-        is_finished: no slice is still to come.
     """
     measured = [outcome for outcome in outcomes if outcome["slice"]["status"] == MEASURED]
     newest: Mapping[str, Any] = measured[-1] if measured else {}
     environment = {**known["environment"], **newest.get("environment", {})}
     settings = {**known["settings"], **newest.get("settings", {})}
     peak = newest.get("peak_tflops")
-    ceiling = newest["slice"]["matmul_ceiling"] if measured else None
+    ceiling, whole = newest["slice"]["matmul_ceiling"] if measured else None, None
+    if ceiling:
+        bounds = {"peak_tflops": peak, "ceiling_tflops": ceiling["tflops"]}
+        slices = [outcome["slice"] for outcome in measured]
+        whole = full_model(slices, full, settings["pack_len"], environment["world_size"], **bounds)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
@@ -197,16 +171,7 @@ def result_of(
         "peak_tflops": peak,
         "matmul_ceiling": ceiling,
         "slices": [outcome["slice"] for outcome in outcomes],
-        "full_model": full_model(
-            [outcome["slice"] for outcome in measured],
-            full,
-            settings["pack_len"],
-            environment["world_size"],
-            peak_tflops=peak,
-            ceiling_tflops=ceiling["tflops"],
-        )
-        if ceiling
-        else None,
+        "full_model": whole,
     }
 
 
@@ -247,31 +212,21 @@ def table(result: Mapping[str, Any]) -> str:
     if full["extrapolated"]:
         rows.append((f"{full['layers']} (extrapolated)", _rate_cells(full)))
         notes.append(f"Extrapolated: {full['method']}. Not measured.")
-    split = [
-        (
-            str(measured["layers"]),
-            [
-                f"{1e3 * measured['split_s'][name]:.3g} ({percent(shares(measured['split_s'])[name], 2)})"
-                for name in PHASES
-            ],
-        )
-        for measured in slices
-    ]
+    split = [(str(measured["layers"]), _split_cells(measured["split_s"])) for measured in slices]
     after = [_update_text(measured) for measured in slices]
     after += [_comparison_text(m) for m in slices if m["statistics_off"] is not None]
+    rated, parted = Table(["layers", *RATE_COLUMNS], rows), Table(["layers", *PHASES], split)
+    how = "Step split, measured in separate steps (ms and share of the step):"
     sections = [
-        PageSection(
-            "rates", "", tables=[Table(["layers", *RATE_COLUMNS], rows)], notes=[*notes, CONVENTIONS]
-        ),
-        PageSection(
-            "split",
-            "",
-            "Step split, measured in separate steps (ms and share of the step):",
-            tables=[Table(["layers", *PHASES], split)],
-            notes=["\n".join(after)],
-        ),
+        PageSection("rates", "", tables=[rated], notes=[*notes, CONVENTIONS]),
+        PageSection("split", "", how, tables=[parted], notes=["\n".join(after)]),
     ]
     return to_markdown(Page(title, sections, "\n\n".join(lead)))
+
+
+def _split_cells(split: Mapping[str, float]) -> list[str]:
+    of_step = shares(split)
+    return [f"{1e3 * split[name]:.3g} ({percent(of_step[name], 2)})" for name in PHASES]
 
 
 def _list(title: str, texts: Sequence[str]) -> list[str]:
@@ -280,17 +235,8 @@ def _list(title: str, texts: Sequence[str]) -> list[str]:
 
 
 RATE_COLUMNS = (
-    "step s (median)",
-    "p95",
-    "real tokens/s/rank",
-    "slot",
-    "supervised",
-    "TFLOP/s/rank",
-    "MFU",
-    "MFU 6N",
-    "of ceiling",
-    "peak GiB",
-    "planned GiB",
+    *("step s (median)", "p95", "real tokens/s/rank", "slot", "supervised", "TFLOP/s/rank"),
+    *("MFU", "MFU 6N", "of ceiling", "peak GiB", "planned GiB"),
 )
 CONVENTIONS = (
     "MFU: useful FLOPs of real tokens, causal attention within samples. MFU 6N: 6 N + 12 L H T for every "
@@ -366,7 +312,6 @@ def page(results: Sequence[Mapping[str, Any]], failures: Sequence[str] = ()) -> 
     """A comparison of several benchmarks as one Markdown page.
 
     Args:
-        results: from `read_results`.
         failures: settings that ended with an error, one line each.
     """
     failed = [f"{result['name']}: {text}" for result in results for text in lost_texts(result)]

@@ -78,11 +78,6 @@ def bench_config(settings: BenchSettings, source: str, run_dir: Path) -> Config:
 
     Args:
         settings: with the activation checkpointing chosen, not "auto".
-        source: `model.source`.
-        run_dir: `run.dir`.
-
-    Raises:
-        ConfigError: a setting is unknown or invalid.
     """
     names = list(DOMAINS)
     domains: dict[str, Any] = {"names": names}

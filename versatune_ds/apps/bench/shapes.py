@@ -7,6 +7,7 @@ What is not covered: weights (they are random) and tokenizers.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,37 +17,22 @@ from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 from versatune_ds.foundations.files import write_json_atomic
 
-
-def _qwen2(
-    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any
-) -> dict[str, Any]:
-    """A Qwen2 or Qwen2.5 model: biases on q, k and v, head and embedding not tied."""
-    rope = {"rope_theta": 1e6, "rope_type": "default"}
-    return _decoder("qwen2", hidden, mlp, layers, heads, kv_heads, vocab, rope_parameters=rope, **more)
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size"),
+)
 
 
-def _llama(
-    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any
-) -> dict[str, Any]:
-    """A Llama model: no biases, head and embedding not tied."""
-    return _decoder("llama", hidden, mlp, layers, heads, kv_heads, vocab, **more)
+def _decoder(kind: str, *sizes: int, rope_theta: float | None = None, **more: Any) -> dict[str, Any]:
+    """A model of these `SIZES`, head and embedding not tied."""
+    if rope_theta is not None:
+        more["rope_parameters"] = {"rope_theta": rope_theta, "rope_type": "default"}
+    fixed = {"model_type": kind, "max_position_embeddings": 131072, "tie_word_embeddings": False}
+    return {**fixed, **dict(zip(SIZES, sizes, strict=True)), **more}
 
 
-def _decoder(
-    kind: str, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any
-) -> dict[str, Any]:
-    return {
-        "model_type": kind,
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-        **more,
-    }
+_llama = functools.partial(_decoder, "llama")
+_qwen2 = functools.partial(_decoder, "qwen2", rope_theta=1e6)
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -58,16 +44,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2-7b": _qwen2(3584, 18944, 28, 28, 4, 152064, rms_norm_eps=1e-6),  # Qwen/Qwen2-7B
     "llama-2-7b": _llama(4096, 11008, 32, 32, 32, 32000, rms_norm_eps=1e-5),  # meta-llama/Llama-2-7b-hf
     "llama-2-13b": _llama(5120, 13824, 40, 40, 40, 32000, rms_norm_eps=1e-5),  # meta-llama/Llama-2-13b-hf
-    "llama-3-8b": _llama(  # meta-llama/Meta-Llama-3-8B
-        4096,
-        14336,
-        32,
-        32,
-        8,
-        128256,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_theta": 5e5, "rope_type": "default"},
-    ),
+    # meta-llama/Meta-Llama-3-8B
+    "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256, rms_norm_eps=1e-5, rope_theta=5e5),
     "13m": _llama(256, 688, 6, 4, 2, 16384),  # no model: large enough for comparisons on a CPU
     "tiny": _llama(64, 160, 4, 4, 2, 4096),  # no model: for CPUs; the vocabulary holds the shipped sample's
 }

@@ -57,8 +57,6 @@ def run_slices(
     """Measure slice after slice; every rank calls it. Returns whether all were measured, as far as it knows.
 
     Args:
-        settings: what is measured.
-        slices: from `bench_fit.choose_slices`.
         limit_s: seconds that one slice may take, building included; None: any.
         write: called with all outcomes so far after each slice. An outcome has a `slice` with a `status` and,
             unless it is "measured", a `reason`; on ranks other than 0 nothing else is known.

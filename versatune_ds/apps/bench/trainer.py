@@ -21,7 +21,6 @@ which slices are measured, each in a process of its own (`apps/bench/slices.py`)
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -54,13 +53,13 @@ from versatune_ds.engine.run import Components, assemble
 from versatune_ds.engine.state import TrainState
 from versatune_ds.engine.train import run_step, update_weights
 from versatune_ds.foundations import distributed
-from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.errors import DataError
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.foundations.machine import describe_host
 from versatune_ds.observability.progress import Progress
 from versatune_ds.observability.records import StepRecord
 from versatune_ds.observability.sinks import Sinks
-from versatune_ds.observability.throughput import peak_memory_gib
+from versatune_ds.observability.throughput import peak_memory_gib, reset_peak, synchronise
 
 log = get_logger(__name__)
 
@@ -109,8 +108,7 @@ def measure(run: Components, settings: BenchSettings, ceiling_tflops: float) -> 
         if settings.metrics == "off":
             stepper.run = stack.enter_context(without_statistics(run))
         stepper.take(settings.warmup_steps)
-        if run.backend.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        reset_peak(run.backend.device)
         timed = stepper.take(settings.steps)
         peak_gib = peak_memory_gib()
         split = split_times(run, stepper, settings.split_steps)
@@ -205,8 +203,7 @@ class Stepper:
 
     def synchronise(self) -> None:
         """Wait for the device and for all ranks."""
-        if self.run.backend.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronise(self.run.backend.device)
         distributed.barrier()
 
 
@@ -334,14 +331,12 @@ def matmul_ceiling(config: Config, settings: BenchSettings, device: torch.device
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Date, hardware, versions, commit and load at the start."""
     return {
-        "date": time.strftime("%Y-%m-%d"),
+        **describe_host(()),
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "world_size": distributed.world_size(),
         **describe_hardware(device),
         "threads": torch.get_num_threads(),
-        "load_average": list(os.getloadavg()),
         "versions": describe_versions(),
-        "commit": git_commit(),
     }
 
 

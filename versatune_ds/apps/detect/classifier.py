@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import softmax
 from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import train_test_split
 
@@ -55,18 +56,11 @@ class ClassifierJudge:
     """See the module docstring.
 
     Args:
-        names: domain names, in table order.
         train, held_out: caches of each domain; None where there is no data.
-        tokenizer: that made the caches.
-        seed: of the choice of samples.
-        max_chars: characters of a sample to learn from.
         embedders: models whose vectors it uses; none: words only.
         texts: samples of a domain to learn from.
         topics: of domains by name, in place of the known ones.
         folder: for the vectors of the training texts, so that they are made once.
-
-    Raises:
-        DataError: a domain has no data, or too little.
     """
 
     texts_at_once = 64
@@ -125,7 +119,7 @@ class ClassifierJudge:
         logs = np.stack(list(unseen.values()), axis=1)
         self.trust = learning.trust(logs, samples.domains)
         self._models = {kind: learning.fit(kind, *args) for kind, args in given.items()}
-        told = learning.softmax(np.einsum("nck,c->nk", logs, self.trust))
+        told = softmax(np.einsum("nck,c->nk", logs, self.trust), axis=1)
         self.left_out = self._table(samples.domains, told)
         self.kinds = {kind: self._table(samples.domains, values) for kind, values in unseen.items()}
         self.by_source = learning.table_by_source(told, samples)
@@ -157,8 +151,8 @@ class ClassifierJudge:
 
     def _learn_features(self, texts: list[str]) -> dict[str, Any]:
         """Kind -> features [n, d] of the texts to learn from."""
-        self._words = learning.word_features(texts)
-        features = {"words": self._words.transform(texts)}
+        self._words = learning.word_features()
+        features = {"words": self._words.fit_transform(texts)}
         for embedder in self.embedders:
             vectors = embedder.embed_once(texts, self.folder)
             self._scales[embedder.kind] = learning.Standard.of(vectors)
@@ -174,7 +168,7 @@ class ClassifierJudge:
         logs = [
             learning.log_probabilities(self._models[kind], values, k) for kind, values in features.items()
         ]
-        found = learning.softmax(np.einsum("cnk,c->nk", np.stack(logs), self.trust))
+        found = softmax(np.einsum("cnk,c->nk", np.stack(logs), self.trust), axis=1)
         if not self.embedders:
             return found, None
         return found, learning.strangeness(features[self.embedders[-1].kind], self._known)
@@ -189,7 +183,6 @@ class ClassifierJudge:
         return mean_accuracy(self.confusion)
 
     def identity(self) -> dict[str, Any]:
-        """See `DomainJudge`."""
         sources = [None if c is None else c.fingerprint for c in (*self.train, *self.held_out)]
         return {
             "kind": "classifier",
@@ -202,7 +195,6 @@ class ClassifierJudge:
         }
 
     def facts(self) -> dict[str, Any]:
-        """See `DomainJudge`."""
         return {
             "training_samples": self.num_training_samples,
             "held_out_from": self.held_out_from,

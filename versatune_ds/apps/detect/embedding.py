@@ -45,7 +45,6 @@ class Embedder:
         kind: `base` or `encoder`.
         settings: the model's `source`, `dtype`, `trust_remote_code`; for `base` `weights` and `tokenizer`.
         seed: of a model with random weights.
-        device: where it computes.
 
     Raises:
         ConfigError: no such model, or it lacks weights.
@@ -61,11 +60,7 @@ class Embedder:
         self.layers: list[int] = [-1]
 
     def open(self) -> None:
-        """Load the model.
-
-        Raises:
-            ConfigError: it cannot be loaded.
-        """
+        """Load the model."""
         if self.model is not None:
             return
         if self.kind == "base":

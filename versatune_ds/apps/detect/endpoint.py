@@ -76,10 +76,6 @@ class BadAnswer(Exception):
 class EndpointJudge:
     """See the module docstring.
 
-    Args:
-        names: domain names, in table order.
-        settings: the server.
-
     Raises:
         ConfigError: the key's environment variable is not set, or two names differ in case only.
     """
@@ -118,7 +114,6 @@ class EndpointJudge:
         }
 
     def facts(self) -> dict[str, Any]:
-        """See `DomainJudge`."""
         return {"url": self.settings.url, "repeated_requests": self.num_retries}
 
     def open(self) -> None:
@@ -227,8 +222,7 @@ class EndpointJudge:
         return positions
 
     def _shown(self, response: httpx.Response) -> str:
-        text = response.text
-        return repr(self._without_key(text)[:SHOWN_CHARS])
+        return repr(self._without_key(response.text)[:SHOWN_CHARS])
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
@@ -294,14 +288,17 @@ def plain_positions(given: Any) -> list[Position] | None:
 
 def plain(text: str) -> str:
     """Text as names are compared: no case, no marks around it; tokenizers' space marks are spaces."""
-    return text.replace("Ġ", " ").replace("▁", " ").casefold().strip(EDGE_CHARS)
+    return _folded(text).strip(EDGE_CHARS)
+
+
+def _folded(text: str) -> str:
+    return text.replace("Ġ", " ").replace("▁", " ").casefold()
 
 
 def read_names(answer: Sequence[Position], names: Sequence[str]) -> list[float]:
     """Probability that an answer gives to each name; see the module docstring.
 
     Args:
-        answer: positions of the answer, in order.
         names: as `plain` gives them.
     """
     masses = [0.0] * len(names)
@@ -327,7 +324,7 @@ def read_names(answer: Sequence[Position], names: Sequence[str]) -> list[float]:
 
 def candidates(beginning: str, names: Sequence[str]) -> list[int]:
     """Ids of the names that an answer with this beginning can still mean; marks alone can mean any."""
-    text = beginning.replace("Ġ", " ").replace("▁", " ").casefold().lstrip(EDGE_CHARS)
+    text = _folded(beginning).lstrip(EDGE_CHARS)
     meant = {i for i, name in enumerate(names) if name.startswith(text)}
     # the longest whole name that is not followed by a letter or digit: "law." but not "lawn"
     whole = [

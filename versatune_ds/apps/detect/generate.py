@@ -29,8 +29,7 @@ from versatune_ds.config.model import Model
 from versatune_ds.config.schema import Config
 from versatune_ds.engine.answers.decoding import continuations, cut_text
 from versatune_ds.engine.fingerprints import model_fingerprint, weight_files
-from versatune_ds.engine.model.packed_lm import load_lm
-from versatune_ds.engine.model.source import DTYPES, load_architecture
+from versatune_ds.engine.model.source import DTYPES, load_architecture, load_lm
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError, VersaTuneError
 from versatune_ds.foundations.files import canonical_hash

@@ -89,9 +89,3 @@ class DomainJudge(Protocol):
 def question(text: str, names: Sequence[str]) -> str:
     """The question about a text, in words."""
     return QUESTION.format(line=LINE, text=text, names=", ".join(names))
-
-
-def shares(logs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Softmax of float64[k] over the domains."""
-    weights = np.exp(logs - logs.max())
-    return weights / weights.sum()

@@ -24,8 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse
+from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import normalize
 
 from versatune_ds.apps.detect.sources import LabelledTexts
 
@@ -62,9 +64,9 @@ class Standard(NamedTuple):
         return flat
 
 
-def word_features(texts: Sequence[str]) -> Any:
-    """A fitted vectoriser of words."""
-    return TfidfVectorizer(sublinear_tf=True, stop_words="english", token_pattern=LETTERS).fit(texts)
+def word_features() -> Any:
+    """A vectoriser of words, to be fitted."""
+    return TfidfVectorizer(sublinear_tf=True, stop_words="english", token_pattern=LETTERS)
 
 
 def sample_weights(samples: LabelledTexts) -> Array:
@@ -124,17 +126,10 @@ def trust(logs: Array, domains: npt.NDArray[np.int64]) -> Array:
     weights = (1.0 / np.bincount(domains, minlength=k)[domains])[:, None] / len(np.unique(domains))
     found = np.ones(num_kinds)
     for _ in range(STACK_STEPS):
-        error = (softmax(np.einsum("nck,c->nk", logs, found)) - truth) * weights
+        error = (softmax(np.einsum("nck,c->nk", logs, found), axis=1) - truth) * weights
         gradient = np.einsum("nck,nk->c", logs, error) + STACK_RIDGE * (found - 1.0)
         found = np.maximum(found - STACK_RATE * gradient, 0.0)
     return found
-
-
-def softmax(logs: Array) -> Array:
-    """Over the last axis."""
-    raised = np.exp(logs - logs.max(axis=-1, keepdims=True))
-    normed: Array = raised / raised.sum(axis=-1, keepdims=True)
-    return normed
 
 
 def strangeness(
@@ -147,15 +142,11 @@ def strangeness(
     Args:
         hidden: bool[n, m]: known texts that do not count for a vector.
     """
-    similar = _unit(vectors) @ _unit(known).T
+    similar = normalize(vectors) @ normalize(known).T
     if hidden is not None:
         similar = np.where(hidden, -1.0, similar)
     nearest = np.sort(similar, axis=1)[:, -NEIGHBOURS:]
     return 1.0 - nearest.mean(axis=1, dtype=np.float64)
-
-
-def _unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
 
 
 def table_by_source(probabilities: Array, samples: LabelledTexts) -> dict[int, list[Array]]:

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from versatune_ds.apps.detect.generate import load_model, load_text_tokenizer, subject_fingerprint
-from versatune_ds.apps.detect.judge import PLAIN_ENDING, PROMPT_VERSION, Judgement, question, shares
+from versatune_ds.apps.detect.judge import PLAIN_ENDING, PROMPT_VERSION, Judgement, question
 from versatune_ds.config.model import Model
 from versatune_ds.engine.answers.decoding import pad_left
 from versatune_ds.foundations.errors import ConfigError
@@ -30,10 +31,8 @@ class ModelJudge:
     """See the module docstring.
 
     Args:
-        names: domain names, in table order.
         settings: `source`, `dtype` and `trust_remote_code` of the judge.
         batch_size: texts at a time on each rank.
-        device: where it computes.
 
     Raises:
         ConfigError: the model cannot be loaded, or lacks weights.
@@ -51,7 +50,6 @@ class ModelJudge:
         self.model: Any = None
 
     def identity(self) -> dict[str, Any]:
-        """See `DomainJudge`."""
         return {
             "kind": "model",
             "model": self.settings.source,
@@ -60,7 +58,6 @@ class ModelJudge:
         }
 
     def facts(self) -> dict[str, Any]:
-        """See `DomainJudge`."""
         return {"asked_as": "chat" if self._has_template else "plain text"}
 
     @property
@@ -72,7 +69,6 @@ class ModelJudge:
         self.model = load_model(self.settings, 0, self.device)
 
     def judge(self, texts: Sequence[tuple[int, str]]) -> Iterator[Judgement]:
-        """See `DomainJudge`."""
         prompts, answers = zip(*(self._encode(text) for _, text in texts), strict=True)
         needed = max(len(p) + max(map(len, a)) for p, a in zip(prompts, answers, strict=True))
         positions = getattr(self.model.config, "max_position_embeddings", needed)
@@ -84,7 +80,7 @@ class ModelJudge:
         logs = name_log_probabilities(self.model, list(prompts), list(answers))
         for (index, _), row in zip(texts, logs, strict=True):
             if np.isfinite(row).all():
-                yield Judgement(index, shares(row), None, float(min(1.0, np.exp(row).sum())))
+                yield Judgement(index, softmax(row), None, float(min(1.0, np.exp(row).sum())))
             else:
                 yield Judgement(index, None, "the judge's probabilities are not finite")
 
@@ -96,13 +92,13 @@ class ModelJudge:
 
     def _encode(self, text: str) -> tuple[list[int], list[list[int]]]:
         """Ids of the question, and of each name behind it."""
-        asked = question(text, self.names)
-        if self._has_template:
+        asked, chats = question(text, self.names), self._has_template
+        prompt = asked + PLAIN_ENDING
+        if chats:
             messages = [{"role": "user", "content": asked}]
             prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return self._ids(prompt, False), [self._behind(prompt, name) for name in self.names]
-        prompt = asked + PLAIN_ENDING
-        return self._ids(prompt, True), [self._behind(prompt, f" {name}") for name in self.names]
+        names = (name if chats else f" {name}" for name in self.names)
+        return self._ids(prompt, not chats), [self._behind(prompt, name) for name in names]
 
     def _ids(self, text: str, special: bool) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -124,7 +120,6 @@ def name_log_probabilities(
     """Log-probability of each answer behind its prompt: float64[n, k], nats.
 
     Args:
-        model: a causal LM in eval mode.
         prompts: n lists of ids, each at least one.
         answers: for every prompt k lists of ids, each at least one.
     """
@@ -134,13 +129,8 @@ def name_log_probabilities(
     ids, mask = ids.to(device), mask.to(device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     try:
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        asked = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        out = model(**asked, use_cache=True, logits_to_keep=1)
         first = out.logits[:, -1].float().log_softmax(-1).repeat_interleave(k, 0)  # [n * k, V]
         flat = [tokens for row in answers for tokens in row]
         longest = max(map(len, flat))

@@ -30,6 +30,8 @@ log = get_logger(__name__)
 JUDGEMENTS_FILE = "judgements.jsonl"
 KNOWLEDGE_FILE = "knowledge.json"
 CHART_FILE = "knowledge.png"
+OF_MODEL = {"model": "source", "weights": "weights", "model_fingerprint": "fingerprint"}
+"""Key of what decides the texts -> its name in knowledge.json's `model`."""
 MAX_QUIET_SHARE = 0.05
 """Of blank or unparsable texts; more is a warning."""
 
@@ -56,7 +58,7 @@ def aggregate_texts(
     Raises:
         VersaTuneError: the judge could place no text.
     """
-    detect = config.detect
+    detect, longest = config.detect, config.detect.judge.max_chars
     placed = [line for _, line in sorted(judged.lines.items()) if line["probabilities"] is not None]
     num_unknown = sum(line["problem"] == UNKNOWN for line in judged.lines.values())
     num_unparsable = len(judged.lines) - len(placed) - num_unknown
@@ -82,21 +84,11 @@ def aggregate_texts(
             "unknown": num_unknown,
             "judged": len(placed),
             "cut_at_max_new_tokens": sum(not text.finished for text in texts.values()),
-            "cut_for_the_judge": sum(
-                len(text.text) > detect.judge.max_chars for text in texts.values() if not text.is_blank
-            ),
+            "cut_for_the_judge": sum(not t.is_blank and len(t.text) > longest for t in texts.values()),
             "mean_tokens": float(np.mean([text.num_tokens for text in texts.values()])),
         },
-        "model": {
-            "source": generation["model"],
-            "weights": generation["weights"],
-            "fingerprint": generation["model_fingerprint"],
-        },
-        "generation": {
-            key: value
-            for key, value in generation.items()
-            if key not in ("model", "weights", "model_fingerprint")
-        },
+        "model": {name: generation[key] for key, name in OF_MODEL.items()},
+        "generation": {key: value for key, value in generation.items() if key not in OF_MODEL},
         "judge": {**judged.about, **({"mean_name_mass": float(np.mean(masses))} if masses else {})},
         "created_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": describe_versions(),

@@ -87,7 +87,6 @@ def detect(config: Config, folder: Path) -> Path | None:
     """Detect a model's knowledge distribution; every rank calls it, alone or under a launcher.
 
     Args:
-        config: the run's settings.
         folder: for the files; made when absent.
 
     Returns:

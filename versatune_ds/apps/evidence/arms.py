@@ -33,13 +33,13 @@ from typing import Any
 import torch
 
 from versatune_ds.apps.evidence.cases import TrainingCase
-from versatune_ds.apps.evidence.profiling import DeviceProfile, synchronise
+from versatune_ds.apps.evidence.profiling import DeviceProfile
 from versatune_ds.apps.evidence.samples import read_rows, samples_by_domain
 from versatune_ds.foundations.constants import IGNORE_INDEX
 from versatune_ds.foundations.files import write_json_atomic
 from versatune_ds.foundations.machine import installed
 from versatune_ds.observability.records import clean
-from versatune_ds.observability.throughput import peak_memory_gib
+from versatune_ds.observability.throughput import peak_memory_gib, reset_peak, synchronise
 
 BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.95), 1e-8, 0.0, 1.0
 """Of AdamW; the defaults of ours, given to TRL."""
@@ -95,6 +95,7 @@ def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="versatune-evidence-") as folder:
         zero = Path(folder) / "deepspeed.json"
         zero.write_text(json.dumps({"zero_optimization": spec.zero}), encoding="utf-8")
+        fixed = ("optimizer.warmup_ratio=0", "weights.every_n_steps=4")
         settings = BenchSettings(
             shape=spec.shape,
             pack_len=spec.pack_len,
@@ -102,12 +103,7 @@ def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
             dtype=spec.dtype,
             activation_checkpointing=spec.recompute,
             deepspeed=str(zero),
-            overrides=(
-                f"run.seed={spec.seed}",
-                f"optimizer.lr={spec.lr}",
-                "optimizer.warmup_ratio=0",
-                "weights.every_n_steps=4",
-            ),
+            overrides=(f"run.seed={spec.seed}", f"optimizer.lr={spec.lr}", *fixed),
         )
         config = bench_config(settings, spec.model, Path(folder) / "run")
         ceiling = matmul_ceiling(config, settings, device)
@@ -150,7 +146,7 @@ def trl(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
 
     from versatune_ds.config.model import Model
     from versatune_ds.engine.model.attention import VARLEN, register_varlen
-    from versatune_ds.engine.model.packed_lm import load_lm
+    from versatune_ds.engine.model.source import load_lm
 
     is_varlen = spec.arm == "trl-varlen"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -235,7 +231,6 @@ def trl_arguments(spec: ArmSpec, folder: str, device: torch.device, liger: bool)
     """`SFTConfig` of the same training.
 
     Args:
-        folder: for what TRL writes.
         liger: whether it takes liger-kernel's layers.
     """
     from trl import SFTConfig
@@ -295,12 +290,6 @@ def trl_deepspeed(spec: ArmSpec) -> dict[str, Any]:
 
 
 # --- common -------------------------------------------------------------------------------------------------
-
-
-def reset_peak(device: torch.device) -> None:
-    """Forget the peak of the device's memory so far; that of a process on a CPU cannot be forgotten."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
 
 
 def main(spec_file: Path, result_file: Path) -> None:

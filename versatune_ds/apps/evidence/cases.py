@@ -29,19 +29,12 @@ class TrainingCase:
     """`model.activation_checkpointing`: "off" or "all"."""
 
 
-GPU: dict[str, Any] = {
-    "packs": 8,
-    "warmup_steps": 2,
-    "steps": 6,
-    "dtype": "bf16",
-    "lr": 1e-4,
-    "recompute": "all",
-}
 CPU: dict[str, Any] = {"warmup_steps": 1, "dtype": "fp32", "recompute": "off"}
 
 
 def _on_gpu(shape: str, layers: int, pack_len: int = 8192) -> TrainingCase:
-    return TrainingCase(shape=shape, layers=layers, pack_len=pack_len, **GPU)
+    common: dict[str, Any] = {"warmup_steps": 2, "steps": 6, "dtype": "bf16", "lr": 1e-4, "recompute": "all"}
+    return TrainingCase(shape=shape, layers=layers, pack_len=pack_len, packs=8, **common)
 
 
 CPU_CASES = {

@@ -42,7 +42,6 @@ def run_comparison(record: Record, deadline: Deadline, checkout: Path | None, si
 
     Args:
         record: gets `zero_optimization` and, for each case, its `runs`, `arms`, `ratios` and `checks`.
-        deadline: of the command.
         checkout: not used: the trainer is there with the package.
         size: "tiny", "small" (both without a card) or "auto".
     """

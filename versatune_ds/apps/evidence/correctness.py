@@ -31,7 +31,6 @@ def run_correctness(record: Record, deadline: Deadline, checkout: Path | None, s
 
     Args:
         record: gets `counts`, `tests` and the texts of `failures`.
-        deadline: of the command.
         checkout: the source tree; None for an installed wheel, which has no tests.
         size: not used: the tests are the same on every machine.
     """

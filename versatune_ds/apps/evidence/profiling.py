@@ -15,16 +15,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from versatune_ds.observability.throughput import synchronise
+
 TOP = 20
 NAME_CHARS = 120
 
 
 class DeviceProfile:
-    """Records from `start` to `stop`.
-
-    Args:
-        device: whose time is asked for.
-    """
+    """Records from `start` to `stop`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -60,12 +58,6 @@ class DeviceProfile:
         return {"busy_s": None, "idle": None, "top": longest(own, wall_s)}
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def union_s(spans: Iterable[tuple[float, float]]) -> float:
     """Seconds that lie in at least one of the spans (begin, end)."""
     total, reached = 0.0, float("-inf")
@@ -85,13 +77,8 @@ def longest(took: Iterable[tuple[str, float]], wall_s: float) -> list[dict[str, 
     sums: dict[str, list[float]] = {}
     for name, seconds in took:
         sums.setdefault(name[:NAME_CHARS], []).append(seconds)
-    ordered = sorted(sums, key=lambda name: -sum(sums[name]))[:TOP]
+    ordered = sorted(((sum(spent), name) for name, spent in sums.items()), reverse=True)[:TOP]
     return [
-        {
-            "name": name,
-            "seconds": sum(sums[name]),
-            "share": sum(sums[name]) / wall_s,
-            "calls": len(sums[name]),
-        }
-        for name in ordered
+        {"name": name, "seconds": seconds, "share": seconds / wall_s, "calls": len(sums[name])}
+        for seconds, name in ordered
     ]

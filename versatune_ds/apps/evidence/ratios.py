@@ -39,7 +39,6 @@ def compare(case: TrainingCase, runs: Sequence[dict[str, Any]], peak: float | No
     """What the runs of a case amount to so far.
 
     Args:
-        runs: in the order in which they were taken.
         peak: datasheet peak of the card in TFLOP/s, or None.
 
     Returns:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -21,9 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.files import write_json_atomic
-from versatune_ds.foundations.machine import PACKAGES, cpu_name, installed
+from versatune_ds.foundations.machine import PACKAGES, describe_host
 from versatune_ds.observability.records import clean
 
 SCHEMA_VERSION = 1
@@ -42,9 +40,7 @@ class Record:
 
     Args:
         path: the file; replaced in one piece by every `write`.
-        stage: its number and name.
         environment: from `describe_machine`.
-        command: what was typed.
     """
 
     def __init__(self, path: Path, stage: str, environment: dict[str, Any], command: str) -> None:
@@ -82,17 +78,8 @@ class Record:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Date, hardware, driver, clocks, versions, commit and load; `card` is None without an NVIDIA card."""
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "card": ask_card(CARD) or ask_torch(),
-        "cpu": cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "load_average": list(os.getloadavg()),
-        "python": platform.python_version(),
-        "versions": installed(PACKAGES),
-        "commit": git_commit(),
-    }
+    """`describe_host`, and the `card` with its driver and clocks; None without an NVIDIA card."""
+    return {"card": ask_card(CARD) or ask_torch(), **describe_host(PACKAGES)}
 
 
 def memory_gib(card: dict[str, str] | None) -> float:

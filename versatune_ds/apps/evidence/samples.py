@@ -28,7 +28,6 @@ def write_samples(path: Path, *, num_tokens: int, max_length: int, vocab_size: i
     """Write samples of at least `num_tokens` tokens together; the same file for the same arguments.
 
     Args:
-        max_length: longest sample.
         vocab_size: token ids are below it.
         num_domains: sample i belongs to domain i modulo this.
     """

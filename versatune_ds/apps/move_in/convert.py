@@ -64,6 +64,8 @@ AXOLOTL = {
     "peft_use_rslora": "use_rslora",
     "lora_model_dir": "adapter_name_or_path",
     "chat_template": "template",
+    "noisy_embedding_alpha": "neftune_noise_alpha",
+    "sequence_parallel_degree": "context_parallel_size",
 }
 TRAINERS = (
     ForeignTrainer(
@@ -85,7 +87,7 @@ TRAINERS = (
     ForeignTrainer(
         "LLaMA-Factory",
         ("stage", "finetuning_type", "cutoff_len", "dataset_dir", "template"),
-        {"finetuning_type": "adapter_kind"},
+        {"finetuning_type": "adapter_kind", "early_stopping_steps": "early_stopping_patience"},
         COMMON
         | {"cutoff_len": 2048, "per_device_train_batch_size": 8, "num_train_epochs": 3, "output_dir": "saves"}
         | {"lr_scheduler_type": "linear", "lora_rank": 8, "learning_rate": 5e-5, "dataset_dir": "data"}

@@ -166,7 +166,7 @@ def _registered(given: Foreign, folder: str, known: dict[str, Any], name: str) -
     if name not in known:
         raise ConfigError(f"{folder}/dataset_info.json: {unknown_name('data set', name, known)}")
     entry = Foreign(known[name])
-    columns, tags = entry.take("columns") or {}, entry.take("tags") or {}
+    columns, tags = dict(entry.take("columns") or {}), entry.take("tags") or {}
     if entry.is_on("ranking") or "kto_tag" in columns:
         raise ConfigError(f"data set {name}: preferences; only supervised fine-tuning is done here")
     hub, file = entry.take("hf_hub_url"), entry.take("file_name")
@@ -177,7 +177,8 @@ def _registered(given: Foreign, folder: str, known: dict[str, Any], name: str) -
     beside = {key: columns.get(key) for key in ("system", "tools")}
     if form == "alpaca":
         ours = {alpaca: columns.get(theirs) for theirs, alpaca in ALPACA.items()}
-        source_format, mapped = "alpaca", _columns({**ours, **beside})
+        source_format = "alpaca"
+        mapped = _columns({**ours, **beside, "history": columns.pop("history", None)})
     else:
         is_openai = tags.get("role_tag") == "role"
         source_format = "messages" if is_openai else "sharegpt"

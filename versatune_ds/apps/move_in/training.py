@@ -8,21 +8,35 @@ What is not covered: data (`datasets.py`).
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
-from versatune_ds.apps.move_in.foreign import Foreign
+import yaml
+
+from versatune_ds.apps.move_in.foreign import NO_COUNTERPART, Foreign
 from versatune_ds.config.load import read_yaml
 
 PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
+NEAREST = {
+    "8bit|4bit|fp8": "AdamW with fp32 state is taken; optimizer.states bf16_moments, 8 bytes a parameter in "
+    "place of 12, comes nearest",
+    "paged": "AdamW is taken; offload_optimizer in the DeepSpeed section holds its state in host memory",
+    "": "AdamW is taken",
+}
+"""What an optimizer's name holds -> what is nearest to it here."""
 SCHEDULES = {
     "constant_with_warmup": "constant",
     "cosine": "cosine",
+    "cosine_with_min_lr": "cosine",
+    "cosine_warmup_with_min_lr": "cosine",
     "linear": "linear",
     "constant": "constant",
 }
+DECAYS = {"linear": "wsd_linear", "1-sqrt": "wsd_sqrt"}
+OFF = (None, False, "false", "no")
 ALWAYS = "samples are always packed here and never see each other"
 KNOWN_BY_ITSELF = "chosen for the device by itself (docs/train.md)"
 LEFT = {
@@ -38,7 +52,6 @@ LEFT = {
         ("push_to_hub", "hub_model_id"), "only when asked: versatune-ds export RUN --push OWNER/NAME"
     ),
     "resume_from_checkpoint": "a run goes on from its own checkpoints by itself (run.resume)",
-    "activation_offloading": "set model.activation_checkpointing: offload",
     "special_tokens": "the tokenizer's own are taken; change them in the model's folder",
     "load_in_8bit": "the frozen model is held in model.dtype",
 }
@@ -70,17 +83,20 @@ def carry_model(given: Foreign) -> None:
     quantised = given.is_on("load_in_4bit") or given.take("quantization_bit") in (4, "4")
     precision = "bf16" if given.take("bf16") not in (None, False, "false", "no") else None
     pure = given.is_on("pure_bf16")
-    recomputes = given.take("gradient_checkpointing") not in (None, False, "false", "no")
-    recomputes = recomputes and not given.is_on("disable_gradient_checkpointing")
+    recompute = None if given.is_on("disable_gradient_checkpointing") else _recompute(given)
+    loss = given.take("loss_type")
     dtype = precision or ("bf16" if pure else "fp16" if given.is_on("fp16") else "fp32")
     given.set(
         "model",
         source=given.take("model_name_or_path"),
         tokenizer=given.take("tokenizer_name_or_path"),
         dtype=dtype,
-        activation_checkpointing="all" if recomputes else None,
+        activation_checkpointing=recompute,
         router_aux_loss=given.take("router_aux_loss_coef"),
+        objective="dft" if loss == "dft" or given.is_on("use_dft_loss") else None,
     )
+    if loss not in (None, "nll", "chunked_nll", "dft"):
+        given.leave("loss_type", loss, "cross-entropy is taken; model.objective says what else there is")
     if pure:
         given.note("model", "theirs trains bf16 weights (pure_bf16); here the optimizer keeps fp32 ones")
     kind = given.take("adapter_kind")
@@ -110,18 +126,47 @@ def carry_model(given: Foreign) -> None:
     given.set("model", adapter=adapter | ({"start_from": start} if start else {}))
 
 
+def _recompute(given: Foreign) -> str | None:
+    """`model.activation_checkpointing`: what they recompute in backward, or hold in host memory for it."""
+    checkpoints, offloads = given.take("gradient_checkpointing"), given.take("activation_offloading")
+    if checkpoints in ("offload", "offload_disk"):
+        offloads = checkpoints
+    if offloads in OFF:
+        return "offload" if given.is_on("use_unsloth_gc") else "all" if checkpoints not in OFF else None
+    if offloads != "hidden_states":
+        given.note(
+            "model",
+            f"theirs moves activations (offloading: {offloads}); here each layer's input waits in host "
+            "memory and the rest is recomputed",
+        )
+    return "offload"
+
+
 def carry_batch(given: Foreign, length: str, ranks: int) -> None:
-    """Packs, how long, optimizer and schedule.
+    """Packs and the ranks that share one, how long, optimizer and schedule.
 
     Args:
         length: their key for the longest sample.
         ranks: that will train.
     """
     samples = int(given.take("per_device_train_batch_size")) * int(given.take("gradient_accumulation_steps"))
-    given.set("batch", pack_len=int(given.take(length)), packs_per_step=samples * ranks)
+    shared = int(given.take("context_parallel_size") or 1)
+    if ranks % shared:
+        why = f"batch.sequence_parallel must divide the ranks, here {ranks}; see --ranks"
+        given.leave("context_parallel_size", shared, why)
+        shared = 1
+    given.set("batch", pack_len=int(given.take(length)), packs_per_step=samples * ranks // shared)
     given.note(
         "batch", f"theirs: {samples} rows of at most pack_len tokens a step and rank, here {ranks} rank(s)."
     )
+    noise = given.take("neftune_noise_alpha")
+    if shared > 1:
+        given.set("batch", sequence_parallel=shared)
+        given.note("batch", f"{shared} ranks share a pack and its rows")
+        if noise is not None:
+            given.leave("neftune_noise_alpha", noise, "noise is for whole packs, not for shared ones")
+    else:
+        given.set("model", neftune_alpha=noise)
     if not any(map(given.is_on, ("packing", "neat_packing", "sample_packing"))):
         given.note(
             "batch",
@@ -131,23 +176,68 @@ def carry_batch(given: Foreign, length: str, ranks: int) -> None:
     max_steps, epochs = given.take("max_steps"), given.take("num_train_epochs")
     total = int(max_steps or -1)
     given.set("train", **({"max_steps": total} if total > 0 else {"epochs": float(epochs)}))
-    schedule = given.take("lr_scheduler_type")
-    if schedule not in SCHEDULES:
-        given.leave("lr_scheduler_type", schedule, "cosine is taken")
-    optimizer = given.take("optim")
-    if optimizer not in (None, *PLAIN_ADAMW):
-        given.leave("optim", optimizer, "AdamW is taken; optimizer.states says in what its state is held")
+    rate = float(given.take("learning_rate"))
     given.set(
         "optimizer",
-        lr=float(given.take("learning_rate")),
+        lr=rate,
         betas=[float(given.take("adam_beta1")), float(given.take("adam_beta2"))],
         eps=float(given.take("adam_epsilon")),
         weight_decay=float(given.take("weight_decay")),
-        schedule=SCHEDULES.get(schedule, "cosine"),
         warmup_ratio=_warmup(given, total if total > 0 else None),
-        min_lr_ratio=given.take("cosine_min_lr_ratio"),
         max_grad_norm=float(given.take("max_grad_norm")),
     )
+    given.set("optimizer", **_schedule(given, rate, total), **_optimizer(given, rate))
+
+
+def _optimizer(given: Foreign, rate: float) -> dict[str, Any]:
+    """Muon, where it can be; else AdamW with a line on what theirs was."""
+    name, is_muon = given.take("optim"), given.is_on("use_muon")
+    if name != "muon" and not is_muon:
+        if name not in (None, *PLAIN_ADAMW):
+            given.leave("optim", name, next(why for part, why in NEAREST.items() if re.search(part, name)))
+        return {}
+    config = Path(str(given.ours["model"].get("source"))) / "config.json"
+    width = json.loads(config.read_text(encoding="utf-8")).get("hidden_size") if config.is_file() else None
+    key = "use_muon" if is_muon else "optim"
+    is_adapter = "adapter" in given.ours["model"]
+    if is_adapter or width is None:
+        why = "set kind: muon, max_grad_norm: 0, muon_lr: 0.2 x sqrt(hidden size) x learning rate"
+        why = "Muon is for whole models" if is_adapter else why
+        given.leave(key, is_muon or name, f"AdamW is taken: {why}")
+        return {}
+    given.note(
+        "optimizer",
+        "Muon: theirs steps by 0.2 sqrt(longer side) x learning rate, ours by muon_lr sqrt(rows / columns), "
+        "at least muon_lr: the same where columns are the hidden size. Gradients are not clipped.",
+    )
+    return {"kind": "muon", "muon_lr": float(f"{0.2 * math.sqrt(width) * rate:.3g}"), "max_grad_norm": 0.0}
+
+
+def _schedule(given: Foreign, rate: float, total: int) -> dict[str, Any]:
+    """Shape, where its decay begins and ends.
+
+    Args:
+        rate: peak learning rate. total: steps, where they are known; else not above 0.
+    """
+    name, options = given.take("lr_scheduler_type"), given.take("lr_scheduler_kwargs") or {}
+    options = dict(yaml.safe_load(options) if isinstance(options, str) else options)
+    floors = [given.take("cosine_min_lr_ratio"), options.pop("min_lr_rate", None)]
+    floors += [options.pop("min_lr_ratio", None), float(options.pop("min_lr", 0)) / rate]
+    ours = {"schedule": SCHEDULES.get(name, "cosine"), "min_lr_ratio": next(filter(None, floors), None)}
+    if name == "warmup_stable_decay":
+        shape = options.pop("decay_type", "cosine")
+        ours["schedule"] = DECAYS.get(shape, "wsd_linear")
+        if shape not in DECAYS:
+            why = "wsd_linear is taken; the other one is wsd_sqrt"
+            given.leave("lr_scheduler_kwargs.decay_type", shape, why)
+        if total > 0 and "num_decay_steps" in options:
+            ours["decay_ratio"] = min(1.0, int(options.pop("num_decay_steps")) / total)
+    elif name not in SCHEDULES:
+        given.leave("lr_scheduler_type", name, "cosine is taken")
+    reasons = {"num_decay_steps": "optimizer.decay_ratio is the share of all steps"}
+    for key, value in options.items():
+        given.leave(f"lr_scheduler_kwargs.{key}", value, reasons.get(key, NO_COUNTERPART))
+    return ours
 
 
 def _warmup(given: Foreign, total: int | None) -> float:
@@ -177,8 +267,9 @@ def carry_run(given: Foreign, *, has_held_out: bool) -> None:
     saves, evaluates = _every(given, "save", "steps"), _every(given, "eval", "no")
     given.set("checkpoint", every_n_steps=saves, keep_last=given.take("save_total_limit"))
     patience, best = given.take("early_stopping_patience"), given.is_on("load_best_model_at_end")
+    measure = _measure(given)
     if evaluates is not None and has_held_out:
-        select = "overall" if best or patience else None  # what stops early has its best parameters exported
+        select = measure if best or patience else None  # what stops early has its best parameters exported
         given.set("evaluation", every_n_steps=evaluates, patience=patience or None, select=select)
     elif evaluates is not None or patience or best:
         given.note(
@@ -201,6 +292,18 @@ def carry_run(given: Foreign, *, has_held_out: bool) -> None:
         given.set("metrics", tensorboard=True)
     for other in sorted(trackers - {"wandb", "tensorboard", "none", "all"}):
         given.leave("report_to", other, "see `metrics` in the settings for the trackers that there are")
+
+
+def _measure(given: Foreign) -> str:
+    """`evaluation.select`: the loss of all held-out data, or of the data set that they name."""
+    metric, is_greater = str(given.take("metric_for_best_model") or "loss"), given.is_on("greater_is_better")
+    name = metric.removeprefix("eval_").removesuffix("loss").removesuffix("_")
+    held_out = [source.get("domain") for source in given.ours["data"].get("eval", ())]
+    if metric.endswith("loss") and not is_greater and name in ("", *held_out):
+        return name or "overall"
+    value = f"{metric}{', the greatest' * is_greater}"
+    given.leave("metric_for_best_model", value, "held-out losses select, the lowest; see evaluation.select")
+    return "overall"
 
 
 def _every(given: Foreign, what: str, strategy: str) -> int | None:

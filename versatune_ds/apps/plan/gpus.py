@@ -48,11 +48,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The accelerator of a name such as `h100-80g`.
-
-    Raises:
-        ConfigError: unknown; names the known ones.
-    """
+    """The accelerator of a name such as `h100-80g`."""
     if name.lower() not in GPUS:
         raise ConfigError(unknown_name("GPU", name, GPUS))
     return GPUS[name.lower()]

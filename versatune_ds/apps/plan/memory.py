@@ -12,7 +12,8 @@ element of `model.dtype`:
 Of a pack that ranks share (`batch.sequence_parallel`) each holds its own rows. With an adapter N is that of
 the adapter. The frozen model beside it has s bytes a parameter (qlora: its layers' matrices half a byte and a
 bit), keeps nothing that only a weight's gradient needs, and its head gets none. The adapter keeps its inputs
-and their products with A.
+and their products with A. `model.kl_to_base` is planned for a pack all of which is compared; the base's own
+forward comes before the model's, when there is room.
 
 Buffers follow DeepSpeed 0.19.8. `Part.checked` tells what `tests/apps/test_plan_memory.py` compares with
 real small runs on CPUs, allocation by allocation; the rest is marked as a model.
@@ -34,6 +35,7 @@ from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.engine.model.source import DTYPES
 from versatune_kernels.chunked import VOCAB_BLOCK
 from versatune_kernels.contract import Spec
+from versatune_kernels.divergence import kl_chunk_tokens
 from versatune_kernels.sizing import auto_chunk_tokens, row_stride, triton_chunks
 
 NF4 = 0.5 + 0.127 / 8
@@ -85,7 +87,6 @@ def memory_plan(shape: ModelShape, setup: Setup) -> MemoryPlan:
     """Memory of a run.
 
     Args:
-        shape: the model.
         setup: the settings; `packs_per_step` is a multiple of `gpus` over `sequence_parallel`.
     """
     held, gradients, step, host = _states(shape, setup)
@@ -227,6 +228,7 @@ def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     """Logits of a chunk and the gradients that the fused loss computes in its forward pass."""
     tokens, s, width, vocab = setup.rows, setup.element, shape.hidden, shape.vocab
     labels = max(1, round(setup.supervised * tokens))
+    compared, kl_logits = _comparison(shape, setup, labels)
     is_trained = setup.adapter is None
     what = "loss: gradients of head and hidden states" if is_trained else "loss: gradient of hidden states"
     if setup.device == "cuda":
@@ -238,8 +240,9 @@ def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
         rounded = vocab * width * gradient if fp32_sum and gradient != FP32 else 0
         hidden = tokens * width * gradient + min(rows, labels) * width * 2 * s
         return (
-            Part("loss: logits of a chunk", max(logits, rounded), False),
+            Part("loss: logits of a chunk", max(logits, rounded, kl_logits), False),
             Part(what, weight + hidden, False),
+            *compared,
         )
     rows = min(auto_chunk_tokens(labels, width, vocab), labels)
     logits = rows * vocab * (FP32 + (s if s < FP32 else 0))
@@ -247,9 +250,20 @@ def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
     weight = vocab * width * (FP32 + (s if s < FP32 else 0)) * is_trained
     hidden = tokens * width * FP32 + 2 * rows * width * FP32
     return (
-        Part("loss: logits of a chunk", logits + block, True),
+        Part("loss: logits of a chunk", max(logits + block, kl_logits), True),
         Part(what, weight + hidden, True),
+        *compared,
     )
+
+
+def _comparison(shape: ModelShape, setup: Setup, labels: int) -> tuple[tuple[Part, ...], int]:
+    """What `kl_to_base` holds beside the loss, and its logits, of which a chunk's stand twice: hidden states
+    of both models in their dtype, and the gradient in fp32."""
+    if not setup.compares:
+        return (), 0
+    rows = min(kl_chunk_tokens(labels, shape.hidden, shape.vocab), labels)
+    hidden = labels * shape.hidden * (2 * setup.element + FP32)
+    return (Part("KL to the base: hidden states", hidden, False),), 2 * rows * shape.vocab * FP32
 
 
 def _communication(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
@@ -307,8 +321,10 @@ def _states(
             whole = shape.parameters * s
             held.append(Part("parameters, secondary copy (ZeRO++)", whole // buffers.hpz_ranks, False))
     if setup.has_average:
-        host.append(Part("average of the weights, and a copy of them", shard * 2 * FP32, False))
-    states = [Part("moments", moment_bytes(shape, setup, setup.shards), not setup.has_muon)]
+        # of weights on the host none is copied
+        copies = 0 if setup.offloads_optimizer or setup.device == "cpu" else 1
+        host.append(Part("average of the weights, and a copy of them", shard * (1 + copies) * FP32, True))
+    states = [Part("moments", moment_bytes(shape, setup, setup.shards), True)]
     if stage:
         states.insert(0, Part("master weights", shard * setup.master, True))
     (host if setup.offloads_optimizer else held).extend(states)

@@ -43,7 +43,7 @@ class ZeroBuffers:
     @classmethod
     def of(cls, shape: ModelShape, setup: Setup) -> ZeroBuffers:
         """Those of a run, as its `zero_optimization` section and the model's size say."""
-        zero = with_sizes({**setup.zero, "stage": setup.zero_stage}, shape)
+        zero = with_sizes({**setup.zero, "stage": setup.zero_stage}, shape, setup.adapter)
         keys = {
             "overlap": "overlap_comm",
             "reduce_bucket": "reduce_bucket_size",
@@ -76,6 +76,8 @@ class Setup:
     """Share of positions with a label."""
     adapter: Adapter | None = None
     """What is trained in the model's place."""
+    compares: bool = False
+    """With `model.kl_to_base`."""
     states: str = "fp32"
     """`optimizer.states`."""
     has_muon: bool = False
@@ -164,6 +166,7 @@ def setup_fields(config: Config) -> dict[str, Any]:
         "pack_len": config.batch.pack_len,
         "packs_per_step": config.batch.packs_per_step,
         "sequence_parallel": config.batch.sequence_parallel,
+        "compares": config.model.kl_to_base is not None,
         "states": config.optimizer.states,
         "has_muon": config.optimizer.kind == "muon",
         "has_average": config.optimizer.ema_decay is not None,

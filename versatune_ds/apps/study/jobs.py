@@ -52,6 +52,12 @@ class Job:
         assert self.config.train.max_steps is not None
         return self.config.train.max_steps
 
+    def perform(self, device: Any) -> None:
+        """Train, in a process group that is already there."""
+        from versatune_ds.engine.train import train_in_group
+
+        train_in_group(self.config, device)
+
     def fingerprint(self, origin: str) -> str:
         """Hash of all settings and of `origin`, what else decides the result (data, base model)."""
         return canonical_hash([origin, self.config.model_dump(mode="json")])

@@ -25,19 +25,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtrit
 
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.errors import StateError
 
 Array = npt.NDArray[np.float64]
-
-# 0.975 quantiles of Student's t for 1 .. 30 degrees of freedom; beyond that the normal distribution's.
-T_975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-NORMAL_975 = 1.960
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +64,7 @@ def read_result(folder: Path, arm: str, seed: int, total_steps: int) -> RunResul
     if not steps or steps[0] != 0 or steps[-1] != total_steps:
         raise StateError(
             f"{folder}: evaluated after the steps {steps}; expected 0 .. {total_steps}. Remove the folder "
-            "and start the study again"
+            "and start the command again"
         )
     metrics = _lines(folder / constants.METRICS_FILE)
     names = list(evaluations[0]["domain_loss"])
@@ -113,8 +106,7 @@ def interval(values: Sequence[float] | Array) -> dict[str, float | None]:
     array = np.asarray(values, dtype=np.float64)
     n, half_width = len(array), None
     if n >= 2:
-        quantile = T_975[n - 2] if n - 2 < len(T_975) else NORMAL_975
-        half_width = float(quantile * array.std(ddof=1) / math.sqrt(n))
+        half_width = float(stdtrit(n - 1, 0.975) * array.std(ddof=1) / math.sqrt(n))
     return {"mean": float(array.mean()), "half_width": half_width}
 
 
@@ -132,9 +124,7 @@ def by_arm(runs: Sequence[RunResult]) -> dict[str, dict[int, RunResult]]:
 
 
 def arm_summary(
-    runs: Mapping[int, RunResult],
-    baselines: Mapping[str, Mapping[int, RunResult]],
-    names: Sequence[str],
+    runs: Mapping[int, RunResult], baselines: Mapping[str, Mapping[int, RunResult]], names: Sequence[str]
 ) -> dict[str, Any]:
     """Numbers of one arm: all intervals are over its seeds, differences from `baselines` seed by seed."""
     seeds = sorted(runs)
@@ -231,5 +221,5 @@ def _mean_by_name(values: Sequence[Mapping[str, float]], names: Sequence[str]) -
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise StateError(f"{path} is missing; remove {path.parent} and start the study again")
+        raise StateError(f"{path} is missing; remove {path.parent} and start the command again")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -113,7 +113,7 @@ def run_study(study: Study) -> StudyRuns:
     log.info("%s", prepared.table())
     model = model_fingerprint(first.model) if study.model.source else None
     origin = canonical_hash([data_fingerprint(prepared), model]) if model else data_fingerprint(prepared)
-    with StopRequest() as stop, StudyWorkers(study, origin, total, stop) as workers:
+    with StopRequest() as stop, StudyWorkers(study.dir, study.workers, origin, total, stop) as workers:
         workers.run(plan.base())
         reference = reference_losses(workers.run(plan.references()))
         for_runs_elsewhere = {"format": REFERENCE_FORMAT, "version": REFERENCE_VERSION, "losses": reference}
@@ -184,14 +184,16 @@ class StudyWorkers:
     """Processes that train jobs; use as a context manager.
 
     Args:
-        study: settings; `workers` of them run at the same time.
+        folder: of the study; runs lie in `runs`, what they print in `workers`.
+        workers: runs at the same time.
         origin: hash of the data.
         total: runs of the whole study, for the progress lines.
         stop: whether this process was asked to stop.
     """
 
-    def __init__(self, study: Study, origin: str, total: int, stop: StopRequest) -> None:
-        self._study = study
+    def __init__(self, folder: Path, workers: int, origin: str, total: int, stop: StopRequest) -> None:
+        self._folder = folder
+        self._workers = workers
         self._origin = origin
         self._total = total
         self._stop = stop
@@ -215,7 +217,12 @@ class StudyWorkers:
                 process.kill()
 
     def run(self, jobs: Sequence[Job]) -> list[RunResult]:
-        """Results of the jobs, in their order; finished ones are read, the others trained.
+        """`finish` the jobs; their results, in their order."""
+        self.finish(jobs)
+        return [read_result(job.config.run.dir, job.arm, job.seed, job.total_steps) for job in jobs]
+
+    def finish(self, jobs: Sequence[Job]) -> None:
+        """Perform the jobs that are not finished.
 
         Raises:
             VersaTuneError: a run failed, a worker died, or the study was asked to stop.
@@ -227,9 +234,9 @@ class StudyWorkers:
             log.info("[%d/%d] %d finished runs are kept", self._done, self._total, kept)
         for job in waiting:
             require_made(job.config.run.dir, BEGUN_FILE)
-        threads = max(1, (os.cpu_count() or 1) // self._study.workers)
+        threads = max(1, (os.cpu_count() or 1) // self._workers)
         waiting.reverse()
-        while len(self._processes) < min(self._study.workers, len(waiting)):
+        while len(self._processes) < min(self._workers, len(waiting)):
             self._start()
         busy: set[connection.Connection] = set()
         while waiting or busy:
@@ -248,12 +255,11 @@ class StudyWorkers:
                 )
         if jobs and jobs[0].kind == "base":  # what is trained from it belongs to it
             self._origin = fingerprints[jobs[0].name]
-        return [read_result(job.config.run.dir, job.arm, job.seed, job.total_steps) for job in jobs]
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        folder = self._study.dir / "workers"
+        folder = self._folder / "workers"
         folder.mkdir(exist_ok=True)
         log_file = folder / f"{len(self._processes)}.log"
         process = context.Process(target=work, args=(theirs, log_file))
@@ -263,7 +269,7 @@ class StudyWorkers:
 
     def _take(self, link: connection.Connection) -> None:
         """One answer of a worker."""
-        logs = self._study.dir / "workers"
+        logs = self._folder / "workers"
         try:
             outcome: Outcome = link.recv()
         except EOFError:
@@ -281,7 +287,7 @@ class StudyWorkers:
         self._trained_s.append(outcome.seconds)
         per_run = (time.perf_counter() - self._started) / len(self._trained_s)
         left = duration(per_run * (self._total - self._done))
-        _, loss = last_evaluation(self._study.dir / "runs" / outcome.name)
+        _, loss = last_evaluation(self._folder / "runs" / outcome.name)
         log.info(
             "[%d/%d] %s: mean held-out loss %.4f (%s), about %s left",
             self._done,
@@ -314,7 +320,6 @@ def train_job(job: Job, fingerprint: str, threads: int, device: Any) -> Outcome:
     """Train one run to its end, from its checkpoint if it was stopped; other remains are removed first."""
     import torch
 
-    from versatune_ds.engine.train import train_in_group
     from versatune_ds.foundations.commit import git_commit
 
     started, cpu_started = time.perf_counter(), time.process_time()
@@ -327,7 +332,7 @@ def train_job(job: Job, fingerprint: str, threads: int, device: Any) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(begun, fingerprint)
     try:
-        train_in_group(job.config, device)
+        job.perform(device)
     except VersaTuneError as error:
         return Outcome(job.name, str(error), False, 0.0)
     gc.collect()  # an engine holds itself in cycles

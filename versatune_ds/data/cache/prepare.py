@@ -86,7 +86,6 @@ def prepare(config: Config, *, progress: bool = True) -> PreparedData:
 
     Args:
         config: the run's settings; `data.num_workers` processes are used.
-        progress: show a bar on a terminal.
 
     Raises:
         DataError: a file or row cannot be used (and the policy is not to skip it), a source gives no sample,
@@ -134,7 +133,6 @@ def open_caches(config: Config, *, all_domains: bool = True) -> dict[str, list[T
     """The caches that `prepare` made for exactly these settings and source files; makes nothing.
 
     Args:
-        config: the run's settings.
         all_domains: require training data for every domain with initial weight; False: the caller looks.
 
     Returns:
@@ -188,8 +186,8 @@ def _open_all(config: Config, units: Sequence[Unit]) -> dict[str, list[TokenCach
         manifest = read_unit(unit.folder)
         if is_outdated(manifest):
             logger.warning(
-                "%s was prepared by an earlier version, which ignored weights and flags of turns, thoughts "
-                "in fields of their own and system prompts in columns; `versatune-ds prepare` reads them",
+                "%s was prepared by an earlier version, which read less of a row (weights, flags, thoughts, "
+                "system prompts in columns); `versatune-ds prepare` makes it again",
                 unit.folder,
             )
         for name, domain in manifest["domains"].items():
@@ -289,9 +287,7 @@ def _make(
         workers.close()
 
 
-def _tasks(
-    writers: Sequence[UnitWriter],
-) -> Iterator[tuple[tuple[int, int, int, int], EncodeTask | None]]:
+def _tasks(writers: Sequence[UnitWriter]) -> Iterator[tuple[tuple[int, int, int, int], EncodeTask | None]]:
     """((unit, file, block, bytes of the file read), task); None once all tasks of a unit are given."""
     for i, writer in enumerate(writers):
         for file, block, task in writer.tasks():

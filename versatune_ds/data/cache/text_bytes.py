@@ -30,8 +30,6 @@ def bytes_per_token(
 
     Args:
         caches: one per domain; None is an error.
-        names: of the domains, for error texts.
-        tokenizer: that made the caches.
         max_samples: samples to look at in each domain.
 
     Raises:

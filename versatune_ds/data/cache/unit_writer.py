@@ -137,8 +137,8 @@ class UnitWriter:
 
     def _note_unused(self, schema: RowSchema, format: str | None, names: Iterable[str]) -> None:
         if format is not None:
-            noted, used = self.progress.unused, schema.read_columns(format)
-            new = [short(name)[1:-1] or "(no name)" for name in names if name not in used]
+            noted = self.progress.unused
+            new = [short(name)[1:-1] or "(no name)" for name in names if not schema.is_read(name, format)]
             noted += [name for name in dict.fromkeys(new) if name not in noted][: MAX_UNUSED - len(noted)]
 
     def add(self, file_index: int, block_index: int, result: BlockResult) -> None:

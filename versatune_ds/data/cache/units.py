@@ -35,7 +35,7 @@ logger = get_logger(__name__)
 
 PREPARE_VERSION = 2
 """Part of every key: raise it when the same input gives other tokens, masks or rejections."""
-ROWS_VERSION = 3
+ROWS_VERSION = 4
 """Of what is read of a row, written into units: raise it when more is. `prepare` makes units of an earlier
 one again, under the same key, and says so; training takes them, with a warning."""
 SPLITS = ("train", "eval")

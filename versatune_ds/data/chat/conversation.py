@@ -14,10 +14,12 @@ from versatune_ds.data.rows.reasons import BadRow, Reason
 from versatune_ds.foundations.text import is_blank
 
 THOUGHTS = re.compile(
-    r"<(think|thinking)>.*?</\1>\s*|\[THINK\].*?\[/THINK\]\s*|\A(?:(?!<think>).)*?</think>\s*", re.DOTALL
+    r"<(think|thinking|thoughts?|seed:think)>.*?</\1>\s*|\[THINK\].*?\[/THINK\]\s*"
+    r"|<\|begin_of_thought\|>.*?<\|end_of_thought\|>\s*|\A(?:(?!<think>).)*?</think>\s*",
+    re.DOTALL,
 )
 """Thoughts within a text, with their tags; also those whose first tag stood in the prompt."""
-TAGS = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
+TAGS = re.compile(r"</?(?:think(?:ing)?|thoughts?|seed:think)>|\[/?THINK\]|<\|(?:begin|end)_of_thought\|>")
 
 
 class Turn(NamedTuple):
@@ -57,6 +59,8 @@ class Conversation:
     """Factor of all turns."""
     notes: frozenset[str] = frozenset()
     """What is to be counted, see `cache/summary.py`."""
+    unused: frozenset[str] = frozenset()
+    """Fields of turns that are not read."""
     masks_thoughts: bool = False
     """Thoughts are context."""
 
@@ -66,10 +70,6 @@ class Conversation:
 
 def to_train(chat: Conversation, reasoning: str, train_on: str) -> Conversation:
     """The conversation with the weight that each assistant turn has in training.
-
-    Args:
-        reasoning: `data.reasoning`.
-        train_on: `data.train_on`.
 
     Raises:
         BadRow: nothing is left to train on, or nothing of a turn is left without its thoughts.

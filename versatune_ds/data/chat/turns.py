@@ -9,11 +9,12 @@ What is not covered: columns (`rows/schemas.py`), and parts that are not text (r
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from versatune_ds.data.chat.conversation import Turn
-from versatune_ds.data.chat.flags import weight_of
+from versatune_ds.data.chat.flags import FLAGS, refuse_unclear, weight_of
 from versatune_ds.data.rows.reasons import (
     BadRow,
     Reason,
@@ -21,29 +22,33 @@ from versatune_ds.data.rows.reasons import (
     from_json_text,
     refuse_surrogates,
     short,
+    transposed,
+    word,
+    word_set,
     wrong_type,
 )
 from versatune_ds.foundations.text import is_blank
 
 CALL = "function_call"
 ALIASES = {
-    "system": ("system",),
-    "developer": ("developer",),
-    "user": ("user", "human", "prompter"),
-    "assistant": (
-        "assistant", "gpt", "chatgpt", "gpt4", "gpt_4", "bard", "bing", "claude", "gemini", "bot", "chatbot",
-        "ai", "model", "llm",
-    ),
-    "tool": (
-        "tool", "function", "ipython", "observation", "tool_response", "tool_result", "tool_results",
-        "tool_output", "function_response", "function_result", "function_output",
-    ),
-    CALL: ("function_call", "tool_call", "tool_calls", "functioncall"),
-}  # fmt: skip
-ROLES = {alias: role for role, aliases in ALIASES.items() for alias in aliases}
-"""In lower case, with `_` for a blank or dash."""
+    "system": "system",
+    "developer": "developer",
+    "user": "user human prompter input instruction question",
+    "assistant": "assistant bard bing claude gemini bot chatbot ai model llm output response answer",
+    "tool": "tool function ipython observation tool_response tool_result tool_results tool_output "
+    "tool_message function_response function_result function_output environment",
+    CALL: "function_call tool_call tool_calls",
+}
+ROLES = {alias: role for role, aliases in ALIASES.items() for alias in word_set(aliases)}
+"""By `word`."""
+_GPT = re.compile(r"(?:chat)?gpt[\d.]*o?(?:mini|turbo)?")
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thinking_content", "reasoning_text")
+TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
+THOUGHT_PARTS = ("thinking", "reasoning")
 OPEN = ("prefix", "partial", "continue")
+ALWAYS_READ = ("tool_calls", "function_call", "tools", "mask")
+READ_OF = {"assistant": (*REASONING, *OPEN), "tool": ("name", "tool_call_id")}
+"""Further fields of a turn."""
 RESERVED = (
     "messages",
     "tools",
@@ -54,10 +59,24 @@ RESERVED = (
 )
 
 
+class ReadTurns(NamedTuple):
+    """Turns of a row, and what else was found in them."""
+
+    turns: list[Turn]
+    masks: list[Any]
+    """The unclear field `mask` of each."""
+    tools: tuple[Any, ...] = ()
+    """Given in a turn, as for ChatGLM, not in a column."""
+    unused: frozenset[str] = frozenset()
+    """Fields that are not read, as `messages[].name`."""
+    notes: frozenset[str] = frozenset()
+    """What is to be counted, see `cache/summary.py`."""
+
+
 def read_turns(
     values: Any, place: str, role_names: Sequence[str], content_names: Sequence[str], drop_nulls: bool
-) -> tuple[list[Turn], list[Any]]:
-    """(turns, the unclear field `mask` of each) of a list.
+) -> ReadTurns:
+    """What stands in a list of turns.
 
     Args:
         place: of the list, for error texts.
@@ -68,16 +87,27 @@ def read_turns(
         BadRow: what a turn holds cannot be used.
     """
     if not isinstance(values, list):
-        raise wrong_type(place, values, "a list of turns")
-    turns, masks = [], []
+        wanted = "a list of turns, or that as JSON text (json.dumps writes it, str does not)"
+        raise wrong_type(place, values, wanted)
+    turns, masks, unused = [], [], set()
+    tools: list[Any] = []
     for i, value in enumerate(values):
         where = f"{place}[{i}]"
         fields = from_json_text(value, "{")
         if not isinstance(fields, dict):
             raise wrong_type(where, value, f"an object with {role_names[0]} and {content_names[0]}")
-        turns.append(_read_turn(fields, where, role_names, content_names, drop_nulls))
+        turn = _read_turn(fields, where, role_names, content_names, drop_nulls)
+        turns.append(turn)
         masks.append(fields.get("mask"))
-    return turns, masks
+        tools += read_tools(fields.get("tools"), f"{where}.tools", drop_nulls)
+        known = {*role_names, *content_names, *ALWAYS_READ, *READ_OF.get(turn.role, ())}
+        for name, value in fields.items():
+            if name in known or value in (None, "", [], {}) or word(name) in FLAGS:
+                continue
+            if turn.role == "assistant":
+                refuse_unclear(name, [value], f"{where}.")
+            unused.add(f"{place}[].{name}")
+    return ReadTurns(turns, masks, tuple(tools), frozenset(unused))
 
 
 def _read_turn(
@@ -90,7 +120,8 @@ def _read_turn(
     name, speaker = _field(fields, where, role_names)
     if not isinstance(speaker, str):
         raise wrong_type(f"{where}.{name}", speaker, "a string")
-    role = ROLES.get(speaker.strip().lower().replace("-", "_").replace(" ", "_"))
+    spoken = word(speaker.strip().removesuffix(":"))
+    role = "assistant" if _GPT.fullmatch(spoken) else ROLES.get(spoken)
     if role is None:
         raise BadRow(
             Reason.UNKNOWN_ROLE,
@@ -139,24 +170,28 @@ def _field(fields: Mapping[str, Any], where: str, names: Sequence[str]) -> tuple
 
 def _read_content(value: Any, place: str, *, is_result: bool = False) -> tuple[str, list[str]]:
     """(text, thoughts): parts of text joined as they are."""
-    if is_result and (isinstance(value, dict) or (isinstance(value, list) and not all(map(_is_part, value)))):
+    value = value if is_result else transposed(value)
+    is_text = isinstance(value, str) or (isinstance(value, list) and all(map(_is_part, value)))
+    if is_result and not is_text:
         value = json.dumps(value, ensure_ascii=False)
     parts = value if isinstance(value, list) else [value]
     text: list[str] = []
     thoughts: list[str] = []
     for i, part in enumerate(parts):
-        where = f"{place}[{i}]" if isinstance(value, list) else place
+        where, target = f"{place}[{i}]" if isinstance(value, list) else place, text
         if isinstance(value, list) and isinstance(part, dict):
             kind = part.get("type") or "text"
-            key = "thinking" if kind in ("thinking", "reasoning") and "thinking" in part else "text"
-            if kind not in ("text", "input_text", "output_text", "thinking", "reasoning") or key not in part:
+            if kind not in TEXT_PARTS + THOUGHT_PARTS:
                 raise BadRow(
                     Reason.UNSUPPORTED_FIELD,
                     f"{where} is a part of type {short(kind)}; only parts of text can be trained on",
                 )
-            part, target = part[key], thoughts if kind in ("thinking", "reasoning") else text
-        else:
-            target = text
+            names: tuple[str, ...] = ("text", "content", "value")
+            if kind in THOUGHT_PARTS:
+                names, target = (*THOUGHT_PARTS, "summary", *names), thoughts
+            _, part = _field(part, where, names)
+            if isinstance(part, list) and target is thoughts:
+                part = "".join(_read_content(part, where)[0])
         if not isinstance(part, str):
             raise wrong_type(where, part, "a string, or a list of parts of text")
         refuse_surrogates(where, part)
@@ -172,7 +207,8 @@ def _is_part(value: Any) -> bool:
 
 
 def _read_calls(fields: Mapping[str, Any], where: str, drop_nulls: bool) -> tuple[dict[str, Any], ...]:
-    given = from_json_text(fields.get("tool_calls"), "[{") or []
+    drop_nulls = drop_nulls and not isinstance(fields.get("tool_calls"), str)
+    given = transposed(from_json_text(fields.get("tool_calls"), "[{")) or []
     if not isinstance(given, list):
         given = [given]
     place = f"{where}.tool_calls"
@@ -199,7 +235,9 @@ def _read_call(call: Any, place: str, drop_nulls: bool) -> dict[str, Any]:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except ValueError as error:
             raise BadRow(Reason.INVALID_JSON, f"{place}: the arguments are no JSON ({error})") from None
-    arguments = {} if arguments is None else without_nulls(arguments) if drop_nulls else arguments
+    elif drop_nulls:
+        arguments = without_nulls(arguments)
+    arguments = {} if arguments is None else arguments
     refuse_surrogates(place, json.dumps([name, arguments], ensure_ascii=False))
     return {"type": "function", **outer, "function": {"name": name, "arguments": arguments}}
 
@@ -236,7 +274,8 @@ def read_tools(value: Any, place: str, drop_nulls: bool) -> tuple[Any, ...]:
     Raises:
         BadRow: it is neither.
     """
-    tools = from_json_text(value, "[{")
+    drop_nulls = drop_nulls and not isinstance(value, str)
+    tools = transposed(from_json_text(value, "[{"))
     tools = [tools] if isinstance(tools, dict) and tools else tools or []
     if isinstance(tools, str) and (is_blank(tools) or tools.strip() == "null"):
         tools = []
@@ -244,10 +283,10 @@ def read_tools(value: Any, place: str, drop_nulls: bool) -> tuple[Any, ...]:
         raise wrong_type(place, value, "a list of functions, or that as JSON text")
     result = []
     for i, tool in enumerate(tools):
-        tool = from_json_text(tool, "{")
+        written, tool = tool, from_json_text(tool, "{")
         if not isinstance(tool, dict):
             raise wrong_type(f"{place}[{i}]", tool, "an object that describes a function")
-        tool = without_nulls(tool) if drop_nulls else tool
+        tool = without_nulls(tool) if drop_nulls and tool is written else tool
         result.append(
             tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
         )

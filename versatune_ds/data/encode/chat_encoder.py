@@ -27,7 +27,7 @@ from versatune_ds.data.chat.conversation import Conversation, Turn
 from versatune_ds.data.encode.templating import ChatRenderer, RenderedChat
 from versatune_ds.data.encode.tokenizer import require_rows, warn_once
 from versatune_ds.data.rows.reasons import BadRow, Reason
-from versatune_ds.data.rows.schemas import TokenRow
+from versatune_ds.data.rows.schemas import TextRow, TokenRow
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import canonical_hash
 
@@ -153,6 +153,33 @@ class ChatEncoder:
             for i, item in enumerate(rendered)
         ]
 
+    def plain(self, row: TokenRow | TextRow) -> EncodedSample:
+        """A row without turns as a sample.
+
+        Raises:
+            BadRow: see `check_tokens`.
+        """
+        return self.check_tokens(row) if isinstance(row, TokenRow) else self.encode_text(row)
+
+    def encode_text(self, row: TextRow) -> EncodedSample:
+        """A text behind the token that `detect` starts texts from (BOS, or EOS where there is none), then EOS
+        unless it was cut. All but the first token is trained on.
+
+        Raises:
+            BadRow: nothing is.
+        """
+        ids = self.backend.encode(row.text, add_special_tokens=False).ids
+        bos, eos = (self._special_id(name) for name in ("bos_token", "eos_token"))
+        start = [token for token in (eos if bos is None else bos,) if token is not None]
+        end = [eos] if row.is_finished and eos is not None else []
+        tokens = np.array([*start, *ids, *end], dtype=np.uint32)
+        mask = np.arange(len(tokens)) >= len(start)
+        if not mask[1:].any():
+            raise BadRow(Reason.NOTHING_SUPERVISED, "the text is a single token, and nothing comes before it")
+        weights = None if row.weight == 1 else np.where(mask, np.float32(row.weight), np.float32(0))
+        has_special = any(text in row.text for text in self.template.special_texts)
+        return EncodedSample(tokens, mask, weights, has_special_text=has_special)
+
     def check_tokens(self, row: TokenRow) -> EncodedSample:
         """A pre-tokenised row as a sample.
 
@@ -186,15 +213,17 @@ class ChatEncoder:
 
     @functools.cached_property
     def _eos_id(self) -> int | None:
-        eos = self.template.variables.get("eos_token")
-        return None if eos is None else self.backend.token_to_id(str(eos))
+        return self._special_id("eos_token")
+
+    def _special_id(self, name: str) -> int | None:
+        """Of `bos_token` and the like; None where the tokenizer has none."""
+        text = self.template.variables.get(name)
+        return None if text is None else self.backend.token_to_id(str(text))
 
     @functools.cached_property
     def _padding_ids(self) -> set[int | None]:
         """Tokens that rows are padded with: the pad token, or one that ends a text."""
-        pad = self.template.variables.get("pad_token")
-        pad_id = None if pad is None else self.backend.token_to_id(str(pad))
-        return {pad_id, self._eos_id, self.stop_id} - {None}
+        return {self._special_id("pad_token"), self._eos_id, self.stop_id} - {None}
 
     # Tokens and mask.
 

@@ -20,7 +20,7 @@ from versatune_ds.data.rows.blocks import Block, RowPlace
 from versatune_ds.data.rows.files import InputFile
 from versatune_ds.data.rows.readers import decode_block
 from versatune_ds.data.rows.reasons import NEVER_FATAL, BadRow, Reason, short
-from versatune_ds.data.rows.schemas import RowSchema, TokenRow
+from versatune_ds.data.rows.schemas import Content, RowSchema, TextRow, TokenRow
 
 EXCERPT_CHARS = 200
 NO_DOMAIN = "(unknown)"
@@ -86,7 +86,7 @@ class _Row:
     raw: Any
     """As it stands in the file, for the excerpt; None: it cannot be shown."""
     domain: str
-    content: Conversation | TokenRow = field(init=False)
+    content: Content = field(init=False)
 
 
 def encode_block(task: EncodeTask, settings: EncodeSettings) -> BlockResult:
@@ -135,6 +135,7 @@ class _BlockEncoder:
                 row.domain = schema.domain_of(found)
                 row.content = schema.parse(found, self.task.format, drop_nulls=bool(block.arrow))
                 if isinstance(row.content, Conversation):
+                    self.result.columns |= dict.fromkeys(sorted(row.content.unused))
                     row.content = to_train(row.content, self.settings.reasoning, self.settings.train_on)
                 good.append(row)
             except BadRow as error:
@@ -151,7 +152,7 @@ class _BlockEncoder:
         for row in rows:
             try:
                 content = row.content
-                sample = encoder.check_tokens(content) if isinstance(content, TokenRow) else next(rendered)
+                sample = next(rendered) if isinstance(content, Conversation) else encoder.plain(content)
                 if isinstance(sample, BadRow):
                     raise sample
             except BadRow as error:
@@ -162,7 +163,7 @@ class _BlockEncoder:
             for piece in self._fit(row, sample):
                 yield row, piece
 
-    def _worth_a_note(self, content: Conversation | TokenRow, sample: EncodedSample) -> Iterator[str]:
+    def _worth_a_note(self, content: Content, sample: EncodedSample) -> Iterator[str]:
         if sample.has_special_text:
             yield "special_text"
         if sample.was_rewritten:
@@ -171,7 +172,7 @@ class _BlockEncoder:
             yield from sorted(content.notes)
             if any(name not in self.settings.encoder.template.text for name in content.variables):
                 yield "unread_variables"
-        elif content.weights is not None:
+        elif sample.weights is not None:
             yield "weighted"
 
     def _fit(self, row: _Row, sample: EncodedSample) -> list[EncodedSample]:
@@ -219,11 +220,13 @@ def _join(items: Sequence[tuple[_Row, EncodedSample]], dtype: str) -> SampleArra
     )
 
 
-def _digests(row: Conversation | TokenRow) -> tuple[int, int]:
+def _digests(row: Content) -> tuple[int, int]:
     """Hashes of the prompt (all before the last response) and of the whole row."""
     if isinstance(row, TokenRow):
         mask = row.mask if row.weights is None else row.weights
         prompt, rest = row.tokens[~row.mask].tobytes(), row.tokens.tobytes() + mask.tobytes()
+    elif isinstance(row, TextRow):
+        prompt, rest = b"", repr(row).encode()
     else:
         last = max(i for i, turn in enumerate(row.turns) if turn.role == "assistant")
         turns = [

@@ -26,8 +26,9 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import product
 from typing import Any, NamedTuple
 
 import jinja2
@@ -46,6 +47,8 @@ from versatune_ds.data.rows.reasons import BadRow, Reason, short
 from versatune_ds.foundations.errors import ConfigError
 
 _GENERATION_TAG = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
+_PROMPTED_THOUGHT = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+"""The beginning of a thought, or an empty one, that a prompt may end with and that turns need not have."""
 _PROBE = "versatune probe answer"
 
 
@@ -142,12 +145,14 @@ class ChatRenderer:
         Raises:
             BadRow: the template refuses these messages.
         """
-        compiled = self._compiled
-        has_calls = any(turn.calls for turn in chat.turns[:end])
-        for as_text in (False, True):  # arguments of calls as objects; as JSON text, if they are refused
+        compiled, turns = self._compiled, chat.turns[:end]
+        # Arguments of calls as objects, and no text beside them; as JSON text and '', if that is refused.
+        forms = product((False, True), repeat=2) if any(turn.calls for turn in turns) else [(False, False)]
+        refusals = []
+        for as_text, with_text in forms:
             try:
                 text: str = compiled.render(
-                    messages=[self.message(turn, as_text) for turn in chat.turns[:end]],
+                    messages=[self.message(turn, as_text, with_text) for turn in turns],
                     tools=list(chat.tools) or None,
                     documents=None,
                     add_generation_prompt=add_generation_prompt,
@@ -155,18 +160,16 @@ class ChatRenderer:
                 )
                 return text
             except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-                if as_text or not has_calls:
-                    raise BadRow(
-                        Reason.REFUSED_BY_TEMPLATE, f"the chat template refuses the messages: {error}"
-                    ) from None
-        raise AssertionError
+                refusals.append(f"the chat template refuses the messages: {error}")
+        raise BadRow(Reason.REFUSED_BY_TEMPLATE, refusals[0])
 
-    def message(self, turn: Turn, arguments_as_text: bool = False) -> dict[str, Any]:
+    def message(self, turn: Turn, arguments_as_text: bool = False, with_text: bool = False) -> dict[str, Any]:
         """What the template sees of a turn."""
         role = turn.role
         if role == "developer" and "developer" not in self.text:
             role = "system"
-        content = None if turn.calls and not turn.content and self._asks_for_none else turn.content
+        is_none = turn.calls and not turn.content and self._asks_for_none and not with_text
+        content = None if is_none else turn.content
         message: dict[str, Any] = {"role": role, "content": content, **turn.about}
         if turn.reasoning:
             message[self._reasoning_name] = turn.reasoning
@@ -269,18 +272,16 @@ class ChatRenderer:
         return text, dict(zip(said, starts, strict=True))
 
     def _start_by_prefix(self, chat: Conversation, i: int, text: str) -> int:
-        # Qwen3's `enable_thinking: false` writes an empty thought into the prompt that turns need not have.
-        for variables in (chat.variables, {}):
-            prompt = self.render(replace(chat, variables=variables), i, add_generation_prompt=True)
-            if text.startswith(prompt):
-                return len(prompt)
-            if not chat.variables:
-                break
+        prompt = self.render(chat, i, add_generation_prompt=True)
+        for start in (prompt, _PROMPTED_THOUGHT.sub("", prompt)):
+            if text.startswith(start):
+                return len(start)
         raise BadRow(
             Reason.REFUSED_BY_TEMPLATE,
             f"the chat template renders what comes before turn {i + 1} in another way once the turn "
-            "is there, so the supervised part cannot be told. Set data.chat_template to a built-in "
-            "template, or use a template with {% generation %} blocks",
+            "is there, so the supervised part cannot be told. Train on the last turn only (data.train_on: "
+            "last_turn), set data.chat_template to a built-in template, or use a template with "
+            "{% generation %} blocks",
         )
 
     def _close(self, chat: Conversation, i: int, start: int, text: str) -> TrainedSpan:

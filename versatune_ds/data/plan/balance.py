@@ -15,12 +15,15 @@ different speed, and the head's cost, which goes with supervised tokens and is s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.text import divisors
+
+Item = TypeVar("Item")
 
 
 def quadratic_tokens(num_params_nonembedding: int, num_layers: int, hidden_size: int) -> float:
@@ -33,7 +36,6 @@ def quadratic_tokens(num_params_nonembedding: int, num_layers: int, hidden_size:
 
     Args:
         num_params_nonembedding: N, parameters of the layers without embeddings and head.
-        num_layers: transformer layers.
         hidden_size: attention heads times head size.
     """
     return num_params_nonembedding / (num_layers * hidden_size)
@@ -75,14 +77,12 @@ def rank_number(micro_step: int, rank: int, world_size: int) -> int:
     return micro_step * world_size + (world_size - 1 - rank if micro_step % 2 else rank)
 
 
-def rank_packs(packs: Sequence[Pack], rank: int, world_size: int) -> list[Pack]:
+def rank_packs(packs: Sequence[Item], rank: int, world_size: int) -> list[Item]:
     """The packs of one rank, one per micro-step.
 
     Args:
-        packs: the step's packs as planned, by falling cost (`by_cost`); their number is a multiple of
-            `world_size`.
-        rank: 0..world_size-1.
-        world_size: number of data-parallel ranks.
+        packs: the step's packs as planned, by falling cost (`by_cost`), or something of each; their number
+            is a multiple of `world_size`.
 
     Returns:
         len(packs) / world_size packs. Micro-step m takes packs m * world_size and following; every second
@@ -102,9 +102,6 @@ def modelled_idle(packs: Sequence[Pack], world_size: int, *, pack_len: int, quad
     """Share of rank time spent waiting, if every micro-step lasts as long as its costliest pack.
 
     Args:
-        packs: the step's packs, as given to `rank_packs`.
-        world_size: number of ranks.
-        pack_len: slots in a pack.
         quadratic_tokens: see the function of this name.
 
     Returns:

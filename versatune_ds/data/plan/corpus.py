@@ -211,40 +211,12 @@ def steps_per_epoch(corpus: Corpus, settings: PlannerSettings) -> StepsPerEpoch:
     )
 
 
-@dataclass(frozen=True)
-class Supply:
-    """How much can be trained on before `max_epochs` uses everything up.
-
-    Attributes:
-        samples: most draws per domain; infinite without a limit.
-        tokens: the same in tokens, by the domain's mean length; infinite without a limit.
-        steps: full optimizer steps they fill together; infinite when one domain has no limit.
-    """
-
-    samples: tuple[float, ...]
-    tokens: tuple[float, ...]
-    steps: float
-
-
-def supply(
-    corpus: Corpus, settings: PlannerSettings, weights: Sequence[float] | Float64 | None = None
-) -> Supply:
-    """What the corpus can feed, to be compared with the planned steps before training.
-
-    Args:
-        corpus: lengths of all samples.
-        settings: what a step is.
-        weights: float64[k]; domains of weight 0 count as nothing. None: all domains count.
-    """
-    limits = settings.draw_limits(corpus)
-    chosen = [True] * len(limits) if weights is None else [w > 0 for w in weights]
-    samples = tuple(
-        float(limit) if use and size else 0.0
-        for limit, size, use in zip(limits, corpus.num_samples, chosen, strict=True)
+def token_supply(
+    corpus: Corpus, settings: PlannerSettings, weights: Sequence[float] | Float64
+) -> tuple[float, ...]:
+    """Tokens of each domain until `max_epochs` uses it up, by its mean length; infinite without a limit, 0 of
+    a domain of weight 0."""
+    of_domain = zip(settings.draw_limits(corpus), corpus.num_tokens, corpus.num_samples, weights, strict=True)
+    return tuple(
+        limit * tokens / size if size and weight > 0 else 0.0 for limit, tokens, size, weight in of_domain
     )
-    tokens = tuple(
-        count * total / size if size else 0.0
-        for count, total, size in zip(samples, corpus.num_tokens, corpus.num_samples, strict=True)
-    )
-    steps = sum(tokens) / settings.tokens_per_step
-    return Supply(samples, tokens, steps if math.isinf(steps) else float(math.floor(steps)))

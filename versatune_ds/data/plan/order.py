@@ -42,8 +42,6 @@ class Permutation:
 
     Args:
         num_samples: n, at least 1.
-        seed: the run's seed.
-        domain: id of the domain.
         pass_index: 0 for the first pass over the domain's samples.
     """
 

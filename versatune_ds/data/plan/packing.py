@@ -104,7 +104,6 @@ def fill_packs(
         lengths: tokens of each sample, 1..pack_len; the first `num_carried` are carried over, and they
             stand in the order in which they are to be placed (oldest first).
         num_carried: samples to place before all others.
-        num_packs: packs to fill.
         pack_len: capacity of a pack in tokens.
 
     Returns:
@@ -147,11 +146,7 @@ def _hold_back(order: Sequence[int], lengths: Sequence[int], excess: int) -> tup
 
 
 def _place_best_fit(
-    order: Sequence[int],
-    lengths: Sequence[int],
-    fit: _BestFit,
-    packs: list[list[int]],
-    rest: list[int],
+    order: Sequence[int], lengths: Sequence[int], fit: _BestFit, packs: list[list[int]], rest: list[int]
 ) -> None:
     """Place samples in `order`, each into the fullest pack that has room; appends to packs and rest."""
     for sample in order:
@@ -163,10 +158,7 @@ def _place_best_fit(
 
 
 def _place_spread(
-    order: Sequence[int],
-    lengths: Sequence[int],
-    free: dict[int, int],
-    packs: list[list[int]],
+    order: Sequence[int], lengths: Sequence[int], free: dict[int, int], packs: list[list[int]]
 ) -> int:
     """Place samples in `order`, each into the pack of lowest sum of squared lengths that has room.
 
@@ -200,7 +192,6 @@ def pack_all(lengths: Sequence[int] | npt.NDArray[np.int32], pack_len: int) -> l
 
     Args:
         lengths: tokens of each sample, 1..pack_len.
-        pack_len: capacity of a pack in tokens.
 
     Returns:
         for each pack the int64 indices into `lengths`; none is empty, each sample is in exactly one.

@@ -232,16 +232,11 @@ def _check_weights(corpus: Corpus, weights: Sequence[float] | Float64) -> Float6
 
 
 def plan_step(
-    corpus: Corpus,
-    settings: PlannerSettings,
-    state: PlannerState,
-    weights: Sequence[float] | Float64,
+    corpus: Corpus, settings: PlannerSettings, state: PlannerState, weights: Sequence[float] | Float64
 ) -> StepPlan:
     """Plan one optimizer step for all ranks. Pure: equal arguments give equal plans.
 
     Args:
-        corpus: lengths of all samples.
-        settings: what a step is.
         state: where the planner stands; not changed.
         weights: float64[k], shares of the domains in `settings.weight_unit`; >= 0, sum 1.
 

@@ -45,11 +45,12 @@ def csv_rows(stream: io.BufferedReader, file: InputFile) -> Iterator[tuple[dict[
                 raise FileDamage(Reason.ROW_TOO_LARGE, text, line)
             yield data.decode("utf-8", "surrogateescape")
 
+    separator, skipped = _separator(stream, file)
     csv.field_size_limit(max(csv.field_size_limit(), blocks.MAX_ROW_BYTES))
-    reader = csv.reader(lines(), delimiter=_separator(stream, file), strict=True)
+    reader = csv.reader(lines(), delimiter=separator, strict=True)
     names: list[str] | None = None
     while True:
-        line, size = reader.line_num + 1, 0
+        line, size = reader.line_num + 1 + skipped, 0
         try:
             cells = next(reader)
         except StopIteration:
@@ -69,19 +70,23 @@ def csv_rows(stream: io.BufferedReader, file: InputFile) -> Iterator[tuple[dict[
         yield _row(names, cells, reader.dialect.delimiter), line
 
 
-def _separator(stream: io.BufferedReader, file: InputFile) -> str:
-    if file.kind == "tsv":
-        return "\t"
+def _separator(stream: io.BufferedReader, file: InputFile) -> tuple[str, int]:
+    """(what stands between cells, lines in front of the header: Excel's `sep=;`)."""
     head = stream.peek(blocks.READ_BYTES).lstrip().partition(b"\n")[0].decode("utf-8", "replace")
+    if head.startswith("sep=") and len(head.strip("\r")) == 5:
+        stream.readline()
+        return head[4], 1
+    if file.kind == "tsv":
+        return "\t", 0
     found = max(SEPARATORS, key=head.count)
     if found != ",":
         logger.warning("%s: the header is separated by %a, not by commas; it is read so", file.path, found)
-    return found
+    return found, 0
 
 
 def _header(cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted({name for name in names if name and names.count(name) > 1})
     if repeated:
         raise FileDamage(Reason.DAMAGED_FILE, f"the column {short(repeated[0])} stands twice; keep one", 1)
     return names

@@ -5,7 +5,9 @@ What is not covered: where the row stands (`blocks.RowPlace`), and whether it st
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Iterable
 from enum import Enum
 from typing import Any
@@ -49,6 +51,7 @@ class Reason(str, Enum):
     NO_STOP_TOKEN = "no_stop_token"
     NOTHING_SUPERVISED = "nothing_supervised"
     LOST_TEXT = "lost_text"
+    BLANK_TEXT = "blank_text"
     # By `data.train_on` and flags, whatever `data.on_bad_row` says.
     SWITCHED_OFF = "switched_off"
     # By `data.overlong`, whatever `data.on_bad_row` says.
@@ -58,7 +61,7 @@ class Reason(str, Enum):
 
 WHOLE_FILE = (Reason.EMPTY_FILE, Reason.DAMAGED_FILE, Reason.TRUNCATED_FILE, Reason.WRONG_ENCODING)
 """Reasons that concern a file, or the rest of it from a place on, and not one row."""
-NEVER_FATAL = (Reason.SWITCHED_OFF, Reason.OVERLONG, Reason.OVERLONG_NOTHING_LEFT)
+NEVER_FATAL = (Reason.BLANK_TEXT, Reason.SWITCHED_OFF, Reason.OVERLONG, Reason.OVERLONG_NOTHING_LEFT)
 """Reasons that no setting of `data.on_bad_row` stops at."""
 
 
@@ -130,6 +133,17 @@ def column_names(row: Iterable[str]) -> str:
     return ", ".join(short(name, 40)[1:-1] for name in list(row)[:12]) or "none"
 
 
+@functools.lru_cache(maxsize=4096)
+def word(name: str) -> str:
+    """A name however it is spelled: lossMask, loss-mask and Loss_Mask are one."""
+    return re.sub(r"[-_\s]", "", name).lower()
+
+
+def word_set(names: str) -> frozenset[str]:
+    """`word` of each of these names."""
+    return frozenset(map(word, names.split()))
+
+
 def from_json_text(value: Any, beginnings: str) -> Any:
     """The value that a text is the JSON of, if it begins with one of these characters; else `value`."""
     if not isinstance(value, str) or value.lstrip()[:1] not in tuple(beginnings):
@@ -138,6 +152,15 @@ def from_json_text(value: Any, beginnings: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
+
+
+def transposed(value: Any) -> Any:
+    """A struct of equally long lists, as `datasets` stores a list of structs, as that list; else `value`."""
+    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
+        return value
+    if len({len(column) for column in value.values()}) != 1:
+        return value
+    return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
 
 
 def refuse_surrogates(place: str, value: str) -> None:

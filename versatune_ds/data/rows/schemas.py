@@ -1,4 +1,4 @@
-"""Row schemas: a raw dict becomes a conversation, or token ids with a mask, or a reason why not.
+"""Row schemas: a raw dict becomes a conversation, a text, or token ids with a mask, or a reason why not.
 
 A file has one format: the named one, or the first of `FORMATS` whose required columns a row of the file has
 (the first such row decides). `columns` maps these names to the file's own ones, also inside the turns of
@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from versatune_ds.data.chat.conversation import Conversation, Turn
 from versatune_ds.data.chat.flags import OF_ROWS, with_row_flags
-from versatune_ds.data.chat.turns import merged, read_tools, read_turns, read_variables
+from versatune_ds.data.chat.turns import ReadTurns, merged, read_tools, read_turns, read_variables
 from versatune_ds.data.rows.reasons import (
     BadRow,
     Reason,
@@ -28,6 +29,8 @@ from versatune_ds.data.rows.reasons import (
     kind_of,
     refuse_surrogates,
     short,
+    transposed,
+    word,
     wrong_type,
 )
 from versatune_ds.foundations.constants import IGNORE_INDEX
@@ -40,19 +43,21 @@ SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 VARIABLES = ("chat_template_kwargs", "template_kwargs", "enable_thinking")
 BESIDE_TURNS = (*SYSTEM, *TOOLS, *VARIABLES)
+BEFORE_RESPONSE = ("history", "reasoning_content")
 # Required and optional columns, in the order of detection: the more specific first. All may have `OF_ROWS`.
 FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "messages": (("messages",), BESIDE_TURNS),
     "sharegpt": (("conversations",), BESIDE_TURNS),
     "pretokenized": (("input_ids",), ("labels", *MASKS, "attention_mask")),
-    "alpaca": (("instruction", "output"), ("input", *BESIDE_TURNS)),
-    "prompt_completion": (("prompt", "completion"), BESIDE_TURNS),
+    "alpaca": (("instruction", "output"), ("input", *BEFORE_RESPONSE, *BESIDE_TURNS)),
+    "prompt_completion": (("prompt", "completion"), (*BEFORE_RESPONSE, *BESIDE_TURNS)),
+    "text": (("text",), ("finished",)),
 }
-# What carries meaning that we would lose in silence; absent, null and empty are fine.
+NAMED_ONLY = ("text",)
+"""Formats that no column tells: a column `text` may also hold rendered chats, whose prompts nobody wants to
+train on."""
+# What carries meaning that we would lose in silence, but where a format reads it; null and empty are fine.
 UNSUPPORTED_IN_ROWS = ("history", "images", "videos", "audios")
-
-
-_Read = tuple[list[Turn], list[Any], set[str]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,19 @@ class TokenRow:
     """bool[n], True: trained on."""
     weights: npt.NDArray[np.float32] | None = None
     """float32[n], factors in the loss; None: 1 where trained on."""
+
+
+class TextRow(NamedTuple):
+    """A whole text, all of it trained on; also what `versatune-ds detect` writes (sequences.jsonl)."""
+
+    text: str
+    is_finished: bool = True
+    """False: it was cut, so no end token is trained on behind it."""
+    weight: float = 1.0
+    """Factor in the loss."""
+
+
+Content = Conversation | TokenRow | TextRow
 
 
 @dataclass(frozen=True)
@@ -88,23 +106,27 @@ class RowSchema:
             return self.format
         present = set(names)
         for format, (required, _) in FORMATS.items():
-            if all(self.column(name) in present for name in required):
+            if format not in NAMED_ONLY and all(self.column(name) in present for name in required):
                 return format
         return None
 
-    def read_columns(self, format: str) -> set[str]:
-        """All columns that a row of this format is asked for; others are not used."""
-        required, optional = FORMATS[format]
-        wanted = {self.column(name) for name in (*required, *optional, *OF_ROWS)} | set(UNSUPPORTED_IN_ROWS)
-        return wanted | ({self.domain_column} if self.domain_column else set())
+    def ours(self, column: str) -> str:
+        """Our name of the file's column; of one that stands for none "", if another column has its name."""
+        mapped = (ours for ours, theirs in self.columns.items() if theirs == column)
+        return next(mapped, "" if column in self.columns else column)
+
+    def is_read(self, column: str, format: str) -> bool:
+        """Whether a row of this format is asked for this column; others are not used."""
+        ours = self.ours(column)
+        named = ours in (*chain(*FORMATS[format]), *UNSUPPORTED_IN_ROWS) or word(ours) in OF_ROWS
+        return named or column == self.domain_column
 
     def needed_columns(self, names: list[str]) -> list[str] | None:
         """Of a table's columns those that are read; None (all) when no format fits, for the error text."""
         format = self.detect(names)
         if format is None:
             return None
-        wanted = self.read_columns(format)
-        needed = [name for name in names if name in wanted]
+        needed = [name for name in names if self.is_read(name, format)]
         return needed if all(self.column(name) in needed for name in FORMATS[format][0]) else None
 
     def domain_of(self, row: Mapping[str, Any]) -> str:
@@ -129,9 +151,7 @@ class RowSchema:
             raise BadRow(Reason.UNKNOWN_DOMAIN, unknown_name("domain", short(value)[1:-1], self.domains))
         return value
 
-    def parse(
-        self, row: Mapping[str, Any], format: str | None, *, drop_nulls: bool = False
-    ) -> Conversation | TokenRow:
+    def parse(self, row: Mapping[str, Any], format: str | None, *, drop_nulls: bool = False) -> Content:
         """Check a row against the format of its file.
 
         Args:
@@ -146,7 +166,7 @@ class RowSchema:
             return self._parse_other(row, format)
         return self._parse_as(row, format, drop_nulls)
 
-    def _parse_other(self, row: Mapping[str, Any], format: str) -> Conversation | TokenRow:
+    def _parse_other(self, row: Mapping[str, Any], format: str) -> Content:
         """A row with none of the format's columns: is it another format's (and then, is it at all sound)?"""
         other = self.detect(row)
         if other is None:
@@ -157,69 +177,97 @@ class RowSchema:
             f"found a row of format {other}; the file's first rows are {format}. Use one format per file",
         )
 
-    def _parse_as(
-        self, row: Mapping[str, Any], format: str, drop_nulls: bool = False
-    ) -> Conversation | TokenRow:
+    def _parse_as(self, row: Mapping[str, Any], format: str, drop_nulls: bool = False) -> Content:
         for name in UNSUPPORTED_IN_ROWS:
-            if row.get(name):
+            if row.get(name) and name not in FORMATS[format][1]:
                 raise BadRow(
                     Reason.UNSUPPORTED_FIELD, f"the field {name!r} is set; it is not supported. Remove it"
                 )
         if format == "pretokenized":
             return self._token_row(row)
-        turns, masks, notes = getattr(self, f"_{format}")(row, drop_nulls)
-        if any(turn.weight and turn.role != "assistant" for turn in turns):
+        if format == "text":
+            return self._text_row(row)
+        read: ReadTurns = getattr(self, f"_{format}")(row, drop_nulls)
+        before = self._history(row) if "history" in FORMATS[format][1] else []
+        notes = read.notes
+        if any(turn.weight and turn.role != "assistant" for turn in read.turns):
             notes |= {"flags_elsewhere"}
-        weight, turns = with_row_flags(row, turns, masks, self.column)
+        masks = [*(None for _ in before), *read.masks]
+        weight, turns = with_row_flags(row, before + read.turns, masks, self.ours)
         turns = [*self._system(row, turns), *merged(turns)]
         _check_turns(turns)
         given = ((name, row.get(self.column(name))) for name in TOOLS)
         tools = [tool for name, value in given for tool in read_tools(value, self.column(name), drop_nulls)]
+        tools += [tool for tool in read.tools if tool not in tools]
         variables: dict[str, Any] = {}
         for name in VARIABLES:
             value = row.get(self.column(name))
             if name == "enable_thinking":
                 value = None if value is None else {name: value}
             variables |= read_variables(value, self.column(name), drop_nulls)
-        return Conversation(tuple(turns), tuple(tools), variables, weight, frozenset(notes))
+        return Conversation(tuple(turns), tuple(tools), variables, weight, notes, unused=read.unused)
 
     def _unknown_columns(self, row: Mapping[str, Any]) -> BadRow:
-        known = "; ".join(f"{name}: {' + '.join(required)}" for name, (required, _) in FORMATS.items())
+        told = {name: required for name, (required, _) in FORMATS.items() if name not in NAMED_ONLY}
+        known = "; ".join(f"{name}: {' + '.join(required)}" for name, required in told.items())
         return BadRow(
             Reason.UNKNOWN_COLUMNS,
             f"found the columns {column_names(row)}, which fit no format ({known}). Map them in the "
-            "source, e.g. `columns: {prompt: question, completion: answer}`",
+            "source, e.g. `columns: {prompt: question, completion: answer}`; whole texts, all of which "
+            "is trained on, need `format: text`",
         )
 
-    # One method per format: (turns, their field `mask`, what is to be counted), types checked.
+    # One method per format; types checked.
 
-    def _messages(self, row: Mapping[str, Any], drop_nulls: bool) -> _Read:
+    def _messages(self, row: Mapping[str, Any], drop_nulls: bool) -> ReadTurns:
         return self._turns(row, "messages", ("role", "from"), ("content", "value"), drop_nulls)
 
-    def _sharegpt(self, row: Mapping[str, Any], drop_nulls: bool) -> _Read:
+    def _sharegpt(self, row: Mapping[str, Any], drop_nulls: bool) -> ReadTurns:
         return self._turns(row, "conversations", ("from", "role"), ("value", "content"), drop_nulls)
 
-    def _alpaca(self, row: Mapping[str, Any], drop_nulls: bool) -> _Read:
+    def _alpaca(self, row: Mapping[str, Any], drop_nulls: bool) -> ReadTurns:
         prompt = self._text(row, "instruction")
         extra = self._text(row, "input", optional=True)
-        response = self._text(row, "output")
         if not is_blank(extra):
             prompt = extra if is_blank(prompt) else f"{prompt}\n\n{extra}"
-        return [Turn("user", prompt), Turn("assistant", response)], [], set()
+        return ReadTurns([Turn("user", prompt), self._response(row, "output")], [None, None])
 
-    def _prompt_completion(self, row: Mapping[str, Any], drop_nulls: bool) -> _Read:
+    def _prompt_completion(self, row: Mapping[str, Any], drop_nulls: bool) -> ReadTurns:
         """Texts, or as TRL has it lists of messages; of these the completion is trained on."""
-        turns: list[Turn] = []
-        masks: list[Any] = []
-        for name, role in (("prompt", "user"), ("completion", "assistant")):
-            if isinstance(transposed(row.get(self.column(name))), list):
-                part, said, _ = self._turns(row, name, ("role", "from"), ("content", "value"), drop_nulls)
-                if name == "prompt":
-                    part = [t._replace(weight=0.0) if t.role == "assistant" else t for t in part]
+        parts = []
+        for name in ("prompt", "completion"):
+            if _holds_turns(row.get(self.column(name))):
+                parts.append(self._turns(row, name, ("role", "from"), ("content", "value"), drop_nulls))
             else:
-                part, said = [Turn(role, self._text(row, name))], [None]
-            turns, masks = turns + part, masks + said
-        return turns, masks, set()
+                turn = Turn("user", self._text(row, name)) if name == "prompt" else self._response(row, name)
+                parts.append(ReadTurns([turn], [None]))
+        prompt, completion = parts
+        context = [t._replace(weight=0.0) if t.role == "assistant" else t for t in prompt.turns]
+        return ReadTurns(
+            context + completion.turns,
+            prompt.masks + completion.masks,
+            prompt.tools + completion.tools,
+            prompt.unused | completion.unused,
+            prompt.notes | completion.notes,
+        )
+
+    def _response(self, row: Mapping[str, Any], name: str) -> Turn:
+        return Turn("assistant", self._text(row, name), self._text(row, "reasoning_content", optional=True))
+
+    def _history(self, row: Mapping[str, Any]) -> list[Turn]:
+        """Rounds that came before, `[[prompt, response], ...]`, which are trained on as any turn."""
+        column = self.column("history")
+        rounds = from_json_text(row.get(column), "[") or []
+        if not isinstance(rounds, list):
+            raise wrong_type(column, rounds, "a list of rounds [prompt, response]")
+        turns = []
+        for i, texts in enumerate(rounds):
+            if not (isinstance(texts, list) and [type(text) for text in texts] == [str, str]):
+                raise wrong_type(f"{column}[{i}]", texts, "two texts, [prompt, response]")
+            for role, text in zip(("user", "assistant"), texts, strict=True):
+                refuse_surrogates(f"{column}[{i}]", text)
+                turns.append(Turn(role, text))
+        return turns
 
     def _system(self, row: Mapping[str, Any], turns: Sequence[Turn]) -> list[Turn]:
         """The system text that stands in a column, unless the first turn says the same."""
@@ -236,12 +284,13 @@ class RowSchema:
         role_names: Sequence[str],
         content_names: Sequence[str],
         drop_nulls: bool,
-    ) -> _Read:
+    ) -> ReadTurns:
         value = self._value(row, name)
         turns = transposed(from_json_text(value, "["))
         names = [(self.column(names[0]), *names) for names in (role_names, content_names)]
-        read, masks = read_turns(turns, self.column(name), names[0], names[1], drop_nulls)
-        return read, masks, {"json_text"} if isinstance(value, str) else set()
+        drop_nulls = drop_nulls and not isinstance(value, str)  # JSON text holds what was written
+        read = read_turns(turns, self.column(name), names[0], names[1], drop_nulls)
+        return read._replace(notes=frozenset({"json_text"})) if isinstance(value, str) else read
 
     def _value(self, row: Mapping[str, Any], name: str, where: str = "") -> Any:
         column = self.column(name)
@@ -264,7 +313,23 @@ class RowSchema:
         refuse_surrogates(place, value)
         return value
 
-    # Pre-tokenised rows.
+    # Whole texts, and pre-tokenised rows.
+
+    def _text_row(self, row: Mapping[str, Any]) -> TextRow:
+        text, finished = self._text(row, "text"), row.get(self.column("finished"))
+        if is_blank(text):
+            raise BadRow(Reason.BLANK_TEXT, "the text is empty, or white space or invisible characters only")
+        if finished not in (None, True, False):
+            raise wrong_type(self.column("finished"), finished, "true or false")
+        return TextRow(text, finished is not False, self._weight(row))
+
+    def _weight(self, row: Mapping[str, Any]) -> float:
+        """Of the whole row."""
+        values = {name: value for name, value in row.items() if not isinstance(value, list)}
+        weight, _ = with_row_flags(values, [], [], self.column)
+        if weight == 0:
+            raise BadRow(Reason.SWITCHED_OFF, "the row has the weight 0")
+        return 1.0 if weight is None else weight
 
     def _token_row(self, row: Mapping[str, Any]) -> TokenRow:
         tokens = self._numbers(row, "input_ids")
@@ -272,9 +337,13 @@ class RowSchema:
             raise BadRow(Reason.EMPTY_RESPONSE, f"{self.column('input_ids')} is an empty list")
         self._refuse_padding(row, len(tokens))
         given = [name for name in ("labels", *MASKS) if row.get(self.column(name)) is not None]
-        factor, _ = with_row_flags(
-            {k: v for k, v in row.items() if not isinstance(v, list)}, [], [], self.column
-        )
+        of_tokens = {self.column(name) for name in MASKS}
+        beside = {name: value for name, value in row.items() if name not in of_tokens}
+        for name, value in beside.items():
+            if word(self.ours(name)) in OF_ROWS and isinstance(value, list):
+                said = f"{name} is a list; weights of tokens are read from supervised_mask (0 to 1)"
+                raise BadRow(Reason.UNSUPPORTED_FIELD, said)
+        factor, _ = with_row_flags(beside, [], [], self.ours)
         if len(given) != 1:
             found = "both are given" if given else "neither is given"
             raise BadRow(
@@ -340,13 +409,12 @@ class RowSchema:
             raise BadRow(Reason.INVALID_TOKEN, f"{column} holds a number beyond 64 bits") from None
 
 
-def transposed(value: Any) -> Any:
-    """A struct of equally long lists, as `datasets` stores a list of structs, as that list; else `value`."""
-    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
-        return value
-    if len({len(column) for column in value.values()}) != 1:
-        return value
-    return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
+def _holds_turns(value: Any) -> bool:
+    """Whether this is no text: a list, or JSON text of one with roles in it."""
+    turns = transposed(from_json_text(value, "["))
+    if not isinstance(turns, list):
+        return False
+    return not isinstance(value, str) or any(isinstance(t, dict) and {"role", "from"} & {*t} for t in turns)
 
 
 def _check_turns(turns: Sequence[Turn]) -> None:

@@ -74,11 +74,6 @@ class MarginalGains:
         self.precision *= MEMORY
         self._pooled *= MEMORY
         for j, (now, then) in enumerate(zip(probe.losses, previous, strict=True)):
-            if len(now) != len(then):
-                raise StateError(
-                    f"a probe of {len(now)} held-out samples after one of {len(then)}; go on with the "
-                    "weights.probe_samples and held-out data that the run began with"
-                )
             rise = rise_of(now, then, probe.tokens[j])
             scale = self.objective[j] / tokens[j] if tokens[j] > 0 else 0.0
             if scale > 0 and rise.stderr > 0:
@@ -88,18 +83,13 @@ class MarginalGains:
 
     def advantage(self, weights: Vector, z: float) -> Vector:
         """a, float64[k], each in -1 .. 1; 0 for a domain of which nothing is known."""
-        gains, stderr = self.gains, self.stderr
+        gains, stderr, found = self.gains, self.stderr, np.zeros(len(weights))
         known = np.isfinite(stderr)
         share = np.where(known, weights, 0.0)
-        total = math.fsum(share)
-        if total <= 0:
-            return np.zeros(len(weights))
-        share = share / total
-        mean = math.fsum(share * gains)
-        speed = math.fsum(share * np.abs(gains))
+        share = share / (math.fsum(share) or 1.0)
+        mean, speed = math.fsum(share * gains), math.fsum(share * np.abs(gains))
         if speed <= 0:
-            return np.zeros(len(weights))
-        found = np.zeros(len(weights))
+            return found
         errors = np.where(known, stderr, 0.0)
         for j in np.flatnonzero(known):
             of_difference = math.sqrt(math.fsum(((np.arange(len(share)) == j) - share) ** 2 * errors**2))

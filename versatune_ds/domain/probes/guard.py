@@ -19,8 +19,9 @@ import numpy as np
 from versatune_ds.config.weights import Domains, Guard
 from versatune_ds.domain.probes.samples import Array, Rise, SampleLosses, rise_of
 from versatune_ds.foundations.errors import StateError
+from versatune_ds.foundations.json_input import finite
 from versatune_ds.strategies.rules import Mask
-from versatune_ds.strategies.simplex import Vector, project
+from versatune_ds.strategies.simplex import Vector, limit_weights
 
 
 def without(weights: Vector, held: Mask, *, min_weight: float, max_weight: float) -> Vector:
@@ -31,16 +32,11 @@ def without(weights: Vector, held: Mask, *, min_weight: float, max_weight: float
     kept = np.where(held, 0.0, weights)
     if not held.any() or kept.max() <= 0:
         return weights.copy()
-    return project(kept, np.full(len(kept), min_weight), np.full(len(kept), max_weight))
+    return limit_weights(kept, kept, min_weight=min_weight, max_weight=max_weight)
 
 
 class OverfitGuard:
-    """What the guard of a run knows; the same on every rank, since all are given the same losses.
-
-    Args:
-        names: of the domains.
-        settings: when a domain is held.
-    """
+    """What the guard of a run knows; the same on every rank, since all are given the same losses."""
 
     def __init__(self, names: Sequence[str], settings: Guard) -> None:
         self.names, self.settings = tuple(names), settings
@@ -78,12 +74,7 @@ class OverfitGuard:
         said: tuple[list[str], list[str]] = ([], [])
         for j, (now, tokens) in enumerate(zip(probe.losses, probe.tokens, strict=True)):
             best = self._best[j]
-            if best is not None and len(best) != len(now):
-                raise StateError(
-                    f"{self.names[j]}: a probe of {len(now)} held-out samples after one of {len(best)}; go "
-                    "on with the weights.probe_samples and held-out data that weights.guard began with"
-                )
-            self.rises[j] = rise = rise_of(now, now if best is None else best, tokens)
+            self.rises[j] = rise = rise_of(now, now if best is None else best, tokens, f"{self.names[j]}: ")
             if best is None or rise.value < 0:
                 self._best[j], self.best_steps[j] = now, step
             has_risen = rise.beyond(self.settings.noise_z)
@@ -117,8 +108,8 @@ class OverfitGuard:
         return {
             name: {
                 "held": self._at_hold[j] is not None,
-                "rise": _number(self.rises[j].value),
-                "stderr": _number(self.rises[j].stderr),
+                "rise": finite(self.rises[j].value),
+                "stderr": finite(self.rises[j].stderr),
                 "probes": self.risen[j],
                 "best_step": self.best_steps[j],
             }
@@ -151,7 +142,3 @@ class OverfitGuard:
         if any(len(values) != len(self.names) for values in (best, at_hold, best_steps, risen)):
             raise StateError("the state of weights.guard belongs to other domains")
         self._best, self._at_hold, self.best_steps, self.risen = best, at_hold, best_steps, risen
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

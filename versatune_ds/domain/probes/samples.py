@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from versatune_ds.domain.statistics import DomainSums
+from versatune_ds.foundations.errors import StateError
 
 Array = npt.NDArray[np.float64]
 
@@ -54,8 +55,17 @@ class Rise(NamedTuple):
         return self.value > z * self.stderr
 
 
-def rise_of(now: Array, then: Array, tokens: Array) -> Rise:
-    """`Rise` of one domain between two probes; float64[n] each. Without a supervised token: NaN."""
+def rise_of(now: Array, then: Array, tokens: Array, whose: str = "") -> Rise:
+    """`Rise` of one domain between two probes; float64[n] each. Without a supervised token: NaN.
+
+    Raises:
+        StateError: the two probes have other samples.
+    """
+    if len(now) != len(then):
+        raise StateError(
+            f"{whose}a probe of {len(now)} held-out samples after one of {len(then)}; go on with the "
+            "weights.probe_samples and held-out data that the run began with"
+        )
     n, total = int((tokens > 0).sum()), math.fsum(tokens)
     if total <= 0:
         return Rise(math.nan, math.nan)

@@ -48,13 +48,8 @@ from versatune_ds.engine.backend.reshard import load_resharded
 from versatune_ds.engine.backend.safe_loading import tensors_only
 from versatune_ds.engine.model.adapters import MAGNITUDE
 from versatune_ds.engine.model.attention import AttentionChoice, choose_attention
-from versatune_ds.engine.model.isolation import PROBE_TOKENS, isolation_leak, sharing_error
-from versatune_ds.engine.model.packed_lm import (
-    PackedCausalLM,
-    build_model,
-    float32_buffers,
-    restore_buffers,
-)
+from versatune_ds.engine.model.isolation import PROBE_TOKENS, probe_packs
+from versatune_ds.engine.model.packed_lm import PackedCausalLM, build_model, float32_buffers, restore_buffers
 from versatune_ds.engine.model.rope import turning_length
 from versatune_ds.engine.model.sequence import check_heads, share_heads
 from versatune_ds.engine.model.source import load_architecture, multiplies_bf16
@@ -93,8 +88,6 @@ class DeepSpeedBackend:
     Args:
         live: the DeepSpeed engine around `model`, or `model` itself where it only goes forward.
         settings: the DeepSpeed configuration in force.
-        layout: `state_layout` of the settings.
-        optimizer: `optimizer` section.
     """
 
     def __init__(
@@ -125,12 +118,10 @@ class DeepSpeedBackend:
     # --- a step ---------------------------------------------------------------------------------------------
 
     def forward(self, **inputs: Any) -> LossOutput:
-        """As `Backend.forward`."""
         out: LossOutput = self.live(**inputs)
         return out
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
-        """As `Backend.backward`."""
         self.live.set_gradient_accumulation_boundary(is_last)
         # clone: at ZeRO stage 0 DeepSpeed 0.19.8 divides the gradient of a model output by the accumulation
         # steps in spite of scale_wrt_gas; the hook that should prevent it runs too late on that very tensor
@@ -148,7 +139,6 @@ class DeepSpeedBackend:
         return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
 
     def step(self, learning_rate: float) -> bool:
-        """As `Backend.step`."""
         set_learning_rate(self.live.optimizer, learning_rate, self.muon_factor)
         self.live.step()
         applied = bool(self.live.was_step_applied())
@@ -157,7 +147,6 @@ class DeepSpeedBackend:
         return applied
 
     def discard(self) -> None:
-        """As `Backend.discard`."""
         # what DeepSpeed itself does when a loss scale overflows
         optimizer = self.live.optimizer
         optimizer.zero_grad()
@@ -169,7 +158,6 @@ class DeepSpeedBackend:
             optimizer.reset_cpu_buffers()
 
     def grad_norm(self) -> float | None:
-        """As `Backend.grad_norm`."""
         norm = self.live.get_global_grad_norm()
         return None if norm is None else float(norm)
 
@@ -177,7 +165,6 @@ class DeepSpeedBackend:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """As `Backend.evaluating`."""
         self.live.eval()
         with torch.no_grad():
             yield
@@ -197,13 +184,9 @@ class DeepSpeedBackend:
     # --- state ----------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, write: Write) -> None:
-        """As `Backend.save`."""
         self._files.write = write
         self.live.save_checkpoint(
-            str(folder.parent),
-            tag=folder.name,
-            save_latest=False,
-            exclude_frozen_parameters=self._is_adapter,
+            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=self._is_adapter
         )
 
     def load(self, folder: Path, layout: Mapping[str, Any], world_size: int) -> None:
@@ -231,7 +214,6 @@ class DeepSpeedBackend:
         load_resharded(folder, world_size, self.live)
 
     def close(self) -> None:
-        """As `Backend.close`."""
         self.live.destroy()
 
 
@@ -345,10 +327,10 @@ def check_isolation(backend: Backend, config: Config) -> None:
     turn = turning_length(architecture)
     # two samples below the turn beside one beyond it
     longer = PROBE_TOKENS if turn is None else min(2 * turn - 2, config.batch.pack_len)
-    probe = (backend.forward, architecture.vocab_size, backend.device, longer, backend.ranks.sp)
     with backend.evaluating():
-        leak = isolation_leak(*probe)
-        error = sharing_error(*probe) if backend.ranks.sp.size > 1 else 0.0
+        leak, error = probe_packs(
+            backend.forward, architecture.vocab_size, backend.device, longer, backend.ranks.sp
+        )
     if not math.isfinite(leak):
         raise VersaTuneError(
             f"model.source {architecture.name_or_path!r} gives losses that are not finite on a short probe; "

@@ -36,19 +36,9 @@ from versatune_ds.engine.backend.zero_sizes import DEEPSPEED_SUB_GROUP, SUB_GROU
 from versatune_ds.foundations.errors import ConfigError, unknown_name
 
 PASSED_KEYS = (
-    "aio",
-    "comms_logger",
-    "communication_data_type",
-    "data_types",
-    "disable_python_gc",
-    "dump_state",
-    "flops_profiler",
-    "gradient_predivide_factor",
-    "log_level",
-    "memory_breakdown",
-    "prescale_gradients",
-    "wall_clock_breakdown",
-    "zero_optimization",
+    *("aio", "comms_logger", "communication_data_type", "data_types", "disable_python_gc", "dump_state"),
+    *("flops_profiler", "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients"),
+    *("wall_clock_breakdown", "zero_optimization"),
 )
 """Top-level keys that do here what DeepSpeed's documentation says."""
 OWNED_KEYS = {
@@ -69,10 +59,7 @@ OWNED_KEYS = {
     "zero_allow_untested_optimizer": "optimizer.states",
     "managed_gradient_accumulation": "(the loop says which pack ends a step)",
     "torch_autocast": "model.dtype",
-    "tensorboard": "metrics",
-    "wandb": "metrics",
-    "comet": "metrics",
-    "csv_monitor": "metrics",
+    **dict.fromkeys(("tensorboard", "wandb", "comet", "csv_monitor"), "metrics"),
 }
 WITHOUT_EFFECT = {
     "activation_checkpointing": "is for models that call DeepSpeed's checkpoint function; set "
@@ -112,32 +99,19 @@ ZERO_WITHOUT_EFFECT = {
     "that are frozen before they are partitioned",
 }
 """Keys of zero_optimization."""
-STAGES = {
+ONLY_1_AND_2 = (
+    *("allgather_bucket_size", "ignore_unused_parameters", "parameter_alignment", "round_robin_gradients"),
+    "use_multi_rank_bucket_allreduce",
+)
+ONLY_3 = (
+    *("leaf_module", "log_trace_cache_warnings", "memory_efficient_linear", "offload_param"),
+    *("override_module_apply", "sub_group_size", "zero_hpz_partition_size", "zero_quantized_gradients"),
+    "zero_quantized_weights",
+)
+STAGES: dict[str, tuple[int, ...]] = {
     "offload_optimizer": (1, 2, 3),
-    **dict.fromkeys(
-        (
-            "allgather_bucket_size",
-            "ignore_unused_parameters",
-            "parameter_alignment",
-            "round_robin_gradients",
-            "use_multi_rank_bucket_allreduce",
-        ),
-        (1, 2),
-    ),
-    **dict.fromkeys(
-        (
-            "leaf_module",
-            "log_trace_cache_warnings",
-            "memory_efficient_linear",
-            "offload_param",
-            "override_module_apply",
-            "sub_group_size",
-            "zero_hpz_partition_size",
-            "zero_quantized_gradients",
-            "zero_quantized_weights",
-        ),
-        (3,),
-    ),
+    **dict.fromkeys(ONLY_1_AND_2, (1, 2)),
+    **dict.fromkeys(ONLY_3, (3,)),
 }
 """ZeRO stages at which a key of zero_optimization does something, where not at all; keys that begin with
 `stage3_` need stage 3."""
@@ -150,7 +124,6 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run.
 
     Args:
-        config: the run's settings.
         world_size: ranks, or groups of them that share a pack; divides `batch.packs_per_step`.
 
     Raises:
@@ -169,10 +142,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     check_world_size(config.batch.packs_per_step, world_size, config.batch.sequence_parallel)
     merged["gradient_accumulation_steps"] = config.batch.packs_per_step // world_size
     merged["gradient_clipping"] = config.optimizer.max_grad_norm
-    if config.model.dtype == "bf16":
-        merged["bf16"] = {"enabled": True}
-    if config.model.dtype == "fp16":
-        merged["fp16"] = {"enabled": True}
+    if config.model.dtype != "fp32":
+        merged[config.model.dtype] = {"enabled": True}
     zero = merged.setdefault("zero_optimization", {"stage": 3})
     if not isinstance(zero, dict):
         raise ConfigError(f"deepspeed: zero_optimization is {zero!r}; it must be an object with a stage")
@@ -209,12 +180,7 @@ def offloads_optimizer(settings: Mapping[str, Any]) -> bool:
 
 
 def state_layout(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """What decides how DeepSpeed lays out saved state, beside the number of ranks; part of a checkpoint.
-
-    Args:
-        settings: a DeepSpeed configuration.
-        config: of the run.
-    """
+    """What decides how DeepSpeed lays out saved state, beside the number of ranks; part of a checkpoint."""
     model, adapter, stage = config.model, config.model.adapter, zero_stage(settings)
     groups = settings["zero_optimization"].get("sub_group_size", DEEPSPEED_SUB_GROUP)
     return {
@@ -246,11 +212,7 @@ def _require_states(settings: dict[str, Any]) -> None:
 
 
 def _require_accepted(settings: dict[str, Any]) -> DeepSpeedConfig:
-    """Refuse whatever DeepSpeed does not take.
-
-    Raises:
-        ConfigError: names the key or the section.
-    """
+    """Refuse whatever DeepSpeed does not take."""
     try:
         return DeepSpeedConfig(copy.deepcopy(settings))
     except (DeepSpeedConfigError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
@@ -260,11 +222,7 @@ def _require_accepted(settings: dict[str, Any]) -> DeepSpeedConfig:
 
 
 def _require_effect(settings: dict[str, Any]) -> None:
-    """Refuse unknown keys of the top level, and what would change nothing within the sections.
-
-    Raises:
-        ConfigError: names the key, and what it would need.
-    """
+    """Refuse unknown keys of the top level, and what would change nothing within the sections."""
     for key in settings:
         if key not in PASSED_KEYS and key not in OWNED_KEYS:
             raise ConfigError(f"deepspeed: {unknown_name('key', key, PASSED_KEYS)}")
@@ -320,9 +278,6 @@ def _require_exact_gradients(accepted: DeepSpeedConfig, dtype: str) -> None:
     `communication_data_type: fp16` would convert them first, but only fp16 runs scale the loss: gradients
     below 6e-8 would be lost, and most of a large model's are not far above. Weights
     (`zero_quantized_weights`) are converted there and back, and int8 steps are coarser than fp16's.
-
-    Raises:
-        ConfigError: names the key, and the cure.
     """
     sent_as_fp16 = accepted.communication_data_type is torch.float16
     if sent_as_fp16 and dtype != "fp16":

@@ -131,7 +131,6 @@ def require_muon(config: Config, settings: dict[str, Any]) -> None:
     """
     zero = settings["zero_optimization"]
     problems = {
-        "model.adapter: an adapter's factors are not what it is for": config.model.adapter is not None,
         "model.dtype fp16": config.model.dtype == "fp16",
         "ZeRO stage 0": not zero.get("stage", 0),
         "zero_optimization.offload_optimizer": bool(zero.get("offload_optimizer")),

@@ -18,11 +18,7 @@ def full_shape(parameter: Any) -> tuple[int, ...]:
 
 
 def parameter_counts(model: PackedCausalLM, trained: bool = False) -> tuple[int, int]:
-    """All parameters, and those outside the input and output embeddings (partitioned ones at full size).
-
-    Args:
-        trained: count trained ones only.
-    """
+    """All parameters, and those outside the input and output embeddings (partitioned ones at full size)."""
     sizes = {id(p): parameter_size(p) for p in model.parameters() if p.requires_grad or not trained}
     embeddings = (model.lm.get_input_embeddings().weight, model.lm.get_output_embeddings().weight)
     embedding_size = sum({id(p): sizes.get(id(p), 0) for p in embeddings}.values())

@@ -89,11 +89,7 @@ def _why_ranks_cannot_meet(reason: str, timeout_s: float) -> str:
 
 
 def sequence_group(ranks: Ranks, timeout_s: float) -> SequenceGroup | None:
-    """The ranks that share this rank's packs; None where each has its own. A collective of all ranks.
-
-    Args:
-        timeout_s: how long they wait for each other.
-    """
+    """The ranks that share this rank's packs; None where each has its own. A collective of all ranks."""
     if ranks.sp.size == 1:
         return None
     return SequenceGroup(*ranks.sp, _neighbours(ranks.sp.size, ranks.size, timeout_s)[ranks.dp.rank])

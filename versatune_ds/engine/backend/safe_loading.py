@@ -37,9 +37,6 @@ FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 def tensors_only(place: Path) -> Iterator[None]:
     """Within this block `torch.load` runs no code of a file, whoever calls it.
 
-    Args:
-        place: what is being loaded, for the error.
-
     Raises:
         StateError: a file holds something else than tensors, plain values and DeepSpeed's own classes.
     """

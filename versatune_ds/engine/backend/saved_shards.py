@@ -55,7 +55,6 @@ def spans_of_stage3(shapes: Sequence[Mapping[str, Sequence[int]]], world_size: i
 
     Args:
         shapes: of each flat group, name -> shape in the order of the flat group.
-        world_size: saved ranks.
     """
     spans: Spans = {}
     for group, members in enumerate(shapes):
@@ -117,7 +116,6 @@ class SavedShards:
 
     Args:
         folder: a sound checkpoint of stage 1, 2 or 3.
-        world_size: ranks that wrote it.
 
     Raises:
         StateError: files that DeepSpeed's ZeRO optimizers did not write, or that do not hold the weights.

@@ -43,7 +43,6 @@ def save_adapter_config(settings: Model, names: Iterable[str], folder: Path) -> 
     """Write adapter_config.json.
 
     Args:
-        settings: `model` section.
         names: of the tensors in the adapter's file; they tell which modules it is for.
     """
     targets = {name.split(".")[-2 - (MAGNITUDE not in name)] for name in names}
@@ -55,14 +54,12 @@ def save_adapter_config(settings: Model, names: Iterable[str], folder: Path) -> 
 
 
 def merged_tensors(
-    settings: Model, adapter: Mapping[str, torch.Tensor], dtype: torch.dtype
+    settings: Model, adapter: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of the base model, those with an adapter merged; one in memory at a time.
+    """All tensors of the base model, those with an adapter merged in fp32; one in memory at a time.
 
     Args:
-        settings: `model` section.
         adapter: name in peft's file -> tensor on the CPU.
-        dtype: of the floating-point tensors that come out.
 
     Raises:
         ConfigError: no base model in safetensors files.
@@ -77,7 +74,7 @@ def merged_tensors(
         if module in waiting:
             tensor = _merged(tensor, module, adapter, scale)
             waiting.remove(module)
-        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+        yield name, tensor
     if waiting:
         raise StateError(
             f"the files of {settings.source} hold no {min(waiting).removeprefix(PREFIX)}.weight, for which "

@@ -38,7 +38,6 @@ class LossBound:
     All times are seconds of one monotonic clock.
 
     Args:
-        limit_s: the bound.
         now: start of the run; what was done before it is safe.
     """
 

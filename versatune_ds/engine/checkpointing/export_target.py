@@ -22,8 +22,7 @@ from versatune_ds.foundations.files import (
     write_json_atomic,
     write_text_atomic,
 )
-
-NAMES_SHOWN = 4
+from versatune_ds.foundations.text import listed
 
 
 def check_target(folder: Path) -> Path:
@@ -40,10 +39,9 @@ def check_target(folder: Path) -> Path:
     written = read_json_object(real / EXPORT_FILE).get("files", ())
     foreign = sorted({path.name for path in real.iterdir()} - {EXPORT_FILE, *written})
     if foreign:
-        more = f" and {len(foreign) - NAMES_SHOWN} more" if len(foreign) > NAMES_SHOWN else ""
         raise StateError(
-            f"{folder} holds files that no export of this program wrote ({', '.join(foreign[:NAMES_SHOWN])}"
-            f"{more}), and would be replaced as a whole; move them away, or give another place"
+            f"{folder} holds files that no export of this program wrote ({listed(foreign, 4)}), and would be "
+            "replaced as a whole; move them away, or give another place"
         )
     return real
 
@@ -80,15 +78,7 @@ def add_file(folder: Path, name: str, text: str) -> None:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Refuse a disk without room for the finished model.
-
-    Args:
-        folder: of the run.
-        needed: bytes of the model.
-
-    Raises:
-        StateError: with the numbers.
-    """
+    """Refuse a disk without room for the finished model of so many bytes."""
     place = check_target(folder / EXPORT_DIR)
     free = shutil.disk_usage(next(parent for parent in place.parents if parent.is_dir())).free
     if free < needed:
@@ -100,10 +90,6 @@ def check_room(folder: Path, needed: int) -> None:
 
 def check_places(run_dir: Path, settings: Model) -> None:
     """Refuse a run that would write over the model that it starts from, or along a link to nowhere.
-
-    Args:
-        run_dir: the run folder.
-        settings: `model` section.
 
     Raises:
         StateError: naming the link.

@@ -105,12 +105,8 @@ def publish(
 
     Args:
         temporary: its folder, with the lists of all ranks.
-        step: finished optimizer steps.
         world_size: ranks that have written.
         best: note on the best evaluation, which may be that of another step.
-
-    Returns:
-        The finished checkpoint folder.
     """
     folder = temporary.parent
     files: dict[str, Any] = {}
@@ -166,14 +162,18 @@ def read_best(folder: Path) -> dict[str, Any] | None:
     path = folder / BEST_FILE
     if not path.is_file():
         return None
+    note = _read(path, "step", "remove it, and say which checkpoint you want")
+    return {"checkpoint": checkpoint_name(int(note["step"])), **note}
+
+
+def _read(path: Path, key: str, cure: str) -> dict[str, Any]:
+    """A JSON file of ours with a whole number at `key`; StateError where it is not."""
     try:
-        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {"checkpoint": checkpoint_name(int(note["step"])), **note}
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        int(content[key])
+        return content
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StateError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); remove it, and say which checkpoint "
-            "you want"
-        ) from error
+        raise StateError(f"{path} cannot be read ({type(error).__name__}: {error}); {cure}") from error
 
 
 def best_or_newest(folder: Path) -> Path | None:
@@ -236,15 +236,9 @@ def saved_state(path: Path) -> dict[str, Any]:
     Raises:
         StateError: it has none, or one that another version of the format wrote.
     """
-    try:
-        state: dict[str, Any] = json.loads((path / CHECKPOINT_STATE_FILE).read_text(encoding="utf-8"))
-        version = state["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StateError(
-            f"{path}: {CHECKPOINT_STATE_FILE} cannot be read ({type(error).__name__}: {error}); use a "
-            "checkpoint that this program wrote"
-        ) from error
-    if version != VERSION:
+    cure = "use a checkpoint that this program wrote"
+    state = _read(path / CHECKPOINT_STATE_FILE, "version", cure)
+    if (version := state["version"]) != VERSION:
         raise StateError(
             f"{path}: state version {version}, this program reads {VERSION}; use the program that wrote it"
         )
@@ -255,7 +249,6 @@ def read_state(path: Path, layout: dict[str, Any], architecture: Mapping[str, st
     """Our own state of a checkpoint that this run wants to go on from.
 
     Args:
-        path: a sound checkpoint.
         layout: how this run lays out model and optimizer state (ZeRO stage, dtype, offload).
         architecture: of this run's model.
 
@@ -302,9 +295,6 @@ def load_model_state(path: Path, backend: Backend, state: dict[str, Any]) -> Non
     With the number of ranks and the layout it was saved in, the run goes on bit for bit. Otherwise the
     generators are seeded from the checkpoint's name and the rank: generator states belong to ranks. (Only
     an adapter's dropout and the rounding of `optimizer.states` draw from them.)
-
-    Args:
-        state: our own state of the checkpoint.
     """
     backend.load(path, state["layout"], state["world_size"])
     if state["world_size"] == distributed.world_size():

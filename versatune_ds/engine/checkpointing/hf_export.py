@@ -57,7 +57,6 @@ class ShardWriter:
     """Collects tensors and writes `model-xxxxx-of-yyyyy.safetensors` files of bounded size.
 
     Args:
-        folder: existing folder to write into.
         max_bytes: largest shard (one larger tensor gets a shard of its own).
         stem: of the files' names.
     """
@@ -113,12 +112,7 @@ class Companions(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, tokenizer: Any, architecture: Any) -> Companions:
-        """Companions of a run's model: generation ends at the stop token that turns were trained to end with.
-
-        Args:
-            tokenizer: with its chat template set.
-            architecture: the transformers config of the model.
-        """
+        """Of a run's model: generation ends at the stop token that turns were trained to end with."""
         try:
             generation = GenerationConfig.from_pretrained(config.model.source)
         except OSError:  # the source has none
@@ -153,7 +147,6 @@ def export_model(backend: Backend, companions: Companions, folder: Path, max_sha
     """Write the model of a live backend; every rank calls it, rank 0 writes.
 
     Args:
-        companions: saved beside the weights.
         folder: target; an earlier export there is replaced.
         max_shard_bytes: bound of a shard, and of the host memory needed.
 
@@ -192,8 +185,6 @@ def export_checkpoint(
 
     Args:
         checkpoint: a finished checkpoint folder, of any ZeRO stage.
-        config: the transformers config of the model.
-        companions: saved beside the weights.
         folder: target; an earlier export there is replaced.
         dtype: "bf16", "fp16" or "fp32"; fp32 master weights are rounded to it.
         max_shard_bytes: bound of a shard. Host memory holds one shard and one parameter.
@@ -210,17 +201,20 @@ def export_checkpoint(
     config.dtype = DTYPES[dtype]
     if NAME_PREFIX + "lm_head.weight" in weights:
         config.tie_word_embeddings = False  # of a model whose configuration does not say what its files hold
-    exact = ((name.removeprefix(NAME_PREFIX), weights[name]) for name in weights)
-    rounded: Iterable[tuple[str, torch.Tensor]] = ((name, _rounded(t, config.dtype)) for name, t in exact)
+    exact: Iterable[tuple[str, torch.Tensor]] = (
+        (name.removeprefix(NAME_PREFIX), weights[name]) for name in weights
+    )
     if merge:
         settings = companions.adapter_of
         if settings is None:
             raise ConfigError("--merge adds an adapter to its base model; this run trained the whole model")
-        rounded = merged_tensors(settings, dict(adapter_tensors(exact)), config.dtype)
+        exact = merged_tensors(settings, dict(adapter_tensors(exact)))
         companions = companions._replace(adapter_of=None)
         config.tie_word_embeddings &= not holds_head(settings.source)
     elif companions.adapter_of is None:
-        rounded = as_published(config, rounded)
+        exact = as_published(config, exact)
+    # buffers of whole numbers stay what they are
+    rounded = ((name, t.to(config.dtype) if t.is_floating_point() else t) for name, t in exact)
     _write_folder(rounded, config, companions, folder, max_shard_bytes)
 
 
@@ -231,9 +225,6 @@ def export_from_run(
 
     Args:
         run_dir: the run folder; its resolved.yaml is read.
-        checkpoint: a sound checkpoint of it.
-        target: folder to write.
-        merge, ema: as there.
 
     Raises:
         ConfigError: its settings, model or tokenizer cannot be found any more.
@@ -249,16 +240,8 @@ def export_from_run(
     export_checkpoint(checkpoint, architecture, companions, target, dtype, shard_bytes, merge, ema)
 
 
-def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Weights in the dtype of the export; buffers of whole numbers stay what they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
 def try_export(config: Config, architecture: Any, companions: Companions) -> None:
     """All of the export at the end but the weights, taken away again; rank 0 only, before the first step.
-
-    Args:
-        architecture: the transformers config of the model.
 
     Raises:
         StateError: the folder may not be replaced, or cannot be written.

@@ -158,8 +158,6 @@ class Saver:
     Args:
         folder: the run's checkpoint folder, shared by all ranks.
         settings: when, how, and what to keep.
-        backend: whose state is saved.
-        clock: monotonic seconds.
         newest: step of the checkpoint that the run goes on from; 0: none.
     """
 
@@ -209,10 +207,15 @@ class Saver:
             self._publish()
         self._count_stall(began)
 
+    @property
+    def is_periodic(self) -> bool:
+        """Whether checkpoints are written by steps or by the clock; the last step then has one."""
+        return self._settings.every_n_steps is not None or self._bound is not None
+
     def due(self, done: int, agreed: Flags, last: bool) -> bool:
         """True when a checkpoint is to be written after `done` steps."""
-        periodic = self._settings.every_n_steps is not None or self._bound is not None
-        return agreed.stop or agreed.save or checkpoint_due(self._settings, done) or (last and periodic)
+        due = agreed.stop or agreed.save or checkpoint_due(self._settings, done)
+        return due or (last and self.is_periodic)
 
     def take_stall_s(self) -> float:
         """Seconds that training stood still for saving since the last call."""

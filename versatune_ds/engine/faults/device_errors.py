@@ -53,7 +53,6 @@ def out_of_memory(config: Config, where: str, reason: str) -> str:
     """What to lower, with the settings in force.
 
     Args:
-        where: what the run was doing.
         reason: torch's text, of which the first line is told.
     """
     batch, answers = config.batch, config.evaluation.generate

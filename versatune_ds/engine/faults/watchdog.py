@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from versatune_ds.foundations import constants
+from versatune_ds.foundations.text import listed
 
 MAX_LOOK_S = 15.0
 """Most seconds that one look counts for: when the whole job was suspended, nobody is to blame."""
@@ -174,6 +175,5 @@ class Watchdog:
         return str(self.last[rank].place) if rank in self.last else "no step yet"
 
     def _stand(self, ranks: Sequence[int]) -> str:
-        shown = ", ".join(map(self.name, ranks[:3]))
-        more = f" and {len(ranks) - 3} more" if len(ranks) > 3 else ""
-        return f"{shown}{more} {'stands' if len(ranks) == 1 else 'stand'}"
+        names = listed([self.name(rank) for rank in ranks], 3)
+        return f"{names} {'stands' if len(ranks) == 1 else 'stand'}"

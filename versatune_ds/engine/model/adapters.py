@@ -7,6 +7,8 @@ nothing else of the model changes its name or its class.
 Adapters are combined exactly, by concatenation: with A = [A1; A2] and B = [w1 s1 B1, w2 s2 B2] / s the
 product B A is w1 s1 B1 A1 + w2 s2 B2 A2 over s, of rank r1 + r2 (s: alpha / rank of each).
 
+The model with its adapter switched off is the base that `model.kl_to_base` compares with (`BaseKL`).
+
 What is not covered: other methods of peft, adapters on embeddings, heads, routers and experts, several
 adapters in one model, and the export (`engine/checkpointing/adapter_export.py`).
 """
@@ -15,7 +17,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +28,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from versatune_ds.config.model import Adapter
+from versatune_ds.data.collate import Compared
+from versatune_ds.engine.model.families import LogitRule
 from versatune_ds.engine.model.router import experts_of
 from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 from versatune_ds.foundations.errors import ConfigError
+from versatune_kernels import linear_kl
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -219,3 +225,67 @@ def _take_over(lm: PreTrainedModel, tensors: Mapping[str, torch.Tensor], setting
                     f"{list(parameter.shape)}; was the adapter trained on another model?"
                 )
             parameter.copy_(tensors[name])
+
+
+# --- the base model -----------------------------------------------------------------------------------------
+
+
+class ComparedTokens(NamedTuple):
+    """Of one pack."""
+
+    kl: torch.Tensor
+    """float32 [n], KL(base || model) in nats."""
+    samples: torch.Tensor
+    """int32 [n], each one's sample in the pack."""
+
+
+class BaseKL:
+    """The KL term of packs, and the compared tokens of the last one until `take`.
+
+    Args:
+        coefficient: `model.kl_to_base.coefficient`.
+    """
+
+    def __init__(self, coefficient: float) -> None:
+        self.coefficient = coefficient
+        self._tokens: ComparedTokens | None = None
+
+    @contextmanager
+    def base(self, lm: Any) -> Iterator[None]:
+        """Within it the model is its base: no adapter, no dropout, nothing kept for backward."""
+        layers = [module for module in lm.modules() if hasattr(module, "lora_A")]
+        # peft's own switch also makes parameters frozen and trainable again: ZeRO has hooks on them
+        for layer in layers:
+            layer._disable_adapters = True
+        lm.eval()
+        with torch.no_grad():
+            yield
+        lm.train()
+        for layer in layers:
+            layer._disable_adapters = False
+
+    def term(
+        self,
+        compared: Compared,
+        sample_ids: torch.Tensor,
+        base: torch.Tensor,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        rule: LogitRule,
+    ) -> torch.Tensor:
+        """coefficient x sum of KL(base || model) over the pack's compared tokens / normalizer, float32 [].
+
+        Args:
+            sample_ids: int32 [T], the sample of each position of the pack.
+            base: [n, H], what the base made of the compared tokens.
+            hidden: [T, H], what the model made of the pack.
+            weight: [V, H] of the head, frozen.
+        """
+        kl = linear_kl(hidden[compared.rows], base, weight, logit_scale=rule.scale, softcap=rule.softcap)
+        self._tokens = ComparedTokens(kl.detach(), sample_ids[compared.rows])
+        return self.coefficient * kl.sum() / compared.normalizer
+
+    def take(self) -> ComparedTokens | None:
+        """The compared tokens of the last pack."""
+        tokens, self._tokens = self._tokens, None
+        return tokens

@@ -46,7 +46,6 @@ def choose_attention(
 
     Args:
         settings: `model` section; `attention` names a backend or is `auto`.
-        device_type: "cpu" or "cuda".
         caps_scores: the model caps its attention scores, which only eager and flash_attention_2 do.
         shares_packs: ranks share a pack (`batch.sequence_parallel`): `sequence.share_heads` gets the choice.
 

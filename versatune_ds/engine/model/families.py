@@ -75,20 +75,11 @@ PLANNED = tuple(name for name, family in FAMILIES.items() if family.planned)
 
 LOGIT_FIELDS = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
 """Fields that change logits in some family, with the value that changes nothing."""
-REQUIRED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-)
+REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 def planned_shape(config: Mapping[str, Any], origin: str) -> ModelShape:
     """The shape of a model from its config.json; of a model of images and text, that of its text part.
-
-    Args:
-        origin: where it comes from, for error texts.
 
     Raises:
         ConfigError: a family without a plan, or a number is missing or cannot be.
@@ -112,7 +103,6 @@ def built_shape(
     """The shape of a model of any family; of one without a plan only what its FLOPs need is right.
 
     Args:
-        config: its transformers configuration.
         counted: parameters of the built model: all, a tied embedding and head once; all but these two. None:
             by formula.
         trained: those of an adapter beside it, in neither of the two; None: the model itself is trained.
@@ -186,9 +176,6 @@ class LogitRule(NamedTuple):
 
 def logit_rule(config: Any) -> LogitRule:
     """How a model changes its logits.
-
-    Args:
-        config: its transformers configuration.
 
     Raises:
         ConfigError: in a way that its family has no row for.

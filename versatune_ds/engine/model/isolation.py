@@ -1,7 +1,7 @@
 """What a probe of packed samples finds on the real model, before anything is trained on it.
 
-`isolation_leak`: a neighbour's tokens change nothing. `sharing_error`: nor does it that several ranks share
-the pack. A model that fails is an error, never a warning.
+A neighbour's tokens change nothing, nor does it that several ranks share the pack. A model that fails is an
+error, never a warning.
 
 What is not covered: the bounds, which are the backend's.
 """
@@ -9,6 +9,7 @@ What is not covered: the bounds, which are the backend's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,15 +37,24 @@ class _Samples:
         return self.tokens[index].astype(np.uint32), np.ones(len(self.tokens[index]), dtype=bool)
 
 
+class Probed(NamedTuple):
+    """Largest absolute changes of token losses over the largest loss, on any rank."""
+
+    leak: float
+    """By a neighbour in the pack; 0 where samples are kept apart."""
+    error: float
+    """By sharing the pack; 0 where it is not shared."""
+
+
 @torch.no_grad()
-def isolation_leak(
+def probe_packs(
     model: Callable[..., LossOutput],
     vocab_size: int,
     device: torch.device,
     neighbour: int = PROBE_TOKENS,
     part: Part = WHOLE,
-) -> float:
-    """How much a neighbour in the pack changes a sample's token losses; 0 where samples are kept apart.
+) -> Probed:
+    """How much token losses depend on what they must not depend on.
 
     Two samples share a pack; the first one is replaced by two of half its length and other tokens; the losses
     of the second one, which is no longer than these, are compared. A collective (under ZeRO-3 it gathers the
@@ -52,46 +62,23 @@ def isolation_leak(
 
     Args:
         model: the DeepSpeed engine, or a `PackedCausalLM`.
-        vocab_size: token ids are drawn below it.
-        device: where the model computes.
         neighbour: tokens of the first sample; between `turning_length` and twice as many, it shows positions
             that depend on length.
         part: this rank's of a pack.
-
-    Returns:
-        The largest absolute change over the largest loss, on any rank.
     """
-    first, second = _probe(vocab_size, neighbour)
+    length, half = min(neighbour // 2, PROBE_TOKENS // 2), neighbour // 2
+    first, second = np.split(np.arange(neighbour + length) % vocab_size, [neighbour])
     changed = (first + vocab_size // 2 + 1) % vocab_size
-    half = neighbour // 2
     before = _token_losses(model, [first, second], device, part)
     after = _token_losses(model, [changed[:half], changed[half:], second], device, part)
     rows = before.shape[0]
     positions = torch.arange(part[0] * rows, (part[0] + 1) * rows, device=device)
-    of_second = (positions >= neighbour) & (positions < neighbour + len(second))
-    return _relative(before[of_second], after[of_second])
-
-
-@torch.no_grad()
-def sharing_error(
-    model: Callable[..., LossOutput],
-    vocab_size: int,
-    device: torch.device,
-    neighbour: int = PROBE_TOKENS,
-    part: Part = WHOLE,
-) -> float:
-    """How much token losses of a pack change when ranks share it; otherwise as `isolation_leak`."""
-    samples = _probe(vocab_size, neighbour)
-    shared = _token_losses(model, samples, device, part)
-    whole = _token_losses(model, samples, device, WHOLE, part[1])
-    return _relative(whole.unflatten(0, (part[1], -1))[part[0]], shared)
-
-
-def _probe(vocab_size: int, neighbour: int) -> list[np.ndarray]:
-    """Tokens of the two samples."""
-    length = min(neighbour // 2, PROBE_TOKENS // 2)
-    tokens = np.arange(neighbour + length) % vocab_size
-    return [tokens[:neighbour], tokens[neighbour:]]
+    of_second = (positions >= neighbour) & (positions < neighbour + length)
+    leak = _relative(before[of_second], after[of_second])
+    if part[1] == 1:
+        return Probed(leak, 0.0)
+    whole = _token_losses(model, [first, second], device, WHOLE, part[1])
+    return Probed(leak, _relative(whole.unflatten(0, (part[1], -1))[part[0]], before))
 
 
 def _token_losses(

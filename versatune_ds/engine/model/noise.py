@@ -28,8 +28,6 @@ class EmbeddingNoise:
 
     Args:
         embedding: the model's input embedding; gets a hook.
-        alpha: `model.neftune_alpha`.
-        seed: `run.seed`.
     """
 
     def __init__(self, embedding: nn.Module, alpha: float, seed: int) -> None:

@@ -10,21 +10,21 @@ What is not covered: output layers with a bias, which are refused.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import inspect
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch._dynamo  # zero.Init patches tensor constructors: dynamo must be loaded before it is entered
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from versatune_ds.config.model import Model
-from versatune_ds.data.collate import Batch
-from versatune_ds.engine.model.adapters import add_adapter
+from versatune_ds.data.collate import Batch, Compared
+from versatune_ds.engine.model.adapters import BaseKL, add_adapter
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.families import LogitRule, logit_rule
 from versatune_ds.engine.model.noise import EmbeddingNoise, Place
@@ -32,7 +32,7 @@ from versatune_ds.engine.model.recompute import recompute_in_backward
 from versatune_ds.engine.model.rope import rotate_by_sample, set_ends
 from versatune_ds.engine.model.router import ROUTER, Routers, experts_of
 from versatune_ds.engine.model.sequence import SequenceGroup
-from versatune_ds.engine.model.source import DTYPES, TEXT_PART, check_files, holds_own_head, load_architecture
+from versatune_ds.engine.model.source import four_bits, load_lm
 from versatune_ds.engine.phases import LOSS, timed
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import ConfigError
@@ -72,14 +72,18 @@ class LossHead(nn.Module):
         num_valid: int = 0,
         normalizer: float = 1.0,
         token_weight: torch.Tensor | None = None,
+        extra: Callable[[torch.Tensor, torch.Tensor, LogitRule], torch.Tensor] | None = None,
     ) -> LossOutput | torch.Tensor:
         """Loss of a pack; without labels logits [..., V], for transformers' `generate`.
 
         `hidden` [T, H] (or [..., H]) is positional: ZeRO-3's release hook ignores keywords.
+
+        Args:
+            extra: a term of the loss that needs the weight, too.
         """
         if labels is None:
             return nn.functional.linear(hidden, self.weight)
-        return linear_cross_entropy(
+        out = linear_cross_entropy(
             hidden,
             self.weight,
             labels,
@@ -94,6 +98,9 @@ class LossHead(nn.Module):
             by_probability=self.is_dft,
             backend=self.backend,
         )
+        if extra is None:
+            return out
+        return out._replace(loss=out.loss + extra(hidden, self.weight, self.rule))
 
 
 class PackedCausalLM(nn.Module):
@@ -108,6 +115,7 @@ class PackedCausalLM(nn.Module):
         sequence: the ranks that share a pack; then `lm` attends by `sequence.share_heads`.
         is_dft: whether `model.objective` is dft.
         noise: on its embeddings.
+        base_kl: of `model.kl_to_base`.
 
     Raises:
         ConfigError: an output layer or a change of the logits that the loss cannot follow.
@@ -123,9 +131,11 @@ class PackedCausalLM(nn.Module):
         sequence: SequenceGroup | None = None,
         is_dft: bool = False,
         noise: EmbeddingNoise | None = None,
+        base_kl: BaseKL | None = None,
     ) -> None:
         super().__init__()
         self.liger, self.routers, self.sequence, self.noise = liger, routers, sequence, noise
+        self.base_kl = base_kl
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
@@ -169,6 +179,16 @@ class PackedCausalLM(nn.Module):
             **options,
         )
 
+    def base_hidden(self, compared: Compared) -> torch.Tensor:
+        """[n, H]: what the model without its adapter makes of the compared tokens; without gradient."""
+        assert self.base_kl is not None
+        batch = compared.batch
+        set_ends(self.rotary, batch.cu_seqlens, len(batch.input_ids), None)
+        with self.base_kl.base(self.lm.base_model):
+            body = self.body(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+            hidden: torch.Tensor = body.last_hidden_state.squeeze(0)[compared.own_rows]
+        return hidden
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -184,6 +204,7 @@ class PackedCausalLM(nn.Module):
         passes: float = 1,
         parts: int = 1,
         place: Place = (0, 0, 0, 1),
+        compared: Compared | None = None,
     ) -> LossOutput:
         """Loss of one pack (see `data.collate.Batch` for shapes), divided by `normalizer`.
 
@@ -194,7 +215,11 @@ class PackedCausalLM(nn.Module):
             parts: ranks that share the pack. Of more than one, the loss is that of this rank's rows, and the
                 sums of samples are the pack's.
             place: the pack's; noise is drawn by it.
+            compared: samples whose KL to the base is added to the loss.
         """
+        term = None
+        if compared is not None and self.base_kl is not None:
+            term = functools.partial(self.base_kl.term, compared, sample_ids, self.base_hidden(compared))
         if self.noise is not None and self.training:
             self.noise.prepare(sample_ids, num_samples, place)
         routers = self.routers if self.training else None
@@ -208,7 +233,7 @@ class PackedCausalLM(nn.Module):
         head = self.lm.get_output_embeddings()
         with timed(LOSS):
             out: LossOutput = head(
-                hidden, labels, sample_ids, num_samples, num_valid, normalizer, token_weight
+                hidden, labels, sample_ids, num_samples, num_valid, normalizer, token_weight, term
             )
         if routers is not None:
             extra = routers.observe(body.router_logits, sample_ids >= 0, group)
@@ -259,83 +284,9 @@ def build_model(
     noise = None
     if settings.neftune_alpha is not None:
         noise = EmbeddingNoise(lm.get_input_embeddings(), settings.neftune_alpha, seed)
+    base_kl = BaseKL(settings.kl_to_base.coefficient) if settings.kl_to_base else None
     how = (settings.loss_backend, liger, settings.logits_dtype)
-    return PackedCausalLM(lm, *how, routers, sequence, settings.objective == "dft", noise)
-
-
-def four_bits(settings: Model) -> dict[str, Any]:
-    """transformers' arguments that load a model in 4 bits onto this rank's GPU, for qlora; else none."""
-    if settings.adapter is None or settings.adapter.kind != "qlora":
-        return {}
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPES[settings.dtype],
-    )
-    return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
-
-
-def load_lm(settings: Model, seed: int, **options: Any) -> PreTrainedModel:
-    """The causal LM of transformers in `model.dtype`, pretrained or random.
-
-    Args:
-        settings: `model` section, of which source, weights, dtype and trust_remote_code matter here.
-        seed: of random initialisation.
-        options: further arguments of transformers, e.g. `attn_implementation`.
-
-    Raises:
-        ConfigError: it cannot be loaded, or lacks weights.
-    """
-    options |= {"trust_remote_code": settings.trust_remote_code, "dtype": DTYPES[settings.dtype]}
-    config, folder = load_architecture(settings), Path(settings.source)
-    check_files(settings)
-    torch.manual_seed(seed)
-    try:
-        if settings.weights == "random":
-            return AutoModelForCausalLM.from_config(config, **options)
-        if config.tie_word_embeddings and folder.is_dir() and holds_own_head(folder):
-            log.warning(
-                "%s says tie_word_embeddings: true, and its files hold a head of its own: it is trained and "
-                "exported as its files are, not tied",
-                folder,
-            )
-            config.tie_word_embeddings = False
-        # safetensors or nothing: a pytorch_model.bin is a pickle, which could run code
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            settings.source,
-            config=config,
-            key_mapping=TEXT_PART,
-            output_loading_info=True,
-            use_safetensors=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        raise ConfigError(
-            f"the model {settings.source} cannot be loaded (weights: {settings.weights}): {error}"
-        ) from error
-    lm: PreTrainedModel
-    lm, info = loaded
-    if unused := sorted(info["unexpected_keys"]):
-        log.warning(
-            "%d weights of %s have no place in %s and are left out, of the export, too: %s ...",
-            len(unused),
-            settings.source,
-            type(lm).__name__,
-            ", ".join(unused[:3]),
-        )
-    missing = set(info["missing_keys"])
-    if lm.config.tie_word_embeddings:
-        missing.discard("lm_head.weight")
-    if missing or info["mismatched_keys"]:
-        names = ", ".join(sorted(missing | {str(key) for key in info["mismatched_keys"]})[:5])
-        raise ConfigError(
-            f"the model {settings.source} lacks {len(missing)} of the model's weights or has them in "
-            f"another shape ({names}); they would be random. Get the whole model (or, if only a head is "
-            "missing that is the embedding, set tie_word_embeddings: true in its config.json), or set "
-            "model.weights: random"
-        )
-    return lm
+    return PackedCausalLM(lm, *how, routers, sequence, settings.objective == "dft", noise, base_kl)
 
 
 def liger_problem(choice: str, device_type: str) -> str | None:
@@ -405,6 +356,7 @@ def model_inputs(
         "place": place,
         "token_weight": batch.token_weight,
         "parts": batch.parts,
+        "compared": batch.compared,
     }
 
 

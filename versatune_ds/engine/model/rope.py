@@ -22,11 +22,7 @@ FIXED = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 def turning_length(config: Any) -> int | None:
-    """Samples longer than this many tokens have other rotary frequencies than shorter ones; None: none have.
-
-    Args:
-        config: a transformers configuration.
-    """
+    """Samples of more tokens have other rotary frequencies than shorter ones; None: none have."""
     rope = getattr(config, "rope_parameters", None) or {}
     lengths = []
     for kind in [inner for inner in rope.values() if isinstance(inner, dict)] or [rope]:

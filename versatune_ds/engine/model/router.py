@@ -66,7 +66,6 @@ class Routers:
     """The routers of a model, and what they did since `take`.
 
     Args:
-        config: the transformers configuration of a mixture of experts.
         coefficient: of the loss; None: the configuration's.
     """
 
@@ -92,11 +91,7 @@ class Routers:
         return torch.zeros(1, dtype=torch.float64) if sums is None else sums
 
     def measures(self, sums: np.ndarray, packs: int) -> dict[str, Any]:
-        """Fields of `StepRecord`, from what `take` gave on all ranks together.
-
-        Args:
-            packs: of the step.
-        """
+        """Fields of `StepRecord`, from what `take` gave on all ranks together."""
         shares = sums[1:].reshape(-1, self.experts)
         shares = shares / shares.sum(1, keepdims=True)
         return {
@@ -107,11 +102,7 @@ class Routers:
 
 
 def experts_of(config: Any) -> int:
-    """Experts in a layer of a model of a known family; 0: it is no mixture.
-
-    Args:
-        config: its transformers configuration.
-    """
+    """Experts in a layer of a model of a known family; 0: it is no mixture."""
     family = FAMILIES.get(config.model_type)
     return getattr(config, family.experts) if family and family.experts else 0
 
@@ -122,7 +113,6 @@ def as_published(
     """Weights under their published names: other programs read every expert as tensors of its own.
 
     Args:
-        config: the transformers configuration of the model.
         tensors: (name, tensor) as transformers holds them.
     """
     if not experts_of(config):

@@ -15,7 +15,7 @@ pack mix wherever attention needs one; it gathers position ids in every layer, t
 multiples of it only, and replaces an attention of transformers for the whole process.
 
 What is not covered: which rows a rank gets (`Batch.part`), and models whose attention is not transformers'
-`AttentionInterface`: `isolation.sharing_error` finds that their losses change.
+`AttentionInterface`: `isolation.probe_packs` finds that their losses change.
 """
 
 from __future__ import annotations
@@ -66,10 +66,6 @@ class SequenceGroup(NamedTuple):
 
 def check_heads(heads: int, ranks: int) -> None:
     """Refuse a number of ranks that cannot share the heads.
-
-    Args:
-        heads: the model's attention heads.
-        ranks: `batch.sequence_parallel`.
 
     Raises:
         ConfigError: names the numbers that can.

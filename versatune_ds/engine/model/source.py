@@ -1,4 +1,4 @@
-"""What a model's folder is, before its weights are read: its configuration, and what its files hold.
+"""What a model's folder is: its configuration, what its files hold, and the model that they make.
 
 A model of images and text whose text part is a causal LM of its own (Gemma 3, Mistral 3) is trained as that
 text model. Whether embedding and head are tied is found in the files: transformers unties two matrices that
@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from versatune_ds.config.model import Model
 from versatune_ds.data.encode.tokenizer import READ_SUFFIXES, refuse_pointers
 from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.foundations.log import get_logger
+
+log = get_logger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """`model.dtype` in torch's words."""
@@ -106,11 +109,7 @@ def facts(architecture: Any) -> dict[str, str]:
 
 
 def count_parameters(settings: Model) -> int:
-    """All parameters of a model, a tied matrix once; its weights are not read.
-
-    Raises:
-        ConfigError: as `load_architecture`.
-    """
+    """All parameters of a model, a tied matrix once; its weights are not read."""
     architecture = load_architecture(settings)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(architecture, trust_remote_code=settings.trust_remote_code)
@@ -178,3 +177,78 @@ def holds_own_head(folder: Path) -> bool:
         return embedding.get_shape() != head.get_shape() or not all(
             torch.equal(embedding[i : i + ROWS], head[i : i + ROWS]) for i in range(0, rows, ROWS)
         )
+
+
+def four_bits(settings: Model) -> dict[str, Any]:
+    """transformers' arguments that load a model in 4 bits onto this rank's GPU, for qlora; else none."""
+    if settings.adapter is None or settings.adapter.kind != "qlora":
+        return {}
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[settings.dtype],
+    )
+    return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
+
+
+def load_lm(settings: Model, seed: int, **options: Any) -> PreTrainedModel:
+    """The causal LM of transformers in `model.dtype`, pretrained or random.
+
+    Args:
+        settings: `model` section, of which source, weights, dtype and trust_remote_code matter here.
+        seed: of random initialisation.
+        options: further arguments of transformers, e.g. `attn_implementation`.
+
+    Raises:
+        ConfigError: it cannot be loaded, or lacks weights.
+    """
+    options |= {"trust_remote_code": settings.trust_remote_code, "dtype": DTYPES[settings.dtype]}
+    config, folder = load_architecture(settings), Path(settings.source)
+    check_files(settings)
+    torch.manual_seed(seed)
+    try:
+        if settings.weights == "random":
+            return AutoModelForCausalLM.from_config(config, **options)
+        if config.tie_word_embeddings and folder.is_dir() and holds_own_head(folder):
+            log.warning(
+                "%s says tie_word_embeddings: true, and its files hold a head of its own: it is trained and "
+                "exported as its files are, not tied",
+                folder,
+            )
+            config.tie_word_embeddings = False
+        # safetensors or nothing: a pytorch_model.bin is a pickle, which could run code
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            settings.source,
+            config=config,
+            key_mapping=TEXT_PART,
+            output_loading_info=True,
+            use_safetensors=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise ConfigError(
+            f"the model {settings.source} cannot be loaded (weights: {settings.weights}): {error}"
+        ) from error
+    lm: PreTrainedModel
+    lm, info = loaded
+    if unused := sorted(info["unexpected_keys"]):
+        log.warning(
+            "%d weights of %s have no place in %s and are left out, of the export, too: %s ...",
+            len(unused),
+            settings.source,
+            type(lm).__name__,
+            ", ".join(unused[:3]),
+        )
+    missing = set(info["missing_keys"])
+    if lm.config.tie_word_embeddings:
+        missing.discard("lm_head.weight")
+    if missing or info["mismatched_keys"]:
+        names = ", ".join(sorted(missing | {str(key) for key in info["mismatched_keys"]})[:5])
+        raise ConfigError(
+            f"the model {settings.source} lacks {len(missing)} of the model's weights or has them in "
+            f"another shape ({names}); they would be random. Get the whole model (or, if only a head is "
+            "missing that is the embedding, set tie_word_embeddings: true in its config.json), or set "
+            "model.weights: random"
+        )
+    return lm

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.config.model import Model
-from versatune_ds.config.schema import Config
+from versatune_ds.config.schema import Config, Optimizer
 from versatune_ds.config.weights import Weights
 from versatune_ds.data.cache.cache import check_file
 from versatune_ds.data.cache.prepare import naming_the_command, open_caches
 from versatune_ds.data.encode.tokenizer import require_rows
-from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, supply
+from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, token_supply
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.replay import resolve_schedule
 from versatune_ds.domain.table import DomainTable
@@ -115,13 +115,7 @@ def check_trackers(config: Config) -> None:
 
 
 def check_adapter(settings: Model, deepspeed: Mapping[str, Any], device_type: str) -> None:
-    """Refuse an adapter that could not be trained here, or would be of no use afterwards.
-
-    Args:
-        settings: `model` section.
-        deepspeed: the DeepSpeed configuration.
-        device_type: "cpu" or "cuda".
-    """
+    """Refuse an adapter that could not be trained here, or would be of no use afterwards."""
     if settings.adapter is None:
         return
     require_peft()
@@ -146,10 +140,6 @@ def check_adapter(settings: Model, deepspeed: Mapping[str, Any], device_type: st
 def check_compile(settings: Model, deepspeed: Mapping[str, Any]) -> None:
     """Refuse compiled layers that are recomputed under ZeRO-3 before torch 2.13: with torch 2.11 their losses
     are wrong (`tests/engine/test_step.py`).
-
-    Args:
-        settings: `model` section.
-        deepspeed: the DeepSpeed configuration.
     """
     old = tuple(map(int, metadata.version("torch").split(".")[:2])) < COMPILED_RECOMPUTE
     recomputes = settings.compile != "off" and settings.activation_checkpointing != "off"
@@ -164,7 +154,7 @@ def check_supply(
     corpus: Corpus, settings: PlannerSettings, controller: WeightController, total_steps: int
 ) -> None:
     """Refuse a run that `domains.max_epochs` would starve before its last step."""
-    tokens = sum(supply(corpus, settings, controller.weights).tokens)
+    tokens = sum(token_supply(corpus, settings, controller.weights))
     if tokens / settings.tokens_per_step <= total_steps - 1:
         steps = math.ceil(tokens / settings.tokens_per_step)
         raise ConfigError(
@@ -221,12 +211,7 @@ def check_architecture(architecture: Any, tokenizer: Any, corpus: Corpus) -> Non
     """Refuse models whose loss we would compute wrongly or whose embedding is too small for the tokenizer.
 
     Args:
-        architecture: the transformers config of the model.
-        tokenizer: as loaded.
         corpus: for the longest sample; one beyond the model's positions is a warning.
-
-    Raises:
-        ConfigError: naming the numbers.
     """
     logit_rule(architecture)
     if getattr(architecture, "quantization_config", None):
@@ -255,12 +240,7 @@ def check_architecture(architecture: Any, tokenizer: Any, corpus: Corpus) -> Non
 
 
 def check_router(settings: Model, architecture: Any) -> None:
-    """Refuse settings of routers that would do nothing.
-
-    Args:
-        settings: `model` section.
-        architecture: the transformers config of the model.
-    """
+    """Refuse settings of routers that would do nothing."""
     given = {"router": settings.router != "train", "router_aux_loss": settings.router_aux_loss is not None}
     names = " and ".join(f"model.{name}" for name, is_given in given.items() if is_given)
     if names and not experts_of(architecture):
@@ -271,6 +251,19 @@ def check_router(settings: Model, architecture: Any) -> None:
         )
     if all(given.values()):
         raise ConfigError("model.router frozen: routers that do not train need no model.router_aux_loss")
+
+
+def check_optimizer(settings: Optimizer, architecture: Any) -> None:
+    """Refuse Muon for a mixture of experts, whose tensors have three dimensions.
+
+    Args:
+        settings: `optimizer` section.
+        architecture: the transformers config of the model.
+    """
+    if settings.kind == "muon" and experts_of(architecture):
+        raise ConfigError(
+            f"optimizer.kind muon: {architecture.model_type} has experts, which it is not for here; use adamw"
+        )
 
 
 def late_weights(config: Config, total_steps: int) -> str | None:

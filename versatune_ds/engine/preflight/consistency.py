@@ -23,6 +23,7 @@ from versatune_ds.engine.provenance import describe_versions
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError
 from versatune_ds.foundations.files import canonical_hash, sha256_file
+from versatune_ds.foundations.text import listed
 
 HASHED_BYTES = 1 << 20
 """Larger files of a model folder (weights) count by name and size."""
@@ -60,9 +61,8 @@ def differences(hosts: Sequence[str], parts: Sequence[Mapping[str, str]]) -> lis
         usual, _ = Counter(values).most_common(1)[0]
         odd = [rank for rank, value in enumerate(values) if value != usual]
         if odd:
-            named = [f"rank {rank} on {hosts[rank]} has {values[rank]}" for rank in odd[:RANKS_SHOWN]]
-            more = f" and {len(odd) - RANKS_SHOWN} more ranks differ" if len(odd) > RANKS_SHOWN else ""
-            found.append(f"{name} ({', '.join(named)}{more}; the others have {usual})")
+            named = [f"rank {rank} on {hosts[rank]} has {values[rank]}" for rank in odd]
+            found.append(f"{name} ({listed(named, RANKS_SHOWN)}; the others have {usual})")
     return found
 
 

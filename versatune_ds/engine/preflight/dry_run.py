@@ -1,7 +1,8 @@
 """A dry run of the first step: too little memory is found before minutes are lost, with what to lower.
 
 Forward and backward run on the worst pack there can be: full, one sample (attention), every token supervised
-(loss). Two micro-batches where a step has several, since gradients of the first are kept meanwhile. Then
+(loss), and compared with the base model where that is asked for. Two
+micro-batches where a step has several, since gradients of the first are kept meanwhile. Then
 everything is forgotten, as a skipped step is: parameters, optimizer and random generators are as before, and
 the run is bit for bit the run without it.
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from versatune_ds.config.schema import Config
-from versatune_ds.data.collate import Batch, collate, rows_of
+from versatune_ds.data.collate import Batch, collate, compare, rows_of
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.faults.device_errors import out_of_memory
@@ -63,7 +64,9 @@ def dry_run(backend: Backend, config: Config) -> None:
 def worst_batch(pack_len: int) -> Batch:
     """One sample that fills the pack, all of it supervised."""
     pack = Pack(np.zeros(1, np.int32), np.zeros(1, np.int64), np.full(1, pack_len, np.int32))
-    return collate(pack, [_FullSample(pack_len)], pack_len, 0)
+    sources = [_FullSample(pack_len)]
+    whole = collate(pack, sources, pack_len, 0)
+    return compare(whole, pack, np.ones(1, bool), sources, 0, pack_len)
 
 
 class _FullSample:

@@ -20,6 +20,7 @@ from versatune_ds.config.schema import Config
 from versatune_ds.engine.preflight import checks as preflight
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError, VersaTuneError
+from versatune_ds.foundations.text import listed
 
 SEEN_WITHIN_S = 10.0
 """Network file systems may show a new file to other nodes a little later."""
@@ -143,6 +144,5 @@ def _unique(hosts: Iterator[str]) -> list[str]:
     return list(dict.fromkeys(hosts))
 
 
-def _listed(hosts: list[str], most: int = 8) -> str:
-    more = f" and {len(hosts) - most} more" if len(hosts) > most else ""
-    return f"node{'s' if len(hosts) > 1 else ''} {', '.join(hosts[:most])}{more}"
+def _listed(hosts: list[str]) -> str:
+    return f"node{'s' if len(hosts) > 1 else ''} {listed(hosts, 8)}"
