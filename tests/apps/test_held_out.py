@@ -259,7 +259,8 @@ def alarms(measured) -> list[str]:
     """What three runs say: with measured references, with impossible ones, and without evaluation."""
     path = measured / "reference.json"
     path.write_text(json.dumps(outcome(measured / "reference")["result"]))
-    common = ["train.max_steps=1", "weights.strategy=fostering", "checkpoint={export_at_end: false}"]
+    common = ["train.max_steps=1", "weights={strategy: fostering, every_n_steps: 100}"]
+    common.append("checkpoint={export_at_end: false}")
     evaluated, too_high = "evaluation={every_n_steps: 100}", "{law: 9.0, medicine: 9.0, code: 0.01}"
     cases = [
         case(measured, "train", "a", *common, evaluated, f"weights.reference={path}"),
