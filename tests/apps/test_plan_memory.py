@@ -85,7 +85,7 @@ CASES = [
     (2, zero(3), "fp32", 2, QWEN2, 768, LORA),
     (2, zero(2, **OPTIMIZER_ON_HOST), "bf16", "off", TIED, 512, LORA),
     (2, zero(2), "bf16", "off", QWEN2, 768, AVERAGED),
-    (2, zero(3), "fp32", "all", QWEN2, 768, AVERAGED),
+    (2, zero(3), "fp32", "off", QWEN3, 768, AVERAGED),
     (1, zero(1), "bf16", "off", QWEN2, 768, MUON),
     (2, zero(2), "bf16", "all", QWEN3, 768, MUON),
     (2, zero(3), "fp32", "off", QWEN3, 768, MUON),
