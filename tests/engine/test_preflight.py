@@ -9,6 +9,7 @@ import pytest
 
 from versatune_ds.config.load import validate_config
 from versatune_ds.config.model import Model
+from versatune_ds.config.weights import Weights
 from versatune_ds.data.plan.corpus import Corpus, PlannerSettings
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.reference import load_reference
@@ -155,6 +156,14 @@ def test_settings_without_effect_are_listed():
         "evaluation.max_samples_per_domain",
     ]
     assert preflight.ignored_settings(config()) == []
+
+
+def test_how_often_weights_are_updated_by_default():
+    lengths = (None, 7, 60, 5000)
+    assert [Weights(strategy="raw_loss").interval(n) for n in lengths] == [100, 1, 3, 100]
+    assert [Weights(guard={}).interval(n) for n in lengths] == [100, 1, 3, 100]
+    assert [Weights().interval(n) for n in lengths] == [100] * 4
+    assert Weights(strategy="raw_loss", every_n_steps=7).interval(60) == 7
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ class Weights(Section):
     with what the tokens of each domain did for held-out losses."""
     every_n_steps: int | None = Field(None, ge=1)
     """Optimizer steps between updates, and the length of the loss window. None: a twentieth of the run, so
-    that shares arrive before the learning rate is gone, and at most 100."""
+    that shares arrive before the learning rate is gone, and at most 100; 100 where weights do not move."""
     form: Literal["linear", "exponential"] = "linear"
     """fostering: w (1 + sigma gamma) / Z, or w exp(sigma gamma) / Z."""
     sigma: float = Field(1.0, ge=0)
@@ -141,8 +141,12 @@ class Weights(Section):
     """Compute and log updates without applying them."""
 
     def interval(self, total_steps: int | None = None) -> int:
-        """Optimizer steps between updates of a run of `total_steps`, if that is known."""
-        longest = LONGEST_INTERVAL if total_steps is None else min(LONGEST_INTERVAL, total_steps // UPDATES)
+        """Optimizer steps between updates of a run of `total_steps`, if that is known.
+
+        Where nothing moves the weights, all are alike: the longest.
+        """
+        moves = self.guard is not None or STRATEGIES[self.strategy].moves_with_losses
+        longest = min(LONGEST_INTERVAL, total_steps // UPDATES) if moves and total_steps else LONGEST_INTERVAL
         return self.every_n_steps or max(1, longest)
 
     @property

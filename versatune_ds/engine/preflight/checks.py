@@ -272,7 +272,7 @@ def late_weights(config: Config, total_steps: int) -> str | None:
     updates = range(every, total_steps, every)
     peak = config.optimizer.lr
     early = sum(learning_rate(config.optimizer, step, total_steps) >= peak / 2 for step in updates)
-    if not (strategy.moves_with_losses or strategy.by_gain) or early >= EARLY_UPDATES:
+    if not strategy.moves_with_losses or early >= EARLY_UPDATES:
         return None
     return (
         f"weights: {len(updates)} updates in {total_steps} steps, {early} of them while the learning rate is "
