@@ -1,5 +1,6 @@
 """From a study's settings to its runs."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ from launching import REPOSITORY
 
 from versatune_ds.apps.study.config import load_study
 from versatune_ds.apps.study.jobs import StudyPlan, merge
+from versatune_ds.domain.knowledge import KNOWLEDGE_FORMAT, KNOWLEDGE_VERSION
 from versatune_ds.foundations.errors import ConfigError
 
 STUDIES = REPOSITORY / "configs" / "studies"
@@ -59,17 +61,26 @@ def test_an_adapter_is_trained_by_all_but_the_base():
     assert plan.base()[0].config.model.adapter is None
 
 
-def test_a_pretrained_model_is_trained_by_all_and_made_by_none():
+def test_a_pretrained_model_is_trained_by_all_and_made_by_none(tmp_path):
+    seen = tmp_path / "knowledge.json"
+    shares = dict(zip(REFERENCE, [0.5, 0.1, 0.1, 0.1, 0.1, 0.1], strict=True))
+    knowledge = {"format": KNOWLEDGE_FORMAT, "version": KNOWLEDGE_VERSION, "domains": shares}
+    seen.write_text(json.dumps(knowledge))
     study = load_study(
         STUDIES / "strategies.yaml",
-        ["pretraining=null", "model={source: /real, adapter: {rank: 4}}", "mixture=/seen/knowledge.json"],
+        ["pretraining=null", "model={source: /real, adapter: {rank: 4}}", f"mixture={seen}"],
     )
     plan = StudyPlan(study, Path("/corpus"), "/real")
     assert plan.base() == []
     jobs = {job.arm: job.config for job in plan.arms(REFERENCE)}
     assert {config.model.source for config in jobs.values()} == {"/real"}
-    assert jobs["constant"].domains.initial == Path("/seen/knowledge.json")
+    assert jobs["constant"].domains.initial == shares
     assert jobs["law_only"].domains.initial["law"] == 1.0
+    before = plan.arms(REFERENCE)[0].fingerprint("")
+    seen.write_text(
+        json.dumps({**knowledge, "domains": dict(zip(REFERENCE, [1, 0, 0, 0, 0, 0], strict=True))})
+    )
+    assert StudyPlan(study, Path("/corpus"), "/real").arms(REFERENCE)[0].fingerprint("") != before
 
 
 def test_reference_runs_see_one_domain_and_are_evaluated_on_the_way():

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from versatune_ds.apps.study.config import OWNED_BY_STUDY, Sections, Study
 from versatune_ds.config.load import validate_config
 from versatune_ds.config.schema import Config
+from versatune_ds.domain.knowledge import read_knowledge
 from versatune_ds.foundations.constants import EXPORT_DIR
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import canonical_hash
@@ -71,6 +72,13 @@ class StudyPlan:
         corpus: folder that `{corpus}` stands for.
         model_folder: tokenizer and config.json of the model; of a pretrained one the model itself, or its
             name on a hub.
+
+    Attributes:
+        initial: mixture that fine-tuning starts from, shares by domain.
+
+    Raises:
+        ConfigError: the study sets what it fills in itself.
+        DataError: the file of `mixture` is missing or no knowledge.json.
     """
 
     def __init__(self, study: Study, corpus: Path, model_folder: Path | str) -> None:
@@ -78,6 +86,9 @@ class StudyPlan:
         self._model_folder = model_folder
         self._settings = json.loads(json.dumps(study.settings).replace("{corpus}", str(corpus)))
         _refuse_owned(study)
+        self.initial = study.initial
+        if isinstance(study.initial, Path):  # what it says decides the results, not where it lies
+            self.initial = read_knowledge(study.initial, "mixture")["domains"]
 
     @property
     def domains(self) -> list[str]:
@@ -136,7 +147,7 @@ class StudyPlan:
         base = self.study.model.source or self.study.dir / "runs" / BASE_RUN / EXPORT_DIR
         adapter = self.study.model.adapter
         model = {"source": str(base), "adapter": adapter and adapter.model_dump(mode="json")}
-        mixture: Sections = {"domains": {"initial": self.study.initial}}
+        mixture: Sections = {"domains": {"initial": self.initial}}
         prefix = "reference_" if kind == "reference" else ""
         name = f"{prefix}{arm}_seed-{seed}"
         return self._job(kind, arm, seed, name, model, [mixture, *layers])
