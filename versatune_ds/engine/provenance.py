@@ -19,7 +19,6 @@ from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.foundations.machine import installed
 from versatune_ds.observability.throughput import peak_tflops
-from versatune_ds.observability.trackers import flat_settings
 
 log = get_logger(__name__)
 
@@ -62,10 +61,18 @@ def note_changes(config: Config) -> None:
     if not path.is_file():
         return
     try:
-        old, new = (flat_settings(c.model_dump(mode="json")) for c in (load_config(path), config))
+        old, new = (c.model_dump(mode="json") for c in (load_config(path), config))
     except ConfigError:  # written by a version with other settings
         log.warning("%s cannot be read by this version; it will be replaced", path)
         return
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            log.warning("setting %s was %s and is now %s", key, old.get(key), new.get(key))
+    for key, was, now in changed_settings(old, new):
+        log.warning("setting %s was %s and is now %s", key, was, now)
+
+
+def changed_settings(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of what is not the same in two JSON values, in alphabetical order."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [(place, old, new)]
+    prefix = f"{place}." if place else ""
+    keys = sorted(old.keys() | new.keys())
+    return [each for key in keys for each in changed_settings(old.get(key), new.get(key), prefix + key)]

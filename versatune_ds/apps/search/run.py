@@ -50,7 +50,7 @@ from versatune_ds.domain.reference import prior_weights
 from versatune_ds.engine.faults.signals import StopRequest
 from versatune_ds.engine.fingerprints import model_fingerprint
 from versatune_ds.engine.prepared import count_steps, planner_settings
-from versatune_ds.engine.provenance import describe_hardware, describe_versions
+from versatune_ds.engine.provenance import changed_settings, describe_hardware, describe_versions
 from versatune_ds.foundations import constants
 from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.errors import DataError, DivergenceError, StateError
@@ -338,9 +338,10 @@ class SearchJournal:
         self._path = folder / JOURNAL_FILE
         self._settings = json.loads(json.dumps(settings))
         known = read_json_object(self._path)
-        if known and (changed := differing(known["made_with"], self._settings)):
+        if known and (changed := changed_settings(known["made_with"], self._settings)):
+            names = ", ".join(name for name, _, _ in changed[:5])
             raise StateError(
-                f"{folder} holds a search with other settings: {', '.join(changed[:5])}. Its runs say "
+                f"{folder} holds a search with other settings: {names}. Its runs say "
                 "nothing of these; choose another run.dir, or remove the folder"
             )
         self.rounds = [[np.array(point) for point in points] for points in known.get("rounds", [])]
@@ -360,15 +361,6 @@ class SearchJournal:
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(self._path, content)
-
-
-def differing(old: Any, new: Any, place: str = "") -> list[str]:
-    """Dotted names of what is not the same in two JSON values."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [place]
-    prefix = f"{place}." if place else ""
-    keys = sorted(old.keys() | new.keys())
-    return [name for key in keys for name in differing(old.get(key), new.get(key), prefix + key)]
 
 
 def fit(tried: Tried, base: Array) -> list[Surface]:

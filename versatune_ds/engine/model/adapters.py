@@ -258,11 +258,13 @@ class BaseKL:
         for layer in layers:
             layer._disable_adapters = True
         lm.eval()
-        with torch.no_grad():
-            yield
-        lm.train()
-        for layer in layers:
-            layer._disable_adapters = False
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            lm.train()
+            for layer in layers:
+                layer._disable_adapters = False
 
     def term(
         self,
