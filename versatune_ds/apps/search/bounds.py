@@ -20,8 +20,7 @@ import numpy as np
 
 from versatune_ds.apps.search.surface import Array
 from versatune_ds.config.weights import Domains
-from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, token_supply
-from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, token_supply, too_short
 from versatune_ds.strategies.simplex import project
 
 ATTEMPTS = 50
@@ -59,10 +58,7 @@ class Bounds:
         sizes = np.array(corpus.num_samples, dtype=np.float64)
         last = sum(token_supply(corpus, planner, np.ones_like(sizes))) / planner.tokens_per_step
         if last < steps:
-            raise ConfigError(
-                f"the data lasts for {math.floor(last)} steps under domains.max_epochs, and {steps} are "
-                "asked for; raise max_epochs, add data, or train for fewer steps"
-            )
+            raise too_short(math.floor(last), steps)
         mean_tokens = np.array(corpus.num_tokens) / sizes
         supervised = np.array(corpus.num_supervised) / sizes
         units = {"samples": np.ones(len(sizes)), "tokens": mean_tokens, "supervised_tokens": supervised}

@@ -220,3 +220,11 @@ def token_supply(
     return tuple(
         limit * tokens / size if size and weight > 0 else 0.0 for limit, tokens, size, weight in of_domain
     )
+
+
+def too_short(lasts: int, asked: int) -> ConfigError:
+    """The error of data that last for fewer steps than are asked for."""
+    return ConfigError(
+        f"the data lasts for {lasts} steps under domains.max_epochs, and {asked} are asked for; raise "
+        "max_epochs, add data, or train for fewer steps"
+    )

@@ -24,7 +24,7 @@ from versatune_ds.config.weights import Weights
 from versatune_ds.data.cache.cache import check_file
 from versatune_ds.data.cache.prepare import naming_the_command, open_caches
 from versatune_ds.data.encode.tokenizer import require_rows
-from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, token_supply
+from versatune_ds.data.plan.corpus import Corpus, PlannerSettings, token_supply, too_short
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.replay import resolve_schedule
 from versatune_ds.domain.table import DomainTable
@@ -156,11 +156,7 @@ def check_supply(
     """Refuse a run that `domains.max_epochs` would starve before its last step."""
     tokens = sum(token_supply(corpus, settings, controller.weights))
     if tokens / settings.tokens_per_step <= total_steps - 1:
-        steps = math.ceil(tokens / settings.tokens_per_step)
-        raise ConfigError(
-            f"the data lasts for {steps} steps under domains.max_epochs, and {total_steps} are asked for; "
-            "raise max_epochs, add data, or train for fewer steps"
-        )
+        raise too_short(math.ceil(tokens / settings.tokens_per_step), total_steps)
 
 
 def check_domains_have_data(
