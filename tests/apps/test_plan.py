@@ -269,6 +269,16 @@ def test_command_says_what_would_fit_and_leaves_with_1(capsys):
     assert main([*arguments, "--rank", "8"]) == 2
 
 
+@pytest.mark.parametrize(("text", "said"), [("{", "not valid JSON"), ("[]", "is a JSON object")])
+def test_a_broken_deepspeed_file_is_named(tmp_path, capsys, text, said):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    arguments = ["--gpus", "8", "--gpu", "h100-80g", f"deepspeed={path}"]
+    assert main(["plan", "--config", "configs/qwen2.5-7b.yaml", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert said in told and str(path) in told and "Traceback" not in told
+
+
 def test_command_reads_a_runs_settings(capsys):
     arguments = ["--gpus", "32", "--gpu", "h100-80g", "--json"]
     assert main(["plan", "--config", "configs/qwen2.5-32b.yaml", *arguments, "batch.pack_len=4096"]) == 0

@@ -10,7 +10,9 @@ What is not covered: the meaning of settings (`config/schema.py`).
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
+import json
 import re
 import types
 import typing
@@ -249,3 +251,22 @@ def _section(annotation: Any) -> type[BaseModel] | None:
             if (section := _section(argument)) is not None:
                 return section
     return None
+
+
+def read_deepspeed(source: dict[str, Any] | Path) -> dict[str, Any]:
+    """The section `deepspeed` of a run's settings, read from its file if it names one; a copy.
+
+    Raises:
+        ConfigError: no such file, or no JSON object in it.
+    """
+    if isinstance(source, dict):
+        return copy.deepcopy(source)
+    if not source.is_file():
+        raise ConfigError(f"deepspeed: no file {source}; see configs/deepspeed/ for ready ones")
+    try:
+        value = json.loads(source.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{source}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source}: a DeepSpeed configuration is a JSON object")
+    return value

@@ -5,19 +5,17 @@ What is not covered: the model's shape (`engine/model/shape.py`) and the memory 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from versatune_ds.config.load import read_deepspeed
 from versatune_ds.config.model import Adapter, Recompute
 from versatune_ds.config.schema import Config
 from versatune_ds.data.collate import rows_of
 from versatune_ds.engine.backend.zero_sizes import with_sizes
 from versatune_ds.engine.model.shape import ModelShape
 from versatune_ds.engine.model.source import DTYPES
-from versatune_ds.foundations.errors import ConfigError
 
 Offload = Literal["none", "optimizer", "all"]
 Checkpointing = Recompute | int
@@ -151,14 +149,9 @@ def setup_fields(config: Config) -> dict[str, Any]:
     """The fields of `Setup` that a run's settings decide.
 
     Raises:
-        ConfigError: there is no such DeepSpeed file.
+        ConfigError: as `read_deepspeed`.
     """
-    source: Any = config.deepspeed
-    if isinstance(source, Path):
-        if not source.is_file():
-            raise ConfigError(f"deepspeed: no file {source}; see configs/deepspeed/ for ready ones")
-        source = json.loads(source.read_text(encoding="utf-8"))
-    zero = source.get("zero_optimization", {"stage": 3})
+    zero = read_deepspeed(config.deepspeed).get("zero_optimization", {"stage": 3})
     return {
         "zero_stage": int(zero.get("stage", 0)),
         "dtype": config.model.dtype,

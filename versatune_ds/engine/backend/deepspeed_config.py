@@ -17,9 +17,7 @@ What is not covered: whether values suit the machine (buckets, offload, the rank
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -29,6 +27,7 @@ from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
+from versatune_ds.config.load import read_deepspeed
 from versatune_ds.config.schema import Config
 from versatune_ds.data.plan.balance import check_world_size
 from versatune_ds.engine.backend.optimizer import require_muon
@@ -130,7 +129,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         ConfigError: the file is missing or not JSON, sets a key that we own, that is unknown, that would have
             no effect or would falsify gradients, DeepSpeed refuses a value, or the batch does not divide.
     """
-    merged = _read(config.deepspeed)
+    merged = read_deepspeed(config.deepspeed)
     for key in merged:
         if key in OWNED_KEYS:
             raise ConfigError(
@@ -309,17 +308,3 @@ def _reason(error: Exception) -> str:
         fields = DeepSpeedZeroConfig.model_fields.items()
         return unknown_name("key of zero_optimization", place, sorted(f.alias or name for name, f in fields))
     return f"{error.title}: {place}: {found['msg']} (found {found['input']!r})"
-
-
-def _read(source: dict[str, Any] | Path) -> dict[str, Any]:
-    if isinstance(source, dict):
-        return copy.deepcopy(source)
-    if not source.is_file():
-        raise ConfigError(f"deepspeed: no file {source}; see configs/deepspeed/ for ready ones")
-    try:
-        value = json.loads(source.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{source}:{error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{source}: a DeepSpeed configuration is a JSON object")
-    return value
