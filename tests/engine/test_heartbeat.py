@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from launching import REPOSITORY, Ranks, start_ranks, wait_for_ranks
+
+from versatune_ds.engine.faults.heartbeat import is_lost_connection
 
 pytestmark = pytest.mark.slow
 
@@ -96,3 +102,24 @@ def test_a_stopped_rank_is_named_by_the_others(victim, tmp_path):
     assert f"rank {victim} (process {ranks.pids[victim]} on " in output and "no sign of life" in output
     assert "last seen in step 3, waiting for data" in output
     assert late_code in (6, 7) and "error" in late_output
+
+
+def test_every_collective_that_times_out_with_others_is_a_lost_connection():
+    """As ZeRO-3 gathers several parameters at once; rank 1 is there and never answers."""
+    store, wait = dist.HashStore(), datetime.timedelta(seconds=1)
+    groups: dict[int, dist.ProcessGroup] = {}
+
+    def join(rank: int) -> None:
+        groups[rank] = dist.ProcessGroupGloo(store, rank, 2, wait)
+
+    joining = [threading.Thread(target=join, args=(rank,)) for rank in range(2)]
+    for thread in joining:
+        thread.start()
+    for thread in joining:
+        thread.join()
+    under_way = [groups[0].allreduce([torch.ones(4)]) for _ in range(3)]
+    for work in under_way:
+        with pytest.raises(RuntimeError) as broken:
+            work.wait()
+        assert is_lost_connection(broken.value), broken.value
+    assert not is_lost_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

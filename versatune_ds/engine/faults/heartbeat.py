@@ -327,8 +327,12 @@ class Heartbeat:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error says that a collective broke; gloo raises plain RuntimeErrors."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    """Whether an error says that a collective broke; gloo raises plain RuntimeErrors.
+
+    Of several collectives under way, the first to time out names gloo's source file; the others do not.
+    """
+    is_gloo = any(words in str(error) for words in ("gloo", "Application timeout caused pair closure"))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and is_gloo)
 
 
 def first_line(error: BaseException) -> str:
