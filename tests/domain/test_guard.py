@@ -137,6 +137,27 @@ def test_a_schedule_is_guarded_between_its_steps():
     np.testing.assert_array_equal(controller.weights, [0.2, 0.4, 0.4])
 
 
+def test_it_says_where_to_go_back_to_and_what_to_keep_for_that():
+    controller = controller_of(guard=Guard(probes=2, go_back=True))
+    best, risen = (20, 20), (24, 23)
+    controller.update(10, probe(best, code=(21, 21)))
+    assert controller.kept_steps == {10} and controller.back_to(10) is None
+    controller.update(20, probe(risen))  # code is better than at 10, other as good
+    assert controller.kept_steps == {10, 20}
+    assert controller.update(30, probe(risen)).guard["law"]["held"]
+    assert controller.back_to(30) == 10 and controller.back_to(31) is None
+    # what the others were at their best is gone with the steps since
+    assert controller.kept_steps == set()
+    record = controller.update(40, probe(best, code=(21, 21)))
+    assert record.guard["law"]["held"] and controller.weights[0] == 0.0  # low because the model went back
+    assert record.guard["code"]["best_step"] == 40
+    assert controller.back_to(40) is None and controller.kept_steps == {40}
+    # forgotten since: it comes back, and is looked at anew
+    record = controller.update(50, probe(risen))
+    assert any(reason.startswith("law comes back: ") for reason in record.reasons)
+    assert controller.update(60, probe(risen)).guard["law"]["best_step"] == 60
+
+
 def test_in_shadow_mode_it_only_tells():
     controller = controller_of(shadow=True, guard=Guard(probes=1))
     controller.update(10, probe((20, 20)))

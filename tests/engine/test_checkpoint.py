@@ -83,11 +83,14 @@ def test_only_damaged_ones_are_an_error_and_not_a_fresh_start(tmp_path):
         ck.newest_sound_checkpoint(tmp_path)
 
 
-def test_pruning_keeps_the_newest_and_milestones(tmp_path):
+@pytest.mark.parametrize(
+    ("needed", "kept"), [((), ["04", "08", "10", "12"]), ((2, 10), ["02", "04", "08", "10", "12"])]
+)
+def test_pruning_keeps_the_newest_and_milestones_and_what_is_needed(needed, kept, tmp_path):
     for step in (2, 4, 6, 8, 10, 12):
         make(tmp_path, step)
-    ck._prune(tmp_path, Checkpoint(keep_last=2, milestone_every_n_steps=4))
-    assert sorted(p.name[-2:] for p in tmp_path.iterdir()) == ["04", "08", "10", "12"]
+    ck.keep(tmp_path, Checkpoint(keep_last=2, milestone_every_n_steps=4), needed=needed)
+    assert {int(p.name[-2:]) for p in tmp_path.iterdir()} == {4, 8, 10, 12, *needed}
 
 
 def publish(folder, step: int, keep_last: int):

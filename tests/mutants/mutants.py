@@ -75,6 +75,7 @@ FILES = {
     "order": "versatune_ds/data/plan/order.py",
     "balance": "versatune_ds/data/plan/balance.py",
     "controller": "versatune_ds/domain/controller.py",
+    "guard": "versatune_ds/domain/probes/guard.py",
     "rules": "versatune_ds/strategies/rules.py",
     "simplex": "versatune_ds/strategies/simplex.py",
     "sums": "versatune_ds/domain/statistics.py",
@@ -89,6 +90,7 @@ FILES = {
 }
 TESTS = {
     "loop": "tests/engine/test_loop.py",
+    "go back": "tests/engine/test_go_back.py",
     "backend": "tests/engine/test_deepspeed_backend.py",
     "phases": "tests/engine/test_phases.py",
     "isolation": "tests/engine/test_isolation.py",
@@ -136,6 +138,7 @@ TESTS = {
     "order": "tests/data/test_order.py",
     "balance": "tests/data/test_balance.py",
     "controller": "tests/domain/test_controller.py",
+    "guard": "tests/domain/test_guard.py",
     "rules": "tests/strategies/test_rules.py",
     "simplex": "tests/strategies/test_simplex.py",
     "sums": "tests/domain/test_statistics.py",
@@ -1138,7 +1141,7 @@ fault(
     "checkpoint",
     "[settings.keep_last :]",
     "[settings.keep_last - 1 :]",
-    "checkpoint::test_pruning_keeps_the_newest_and_milestones",
+    "checkpoint::test_pruning_keeps_the_newest_and_milestones_and_what_is_needed",
     NEWER,
 )
 fault(
@@ -1249,9 +1252,37 @@ fault(
     "muon::test_deepspeed_s_reduce_scatter_is_off_where_muon_needs_that",
 )
 fault(
+    "the model does not go back",
+    "loop",
+    "        run.go_back_when_overfitted(done)\n",
+    "",
+    "go back::test_the_model_is_again_what_it_was_at_the_best_probe",
+)
+fault(
+    "a domain's best checkpoint is pruned",
+    "checkpoint",
+    "{checkpoint_name(step) for step in needed} | {best",
+    "{best",
+    "go back::test_the_model_is_again_what_it_was_at_the_best_probe",
+)
+fault(
+    "a held domain comes back because the model went back",
+    "guard",
+    "if (has_risen or self.settings.go_back) and",
+    "if has_risen and",
+    "guard::test_it_says_where_to_go_back_to_and_what_to_keep_for_that",
+)
+fault(
+    "the others' lowest losses outlive the return",
+    "guard",
+    "self._best[j], self.risen[j] = None, 0",
+    "self.risen[j] = 0",
+    "guard::test_it_says_where_to_go_back_to_and_what_to_keep_for_that",
+)
+fault(
     "the best checkpoint is pruned",
     "checkpoint",
-    "if p.name != kept and not",
+    "if p.name not in kept and not",
     "if not",
     "best::test_the_best_one_outlives_the_newest_until_a_better_one_is_complete",
 )
@@ -1295,7 +1326,7 @@ fault(
     "checkpoint",
     "and not (milestone and step_of(p) % milestone == 0)",
     "",
-    "checkpoint::test_pruning_keeps_the_newest_and_milestones",
+    "checkpoint::test_pruning_keeps_the_newest_and_milestones_and_what_is_needed",
 )
 fault(
     "the oldest sound checkpoint is taken",

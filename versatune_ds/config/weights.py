@@ -85,6 +85,9 @@ class Guard(Section):
     """Probes in a row at which a domain's held-out loss must have risen before it is held."""
     noise_z: float = Field(2.0, ge=0)
     """Standard errors that a rise must exceed; of the difference, over the same held-out samples."""
+    go_back: bool = False
+    """When a domain is held, parameters and optimizer go back to the checkpoint of its best probe, and it
+    stays held. The checkpoint of every domain's best probe is kept."""
 
 
 class Weights(Section):
@@ -160,6 +163,8 @@ class Weights(Section):
         if lacking:
             yield from (f"strategy {self.strategy} {NEEDED[name]}" for name in lacking)
         strategy = STRATEGIES[self.strategy]
+        if self.shadow and self.guard is not None and self.guard.go_back:
+            yield "guard.go_back has no effect with shadow, which only tells: remove one of them"
         if self.update_z > 0 and (strategy.by_gain or not strategy.moves_with_losses):
             instead = "; noise_z is its limit" if strategy.by_gain else ""
             yield f"update_z has no effect: no losses move {self.strategy}'s weights{instead}"

@@ -131,6 +131,16 @@ class WeightController:
         """Whether it expects them sample by sample."""
         return self._guard is not None or self._gains is not None
 
+    @property
+    def kept_steps(self) -> set[int]:
+        """Steps whose checkpoints the guard may go back to."""
+        return set() if self._guard is None else self._guard.kept_steps
+
+    def back_to(self, step: int) -> int | None:
+        """Step whose checkpoint the run goes back to after `step`, if the guard says so there."""
+        has_looked = self._guard is not None and self._last_step == step
+        return self._guard.back_to if self._guard is not None and has_looked else None
+
     def digest(self) -> int:
         """63-bit hash of the weights in force, to be equal on all ranks."""
         return weights_digest(self.weights)

@@ -1,12 +1,13 @@
 """On what and with which versions something ran, for run.json, evaluations and benchmarks; what
 changed since.
 
-What is not covered: the commit (`foundations/commit.py`).
+What is not covered: finding the commit (`foundations/commit.py`).
 """
 
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ import torch
 import versatune_ds
 from versatune_ds.config.load import load_config
 from versatune_ds.config.schema import Config
-from versatune_ds.foundations import constants
+from versatune_ds.engine.backend.backend import Backend
+from versatune_ds.engine.backend.parameters import parameter_counts
+from versatune_ds.foundations import constants, distributed
+from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.errors import ConfigError
+from versatune_ds.foundations.files import canonical_hash
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.foundations.machine import installed
 from versatune_ds.observability.throughput import peak_tflops
@@ -34,6 +39,33 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else "CPU",
         "devices_per_node": torch.cuda.device_count() if cuda else 0,
         "cpu_count": os.cpu_count(),
+    }
+
+
+def describe_run(config: Config, backend: Backend, total_steps: int) -> dict[str, Any]:
+    """run.json: what runs, on what, since when; for the report and for people."""
+    adapter = config.model.adapter
+    total, outside_embeddings = parameter_counts(backend.model)
+    return {
+        "name": config.run.dir.resolve().name,
+        "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": describe_versions(),
+        "commit": git_commit(),
+        "hardware": describe_hardware(backend.device),
+        "world_size": distributed.world_size(),
+        "model": {
+            "source": config.model.source,
+            "type": backend.model.lm.config.model_type,
+            "dtype": config.model.dtype,
+            "attention": backend.attention.implementation,
+            "adapter": f"{adapter.kind}, rank {adapter.rank}" if adapter else None,
+        },
+        "num_parameters": total,
+        "num_parameters_trained": parameter_counts(backend.model, trained=True)[0],
+        "num_parameters_nonembedding": outside_embeddings,
+        "domains": config.domains.names,
+        "total_steps": total_steps,
+        "config_fingerprint": canonical_hash(config.model_dump(mode="json")),
     }
 
 

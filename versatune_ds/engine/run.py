@@ -8,7 +8,6 @@ What is not covered: the loop itself (`engine/train.py`).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,16 +49,14 @@ from versatune_ds.engine.preflight.dry_run import dry_run_when_asked
 from versatune_ds.engine.prepared import Prepared, prepare_run
 from versatune_ds.engine.provenance import (
     accelerator_peak_tflops,
-    describe_hardware,
-    describe_versions,
+    describe_run,
     note_changes,
 )
 from versatune_ds.engine.state import TrainState
 from versatune_ds.engine.statistics import StepStatistics
 from versatune_ds.foundations import constants, distributed
-from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.errors import SaveError, StateError
-from versatune_ds.foundations.files import canonical_hash, write_json_atomic
+from versatune_ds.foundations.files import write_json_atomic
 from versatune_ds.foundations.log import get_logger
 from versatune_ds.foundations.text import command
 from versatune_ds.observability.profile import StepProfiler
@@ -159,15 +156,36 @@ class Components:
         if best.best_step == 0:
             self.progress.note("no evaluation gave the loss of evaluation.select: the last parameters it is")
             return last
-        checkpoint = self.config.run.dir / constants.CHECKPOINTS_DIR / checkpoint_name(best.best_step)
-        require_sound(checkpoint)
-        saved = read_state(checkpoint, self.backend.layout, facts(self.prepared.architecture))
-        load_model_state(checkpoint, self.backend, saved)
+        self._load(best.best_step)
         self.progress.note(
             f"parameters after step {best.best_step} of {last}, whose held-out loss {best.best_loss:.4f} is "
             "the lowest (evaluation.select)"
         )
         return best.best_step
+
+    def go_back_when_overfitted(self, done: int) -> None:
+        """Parameters and optimizer of an earlier step, if the guard asks for that after `done` steps: steps,
+        learning rate, data and weights go on from here. A collective.
+
+        Raises:
+            StateError: the checkpoint is damaged.
+        """
+        step = self.state.controller.back_to(done)
+        if step is None:
+            return
+        self.saver.finish()
+        if distributed.on_main((self.folder / constants.CHECKPOINTS_DIR / checkpoint_name(step)).is_dir):
+            self._load(step)
+            self.progress.note(f"back to the parameters and the optimizer after step {step} (weights.guard)")
+        elif distributed.is_main():
+            log.warning("the checkpoint of step %d is gone: training goes on from here", step)
+
+    def _load(self, step: int) -> None:
+        """Parameters, optimizer and random generators after `step`."""
+        checkpoint = self.folder / constants.CHECKPOINTS_DIR / checkpoint_name(step)
+        require_sound(checkpoint)
+        saved = read_state(checkpoint, self.backend.layout, facts(self.prepared.architecture))
+        load_model_state(checkpoint, self.backend, saved)
 
     def _saved_state(self) -> dict[str, Any]:
         """Everything of ours that a resumed run needs. File offsets are known on rank 0, which writes it."""
@@ -293,7 +311,11 @@ def assemble(
             base_kl=backend.model.base_kl,
         ),
         saver=Saver(
-            config.run.dir / constants.CHECKPOINTS_DIR, config.checkpoint, backend, newest=state.planner.step
+            config.run.dir / constants.CHECKPOINTS_DIR,
+            config.checkpoint,
+            backend,
+            newest=state.planner.step,
+            needed=lambda: state.controller.kept_steps,
         ),
         held_out=held_out,
         probe=probe,
@@ -329,7 +351,8 @@ def open_files(prepared: Prepared, backend: Backend, saved: dict[str, Any] | Non
         try:
             note_changes(config)
             write_resolved(config, config.run.dir / constants.RESOLVED_CONFIG_FILE)
-            _write_run_info(prepared, backend)
+            info = describe_run(config, backend, prepared.total_steps)
+            write_json_atomic(config.run.dir / constants.RUN_INFO_FILE, info)
             return open_sinks(
                 config.run.dir,
                 config.metrics,
@@ -360,36 +383,6 @@ def open_held_out(prepared: Prepared, *, needs_probe: bool) -> tuple[HeldOut | N
     if needs_probe:
         probe = HeldOut(prepared.held_out, max_samples=config.weights.probe_samples, **common)
     return held_out, probe
-
-
-def _write_run_info(prepared: Prepared, backend: Backend) -> None:
-    """run.json: what ran, on what, when; for the report and for people."""
-    config, adapter = prepared.config, prepared.config.model.adapter
-    total, outside_embeddings = parameter_counts(backend.model)
-    write_json_atomic(
-        config.run.dir / constants.RUN_INFO_FILE,
-        {
-            "name": config.run.dir.resolve().name,
-            "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": describe_versions(),
-            "commit": git_commit(),
-            "hardware": describe_hardware(backend.device),
-            "world_size": distributed.world_size(),
-            "model": {
-                "source": config.model.source,
-                "type": backend.model.lm.config.model_type,
-                "dtype": config.model.dtype,
-                "attention": backend.attention.implementation,
-                "adapter": f"{adapter.kind}, rank {adapter.rank}" if adapter else None,
-            },
-            "num_parameters": total,
-            "num_parameters_trained": parameter_counts(backend.model, trained=True)[0],
-            "num_parameters_nonembedding": outside_embeddings,
-            "domains": config.domains.names,
-            "total_steps": prepared.total_steps,
-            "config_fingerprint": canonical_hash(config.model_dump(mode="json")),
-        },
-    )
 
 
 def introduce(prepared: Prepared, backend: Backend) -> None:

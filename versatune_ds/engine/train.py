@@ -100,6 +100,7 @@ def run_steps(run: Components, stop: StopRequest) -> bool:
         done = step + 1
         last = done == run.prepared.total_steps
         run.saver.settle(agreed)
+        run.go_back_when_overfitted(done)
         if run.saver.due(done, agreed, last):
             run.save(done)
         if agreed.stop and not last:

@@ -5,7 +5,10 @@ After `probes` risen probes in a row it is held: its share goes to the others. A
 its loss is no longer risen, or when it has risen beyond noise since it was held: then leaving it out harms
 it more than training on it did.
 
-What is not covered: going back to a domain's best checkpoint. `best_steps` says where that would be.
+With `go_back` the model returns to where the domain was best when it is held (mSFT, arXiv 2603.21606). Its
+loss is low again then, which is no reason to come back; the lowest losses of the others are looked for anew.
+
+What is not covered: the checkpoints themselves (`engine/run.py`).
 """
 
 from __future__ import annotations
@@ -49,11 +52,22 @@ class OverfitGuard:
         """Probes in a row that each domain has been above it, beyond noise."""
         self.rises: list[Rise] = [Rise(math.nan, math.nan)] * k
         """At the last probe, against the best one."""
+        self.back_to: int | None = None
+        """Step to go back to after the last probe; None: nobody was held, or that was not asked for."""
 
     @property
     def held(self) -> Mask:
         """bool[k]: domains whose share the others have."""
         return np.array([losses is not None for losses in self._at_hold])
+
+    @property
+    def kept_steps(self) -> set[int]:
+        """Steps whose checkpoints `go_back` may need."""
+        asked = self.settings.go_back
+        return {self.best_steps[j] for j in self._watched() if asked and self._best[j] is not None}
+
+    def _watched(self) -> list[int]:
+        return np.flatnonzero(~self.held).tolist()
 
     def guarded(self, weights: Vector, limits: Domains) -> Vector:
         """`without` for the domains that are held now."""
@@ -72,6 +86,7 @@ class OverfitGuard:
             StateError: it has other samples than the probes before it.
         """
         said: tuple[list[str], list[str]] = ([], [])
+        watched = set(self._watched())
         for j, (now, tokens) in enumerate(zip(probe.losses, probe.tokens, strict=True)):
             best = self._best[j]
             self.rises[j] = rise = rise_of(now, now if best is None else best, tokens, f"{self.names[j]}: ")
@@ -82,7 +97,18 @@ class OverfitGuard:
             was_held = self._at_hold[j] is not None
             if sentence := self._decide(j, now, tokens, has_risen):
                 said[was_held].append(sentence)
+        self.back_to = None
+        if said[0] and self.settings.go_back:
+            self._return(watched - set(self._watched()))
         return said
+
+    def _return(self, held_now: set[int]) -> None:
+        """The model goes back to the earliest of these domains' best probes."""
+        self.back_to = min(self.best_steps[j] for j in held_now)
+        for j in held_now:
+            self._at_hold[j] = self._best[j]
+        for j in self._watched():
+            self._best[j], self.risen[j] = None, 0
 
     def _decide(self, j: int, now: Array, tokens: Array, has_risen: bool) -> str | None:
         name, best, rise, z = self.names[j], self.best_steps[j], self.rises[j], self.settings.noise_z
@@ -97,9 +123,11 @@ class OverfitGuard:
                 "share goes to the others"
             )
         since = rise_of(now, at_hold, tokens)
-        if has_risen and not since.beyond(z):
+        if (has_risen or self.settings.go_back) and not since.beyond(z):
             return None
         self._at_hold[j], self.risen[j] = None, 0
+        if self.settings.go_back:  # its checkpoint is not kept any more
+            self._best[j] = None
         why = f"{since.value:.4g} nats (standard error {since.stderr:.2g}) higher since it was held"
         return f"{name} comes back: {why if has_risen else 'no longer above its lowest loss beyond noise'}"
 

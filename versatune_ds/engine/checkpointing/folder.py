@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,12 @@ def begin(folder: Path, temporary: Path) -> None:
 
 
 def publish(
-    temporary: Path, step: int, world_size: int, settings: Checkpoint, best: Mapping[str, Any] | None = None
+    temporary: Path,
+    step: int,
+    world_size: int,
+    settings: Checkpoint,
+    best: Mapping[str, Any] | None = None,
+    needed: Collection[int] = (),
 ) -> Path:
     """Make a written checkpoint visible and prune older ones by `settings`; rank 0 only.
 
@@ -107,6 +112,7 @@ def publish(
         temporary: its folder, with the lists of all ranks.
         world_size: ranks that have written.
         best: note on the best evaluation, which may be that of another step.
+        needed: steps whose checkpoints stay.
     """
     folder = temporary.parent
     files: dict[str, Any] = {}
@@ -122,15 +128,20 @@ def publish(
     temporary.rename(final)
     fsync_dir(folder)
     write_json_atomic(folder / LATEST_FILE, {"checkpoint": final.name, "step": step})
-    keep(folder, settings, best if best and best["step"] == step else None)
+    keep(folder, settings, best if best and best["step"] == step else None, needed)
     return final
 
 
-def keep(folder: Path, settings: Checkpoint, best: Mapping[str, Any] | None = None) -> None:
+def keep(
+    folder: Path,
+    settings: Checkpoint,
+    best: Mapping[str, Any] | None = None,
+    needed: Collection[int] = (),
+) -> None:
     """Write down which checkpoint is the best, if that is a new one, and prune the others; rank 0 only."""
     if best is not None:
         _note_best(folder, best)
-    _prune(folder, settings)
+    _prune(folder, settings, needed)
 
 
 def restore_best(folder: Path, best: Mapping[str, Any] | None) -> bool:
@@ -336,12 +347,12 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
     return None
 
 
-def _prune(folder: Path, settings: Checkpoint) -> None:
-    """Delete all but the newest `keep_last` checkpoints, the milestones and the best one."""
+def _prune(folder: Path, settings: Checkpoint, needed: Collection[int]) -> None:
+    """Delete all but the newest `keep_last` checkpoints, the milestones, the best one and those `needed`."""
     milestone, best = settings.milestone_every_n_steps, read_best(folder)
     old = list_checkpoints(folder)[settings.keep_last :]
-    kept = best and best["checkpoint"]
-    _remove(p for p in old if p.name != kept and not (milestone and step_of(p) % milestone == 0))
+    kept = {checkpoint_name(step) for step in needed} | {best and best["checkpoint"]}
+    _remove(p for p in old if p.name not in kept and not (milestone and step_of(p) % milestone == 0))
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -30,7 +30,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,6 +159,7 @@ class Saver:
         folder: the run's checkpoint folder, shared by all ranks.
         settings: when, how, and what to keep.
         newest: step of the checkpoint that the run goes on from; 0: none.
+        needed: gives the steps whose checkpoints stay beside those that `settings` keep.
     """
 
     def __init__(
@@ -168,9 +169,10 @@ class Saver:
         backend: Backend,
         clock: Callable[[], float] = time.monotonic,
         newest: int = 0,
+        needed: Callable[[], Collection[int]] = tuple,
     ) -> None:
         self._folder, self._settings, self._backend, self._clock = folder, settings, backend, clock
-        self._share = Share()
+        self._share, self._needed = Share(), needed
         self._newest, self._best = newest, dict[str, Any]()
         self._in_flight: InFlight | None = None
         self._problem: SaveError | None = None
@@ -214,7 +216,7 @@ class Saver:
 
     def due(self, done: int, agreed: Flags, last: bool) -> bool:
         """True when a checkpoint is to be written after `done` steps."""
-        due = agreed.stop or agreed.save or checkpoint_due(self._settings, done)
+        due = agreed.stop or agreed.save or checkpoint_due(self._settings, done) or done in self._needed()
         return due or (last and self.is_periodic)
 
     def take_stall_s(self) -> float:
@@ -252,7 +254,7 @@ class Saver:
         elif self._in_flight is None:  # else it is noted when it is complete
             if distributed.is_main():
                 try:
-                    folders.keep(self._folder, self._settings, note)
+                    folders.keep(self._folder, self._settings, note, self._needed())
                 except OSError as error:
                     self._problem = SaveError(self._describe(error))
             self._raise_together()
@@ -330,7 +332,8 @@ class Saver:
         if distributed.is_main():
             reached = self._clock()
             try:
-                folders.publish(folder, step, distributed.world_size(), self._settings, self._best)
+                ranks, needed = distributed.world_size(), self._needed()
+                folders.publish(folder, step, ranks, self._settings, self._best, needed)
             except OSError as error:
                 self._problem = SaveError(self._describe(error))
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,105 @@
+"""`weights.guard.go_back`: the model returns to a domain's best checkpoint when the domain is held.
+
+Who is held, and which checkpoints are kept, is in `tests/domain/test_guard.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from launching import read_jsonl, run_cases
+from plain_backend import plain_run
+from small_runs import cut_back, small_run
+
+HARM = {"lr": 0.3, "eps": 1e-8}
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """At a rate that harms; the held-out losses after every step are those that the guard sees."""
+    return small_run(
+        tmp_path_factory.mktemp("back"),
+        model={"dtype": "fp32"},
+        batch={"pack_len": 192, "packs_per_step": 2},
+        optimizer=HARM,
+        domains={"min_weight": 0},
+        weights={
+            "strategy": "constant",
+            "every_n_steps": 1,
+            "probe_samples": 4,
+            "guard": {"probes": 2, "go_back": True},
+        },
+        train={"max_steps": STEPS},
+        evaluation={"every_n_steps": 1, "max_samples_per_domain": 4},
+        checkpoint={"every_n_steps": STEPS, "keep_last": 1, "export_at_end": False},
+    )
+
+
+def returns(folder: Path) -> dict[int, int]:
+    """Step after which a domain was held -> the earliest best step of those that were."""
+    found, held = {}, set()
+    for line in read_jsonl(folder / "weights.jsonl")[1:]:
+        now = {name for name, each in line["guard"].items() if each["held"]}
+        if new := now - held:
+            found[line["step"]] = min(line["guard"][name]["best_step"] for name in new)
+        held = now
+    return found
+
+
+def require_returns(folder: Path) -> None:
+    losses = {line["step"]: line["domain_loss"] for line in read_jsonl(folder / "eval.jsonl")}
+    found = returns(folder)
+    assert found and all(best < step for step, best in found.items())
+    for step, best in found.items():  # evaluated after the return
+        assert losses[step] == losses[best]
+    apart = losses.keys() - {0} - found.keys()
+    assert len({json.dumps(losses[step]) for step in apart}) == len(apart)
+
+
+def test_the_model_is_again_what_it_was_at_the_best_probe(config):
+    run = plain_run(config, f"run.dir={config.parent / 'plain'}")
+    require_returns(run.folder)
+    assert run.backend.rates[-1] != run.backend.rates[0]  # the schedule goes on
+
+
+def test_a_checkpoint_that_is_gone_is_told_and_training_goes_on(config, caplog):
+    folder = config.parent / "gone"
+
+    def remove(step, out):
+        for path in (folder / "checkpoints").glob("step-*"):
+            shutil.rmtree(path)
+        return out
+
+    run = plain_run(config, f"run.dir={folder}", disturb=remove)
+    assert run.finished and f"the checkpoint of step {min(returns(folder).values())} is gone" in caplog.text
+
+
+@pytest.mark.slow
+def test_under_deepspeed_on_two_ranks_and_after_a_resume(config):
+    folder = config.parent
+
+    def case(name: str, stage: int) -> dict:
+        zero = f"deepspeed={{zero_optimization: {{stage: {stage}}}}}"
+        return {"config": str(config), "overrides": [f"run.dir={folder / name}", zero], "sabotage": "nothing"}
+
+    kept = "checkpoint.keep_last=100"
+    whole = case("stage_2", 2)
+    whole["overrides"].append(kept)
+    run_cases(folder, 2, [case("stage_1", 1), whole, case("stage_3", 3)])
+    for stage in (1, 2, 3):
+        require_returns(folder / f"stage_{stage}")
+    cut = min(returns(folder / "stage_2").values())
+    cut_back(folder / "stage_2", folder / "resumed", cut)
+    again = case("resumed", 2)
+    again["overrides"].append(kept)
+    run_cases(folder, 2, [again])
+    for name in ("eval", "weights"):
+        whole_lines, resumed = (read_jsonl(folder / run / f"{name}.jsonl") for run in ("stage_2", "resumed"))
+        for line in [*whole_lines, *resumed]:
+            for key in [key for key in line if key.endswith("_s")]:
+                del line[key]
+        assert resumed == whole_lines
