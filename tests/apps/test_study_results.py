@@ -14,10 +14,11 @@ from versatune_ds.apps.study.results import (
     interval,
     read_result,
     reference_losses,
+    score_summary,
     summarise,
     weight_summary,
 )
-from versatune_ds.apps.study.tables import study_tables
+from versatune_ds.apps.study.tables import score_tables, study_tables
 from versatune_ds.foundations.errors import StateError
 from versatune_ds.report.measures import MINUS, NOTHING
 
@@ -113,7 +114,7 @@ def test_reference_losses_are_the_lowest_of_each_domain_s_own_run():
 def write_run(folder, steps):
     folder.mkdir()
     lines = [
-        {"step": step, "domain_loss": {"law": 4.0 - loss, "code": 2.0}}
+        {"step": step, "domain_loss": {"law": 4.0 - loss, "code": 2.0}, "domain_score": {"law": loss}}
         for step, loss in zip(*steps, strict=True)
     ]
     (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -126,7 +127,7 @@ def test_a_run_is_read_back(tmp_path):
     write_run(tmp_path / "run", ((0, 2, 4), (0.0, 1.0, 0.5)))
     found = read_result(tmp_path / "run", "a", 1, 4)
     assert found.before["law"] == 4.0 and found.after["law"] == 3.5 and found.lowest["law"] == 3.0
-    assert found.tokens == 14
+    assert found.tokens == 14 and found.scores_before == {"law": 0.0} and found.scores_after == {"law": 0.5}
 
 
 @pytest.mark.parametrize("steps", [((0, 2), (0.0, 1.0)), ((4,), (0.0,)), ((), ())])
@@ -167,4 +168,15 @@ def test_the_tables_have_every_arm_and_every_number():
     assert f"| x<y | {MINUS}11.25 ± 15.88 % | +0.00 ± 0.00 | 40.0 % |" in text
     assert text.count("| x<y |") == 2 and text.count("| uniform |") == text.count("| law_only |") == 1
     assert f"| law_only | 25.0 % | {MINUS}25.00 ± 0.00 % | +2.50 ± 31.77 % |" in text
+    assert "Scores of held-out answers" not in text  # nobody was asked
     assert "| base model | 4.000 | 2.000 |" in text and "| gamma of the base | 0.500 | 0.250 |" in text
+
+
+def test_scores_of_answers_are_means_over_the_seeds_that_have_one():
+    (found,) = score_summary([{"law": 0.5, "code": None}, {"law": 0.25, "code": None}]).items()
+    assert found == ("law", interval([0.5, 0.25]))
+    summary = {"base_score": {"law": 0.125, "code": None}, "arms": {"a": {"domain_score": dict([found])}}}
+    (table,) = score_tables(summary)
+    assert table.head == ["arm", "law", "code"]
+    # (0.5 + 0.25) / 2, and t(1, 0.975) = 12.71 times 0.125
+    assert table.rows == [("base model", ["12.5 %", NOTHING]), ("a", ["37.5 ± 158.8 %", NOTHING])]

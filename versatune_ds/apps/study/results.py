@@ -7,6 +7,7 @@ Losses are held-out nats per supervised token, l(d) of domain d. For a run from 
     against        mean change minus that of a baseline arm *with the same seed*
     gamma          (b(d) - lref(d)) / b(d), what the base model can learn by held-out losses
     forgetting     mean over the domains other than a target of max(change(d), 0)
+    score          mean score of the model's own answers, where `evaluation.generate` asks for them
 
 Intervals are 95 % t intervals of the mean over seeds; differences are taken seed by seed first. With five
 seeds they say how much the order of samples matters, not how another corpus or model would behave.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ class RunResult:
     """Tokens trained on, without padding."""
     updates: list[dict[str, Any]]
     """Lines of weights.jsonl, the initial one first."""
+    scores_before: Mapping[str, float | None] = field(default_factory=dict)
+    """Mean scores of the base model's answers, 0 to 1, of the domains that `evaluation.generate` asks."""
+    scores_after: Mapping[str, float | None] = field(default_factory=dict)
+    """The same after the last step."""
 
 
 def read_result(folder: Path, arm: str, seed: int, total_steps: int) -> RunResult:
@@ -78,6 +83,8 @@ def read_result(folder: Path, arm: str, seed: int, total_steps: int) -> RunResul
         token_shares=metrics[-1]["cumulative_shares"]["tokens"],
         tokens=sum(line["real_tokens"] for line in metrics),
         updates=_lines(folder / constants.WEIGHTS_FILE),
+        scores_before=evaluations[0].get("domain_score", {}),
+        scores_after=evaluations[-1].get("domain_score", {}),
     )
 
 
@@ -138,6 +145,7 @@ def arm_summary(
         "token_shares": _mean_by_name([runs[seed].token_shares for seed in seeds], names),
         "tokens": interval([runs[seed].tokens for seed in seeds]),
         "weights": weight_summary([runs[seed] for seed in seeds], names),
+        "domain_score": score_summary([runs[seed].scores_after for seed in seeds]),
         "against": {},
     }
     for name, baseline in baselines.items():
@@ -166,6 +174,12 @@ def expansion_summary(runs: Mapping[int, RunResult], target: str, names: Sequenc
         "worst_other": interval(others.max(axis=1)),
         "domain_change": intervals(change, names),
     }
+
+
+def score_summary(scores: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float | None]]:
+    """Scores of answers by domain, with intervals over the runs that have one."""
+    by_name = {name: [of[name] for of in scores if of.get(name) is not None] for name in scores[0]}
+    return {name: interval(np.array(found, dtype=np.float64)) for name, found in by_name.items() if found}
 
 
 def weight_summary(runs: Sequence[RunResult], names: Sequence[str]) -> dict[str, Any]:
@@ -200,11 +214,13 @@ def summarise(
     """All numbers of a study as plain JSON; `expansions` are targets with the names of their arms."""
     found = by_arm(arms)
     against = {name: found[name] for name in baselines}
-    before = dict(next(iter(against[baselines[0]].values())).before)
+    first = next(iter(against[baselines[0]].values()))
+    before = dict(first.before)
     return {
         "domains": list(names),
         "baselines": list(baselines),
         "base_loss": before,
+        "base_score": dict(first.scores_before),
         "reference": dict(reference),
         "gamma": {name: (before[name] - reference[name]) / before[name] for name in names},
         "arms": {arm: arm_summary(runs, against, names) for arm, runs in found.items()},

@@ -27,7 +27,7 @@ def study_tables(summary: Json) -> str:
         "seeds (the order of samples); differences are taken seed by seed. Forgetting is the mean over the "
         "domains other than the target of their rises; a domain that gained counts as 0."
     )
-    tables = [start_table(summary), *strategy_tables(summary), *expansions]
+    tables = [start_table(summary), *strategy_tables(summary), *expansions, *score_tables(summary)]
     return to_markdown(Page(title, [PageSection("study", "", note, tables=tables)], provenance(summary)))
 
 
@@ -89,6 +89,19 @@ def expansion_table(target: str, arms: Json) -> Table:
         for name, arm in arms.items()
     ]
     return Table([*head, "worst other"], rows, f"Expansion of {target}")
+
+
+def score_tables(summary: Json) -> list[Table]:
+    """Scores of the models' own answers; none where no run was asked."""
+    before = summary["base_score"]
+    if not before:
+        return []
+    rows = [("base model", [percent(score) for score in before.values()])]
+    for name, arm in summary["arms"].items():
+        scores = arm["domain_score"]
+        cells = [signed(scores[d], 1, " %").lstrip("+") if d in scores else NOTHING for d in before]
+        rows.append((name, cells))
+    return [Table(["arm", *before], rows, "Scores of held-out answers after the last step")]
 
 
 def signed(value: Mapping[str, float | None], digits: int, unit: str = "") -> str:
