@@ -71,6 +71,24 @@ def test_prefetch_changes_nothing(corpus: Corpus) -> None:
             assert plan.step == expected_plan.step
 
 
+@pytest.mark.parametrize(("parts", "share"), [(1, 0.0), (2, 0.0), (1, 0.5)])
+def test_without_padding_a_batch_holds_the_same_samples_and_nothing_else(corpus, parts, share) -> None:
+    options = {"part": (0, parts), "compared_share": share}
+    with open_loader(corpus, **options) as padded, open_loader(corpus, pads=False, **options) as plain:
+        (plan, full), (_, bare) = padded.take(EQUAL), plain.take(EQUAL)
+    for pack, whole, batch in zip(plan.packs, full, bare, strict=True):
+        rows = -(-pack.length // parts)
+        assert len(batch.input_ids) == rows and pack.length < SETTINGS.pack_len
+        assert batch.cu_seqlens[-1] == rows * parts and batch.max_seqlen == max(pack.lengths)
+        for name in ("input_ids", "labels", "position_ids", "sample_ids"):
+            expected = getattr(whole, name)[: min(rows, pack.length)]
+            assert torch.equal(getattr(batch, name)[: len(expected)], expected), name
+        if parts == 1:
+            assert batch.supervised_tokens == whole.supervised_tokens
+        if share:
+            assert torch.equal(batch.compared.rows, whole.compared.rows)
+
+
 def test_no_batch_is_drawn_from_old_weights(corpus: Corpus) -> None:
     state = PlannerState.initial(2)
     with open_loader(corpus) as loader:

@@ -1,9 +1,9 @@
-"""Collate: one pack of samples -> one batch of tensors of fixed length T = pack_len.
+"""Collate: one pack of samples -> one batch of tensors of length T.
 
 Samples lie one after the other; `position_ids` restart and `cu_seqlens` gets a boundary at each, which is
 what keeps them apart in attention. Labels are shifted here, once, so that position t holds the token that t
 must predict; a sample's last position predicts nothing. Padding is at the end, a segment of its own without
-labels, so that every pack costs the same number of slots. A pack without samples is all padding.
+labels: with T = pack_len every pack costs the same number of slots. A pack without samples is all padding.
 
 Where ranks share a pack, each takes a slice of its rows (`Batch.part`), cut from the whole batch: labels are
 shifted before, and boundaries stay those of the pack.
@@ -133,9 +133,9 @@ def _mapped(record: Tensors, change: Callable[[torch.Tensor], torch.Tensor]) -> 
     return dataclasses.replace(record, **changed)
 
 
-def rows_of(pack_len: int, parts: int) -> int:
-    """Rows of a pack that `parts` ranks can share evenly: `pack_len`, and padding where it is no multiple."""
-    return -(-pack_len // parts) * parts
+def rows_of(length: int, parts: int) -> int:
+    """Rows of a pack that `parts` ranks can share evenly: `length`, at least 1, rounded up to a multiple."""
+    return -(-max(length, 1) // parts) * parts
 
 
 def collate(pack: Pack, sources: Sequence[TokenSource | None], pack_len: int, pad_id: int) -> Batch:
@@ -144,7 +144,7 @@ def collate(pack: Pack, sources: Sequence[TokenSource | None], pack_len: int, pa
     Args:
         pack: the samples; may be empty.
         sources: token cache of each domain, in table order; None for a domain that no pack names.
-        pack_len: T.
+        pack_len: T, at least the tokens of the pack.
         pad_id: token id of padding; any valid id, its positions are never read.
 
     Raises:

@@ -58,6 +58,7 @@ class StepLoader:
         rank, world_size: this rank among the data-parallel ranks; the plan does not depend on them.
         part: this rank among those that share a pack, and their number.
         compared_share: of the samples, to be compared with the base model.
+        pads: fill every pack up to pack_len; else a batch has no more positions than its samples need.
         prefetch: prepare the next step in a thread. Without it the results are the same.
         pin_memory: put batches in page-locked memory, for copies that overlap (needs CUDA).
 
@@ -80,6 +81,7 @@ class StepLoader:
     pad_id: int
     part: tuple[int, int] = (0, 1)
     compared_share: float = 0.0
+    pads: bool = True
     prefetch: bool = True
     pin_memory: bool = False
 
@@ -138,7 +140,7 @@ class StepLoader:
         for pack, of_pack in rank_packs(everyone, self.rank, self.world_size):
             if unwanted.is_set():
                 raise _Unwanted
-            rows = rows_of(self.settings.pack_len, self.part[1])
+            rows = rows_of(self.settings.pack_len if self.pads else pack.length, self.part[1])
             batch = collate(pack, self.caches, rows, self.pad_id)
             planned = self._supervised(pack.domains, pack.samples)
             if batch.supervised_tokens != planned:

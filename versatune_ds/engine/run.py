@@ -39,7 +39,7 @@ from versatune_ds.engine.checkpointing.folder import (
 )
 from versatune_ds.engine.checkpointing.hf_export import export_model, try_export
 from versatune_ds.engine.checkpointing.saver import Saver
-from versatune_ds.engine.evaluate import HeldOut
+from versatune_ds.engine.evaluate import HeldOut, pads_packs
 from versatune_ds.engine.faults.run_lock import unwritable
 from versatune_ds.engine.model.adapters import trained_targets
 from versatune_ds.engine.model.shape import ModelShape
@@ -286,7 +286,8 @@ def assemble(
         DataError: held-out data is asked for and there is none.
     """
     config, asked = prepared.config, prepared.config.train.profile
-    held_out, probe = open_held_out(prepared, needs_probe=state.controller.needs_probe)
+    pads = pads_packs(config.model, backend.device)
+    held_out, probe = open_held_out(prepared, pads=pads, needs_probe=state.controller.needs_probe)
     return Components(
         prepared=prepared,
         backend=backend,
@@ -301,6 +302,7 @@ def assemble(
             pad_id=prepared.pad_id,
             part=prepared.ranks.sp,
             compared_share=config.model.compared_share,
+            pads=pads,
             pin_memory=backend.device.type == "cuda",
         ),
         statistics=StepStatistics(
@@ -366,8 +368,13 @@ def open_files(prepared: Prepared, backend: Backend, saved: dict[str, Any] | Non
     return distributed.together(open_on_main)
 
 
-def open_held_out(prepared: Prepared, *, needs_probe: bool) -> tuple[HeldOut | None, HeldOut | None]:
+def open_held_out(
+    prepared: Prepared, *, pads: bool, needs_probe: bool
+) -> tuple[HeldOut | None, HeldOut | None]:
     """Held-out samples to evaluate on, and those whose losses drive the weights; None where not asked for.
+
+    Args:
+        pads: as for `HeldOut`.
 
     Raises:
         DataError: there is no held-out data.
@@ -377,6 +384,7 @@ def open_held_out(prepared: Prepared, *, needs_probe: bool) -> tuple[HeldOut | N
         "pack_len": config.batch.pack_len,
         "pad_id": prepared.pad_id,
         "ranks": prepared.ranks,
+        "pads": pads,
     }
     if config.evaluation.every_n_steps is not None:
         held_out = HeldOut(prepared.evaluated, max_samples=config.evaluation.max_samples_per_domain, **common)
