@@ -228,6 +228,18 @@ def test_rows_of_other_files_are_followed(tmp_path: Path, name: str) -> None:
     assert "[[B.<|im_end|>]]" in text
 
 
+def test_a_text_row_is_trained_on_as_a_whole(tmp_path: Path) -> None:
+    qwen_like_tokenizer(chat_template=THINKING).save_pretrained(tmp_path / "tokenizer")
+    source = {"path": str(tmp_path / "a.jsonl"), "domain": "law", "format": "text"}
+    config = data_config(
+        tmp_path, tmp_path / "tokenizer", [source], names=("law",), chat_template="tokenizer"
+    )
+    rows = [{"text": "All of it.", "finished": True}, {"text": "Cut he", "finished": False}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole, cut = ("\n".join(to_lines(trace(config, n), io.StringIO())) for n in "12")
+    assert "[[All of it.<|im_end|>]]" in whole and "[[Cut he]]" in cut
+
+
 def test_statistics_and_packs(config: Config) -> None:
     caches = prepare(config).caches["train"]
     lines = shown(config, samples=0, packs=1).splitlines()
