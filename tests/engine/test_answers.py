@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import read_jsonl
+from launching import read_jsonl, run_cases
 from plain_backend import CPU, PlainRun, plain_run
 from small_runs import cut_back, small_run
 from tiny_families import attend_by_sample, family_model
@@ -241,3 +241,38 @@ def test_an_adapter_answers(config, whole):
     )
     base = [line["answer"] for line in whole.lines("answers") if line["step"] == STEPS][:SAMPLES]
     assert before == base and after != base
+
+
+@pytest.mark.slow
+def test_an_adapter_answers_the_same_on_ranks(config, whole):
+    """Two ranks under ZeRO-1 to 3: before the first step as the base, afterwards all alike."""
+    folder = config.parent
+    shutil.copytree(whole.folder / "model", folder / "base", dirs_exist_ok=True)
+    settings = [
+        f"model.source={folder / 'base'}",
+        "model.weights=pretrained",
+        "model.adapter={kind: lora, rank: 4}",
+        "evaluation.generate.score={law: exact}",
+        "checkpoint.export_at_end=false",
+    ]
+    cases = [
+        {
+            "config": str(config),
+            "overrides": [
+                *settings,
+                f"run.dir={folder / f'stage_{stage}'}",
+                f"deepspeed={{zero_optimization: {{stage: {stage}}}}}",
+            ],
+            "sabotage": "nothing",
+        }
+        for stage in (1, 2, 3)
+    ]
+    run_cases(folder, 2, cases)
+    base = [line["answer"] for line in whole.lines("answers") if line["step"] == STEPS][:SAMPLES]
+    said = []
+    for stage in (1, 2, 3):
+        lines = read_jsonl(folder / f"stage_{stage}" / "answers.jsonl")
+        before, after = ([x["answer"] for x in lines if x["step"] == step] for step in (0, STEPS))
+        assert before == base and after != base
+        said.append(after)
+    assert said[0] == said[1] == said[2]
