@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import run_command
+from launching import REPOSITORY, run_command
 
 from versatune_ds.apps.bench.shapes import find_shape
-from versatune_ds.apps.evidence import comparison, correctness
+from versatune_ds.apps.evidence import comparison, correctness, study
 from versatune_ds.apps.evidence import record as record_module
 from versatune_ds.apps.evidence.cases import ARMS, CPU_CASES, GPU_CASES, choose_cases
 from versatune_ds.apps.evidence.command import find_checkout, run_evidence, summarise
@@ -29,7 +29,10 @@ from versatune_ds.apps.evidence.profiling import TOP, longest, union_s
 from versatune_ds.apps.evidence.ratios import compare
 from versatune_ds.apps.evidence.record import LoadWatch, Record, ask_card, describe_machine, memory_gib
 from versatune_ds.apps.evidence.samples import read_rows, samples_by_domain, write_samples
+from versatune_ds.apps.evidence.study import run_study
 from versatune_ds.apps.programs import Deadline, Ended, run_program
+from versatune_ds.apps.study.config import load_study
+from versatune_ds.apps.study.jobs import StudyPlan
 from versatune_ds.foundations.constants import IGNORE_INDEX
 from versatune_ds.foundations.errors import ConfigError
 
@@ -422,6 +425,51 @@ def test_an_arm_that_cannot_start_is_told_why(tmp_path):
     assert run["status"] == "failed" and "No data left in file" in run["reason"]
 
 
+# --- stage 4 ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "seeds"), [("tiny", 1), ("auto", 3)])
+def test_a_study_has_settings_that_hold_and_its_results_are_taken_over(record, monkeypatch, size, seeds):
+    calls: list[StudyPlan] = []
+
+    def write_results(command: list[str], limit_s: float, cwd: str) -> Ended:
+        monkeypatch.chdir(cwd)
+        _, _, _, verb, _, config, *overrides = command
+        assert verb == "study"
+        settings = load_study(config, overrides)
+        calls.append(StudyPlan(settings, Path(cwd), Path(cwd)))
+        results = settings.dir / "results"
+        results.mkdir(parents=True)
+        (results / "summary.json").write_text('{"arms": {}}')
+        (results / "results.md").write_text("# Study\n\n| arm |")
+        return Ended(0, 1.0, "")
+
+    monkeypatch.setattr(study, "run_program", write_results)
+    assert run_study(record, Deadline(60), find_checkout(), size) == ["| arm |"]
+    assert record.results["summary"] == {"arms": {}} and record.results["problem"] is None
+    (plan,) = calls
+    assert plan.check() > 0 and len(plan.study.seeds) == seeds
+    assert plan.study.dir == record.path.parent / "study"
+
+
+def test_fifty_times_the_tokens_of_the_file():
+    file = REPOSITORY / "configs" / "studies" / "smollm2.yaml"
+    tokens = []
+    for overrides in ([], list(study.ON_GPU)):
+        settings = load_study(file, overrides).settings
+        batch = settings["batch"]
+        tokens.append(batch["pack_len"] * batch["packs_per_step"] * settings["train"]["max_steps"])
+    assert tokens[1] == 50 * tokens[0]
+
+
+def test_a_study_that_has_no_time_left_is_kept_and_said(record, monkeypatch):
+    monkeypatch.setattr(study, "run_program", lambda *_, **__: Ended(None, 30.0, "[3/57] uniform_seed-11"))
+    (line,) = run_study(record, Deadline(60), find_checkout(), "auto")
+    assert "time limit: [3/57] uniform_seed-11; its runs are kept in" in line
+    (line,) = run_study(record, Deadline(60), None, "auto")
+    assert line.endswith("no configs/studies beside the package: run from a checkout")
+
+
 # --- the profile --------------------------------------------------------------------------------------------
 
 
@@ -442,7 +490,7 @@ def test_the_longest_names_come_first_with_all_their_calls():
 
 
 def test_wrong_stages_and_times_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no stage 7 \(known: 1, 2, 3\)"):
+    with pytest.raises(ConfigError, match=r"no stage 7 \(known: 1, 2, 3, 4\)"):
         run_evidence(tmp_path, 1.0, [7], "tiny")
     with pytest.raises(ConfigError, match="time above 0"):
         run_evidence(tmp_path, 0.0, [1], "tiny")

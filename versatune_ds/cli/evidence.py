@@ -1,8 +1,8 @@
 """`versatune-ds evidence`: tests, kernel and trainer against TRL on this machine, within minutes.
 
 Stage 1 runs the tests that need a GPU, stage 2 the fused loss against its rivals, stage 3 the trainer against
-TRL. A JSON file a stage, rewritten after every number, and a summary. On a CPU everything is tiny and its
-times mean nothing. See docs/benchmarks.md.
+TRL, stage 4, only where it is asked for, a study of mixtures. A JSON file a stage, rewritten after every
+number, and a summary. On a CPU everything is tiny and its times mean nothing. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--minutes", type=float, default=9.0, metavar="M", help="ends within M minutes (default: %(default)g)"
     )
-    add("--stage", type=int, nargs="+", default=[], metavar="N", help="1 2 3; default: all, sharing the time")
+    add(
+        "--stage",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="1 to 4; default: 1 2 3, sharing the time",
+    )
     add(
         "--size",
         choices=("auto", "tiny", "small"),

@@ -5,6 +5,7 @@ A stage is a row of `STAGES`: another stage, or another variant of one, is anoth
     DIR/stage1_correctness.json   rewritten after every test
     DIR/stage2_kernel.json        after every measurement of the kernel benchmark
     DIR/stage3_trainer.json       after every process
+    DIR/stage4_study.json         at its end; runs only where it is asked for
     DIR/summary.md                the summaries of all stages in DIR, those of earlier commands included
 
 What is not covered: several GPUs or nodes; `versatune-ds bench` measures those.
@@ -24,6 +25,7 @@ from versatune_ds.apps.evidence.comparison import run_comparison
 from versatune_ds.apps.evidence.correctness import run_correctness
 from versatune_ds.apps.evidence.kernel import run_kernel
 from versatune_ds.apps.evidence.record import KIND, Record, describe_machine
+from versatune_ds.apps.evidence.study import run_study
 from versatune_ds.apps.programs import Deadline
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import require_own, write_text_atomic
@@ -40,12 +42,15 @@ class Stage(NamedTuple):
     """Of the minutes, when all stages run: it gets this part of what is left for it and those after it."""
     run: Callable[[Record, Deadline, Path | None, str], list[str]]
     """Fills the record until the deadline, from a checkout (None: an installed wheel), at a size."""
+    is_extra: bool = False
+    """Runs only where its number is given."""
 
 
 STAGES = (
     Stage(1, "correctness", 0.3, run_correctness),
     Stage(2, "kernel", 0.2, run_kernel),
     Stage(3, "trainer", 0.5, run_comparison),
+    Stage(4, "study", 1.0, run_study, is_extra=True),
 )
 
 
@@ -55,14 +60,14 @@ def run_evidence(folder: Path, minutes: float, numbers: Sequence[int], size: str
     Args:
         folder: made if it is not there; files of the same stages are replaced.
         minutes: the command ends within them.
-        numbers: of the stages; empty: all.
+        numbers: of the stages; empty: all but extra ones.
         size: "auto": by the card's memory, without a card "tiny"; "small": a larger comparison for CPUs.
 
     Raises:
         ConfigError: an unknown stage, or no time.
     """
     deadline = Deadline(60 * minutes)
-    stages = [stage for stage in STAGES if not numbers or stage.number in numbers]
+    stages = [stage for stage in STAGES if (stage.number in numbers if numbers else not stage.is_extra)]
     unknown = sorted(set(numbers) - {stage.number for stage in STAGES})
     if unknown:
         raise ConfigError(
