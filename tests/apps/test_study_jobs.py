@@ -45,6 +45,15 @@ def test_every_arm_runs_with_every_seed_on_the_same_budget():
     assert jobs[0].config.data.train[0].path == "/corpus/train/law.jsonl"
 
 
+@pytest.mark.parametrize("name", ["smollm2", "epochs"])
+def test_the_corpus_is_filled_in_wherever_it_is_named(name):
+    """Also in an arm of its own data, and in those of the pre-training."""
+    plan = plan_of(name)
+    jobs = [*plan.base(), *plan.references(), *plan.arms(REFERENCE)]
+    paths = {source.path for job in jobs for source in (*job.config.data.train, *job.config.data.eval)}
+    assert "/corpus/train/law.jsonl" in paths and not [path for path in paths if "{" in path]
+
+
 def test_fine_tuning_starts_from_the_mixture_of_the_base_unless_an_arm_says_otherwise():
     jobs = {job.arm: job.config for job in plan_of().arms(REFERENCE)}
     mixture = plan_of().study.pretraining.mixture

@@ -84,7 +84,7 @@ class StudyPlan:
     def __init__(self, study: Study, corpus: Path, model_folder: Path | str) -> None:
         self.study = study
         self._model_folder = model_folder
-        self._settings = json.loads(json.dumps(study.settings).replace("{corpus}", str(corpus)))
+        self._corpus = str(corpus)
         _refuse_owned(study)
         self.initial = study.initial
         if isinstance(study.initial, Path):  # what it says decides the results, not where it lies
@@ -93,7 +93,7 @@ class StudyPlan:
     @property
     def domains(self) -> list[str]:
         """Domain names in table order."""
-        return list(self._settings["domains"]["names"])
+        return list(self.study.settings["domains"]["names"])
 
     def base(self) -> list[Job]:
         """The run that makes the base model; none for a pretrained one."""
@@ -162,11 +162,12 @@ class StudyPlan:
             "evaluation": {"every_n_steps": self._max_steps(layers)},
             "checkpoint": {"export_at_end": False},
         }
-        raw = merge([own, self._settings, *layers])
+        text = json.dumps(merge([own, self.study.settings, *layers]))
+        raw = json.loads(text.replace("{corpus}", json.dumps(self._corpus)[1:-1]))
         return Job(kind, arm, seed, validate_config(raw, f"study: run {name}"))
 
     def _max_steps(self, layers: Sequence[Sections] = ()) -> int:
-        steps = merge([self._settings, *layers]).get("train", {}).get("max_steps")
+        steps = merge([self.study.settings, *layers]).get("train", {}).get("max_steps")
         if not isinstance(steps, int):
             raise ConfigError("study: settings.train.max_steps is needed: arms are compared at equal tokens")
         return steps
