@@ -29,7 +29,9 @@ def study(folder: Path, *overrides: str, code: int = 0) -> str:
 @pytest.mark.slow
 def test_a_small_study_from_raw_files_to_its_page(tmp_path):
     folder = tmp_path / "study"
-    out = study(folder)
+    # an arm of its own data, which nobody else prepares
+    own = 'arms.law_only.data={train: [{path: "{corpus}/train/law.jsonl", domain: law}]}'
+    out = study(folder, own)
     assert "[12/12]" in out and str(folder / "results" / "index.html") in out
     summary = json.loads((folder / "results" / "summary.json").read_text())
     arms = summary["arms"]
@@ -55,7 +57,7 @@ def test_a_small_study_from_raw_files_to_its_page(tmp_path):
     before = finished()
     assert len(before) == 12
     (folder / "runs" / "base" / "finished.json").unlink()  # as after a kill between export and this file
-    out = study(folder, "arms.fostering_linear.weights.sigma=2")
+    out = study(folder, own, "arms.fostering_linear.weights.sigma=2")
     assert "fostering_linear_seed-11 was trained with other settings" in out
     after = finished()
     assert {name for name in after if after[name] != before[name]} == {

@@ -12,6 +12,7 @@ from versatune_ds.apps.study.results import (
     changes,
     expansion_summary,
     interval,
+    last_evaluation,
     read_result,
     reference_losses,
     score_summary,
@@ -114,7 +115,11 @@ def test_reference_losses_are_the_lowest_of_each_domain_s_own_run():
 def write_run(folder, steps):
     folder.mkdir()
     lines = [
-        {"step": step, "domain_loss": {"law": 4.0 - loss, "code": 2.0}, "domain_score": {"law": loss}}
+        {
+            "step": step,
+            "domain_loss": {"law": 4.0 - loss, "code": 2.0, "replay": None},
+            "domain_score": {"law": loss},
+        }
         for step, loss in zip(*steps, strict=True)
     ]
     (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -123,10 +128,11 @@ def write_run(folder, steps):
     (folder / "weights.jsonl").write_text(json.dumps(update(0, (0.5, 0.5))) + "\n")
 
 
-def test_a_run_is_read_back(tmp_path):
+def test_a_run_is_read_back_less_what_was_not_evaluated(tmp_path):
     write_run(tmp_path / "run", ((0, 2, 4), (0.0, 1.0, 0.5)))
     found = read_result(tmp_path / "run", "a", 1, 4)
     assert found.before["law"] == 4.0 and found.after["law"] == 3.5 and found.lowest["law"] == 3.0
+    assert last_evaluation(tmp_path / "run") == (4, 2.75)
     assert found.tokens == 14 and found.scores_before == {"law": 0.0} and found.scores_after == {"law": 0.5}
 
 

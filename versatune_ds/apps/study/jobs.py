@@ -41,6 +41,8 @@ class Job:
     """Name of the arm; of a reference run its domain."""
     seed: int
     config: Config
+    data: str | None = None
+    """Fingerprint of its prepared data, where they are not the study's."""
 
     @property
     def name(self) -> str:
@@ -61,7 +63,8 @@ class Job:
 
     def fingerprint(self, origin: str) -> str:
         """Hash of all settings and of `origin`, what else decides the result (data, base model)."""
-        return canonical_hash([origin, self.config.model_dump(mode="json")])
+        own = [] if self.data is None else [self.data]
+        return canonical_hash([origin, self.config.model_dump(mode="json"), *own])
 
 
 class StudyPlan:
@@ -129,6 +132,11 @@ class StudyPlan:
             for arm, sections in self.study.arms.items()
         ]
 
+    def all_jobs(self) -> list[Job]:
+        """Every run, arms with reference losses that nobody has measured."""
+        unknown = dict.fromkeys(self.domains, 1.0)
+        return [*self.base(), *self.references(), *self.arms(unknown)]
+
     def check(self) -> int:
         """Validate every run before the first one is trained; returns how many there are.
 
@@ -136,8 +144,7 @@ class StudyPlan:
             ConfigError: an arm is not a valid run.
         """
         self._max_steps()
-        unknown = dict.fromkeys(self.domains, 1.0)
-        jobs = [*self.base(), *self.references(), *self.arms(unknown)]
+        jobs = self.all_jobs()
         for expansion in self.study.expansions:
             if expansion.target not in self.domains:
                 raise ConfigError(f"expansions: {expansion.target!r} is no domain; domains: {self.domains}")

@@ -72,7 +72,7 @@ def read_result(folder: Path, arm: str, seed: int, total_steps: int) -> RunResul
             "and start the command again"
         )
     metrics = _lines(folder / constants.METRICS_FILE)
-    names = list(evaluations[0]["domain_loss"])
+    names = [name for name, loss in evaluations[0]["domain_loss"].items() if loss is not None]
     later = evaluations[1:]
     return RunResult(
         arm=arm,
@@ -89,12 +89,13 @@ def read_result(folder: Path, arm: str, seed: int, total_steps: int) -> RunResul
 
 
 def last_evaluation(folder: Path) -> tuple[int, float]:
-    """Step of the last evaluation and its mean loss over domains; step -1 when there is none."""
+    """Step of the last evaluation and its mean loss over evaluated domains; step -1 when there is none."""
     path = folder / constants.EVAL_FILE
     lines = _lines(path) if path.is_file() else []
     if not lines:
         return -1, math.nan
-    return int(lines[-1]["step"]), float(np.mean(list(lines[-1]["domain_loss"].values())))
+    losses = [loss for loss in lines[-1]["domain_loss"].values() if loss is not None]
+    return int(lines[-1]["step"]), float(np.mean(losses))
 
 
 def reference_losses(runs: Sequence[RunResult]) -> dict[str, float]:

@@ -20,8 +20,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ from versatune_ds.apps.study.results import (
     reference_losses,
     summarise,
 )
+from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.prepare import PreparedData, prepare
 from versatune_ds.data.rows.files import find_files
 from versatune_ds.data.rows.readers import decode_block, read_blocks
@@ -108,17 +109,17 @@ def run_study(study: Study) -> StudyRuns:
     study.dir.mkdir(parents=True, exist_ok=True)
     plan = make_plan(study)
     total = plan.check()
-    first = [*plan.base(), *plan.references()][0].config
-    prepared = prepare(first)
-    log.info("%s", prepared.table())
-    model = model_fingerprint(first.model) if study.model.source else None
-    origin = canonical_hash([data_fingerprint(prepared), model]) if model else data_fingerprint(prepared)
+    shared = [*plan.base(), *plan.references()][0].config
+    prints = prepare_all([shared, *(job.config for job in plan.all_jobs())])
+    data = prints.pop(data_settings(shared))
+    model = model_fingerprint(shared.model) if study.model.source else None
+    origin = canonical_hash([data, model]) if model else data
     with StopRequest() as stop, StudyWorkers(study.dir, study.workers, origin, total, stop) as workers:
         workers.run(plan.base())
-        reference = reference_losses(workers.run(plan.references()))
+        reference = reference_losses(workers.run(with_data(plan.references(), prints)))
         for_runs_elsewhere = {"format": REFERENCE_FORMAT, "version": REFERENCE_VERSION, "losses": reference}
         write_json_atomic(study.dir / "reference.json", for_runs_elsewhere)
-        arms = workers.run(plan.arms(reference))
+        arms = workers.run(with_data(plan.arms(reference), prints))
     return StudyRuns(
         reference=reference,
         arms=arms,
@@ -175,6 +176,27 @@ def data_fingerprint(prepared: PreparedData) -> str:
     """Hash of all prepared data."""
     caches = [cache for split in prepared.caches.values() for cache in split]
     return canonical_hash([None if cache is None else cache.fingerprint for cache in caches])
+
+
+def data_settings(config: Config) -> str:
+    """Tells settings of data apart."""
+    return canonical_hash([config.data.model_dump(mode="json"), config.domains.names])
+
+
+def prepare_all(configs: Sequence[Config]) -> dict[str, str]:
+    """Prepare the data of all runs; fingerprints by `data_settings`."""
+    found: dict[str, str] = {}
+    for config in configs:
+        if (settings := data_settings(config)) not in found:
+            prepared = prepare(config)
+            log.info("%s", prepared.table())
+            found[settings] = data_fingerprint(prepared)
+    return found
+
+
+def with_data(jobs: Sequence[Job], prints: Mapping[str, str]) -> list[Job]:
+    """Jobs that know the fingerprint of their data, where `prints` has it."""
+    return [replace(job, data=prints.get(data_settings(job.config))) for job in jobs]
 
 
 # --- workers ------------------------------------------------------------------------------------------------
