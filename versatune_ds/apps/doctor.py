@@ -63,7 +63,6 @@ def versions() -> list[Finding]:
 
 
 def devices() -> list[Finding]:
-    """The accelerators torch sees."""
     import torch
 
     if not torch.cuda.is_available():

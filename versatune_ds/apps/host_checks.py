@@ -33,8 +33,6 @@ SSH_TIMEOUT_S = 15
 
 
 class Finding(NamedTuple):
-    """One line of the report."""
-
     topic: str
     text: str
     is_problem: bool = False

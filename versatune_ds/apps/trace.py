@@ -121,7 +121,6 @@ def trace(config: Config, row: str, *, domain: str | None = None) -> Page:
 
 
 def _turn_texts(turn: Turn) -> Iterator[MarkedText]:
-    """What was read of a turn."""
     about = [turn.role, *([f"weight {turn.weight:g}"] if turn.weight is not None else [])]
     title = ", ".join([*about, *turn.about.values(), *(["continued"] if turn.is_open else [])])
     if turn.reasoning:

@@ -24,7 +24,6 @@ DEFAULT_FOLDER = Path("runs/bench")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add = parser.add_argument
     add("--shape", help="qwen2.5-7b, -14b, -32b, qwen2-7b, llama-2-7b, -13b, llama-3-8b or tiny")
     add(

@@ -18,7 +18,6 @@ DEFAULT_PICTURE = Path("knowledge.png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=place, metavar="FILE", help="YAML settings; see configs/")
@@ -36,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Detect, or draw; print the path of what was written."""
     if args.compare is not None:
         from versatune_ds.foundations.files import require_own
         from versatune_ds.report.figures import SOFTWARE

@@ -17,7 +17,6 @@ DEFAULT_FOLDER = Path("runs/evidence")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add = parser.add_argument
     add("--out", type=place, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s")
     add(
@@ -40,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the stages and print the summary."""
     from versatune_ds.apps.evidence.command import run_evidence
     from versatune_ds.apps.programs import ending_with_programs
 

@@ -15,7 +15,6 @@ from versatune_ds.foundations.errors import ConfigError, StateError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add = parser.add_argument
     add("run_dir", type=place, metavar="RUN", help="run folder")
     which = parser.add_mutually_exclusive_group()
@@ -37,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, push if asked to, and print where the model lies."""
     if args.public and args.push is None:
         raise ConfigError("--public: say where to with --push OWNER/NAME")
     finished = args.run_dir / constants.EXPORT_DIR

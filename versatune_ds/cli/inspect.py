@@ -16,7 +16,6 @@ from versatune_ds.foundations.constants import EXIT_OK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add = parser.add_argument
     add_settings(parser)
     add("--domain", metavar="NAME", help="show only this domain")
@@ -31,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print everything to standard output, or write the page and print its path."""
     from versatune_ds.apps.inspect import inspect, to_lines
     from versatune_ds.apps.trace import trace
     from versatune_ds.config.load import load_config

@@ -33,7 +33,6 @@ VERBS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with all verbs."""
     parser = argparse.ArgumentParser(
         prog="versatune-ds",
         description="Supervised fine-tuning on many domains with live domain weights (arXiv 2411.11266).",

@@ -28,7 +28,6 @@ NOTE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add = parser.add_argument
     add("--history", required=True, type=place, metavar="FILE", help="weights.jsonl of a run")
     add("--config", type=place, metavar="FILE", help="settings of a run")
@@ -37,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Replay, print what became of the weights, and write them with a report."""
     from versatune_ds.config.load import load_config, write_resolved
     from versatune_ds.domain.controller import WeightController
     from versatune_ds.domain.history import read_history, replay_history

@@ -14,12 +14,10 @@ from versatune_ds.foundations.constants import EXIT_OK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare and print a table per split and domain."""
     from versatune_ds.config.derive import proxy_config
     from versatune_ds.config.load import load_config
     from versatune_ds.data.cache.prepare import prepare

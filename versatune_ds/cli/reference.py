@@ -15,7 +15,6 @@ from versatune_ds.foundations.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add_settings(parser)
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
@@ -31,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write reference.json, print it and how to use it."""
     from versatune_ds.config.load import load_config
 
     config = load_config(args.config, args.overrides)

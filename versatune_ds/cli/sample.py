@@ -15,7 +15,6 @@ DEFAULT_FOLDER = "runs/sample"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     parser.add_argument(
         "folder",
         type=place_text,
@@ -30,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Unpack into `args.folder`, print what was done, return the exit status 0."""
     from versatune_ds.apps.sample import unpack_sample
 
     report = unpack_sample(args.folder)

@@ -17,7 +17,6 @@ FOLDER = "search"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add_settings(parser)
 
 

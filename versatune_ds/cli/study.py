@@ -13,7 +13,6 @@ from versatune_ds.foundations.constants import EXIT_OK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     parser.add_argument(
         "--config", required=True, type=place, metavar="FILE", help="study settings; see configs/studies/"
     )

@@ -12,7 +12,6 @@ from versatune_ds.foundations.constants import EXIT_OK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add_settings(parser)
     parser.add_argument("--resume", choices=("auto", "never"), help="short for run.resume=...")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it

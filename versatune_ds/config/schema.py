@@ -76,7 +76,6 @@ class Source(Section):
     """Split of a hub data set, or of a folder that holds several; `train+test` stands for both."""
 
     def data_problems(self) -> Iterator[str]:
-        """What does not hold together."""
         if (self.domain is None) == (self.domain_column is None):
             yield "give exactly one of `domain` and `domain_column`"
         if not self.path:
@@ -156,7 +155,6 @@ class Optimizer(Section):
     decay x average + (1 - decay) x weights. ZeRO stage 1 to 3. None: none."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         if (self.kind == "muon") != (self.muon_lr is not None):
             yield "kind: muon and muon_lr need each other"
         if self.kind == "muon" and self.max_grad_norm > 0:
@@ -180,7 +178,6 @@ class Profile(Section):
     """The first and the last one, from 1; a trace holds every operator, so two or three say enough."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         first, last = self.steps
         if not first <= last < first + 20:
             yield f"steps {first} to {last}: give first and last, at most 20 steps"
@@ -208,7 +205,6 @@ class Train(Section):
     """Write a trace of a few steps into the run folder, for the report and a trace viewer."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         if (self.max_steps is None) == (self.epochs is None):
             yield "give exactly one of `max_steps` and `epochs`"
         if self.profile and self.max_steps is not None and self.profile.steps[1] > self.max_steps:
@@ -235,7 +231,6 @@ class Evaluation(Section):
     """Let the model answer held-out samples at every evaluation, and score that. None: losses only."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         for name in ("patience", "select"):
             if getattr(self, name) is not None and self.every_n_steps is None:
                 yield f"{name} looks at evaluations: give every_n_steps"

@@ -44,8 +44,6 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class BenchmarkScore:
-    """One benchmark task's score."""
-
     task: str
     name: str
     """What people call it."""
@@ -94,7 +92,6 @@ class ModelEvaluation:
         return SampleLosses(list(self.losses.values()), [self.tokens[name] for name in self.names]).sums
 
     def to_json(self) -> dict[str, Any]:
-        """Content of an evaluation.json."""
         sums = self.sums
         mean, stderr = sums.mean_loss(), sums.stderr()
         domains = {
@@ -158,8 +155,6 @@ class ModelEvaluation:
 
 @dataclass(frozen=True)
 class Change:
-    """How one domain's held-out loss changed."""
-
     domain: str
     before: float
     """Nats per supervised token."""
@@ -178,7 +173,6 @@ class Change:
 
     @property
     def forgetting(self) -> float:
-        """max(relative, 0)."""
         return max(self.relative, 0.0)
 
 

@@ -77,7 +77,6 @@ class DomainSums:
 
     @classmethod
     def zeros(cls, num_domains: int) -> DomainSums:
-        """Sums over nothing, for `num_domains` domains."""
         return cls(np.zeros((NUM_ROWS, num_domains)))
 
     @classmethod
@@ -120,7 +119,6 @@ class DomainSums:
 
     @property
     def num_domains(self) -> int:
-        """k."""
         return int(self.values.shape[1])
 
     @property

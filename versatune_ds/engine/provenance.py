@@ -33,7 +33,6 @@ OPTIONAL = ("triton", "flash_attn")
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
-    """Facts about the machine for run.json."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "CPU",

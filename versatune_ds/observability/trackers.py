@@ -36,19 +36,15 @@ class Tracker(NamedTuple):
 
 
 class TrackedRun(NamedTuple):
-    """What a tracker is opened for."""
-
     folder: Path
     project: str
     """As given in the settings: project or experiment."""
     first_step: int
     """The first one that will be recorded."""
     config: Mapping[str, Any]
-    """All settings."""
 
     @property
     def name(self) -> str:
-        """Of the run folder."""
         return self.folder.resolve().name
 
     @property

@@ -57,7 +57,6 @@ def show(
 
 
 def loss_table(evaluation: ModelEvaluation, caption: str = "") -> Table:
-    """Held-out loss, standard error and perplexity of each domain."""
     head = ("domain", "loss", "std. error", "perplexity", "samples", "tokens")
     keys = {"loss": 4, "stderr": 4, "perplexity": 2, "samples": None, "supervised_tokens": None}
 
@@ -69,7 +68,6 @@ def loss_table(evaluation: ModelEvaluation, caption: str = "") -> Table:
 
 
 def change_table(changes: Sequence[Change]) -> Table:
-    """Loss before and after, relative change with its 95 % interval, and forgetting."""
     head = ("domain", "before", "after", "change", "95 % interval", "forgetting")
     rows = []
     for change in changes:
@@ -93,7 +91,6 @@ def score_table(evaluation: ModelEvaluation, caption: str = "") -> Table:
 
 
 def score_change_table(changes: Sequence[ScoreChange]) -> Table:
-    """Mean score before and after, the difference with its 95 % interval, and how many samples moved."""
     head = ("domain", "score before", "after", "difference", "95 % interval", "better", "worse", "samples")
     rows = []
     for c in changes:

@@ -88,8 +88,6 @@ MAX_LABEL_LENGTH = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line of a picture."""
-
     x: Array
     y: Array
     label: str = ""
@@ -158,7 +156,6 @@ def color_of(color: int | str) -> str:
 
 
 def line_chart(chart: Chart) -> Markup:
-    """Draw a chart as an `<svg>` element."""
     with drawing():
         figure, axes = _new_figure(chart.width, chart.height)
         for series in chart.series:

@@ -182,7 +182,6 @@ def _domain_panels(runs: Sequence[RunData], what: str, lines: Lines, **settings:
 
 
 def summary_section(runs: Sequence[RunData]) -> PageSection:
-    """What the runs are and how far they are."""
     return PageSection("summary", "Summary", tables=[summary_table(runs)])
 
 
@@ -200,7 +199,6 @@ def domains_section(runs: Sequence[RunData]) -> PageSection:
 
 
 def weights_section(runs: Sequence[RunData]) -> PageSection:
-    """Weights over time."""
     lead = "Share of each domain in the batches, as planned."
     if not any(np.isfinite(run.weights).any() for run in runs):
         return PageSection("weights", "Weights", "No weights are recorded yet.")
@@ -373,7 +371,6 @@ def _gap_picture(run: RunData) -> Picture:
 
 
 def speed_section(runs: Sequence[RunData]) -> PageSection:
-    """Tokens per second, seconds per step, and where a step's time goes."""
     key, title, several = "speed", "Throughput and time", len(runs) > 1
     if not any(np.isfinite(run.series["step_s"]).any() for run in runs):
         return PageSection(key, title, "No step is recorded yet.")
@@ -417,7 +414,6 @@ def alarms_section(runs: Sequence[RunData]) -> PageSection:
 
 
 def settings_section(runs: Sequence[RunData]) -> PageSection:
-    """The settings as they were resolved."""
     return PageSection("settings", "Settings", folds=settings_folds(runs))
 
 

@@ -108,7 +108,6 @@ def planned(
 
 
 def mean_idle(steps: Sequence[Sequence[packing.Pack]], ranks: int, settings: PlannerSettings) -> str:
-    """Modelled idle time, averaged over steps."""
     model = functools.partial(modelled_idle, pack_len=settings.pack_len, quadratic_tokens=QUADRATIC_TOKENS)
     return f"{np.mean([model(packs, ranks) for packs in steps]):.2%}"
 

@@ -182,7 +182,6 @@ def run_rounds(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def print_round(number: int, sides: Mapping[str, Mapping[str, float]]) -> None:
-    """A line for the impatient."""
     numbers = "; ".join(
         f"{side} {sides[side]['wall_s']:.1f} s, CPU {sides[side]['cpu_s']:.1f} s, "
         f"load {sides[side]['load_average']:.1f}"

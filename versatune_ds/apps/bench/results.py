@@ -230,7 +230,6 @@ def _split_cells(split: Mapping[str, float]) -> list[str]:
 
 
 def _list(title: str, texts: Sequence[str]) -> list[str]:
-    """A title and a Markdown list, or nothing."""
     return [title, "\n".join(f"- {text}" for text in texts)] if texts else []
 
 

@@ -149,8 +149,6 @@ def measure(run: Components, settings: BenchSettings, ceiling_tflops: float) -> 
 
 
 class TimedSteps(NamedTuple):
-    """What a number of steps took and did."""
-
     seconds: float
     """Wall time from the first to the end of the last, the device included."""
     step_s: list[float]
@@ -178,7 +176,6 @@ class Stepper:
         self._stop = StopRequest()
 
     def take(self, count: int) -> TimedSteps:
-        """`count` steps of the trainer."""
         run, records = self.run, getattr(self.run.sinks, "records", [])
         first_record = len(records)
         step_s, plans = [], []
@@ -208,14 +205,11 @@ class Stepper:
 
 
 class RecordingSinks(Sinks):
-    """Keeps the records of steps in memory."""
-
     def __init__(self) -> None:
         super().__init__()
         self.records: list[StepRecord] = []
 
     def step(self, record: StepRecord) -> None:
-        """Keep a record."""
         self.records.append(record)
 
 
@@ -329,7 +323,6 @@ def matmul_ceiling(config: Config, settings: BenchSettings, device: torch.device
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Date, hardware, versions, commit and load at the start."""
     return {
         **describe_host(()),
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -41,8 +41,6 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """One generated text."""
-
     index: int
     """Number over all rounds; its round is index // detect.sequences."""
     text: str
@@ -62,8 +60,6 @@ class GeneratedText:
 
 
 class Generator(Protocol):
-    """Something that writes the texts of a batch."""
-
     def generate(self, batch: int, indices: Sequence[int]) -> list[GeneratedText]:
         """The texts with these indices, all of batch number `batch`."""
         ...
@@ -278,7 +274,6 @@ class VllmGenerator:
         )
 
     def generate(self, batch: int, indices: Sequence[int]) -> list[GeneratedText]:
-        """See `Generator`."""
         from vllm import SamplingParams
 
         detect = self.detect

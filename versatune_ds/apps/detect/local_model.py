@@ -65,7 +65,6 @@ class ModelJudge:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def open(self) -> None:
-        """Load the model."""
         self.model = load_model(self.settings, 0, self.device)
 
     def judge(self, texts: Sequence[tuple[int, str]]) -> Iterator[Judgement]:
@@ -85,7 +84,6 @@ class ModelJudge:
                 yield Judgement(index, None, "the judge's probabilities are not finite")
 
     def close(self) -> None:
-        """Free the model's memory."""
         self.model = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

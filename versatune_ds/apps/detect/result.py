@@ -106,7 +106,6 @@ def sources_of(table: DomainTable, judged: Judged) -> list[np.ndarray] | None:
 
 
 def knowledge_table(content: Mapping[str, Any]) -> str:
-    """A knowledge.json as a table for people."""
     judged = content.get("judged", content["domains"])
     rows = [["domain", "share", "95 % interval", "as judged", "most probable in"]]
     for name, share in content["domains"].items():

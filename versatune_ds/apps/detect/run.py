@@ -76,8 +76,6 @@ class DetectionStopped(Exception):
 
 
 class DetectContext(NamedTuple):
-    """Where a detection runs."""
-
     folder: Path
     device: torch.device
     stop: StopRequest

@@ -59,8 +59,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Evaluated(NamedTuple):
-    """What `run_evaluation` found."""
-
     after: ModelEvaluation
     before: ModelEvaluation | None
     changes: list[Change]

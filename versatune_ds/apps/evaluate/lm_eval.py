@@ -34,8 +34,6 @@ NO_TASK = "lm-evaluation-harness has no task for it"
 
 
 class Scores(NamedTuple):
-    """What benchmarks gave."""
-
     scores: tuple[BenchmarkScore, ...]
     not_run: dict[str, str]
     """Name of a benchmark without a score -> why."""

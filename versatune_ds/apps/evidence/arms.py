@@ -50,8 +50,6 @@ WORKERS = {"cpu": 1, "cuda": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSpec(TrainingCase):
-    """What an arm is to do with a case."""
-
     arm: str
     model: str
     """Folder with a config.json."""
@@ -293,7 +291,6 @@ def trl_deepspeed(spec: ArmSpec) -> dict[str, Any]:
 
 
 def main(spec_file: Path, result_file: Path) -> None:
-    """Run the arm of a file."""
     spec = ArmSpec(**json.loads(spec_file.read_text(encoding="utf-8")))
     threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     if not torch.cuda.is_available():

@@ -147,7 +147,6 @@ def run_arm(
 
 
 def why_not(arm: Arm, is_cuda: bool) -> str | None:
-    """Why an arm cannot run here, or None."""
     if arm.needs_cuda and not is_cuda:
         return "needs CUDA"
     lacking = [module for module in arm.needs if importlib.util.find_spec(module) is None]

@@ -65,7 +65,6 @@ class Record:
         return results
 
     def write(self) -> None:
-        """Replace the file."""
         write_json_atomic(self.path, clean(self.value))
 
     def end(self, summary: list[str], how: str) -> None:

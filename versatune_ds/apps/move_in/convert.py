@@ -36,8 +36,6 @@ WIDTH = 110
 
 
 class ForeignTrainer(NamedTuple):
-    """One of the trainers whose settings are read."""
-
     name: str
     signs: tuple[str, ...]
     """Keys that only its settings have."""

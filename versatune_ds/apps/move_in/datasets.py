@@ -160,7 +160,6 @@ def _listed(value: Any) -> list[str]:
 
 
 def _registered(given: Foreign, folder: str, known: dict[str, Any], name: str) -> Source:
-    """One entry of dataset_info.json."""
     if folder == "ONLINE":
         return _source(HUB_PREFIX + name, name, None, {}, None)
     if name not in known:

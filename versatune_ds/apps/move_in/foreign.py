@@ -84,5 +84,4 @@ class Foreign:
         self.ours.setdefault(section, {}).update(given)
 
     def note(self, section: str, text: str) -> None:
-        """A line above a section."""
         self.notes.setdefault(section, []).append(text)

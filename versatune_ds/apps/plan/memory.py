@@ -50,8 +50,6 @@ HOST_PROCESS_BYTES = int(3.0 * GIB)
 
 
 class Part(NamedTuple):
-    """One line of a memory plan."""
-
     name: str
     bytes: int
     checked: bool
@@ -69,7 +67,6 @@ class MemoryPlan(NamedTuple):
 
     @property
     def tensors(self) -> int:
-        """Peak of tensors on the GPU."""
         return total(self.held) + max(total(self.forward_backward), total(self.optimizer_step))
 
     @property
@@ -79,7 +76,6 @@ class MemoryPlan(NamedTuple):
 
 
 def total(parts: tuple[Part, ...]) -> int:
-    """Bytes of all parts."""
     return sum(part.bytes for part in parts)
 
 

@@ -38,8 +38,6 @@ GB = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a run stands on."""
-
     gpu: Gpu
     gpus_per_node: int = 8
     host_gib: float = 1024.0
@@ -47,8 +45,6 @@ class Machine:
 
 
 class Option(NamedTuple):
-    """One way to run it."""
-
     setup: Setup
     memory: MemoryPlan
     host_bytes: int
@@ -58,7 +54,6 @@ class Option(NamedTuple):
 
 
 def option(shape: ModelShape, setup: Setup, machine: Machine) -> Option:
-    """Memory and verdict of one setting."""
     memory = memory_plan(shape, setup)
     host = host_bytes(shape, setup, machine, memory)
     room = machine.gpu.memory_gb * GB
@@ -222,7 +217,6 @@ def _parts(parts: tuple[Any, ...]) -> list[dict[str, Any]]:
 
 
 def as_text(plan: dict[str, Any]) -> str:
-    """The plan for a console."""
     settings, memory = plan["settings"], plan["memory"]
     room = plan["gpu_memory_bytes"]
     adapter = plan["model"]["adapter"]

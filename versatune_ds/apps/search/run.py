@@ -106,8 +106,6 @@ def search(config: Config, folder: Path) -> Path:
 
 
 class Found(NamedTuple):
-    """Where a search ended."""
-
     shares: Array
     """float64[k]."""
     limits_kept: bool
@@ -220,7 +218,6 @@ class Exploration:
         return [self.prior, np.full(len(self.table), 1 / len(self.table))]
 
     def _choose(self, points: Sequence[Array], jobs: Sequence[Job], start: Job) -> list[Array]:
-        """The mixtures of the next round."""
         done = len(jobs) - self.counts.singles
         size, bounded = round_size(done, self.counts.points, self.settings.rounds), self.bounds.nearest
         if not done:
@@ -268,7 +265,6 @@ class Exploration:
         return self.table.vector(losses, "held-out losses")
 
     def describe(self, found: Found) -> dict[str, Any]:
-        """All that is known, as plain JSON."""
         by_name, goal = self.table.by_name, found.goal
         here, start = (choice.predict(found.surfaces, goal, p[None]) for p in (found.shares, self.start))
         losses = {
@@ -371,7 +367,6 @@ def fit(tried: Tried, base: Array) -> list[Surface]:
 
 
 def describe_objective(prediction: choice.Prediction, goal: Goal, measured: Array) -> dict[str, float]:
-    """The objective of one mixture."""
     return {
         "predicted": float(prediction.objective[0]),
         "half_width": float(prediction.half_width[0]),

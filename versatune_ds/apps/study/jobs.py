@@ -34,8 +34,6 @@ BASE_RUN = "base"
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a study."""
-
     kind: Kind
     arm: str
     """Name of the arm; of a reference run its domain."""
@@ -49,7 +47,6 @@ class Job:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps."""
         assert self.config.train.max_steps is not None
         return self.config.train.max_steps
 

@@ -62,8 +62,6 @@ class StudyStopped(VersaTuneError):
 
 
 class Outcome(NamedTuple):
-    """What a worker answers."""
-
     name: str
     error: str | None
     finished: bool
@@ -72,8 +70,6 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class StudyRuns:
-    """All finished runs of a study."""
-
     reference: dict[str, float]
     """Reference loss by domain, nats per supervised token."""
     arms: list[RunResult]
@@ -172,7 +168,6 @@ def training_texts(base: Job) -> Iterator[str]:
 
 
 def data_fingerprint(prepared: PreparedData) -> str:
-    """Hash of all prepared data."""
     caches = [cache for split in prepared.caches.values() for cache in split]
     return canonical_hash([None if cache is None else cache.fingerprint for cache in caches])
 

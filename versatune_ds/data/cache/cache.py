@@ -264,7 +264,6 @@ class CacheWriter:
             self._write(f"{domain_folder}/{name}", np.ascontiguousarray(values).data)
 
     def write_text(self, name: str, text: str) -> None:
-        """Append text to a file of the unit."""
         self._write(name, text.encode("utf-8"))
 
     def _write(self, name: str, data: Any) -> None:

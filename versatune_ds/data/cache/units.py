@@ -60,8 +60,6 @@ class SourceFiles:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is prepared together."""
-
     split: str
     sources: tuple[SourceFiles, ...]
     domains: tuple[str, ...]
@@ -76,7 +74,6 @@ class Unit:
 
     @property
     def folder(self) -> Path:
-        """Where the finished unit lies."""
         return self.cache_dir / self.key
 
     @property
@@ -95,7 +92,6 @@ class Unit:
         return tuple(text for source in self.sources for text in source.other_splits)
 
     def schema(self, source: Source) -> RowSchema:
-        """How rows of `source` are read."""
         return RowSchema(source.format, source.columns, source.domain, source.domain_column, self.domains)
 
 

@@ -23,8 +23,6 @@ TAGS = re.compile(r"</?(?:think(?:ing)?|thoughts?|seed:think)>|\[/?THINK\]|<\|(?
 
 
 class Turn(NamedTuple):
-    """What one side said at a time."""
-
     role: str
     """system, developer, user, assistant, or tool (the result of a call)."""
     content: str

@@ -82,7 +82,6 @@ class StepPlan:
 
     @property
     def num_samples(self) -> int:
-        """Samples in the packs."""
         return sum(self.trained.samples)
 
     @property
@@ -134,7 +133,6 @@ class _Stream:
         self._block: list[_Drawn] = []
 
     def next(self) -> _Drawn:
-        """The next draw."""
         if not self._block:
             which = {"seed": self._seed, "domain": self._domain, "pass_index": self.pass_index}
             samples = order.lookup(self._size, self.position, **which)[: self._lookup_samples]

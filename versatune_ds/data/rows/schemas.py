@@ -324,7 +324,6 @@ class RowSchema:
         return TextRow(text, finished is not False, self._weight(row))
 
     def _weight(self, row: Mapping[str, Any]) -> float:
-        """Of the whole row."""
         values = {name: value for name, value in row.items() if not isinstance(value, list)}
         weight, _ = with_row_flags(values, [], [], self.column)
         if weight == 0:

@@ -37,7 +37,6 @@ class SampleLosses(NamedTuple):
 
     @property
     def sums(self) -> DomainSums:
-        """Sums by domain."""
         ids = np.concatenate([np.full(len(values), j) for j, values in enumerate(self.losses)])
         return DomainSums.from_samples(
             ids, np.concatenate(self.losses), np.concatenate(self.tokens), len(self.losses)

@@ -143,7 +143,6 @@ class Questions:
         self._scorers = distributed.together(self._build_scorers, asked)
 
     def _choose(self, number: int, name: str, cache: TokenCache) -> list[Question]:
-        """The questions of a domain."""
         order = Permutation(len(cache), seed=0, domain=number, pass_index=0).slice(0, len(cache))
         left_out: Counter[str] = Counter()
         found: list[Question] = []

@@ -168,7 +168,6 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def zero_stage(settings: Mapping[str, Any]) -> int:
-    """ZeRO stage of a DeepSpeed configuration."""
     return int(settings["zero_optimization"].get("stage", 0))
 
 

@@ -128,7 +128,6 @@ class Companions(NamedTuple):
         return cls(tokenizer, generation, config.model if config.model.adapter else None)
 
     def save(self, folder: Path) -> None:
-        """Write them into `folder`."""
         self.tokenizer.save_pretrained(folder)
         if self.adapter_of is not None:
             return

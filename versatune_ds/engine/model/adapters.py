@@ -44,8 +44,6 @@ MAGNITUDE = "lora_magnitude_vector"
 
 
 class SavedAdapter(NamedTuple):
-    """An adapter folder as it was read."""
-
     scaling: float
     """alpha / rank."""
     rank: int

@@ -147,7 +147,6 @@ class PackedCausalLM(nn.Module):
 
     @property
     def layers(self) -> list[Any]:
-        """The decoder layers."""
         return list(self.lm.base_model.layers)
 
     def compile_layers(self) -> None:
