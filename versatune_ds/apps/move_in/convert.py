@@ -148,8 +148,6 @@ def import_config(path: Path, ranks: int) -> str:
         chat_template=template if template in TEMPLATES else "tokenizer",
         train_on="last_turn" if given.is_on("mask_history") else None,
     )
-    if given.is_on("train_on_prompt"):
-        given.leave("train_on_prompt", True, "only the assistant's turns are trained on")
     workers = [
         given.take(key) for key in ("preprocessing_num_workers", "dataset_num_proc", "dataset_processes")
     ]
