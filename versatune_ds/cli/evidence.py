@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 from versatune_ds.cli import place
-from versatune_ds.foundations.constants import EXIT_OK
 
 DEFAULT_FOLDER = Path("runs/evidence")
 
@@ -38,10 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.apps.evidence.command import run_evidence
     from versatune_ds.apps.programs import ending_with_programs
 
     with ending_with_programs():
         print(run_evidence(args.out, args.minutes, args.stage, args.size))
-    return EXIT_OK

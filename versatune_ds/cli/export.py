@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--public", action="store_true", help="with --push: a new repository is open to all")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     if args.public and args.push is None:
         raise ConfigError("--public: say where to with --push OWNER/NAME")
     finished = args.run_dir / constants.EXPORT_DIR
@@ -47,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
         from versatune_ds.apps.push import push
 
         print(push(args.run_dir, target, args.push, step=step, public=args.public))
-    return constants.EXIT_OK
 
 
 def export(args: argparse.Namespace) -> tuple[Path, int]:

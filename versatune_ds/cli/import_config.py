@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 
 from versatune_ds.cli import at_least, place
-from versatune_ds.foundations.constants import EXIT_OK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.apps.move_in.convert import import_config
 
     print(import_config(args.file, args.ranks), end="")
-    return EXIT_OK

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("overrides", nargs="*", metavar="section.key=value", help="settings that win")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.config.load import load_config, write_resolved
     from versatune_ds.domain.controller import WeightController
     from versatune_ds.domain.history import read_history, replay_history
@@ -73,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
     print(summary(updates))
     print(f"note: {NOTE}")
     print(write_report([args.out]))
-    return constants.EXIT_OK
 
 
 def summary(updates: Sequence[WeightUpdate]) -> str:

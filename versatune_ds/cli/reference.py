@@ -10,7 +10,7 @@ import argparse
 import shlex
 
 from versatune_ds.cli import add_settings, place, place_text
-from versatune_ds.foundations import constants
+from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError
 
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=place, metavar="DIR", help="target folder; default: RUN/reference")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.config.load import load_config
 
     config = load_config(args.config, args.overrides)
@@ -39,14 +39,9 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.apps.reference import write_reference
 
     path = write_reference(config, out, model=args.model, losses=given)
-    if path is None:
-        return constants.EXIT_OK
-    from versatune_ds.foundations import distributed
-
-    if distributed.is_main():
+    if path is not None and distributed.is_main():
         print(path)
         print(f"use it: {shlex.quote(f'weights.reference={path}')}")
-    return constants.EXIT_OK
 
 
 def parse_losses(text: str) -> dict[str, float]:

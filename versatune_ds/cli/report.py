@@ -41,11 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.report.report import follow_report, write_report
 
     if args.follow is None:
         print(write_report(args.runs, args.out, args.by))
     else:
         print(follow_report(args.runs, args.out, args.by, args.follow))
-    return 0

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.apps.sample import unpack_sample
 
     report = unpack_sample(args.folder)
@@ -51,4 +51,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"  SmolLM2-135M-Instruct (Apache-2.0): {model}, {how}")
     like = f"settings like {config}, with {report.folder} in place of {DEFAULT_FOLDER}"
     print(f"next: {f'versatune-ds prepare --config {config}' if is_default else like}")
-    return 0

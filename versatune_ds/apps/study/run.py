@@ -60,6 +60,8 @@ STOP_WAIT_S = 120.0
 class StudyStopped(VersaTuneError):
     """The study was asked to stop; what is finished is kept."""
 
+    exit_code = constants.EXIT_OK
+
 
 class Outcome(NamedTuple):
     name: str
