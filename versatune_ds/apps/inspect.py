@@ -100,7 +100,6 @@ def inspect(config: Config, *, domain: str | None = None, samples: int = 3, pack
 
     Args:
         samples: samples to show per domain, evenly spread over it.
-        packs: packs to show.
 
     Raises:
         ConfigError: an unknown domain.

@@ -93,7 +93,6 @@ class DomainSums:
             domain_ids: int[n], 0 .. num_domains - 1.
             sample_loss: float[n], sum of token losses of each sample in nats.
             sample_tokens: int[n], supervised tokens of each sample; samples with none do not count.
-            num_domains: k.
         """
         ids = np.asarray(domain_ids, dtype=np.int64)
         loss = np.asarray(sample_loss, dtype=np.float64)

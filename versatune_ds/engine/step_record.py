@@ -31,9 +31,7 @@ def record_step(
     """A line of metrics.jsonl, and the console; rank 0 only.
 
     Args:
-        totals: what all ranks together know of it.
         rate: its learning rate, applied or not.
-        why_skipped: the reason, if it was skipped.
         times: its phases so far on this rank.
     """
     if not distributed.is_main():

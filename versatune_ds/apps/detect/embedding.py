@@ -60,6 +60,7 @@ class Embedder:
         self.layers: list[int] = [-1]
 
     def open(self) -> None:
+        """Load the model."""
         if self.model is not None:
             return
         if self.kind == "base":
@@ -156,6 +157,7 @@ class Embedder:
         return vectors
 
     def close(self) -> None:
+        """Free the model's memory."""
         self.model = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

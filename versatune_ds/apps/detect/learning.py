@@ -65,6 +65,7 @@ class Standard(NamedTuple):
 
 
 def word_features() -> Any:
+    """A vectoriser of words, to be fitted."""
     return TfidfVectorizer(sublinear_tf=True, stop_words="english", token_pattern=LETTERS)
 
 

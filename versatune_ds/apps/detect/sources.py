@@ -56,6 +56,7 @@ class LabelledTexts(NamedTuple):
     """Number of the source within the domain, from 0."""
 
     def take(self, chosen: npt.NDArray[Any]) -> LabelledTexts:
+        """Those at these places."""
         places = np.arange(len(self.texts))[chosen]
         return LabelledTexts([self.texts[i] for i in places], self.domains[chosen], self.sources[chosen])
 

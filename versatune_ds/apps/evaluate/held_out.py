@@ -78,11 +78,8 @@ def run_evaluation(
     """Evaluate a model and write evaluation.json; every rank calls it.
 
     Args:
-        config: the run's settings.
         model: folder, run folder, checkpoint folder or hub name.
         against: what to compare with: an evaluation.json, or a model, which is then evaluated first.
-        tasks: benchmarks to run besides.
-        out: folder to write into.
 
     Raises:
         VersaTuneError: settings, data or models cannot be used, or the two cannot be compared.

@@ -69,9 +69,7 @@ def run_benchmarks(
 
     Args:
         source: Hugging Face folder, adapter folder or hub name.
-        benchmarks: the tasks.
         model: for dtype and trust.
-        device: where the model computes.
         keep: called after each task with what is known so far; tasks still to come stand in `not_run`.
     """
     from lm_eval.models.huggingface import HFLM

@@ -30,7 +30,6 @@ def run_kernel(record: Record, deadline: Deadline, checkout: Path | None, size: 
 
     Args:
         record: gets the benchmark's own results, rewritten as they come.
-        deadline: of the command.
         size: "tiny", "small" or "auto".
     """
     if checkout is None or not (checkout / BENCHMARK).is_file():

@@ -63,10 +63,6 @@ class MergedJob(Job):
 class SearchPlan:
     """Makes the jobs of a search.
 
-    Args:
-        config: the run's settings, with their `search` section.
-        folder: of the search.
-
     Raises:
         ConfigError: settings that do not go with the search.
     """

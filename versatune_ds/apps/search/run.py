@@ -122,11 +122,6 @@ class Found(NamedTuple):
 class Exploration:
     """One search: what it needs to know, and its rounds.
 
-    Args:
-        config: the run's settings.
-        plan: makes the jobs.
-        folder: of the search.
-
     Raises:
         ConfigError, DataError, StateError: settings, data or a folder that cannot be used.
     """
@@ -323,7 +318,6 @@ class SearchJournal:
     """search.json: what the runs of a search are made with, and the mixtures of its rounds.
 
     Args:
-        folder: of the search.
         settings: what decides the results of its runs.
 
     Raises:

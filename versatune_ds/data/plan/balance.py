@@ -101,9 +101,6 @@ def rank_packs(packs: Sequence[Item], rank: int, world_size: int) -> list[Item]:
 def modelled_idle(packs: Sequence[Pack], world_size: int, *, pack_len: int, quadratic_tokens: float) -> float:
     """Share of rank time spent waiting, if every micro-step lasts as long as its costliest pack.
 
-    Args:
-        quadratic_tokens: see the function of this name.
-
     Returns:
         0 (all packs of each micro-step cost the same) to below 1.
     """

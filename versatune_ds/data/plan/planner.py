@@ -235,7 +235,6 @@ def plan_step(
     """Plan one optimizer step for all ranks. Pure: equal arguments give equal plans.
 
     Args:
-        state: where the planner stands; not changed.
         weights: float64[k], shares of the domains in `settings.weight_unit`; >= 0, sum 1.
 
     Raises:

@@ -113,7 +113,6 @@ class Questions:
         config: with `evaluation.generate`.
         caches: held-out cache by domain name, None for a domain that is not evaluated.
         tokenizer: with the run's chat template set.
-        architecture: the transformers config of the model.
 
     Raises:
         ConfigError: a score that cannot be used.

@@ -87,7 +87,6 @@ class DeepSpeedBackend:
 
     Args:
         live: the DeepSpeed engine around `model`, or `model` itself where it only goes forward.
-        settings: the DeepSpeed configuration in force.
     """
 
     def __init__(
@@ -221,9 +220,6 @@ def build_backend(
     config: Config, settings: dict[str, Any], ranks: Ranks, device: torch.device
 ) -> DeepSpeedBackend:
     """Build model, optimizer and DeepSpeed engine, and prove that packed samples are kept apart.
-
-    Args:
-        settings: `deepspeed_config` of the run.
 
     Raises:
         ConfigError: settings that do not fit together or this machine.

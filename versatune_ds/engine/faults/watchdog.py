@@ -92,7 +92,6 @@ class Watchdog:
     """Watches the beats of some ranks.
 
     Args:
-        ranks: whom to watch.
         timeout_s: seconds without a beat, or without progress where progress is due, that make a hang.
     """
 

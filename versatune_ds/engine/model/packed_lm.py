@@ -51,7 +51,6 @@ class LossHead(nn.Module):
     Args:
         weight: the model's output weight, the same Parameter object (tied or not, partitioned or not).
         backend: `model.loss_backend`.
-        logits_dtype: `model.logits_dtype`.
         rule: what the model does to its logits.
         is_dft: whether `model.objective` is dft.
     """
@@ -108,14 +107,9 @@ class PackedCausalLM(nn.Module):
 
     Args:
         lm: the transformers model; its `lm_head` becomes a `LossHead`.
-        loss_backend: `model.loss_backend`.
         liger: what `apply_liger` did.
-        logits_dtype: `model.logits_dtype`.
-        routers: of a mixture of experts.
         sequence: the ranks that share a pack; then `lm` attends by `sequence.share_heads`.
         is_dft: whether `model.objective` is dft.
-        noise: on its embeddings.
-        base_kl: of `model.kl_to_base`.
 
     Raises:
         ConfigError: an output layer or a change of the logits that the loss cannot follow.
@@ -253,11 +247,8 @@ def build_model(
     partitions each weight as it is made.
 
     Args:
-        settings: `model` section.
-        attention: from `choose_attention`.
         seed: of random initialisation and noise; ranks must use the same.
         device_type: "cpu" or "cuda", where the model will run.
-        sequence: the ranks that share a pack.
 
     Raises:
         ConfigError: it cannot be built, or a pretrained folder lacks weights or holds others.
@@ -310,7 +301,6 @@ def apply_liger(lm: PreTrainedModel, choice: str, device_type: str, left_out: tu
     Liger replaces RoPE for all models of that architecture in the process, the others in `lm` only.
 
     Args:
-        lm: a built transformers model.
         choice: `model.liger`.
         left_out: of `LIGER_PARTS`, what stays as it is.
         device_type: "cpu" or "cuda".

@@ -250,12 +250,7 @@ def check_router(settings: Model, architecture: Any) -> None:
 
 
 def check_optimizer(settings: Optimizer, architecture: Any) -> None:
-    """Refuse Muon for a mixture of experts, whose tensors have three dimensions.
-
-    Args:
-        settings: `optimizer` section.
-        architecture: the transformers config of the model.
-    """
+    """Refuse Muon for a mixture of experts, whose tensors have three dimensions."""
     if settings.kind == "muon" and experts_of(architecture):
         raise ConfigError(
             f"optimizer.kind muon: {architecture.model_type} has experts, which it is not for here; use adamw"
