@@ -75,11 +75,12 @@ def batch_seed(seed: int, batch: int) -> int:
 
 def subject(config: Config) -> Model:
     """Settings of the model to examine: `detect.model`, always with its weights, or the run's own model."""
-    if config.detect.model is None:
-        return config.model
-    return config.model.model_copy(
-        update={"source": config.detect.model, "tokenizer": None, "weights": "pretrained"}
-    )
+    return config.model if config.detect.model is None else other_model(config.detect.model, config.model)
+
+
+def other_model(source: str, like: Model) -> Model:
+    """Settings as another model's, with another source."""
+    return like.model_copy(update={"source": source, "tokenizer": None, "weights": "pretrained"})
 
 
 def subject_fingerprint(settings: Model, seed: int) -> str:

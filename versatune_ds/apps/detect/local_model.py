@@ -154,8 +154,3 @@ def name_log_probabilities(
             "the judge's device is out of memory; lower detect.judge.batch_size or max_chars"
         ) from error
     return total.reshape(-1, k).cpu().numpy()
-
-
-def judge_settings(source: str, subject: Model) -> Model:
-    """Settings of a judge model: as the examined one's, with another source."""
-    return subject.model_copy(update={"source": source, "tokenizer": None, "weights": "pretrained"})
