@@ -129,10 +129,6 @@ def radar_chart(path: Path, after: ModelEvaluation, before: ModelEvaluation | No
         names = [score.name for score in after.benchmarks]
         panels.append(Radar("benchmark score (outer is better)", names, values, 1.0))
     if panels:
-        write_bytes_atomic(path, to_png(radar_charts(panels, [_short(model.model) for model in models])))
+        labels = ["/".join(Path(model.model).parts[-2:]) for model in models]
+        write_bytes_atomic(path, to_png(radar_charts(panels, labels)))
     return bool(panels)
-
-
-def _short(model: str) -> str:
-    """The last two parts of a path."""
-    return "/".join(Path(model).parts[-2:])

@@ -181,10 +181,6 @@ def _domain_panels(runs: Sequence[RunData], what: str, lines: Lines, **settings:
     return pictures
 
 
-def summary_section(runs: Sequence[RunData]) -> PageSection:
-    return PageSection("summary", "Summary", tables=[summary_table(runs)])
-
-
 def domains_section(runs: Sequence[RunData]) -> PageSection:
     """A table per run, and for several runs a table of held-out losses over the runs."""
     several = len(runs) > 1
@@ -413,12 +409,8 @@ def alarms_section(runs: Sequence[RunData]) -> PageSection:
     return PageSection("alarms", "Alarms", lead, tables=[alarms] if count else (), folds=folds)
 
 
-def settings_section(runs: Sequence[RunData]) -> PageSection:
-    return PageSection("settings", "Settings", folds=settings_folds(runs))
-
-
 SECTIONS: tuple[tuple[Callable[[Sequence[RunData]], PageSection | None], bool], ...] = (
-    (summary_section, False),
+    (lambda runs: PageSection("summary", "Summary", tables=[summary_table(runs)]), False),
     (domains_section, False),
     (weights_section, True),
     (loss_section, True),
@@ -428,6 +420,6 @@ SECTIONS: tuple[tuple[Callable[[Sequence[RunData]], PageSection | None], bool], 
     (speed_section, True),
     (profile_section, False),
     (alarms_section, False),
-    (settings_section, False),
+    (lambda runs: PageSection("settings", "Settings", folds=settings_folds(runs)), False),
 )
 """Each with whether it draws over steps or tokens."""

@@ -44,14 +44,6 @@ def training_data(args: argparse.Namespace, *more: str) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"eval": []})})
 
 
-def run_prepare(config: Config) -> int:
-    """Our side; returns the number of tokens."""
-    from versatune_ds.data.cache.prepare import prepare
-
-    caches = prepare(config, progress=False).caches["train"]
-    return sum(int(cache.lengths.sum()) for cache in caches if cache is not None)
-
-
 def run_datasets(config: Config, files: Sequence[tuple[str, str, Mapping[str, str]]]) -> int:
     """The other side; returns the number of tokens."""
     import datasets
@@ -200,7 +192,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     if args.side == "prepare":
-        print(run_prepare(training_data(args)))
+        from versatune_ds.data.cache.prepare import prepare
+
+        caches = prepare(training_data(args), progress=False).caches["train"]
+        print(sum(cache.num_tokens for cache in caches if cache is not None))
     elif args.side == "datasets":
         print(run_datasets(training_data(args), json.loads(args.files.read_text())))
     else:

@@ -212,7 +212,11 @@ def table(result: Mapping[str, Any]) -> str:
     if full["extrapolated"]:
         rows.append((f"{full['layers']} (extrapolated)", _rate_cells(full)))
         notes.append(f"Extrapolated: {full['method']}. Not measured.")
-    split = [(str(measured["layers"]), _split_cells(measured["split_s"])) for measured in slices]
+    split = []
+    for measured in slices:
+        seconds, of_step = measured["split_s"], shares(measured["split_s"])
+        cells = [f"{1e3 * seconds[name]:.3g} ({percent(of_step[name], 2)})" for name in PHASES]
+        split.append((str(measured["layers"]), cells))
     after = [_update_text(measured) for measured in slices]
     after += [_comparison_text(m) for m in slices if m["statistics_off"] is not None]
     rated, parted = Table(["layers", *RATE_COLUMNS], rows), Table(["layers", *PHASES], split)
@@ -222,11 +226,6 @@ def table(result: Mapping[str, Any]) -> str:
         PageSection("split", "", how, tables=[parted], notes=["\n".join(after)]),
     ]
     return to_markdown(Page(title, sections, "\n\n".join(lead)))
-
-
-def _split_cells(split: Mapping[str, float]) -> list[str]:
-    of_step = shares(split)
-    return [f"{1e3 * split[name]:.3g} ({percent(of_step[name], 2)})" for name in PHASES]
 
 
 def _list(title: str, texts: Sequence[str]) -> list[str]:

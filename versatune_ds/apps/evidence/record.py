@@ -86,12 +86,17 @@ def memory_gib(card: dict[str, str] | None) -> float:
     return 0.0 if card is None else float(card["memory.total"]) / 1024
 
 
+def first_visible() -> str:
+    """Of CUDA_VISIBLE_DEVICES; 0 without it."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+
+
 def ask_card(fields: Sequence[str]) -> dict[str, str] | None:
     """What `nvidia-smi` says of the first visible card; MHz, W, MiB and degrees Celsius.
 
     None without `nvidia-smi` or a card, or with CUDA_VISIBLE_DEVICES empty.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    visible = first_visible()
     if not visible or shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", f"--id={visible}", f"--query-gpu={','.join(fields)}"]

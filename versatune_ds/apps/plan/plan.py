@@ -33,6 +33,7 @@ OFFLOAD: tuple[Offload, ...] = ("none", "optimizer", "all")
 STAGES = (1, 2, 3)
 MAX_GPUS = 4096
 SHORTEST_PACK = 1024
+ALTERNATIVES = 4
 GB = 1e9
 
 
@@ -152,14 +153,7 @@ def checkpoint_bytes(shape: ModelShape, setup: Setup) -> int:
     return trained * (setup.master + average + parameters) + moment_bytes(shape, setup, 1)
 
 
-def make_plan(
-    shape: ModelShape,
-    asked: Setup,
-    machine: Machine,
-    *,
-    search: bool,
-    num_alternatives: int = 4,
-) -> dict[str, Any]:
+def make_plan(shape: ModelShape, asked: Setup, machine: Machine, *, search: bool) -> dict[str, Any]:
     """The whole answer as JSON values; bytes, and what each rests on.
 
     Args:
@@ -196,7 +190,7 @@ def make_plan(
         "checkpoint": {"bytes": checkpoint_bytes(shape, chosen.setup)},
         "bound_tokens_per_s": compute_bound(shape, chosen.setup, machine.gpu),
         "alternatives": [
-            {"settings": describe(c.setup), "peak_bytes": c.memory.peak} for c in better[:num_alternatives]
+            {"settings": describe(c.setup), "peak_bytes": c.memory.peak} for c in better[:ALTERNATIVES]
         ],
         "remedies": [] if better or chosen.verdict == "fits" else remedies(shape, asked, machine),
     }

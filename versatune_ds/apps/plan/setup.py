@@ -89,11 +89,6 @@ class Setup:
         return DTYPES[self.dtype].itemsize
 
     @property
-    def packs_per_gpu(self) -> int:
-        """Micro-batches of a step on one GPU."""
-        return self.packs_per_step * self.sequence_parallel // self.gpus
-
-    @property
     def rows(self) -> int:
         """Tokens of a pack on one GPU."""
         return rows_of(self.pack_len, self.sequence_parallel) // self.sequence_parallel
@@ -101,7 +96,7 @@ class Setup:
     @property
     def accumulates(self) -> bool:
         """True if gradients outlive a micro-batch."""
-        return self.packs_per_gpu > 1
+        return self.packs_per_step * self.sequence_parallel // self.gpus > 1
 
     @property
     def shards(self) -> int:
