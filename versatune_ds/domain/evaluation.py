@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,7 @@ class ModelEvaluation:
 
     def scores(self) -> dict[str, list[float]]:
         """Scores of answers by domain, without those that are not known."""
-        found: dict[str, list[float]] = {answer["domain"]: [] for answer in self.answers}
-        for answer in self.answers:
-            if answer["score"] is not None:
-                found[answer["domain"]].append(answer["score"])
-        return found
+        return scores_by_domain((answer["domain"], answer["score"]) for answer in self.answers)
 
     @property
     def sums(self) -> DomainSums:
@@ -153,6 +149,10 @@ class ModelEvaluation:
             raise DataError(f"damaged ({error!r}); {again}", path=path) from None
 
 
+def interval_95(value: float, stderr: float | None) -> tuple[float, float] | None:
+    return None if stderr is None else (value - Z_95 * stderr, value + Z_95 * stderr)
+
+
 @dataclass(frozen=True)
 class Change:
     domain: str
@@ -167,9 +167,7 @@ class Change:
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 % interval of `relative`."""
-        if self.stderr is None:
-            return None
-        return self.relative - Z_95 * self.stderr, self.relative + Z_95 * self.stderr
+        return interval_95(self.relative, self.stderr)
 
     @property
     def forgetting(self) -> float:
@@ -217,10 +215,7 @@ class ScoreChange:
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 % interval of after - before."""
-        if self.stderr is None:
-            return None
-        difference = self.after - self.before
-        return difference - Z_95 * self.stderr, difference + Z_95 * self.stderr
+        return interval_95(self.after - self.before, self.stderr)
 
 
 def compare_scores(after: ModelEvaluation, before: ModelEvaluation) -> list[ScoreChange]:
@@ -257,6 +252,14 @@ def _change(name: str, after: ModelEvaluation, before: ModelEvaluation) -> Chang
     a, b, tokens = after.losses[name], before.losses[name], math.fsum(after.tokens[name])
     rise = rise_of(a, b, b)
     return Change(name, math.fsum(b) / tokens, math.fsum(a) / tokens, rise.value, finite(rise.stderr))
+
+
+def scores_by_domain(scores: Iterable[tuple[str, float | None]]) -> dict[str, list[float]]:
+    """Scores of each domain of (domain, score) pairs, without those that are None."""
+    found: dict[str, list[float]] = {}
+    for domain, score in scores:
+        found.setdefault(domain, []).extend([] if score is None else [score])
+    return found
 
 
 def perplexity(loss: float | None) -> float | None:

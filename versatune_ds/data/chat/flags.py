@@ -65,13 +65,14 @@ def with_row_flags(
         BadRow: as `weight_of`; or a list is not as long as there are turns.
     """
     singles: dict[str, Any] = {}
+    answers = sum(turn.role == "assistant" for turn in turns)
     given: list[dict[str, Any]] = [{} for _ in turns]
     if any(mask is not None for mask in masks):
         _add(given, turns, UNCLEAR, masks)
     for column, value in row.items():
         name = ours(column)
         if word(name) not in OF_ROWS:
-            if isinstance(value, list) and len(value) in (len(turns), _count_answers(turns)):
+            if isinstance(value, list) and len(value) in (len(turns), answers):
                 refuse_unclear(column, value)
             continue
         value, is_unclear = from_json_text(value, "["), word(name) == UNCLEAR
@@ -105,10 +106,6 @@ def _add(given: list[dict[str, Any]], turns: Sequence[Turn], name: str, values: 
             raise _unclear(name)
     for i, value in zip(range(len(turns)) if len(values) == len(turns) else answers, values, strict=True):
         given[i][name] = value
-
-
-def _count_answers(turns: Sequence[Turn]) -> int:
-    return sum(turn.role == "assistant" for turn in turns)
 
 
 def refuse_unclear(name: str, values: Sequence[Any], place: str = "") -> None:

@@ -201,15 +201,13 @@ def _draw(
             pool.append(drawn)
             if streams[domain].remaining <= 0:
                 break
-            if tokens >= full and (not of_samples or tokens >= overfull or _settled(rule.credit())):
+            if tokens < full:
+                continue
+            if not of_samples or tokens >= overfull or max(map(abs, rule.credit())) <= SETTLED_SAMPLES:
                 break
         credit = rule.credit()
     target = [c - b + d for c, b, d in zip(credit, before, drawn_units, strict=True)]
     return list(credit), target
-
-
-def _settled(credit: Sequence[float]) -> bool:
-    return max(map(abs, credit)) <= SETTLED_SAMPLES
 
 
 def _check_weights(corpus: Corpus, weights: Sequence[float] | Float64) -> Float64:

@@ -292,25 +292,23 @@ class RowSchema:
         read = read_turns(turns, self.column(name), names[0], names[1], drop_nulls)
         return read._replace(notes=frozenset({"json_text"})) if isinstance(value, str) else read
 
-    def _value(self, row: Mapping[str, Any], name: str, where: str = "") -> Any:
+    def _value(self, row: Mapping[str, Any], name: str) -> Any:
         column = self.column(name)
-        place = f"{where}.{column}" if where else column
         if column not in row:
-            found = f"{place} is missing (found: {column_names(row)})"
+            found = f"{column} is missing (found: {column_names(row)})"
             raise BadRow(Reason.MISSING_FIELD, f"{found}; give it, or map `columns`")
         if row[column] is None:
-            raise BadRow(Reason.NULL_FIELD, f"{place} is null; a value is needed")
+            raise BadRow(Reason.NULL_FIELD, f"{column} is null; a value is needed")
         return row[column]
 
-    def _text(self, row: Mapping[str, Any], name: str, *, optional: bool = False, where: str = "") -> str:
+    def _text(self, row: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
         column = self.column(name)
         if optional and row.get(column) is None:
             return ""
-        value = self._value(row, name, where)
-        place = f"{where}.{column}" if where else column
+        value = self._value(row, name)
         if not isinstance(value, str):
-            raise wrong_type(place, value, "a string")
-        refuse_surrogates(place, value)
+            raise wrong_type(column, value, "a string")
+        refuse_surrogates(column, value)
         return value
 
     # Whole texts, and pre-tokenised rows.

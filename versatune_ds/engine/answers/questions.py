@@ -30,6 +30,7 @@ from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.encode.chat_encoder import stop_token
 from versatune_ds.data.plan.order import Permutation
+from versatune_ds.domain.evaluation import scores_by_domain
 from versatune_ds.engine.answers.decoding import continuations, cut_text, generating
 from versatune_ds.engine.answers.scoring import Score, build_scorer, checked, try_on_reference
 from versatune_ds.engine.backend.backend import Backend
@@ -90,11 +91,7 @@ class AnswerScores:
 
     def by_domain(self) -> dict[str, list[float]]:
         """The scores of each domain that is asked, without those that are not known."""
-        found: dict[str, list[float]] = {answer.domain: [] for answer in self.answers}
-        for answer in self.answers:
-            if answer.score is not None:
-                found[answer.domain].append(answer.score)
-        return found
+        return scores_by_domain((answer.domain, answer.score) for answer in self.answers)
 
     def means(self) -> dict[str, float | None]:
         """Mean score of each domain that is asked; None without any score."""
