@@ -36,9 +36,6 @@ UNITS = ("real", "slot", "supervised")
 MEASURED = "measured"
 
 
-# --- numbers ------------------------------------------------------------------------------------------------
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, mean and 95th percentile."""
     found = (np.median(values), np.mean(values), np.quantile(values, 0.95))
@@ -187,9 +184,6 @@ def lost_texts(result: Mapping[str, Any]) -> list[str]:
         for part in result["slices"]
         if part["status"] != MEASURED
     ]
-
-
-# --- tables -------------------------------------------------------------------------------------------------
 
 
 def table(result: Mapping[str, Any]) -> str:

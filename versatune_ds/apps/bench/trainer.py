@@ -66,9 +66,6 @@ log = get_logger(__name__)
 NUM_UPDATES = 3
 
 
-# --- the benchmark ------------------------------------------------------------------------------------------
-
-
 def bench_slice(settings: BenchSettings, layers: int) -> dict[str, Any]:
     """Measure the first `layers` layers; every rank calls it, in a process without a group.
 
@@ -143,9 +140,6 @@ def measure(run: Components, settings: BenchSettings, ceiling_tflops: float) -> 
         "weight_update": update,
         "statistics_off": compared,
     }
-
-
-# --- steps --------------------------------------------------------------------------------------------------
 
 
 class TimedSteps(NamedTuple):
@@ -258,9 +252,6 @@ def compare_statistics(run: Components, stepper: Stepper, count: int) -> dict[st
     }
 
 
-# --- what is run --------------------------------------------------------------------------------------------
-
-
 def open_bench_run(config: Config, settings: BenchSettings, device: torch.device) -> Components:
     """A run on given samples, without a folder, evaluation or checkpoints."""
     vocab_size = shape_config(settings.shape)["vocab_size"]
@@ -294,9 +285,6 @@ def check_tokens(caches: list[Any], vocab_size: int, settings: BenchSettings) ->
                 f"{settings.data}: domain {cache.domain} has the token id {largest}, {settings.shape} has "
                 f"{vocab_size} tokens; take a shape with the vocabulary of the data's tokenizer"
             )
-
-
-# --- where it runs ------------------------------------------------------------------------------------------
 
 
 def matmul_ceiling(config: Config, settings: BenchSettings, device: torch.device) -> dict[str, Any]:

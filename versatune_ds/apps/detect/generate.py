@@ -70,9 +70,6 @@ def batch_seed(seed: int, batch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{batch}".encode()).digest()[:8], "big") >> 1
 
 
-# --- the model ----------------------------------------------------------------------------------------------
-
-
 def subject(config: Config) -> Model:
     """Settings of the model to examine: `detect.model`, always with its weights, or the run's own model."""
     return config.model if config.detect.model is None else other_model(config.detect.model, config.model)
@@ -149,9 +146,6 @@ def max_new_tokens(detect: Detect, settings: Model) -> int:
         positions - 1,
     )
     return int(positions) - 1
-
-
-# --- generators ---------------------------------------------------------------------------------------------
 
 
 def choose_generator(wanted: str, device_type: str) -> str:

@@ -80,9 +80,6 @@ class Counted:
         return {"real": real, "slot": self._slots, "supervised": supervised, "sum_squared_lengths": squares}
 
 
-# --- ours ---------------------------------------------------------------------------------------------------
-
-
 def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
     """The trainer's own step (`engine.train.run_step`)."""
     from versatune_ds.apps.bench.settings import DOMAINS, BenchSettings, bench_config
@@ -131,9 +128,6 @@ def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
         write(result | {"profile": measured.stop(PROFILED_STEPS)})
         run.close()
     close_process_group()
-
-
-# --- TRL ----------------------------------------------------------------------------------------------------
 
 
 def trl(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
@@ -285,9 +279,6 @@ def trl_deepspeed(spec: ArmSpec) -> dict[str, Any]:
         "gradient_clipping": "auto",
         "steps_per_print": 2**31,
     }
-
-
-# --- common -------------------------------------------------------------------------------------------------
 
 
 def main(spec_file: Path, result_file: Path) -> None:

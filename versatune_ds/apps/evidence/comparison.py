@@ -34,9 +34,6 @@ UNKNOWN_S = 45.0
 RESERVE_S = 10.0
 
 
-# --- running ------------------------------------------------------------------------------------------------
-
-
 def run_comparison(record: Record, deadline: Deadline, checkout: Path | None, size: str) -> list[str]:
     """Run the arms in alternation; returns the lines of the summary.
 

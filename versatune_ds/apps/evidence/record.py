@@ -73,9 +73,6 @@ class Record:
         self.write()
 
 
-# --- the machine --------------------------------------------------------------------------------------------
-
-
 def describe_machine() -> dict[str, Any]:
     """`describe_host`, and the `card` with its driver and clocks; None without an NVIDIA card."""
     return {"card": ask_card(CARD) or ask_torch(), **describe_host(PACKAGES)}

@@ -121,9 +121,6 @@ def _name(path: str | Sequence[Any], taken: Sequence[str]) -> str:
     return next(name for name in itertools.chain([stem], numbered) if name not in taken)
 
 
-# --- LLaMA-Factory ------------------------------------------------------------------------------------------
-
-
 def llama_factory_data(given: Foreign) -> None:
     """`dataset` and `eval_dataset`, looked up in dataset_info.json of `dataset_dir`."""
     folder = str(given.take("dataset_dir"))
@@ -193,9 +190,6 @@ def _registered(given: Foreign, folder: str, known: dict[str, Any], name: str) -
     return _source(path, name, source_format, mapped, split)
 
 
-# --- axolotl ------------------------------------------------------------------------------------------------
-
-
 def axolotl_data(given: Foreign) -> None:
     """`datasets` and `test_datasets`."""
     sources: list[list[Source]] = []
@@ -255,9 +249,6 @@ def _axolotl_source(given: Foreign, place: str, values: dict[str, Any], taken: S
     entry.hand_over(given, place)
     where = files if files else _path(path)
     return _source(where, _name(where, taken), source_format, _columns(columns), split.partition("[")[0])
-
-
-# --- TRL ----------------------------------------------------------------------------------------------------
 
 
 def trl_data(given: Foreign) -> None:

@@ -125,9 +125,6 @@ def run_study(study: Study) -> StudyRuns:
     )
 
 
-# --- what runs need -----------------------------------------------------------------------------------------
-
-
 def make_plan(study: Study) -> StudyPlan:
     """Corpus, tokenizer and model configuration, made when they are not there yet."""
     corpus: Any = os.environ.get(CORPUS_VARIABLE) if study.corpus != "sample" else "sample"
@@ -172,9 +169,6 @@ def training_texts(base: Job) -> Iterator[str]:
 def data_fingerprint(prepared: PreparedData) -> str:
     caches = [cache for split in prepared.caches.values() for cache in split]
     return canonical_hash([None if cache is None else cache.fingerprint for cache in caches])
-
-
-# --- workers ------------------------------------------------------------------------------------------------
 
 
 class StudyWorkers:
@@ -356,9 +350,6 @@ def is_finished(job: Job, fingerprint: str) -> bool:
     if not same:
         log.info("%s was trained with other settings, data or base model; it is trained again", job.name)
     return same
-
-
-# --- results ------------------------------------------------------------------------------------------------
 
 
 def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:

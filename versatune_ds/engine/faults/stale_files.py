@@ -58,9 +58,6 @@ def shared_memory_buffer() -> Path:
     return SHARED_MEMORY / ("deepspeed_allreduce_buffer_" + "_".join(map(str, parts)))
 
 
-# --- locks ------------------------------------------------------------------------------------------------
-
-
 def extension_folders() -> Path:
     """Where torch builds extensions just in time."""
     if "TORCH_EXTENSIONS_DIR" in os.environ:
@@ -140,9 +137,6 @@ def _mtime(path: Path) -> float | None:
         return path.stat().st_mtime
     except OSError:
         return None
-
-
-# --- shared memory ----------------------------------------------------------------------------------------
 
 
 def unused_buffers(folder: Path) -> list[Path]:
