@@ -287,11 +287,7 @@ def _finish(folder: Path, name: str) -> dict[str, Any]:
 
 
 def best_evaluation(folder: Path, name: str) -> dict[str, Any]:
-    """The lowest held-out loss of a domain in its run's eval.jsonl.
-
-    Raises:
-        DivergenceError: no evaluation gave a finite loss.
-    """
+    """The lowest held-out loss of a domain in its run's eval.jsonl; DivergenceError where none is finite."""
     text = (folder / constants.EVAL_FILE).read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     finite = [line for line in lines if line["domain_loss"][name] is not None]

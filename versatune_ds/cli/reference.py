@@ -45,11 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_losses(text: str) -> dict[str, float]:
-    """`law=1.9,code=0.7` as numbers by name.
-
-    Raises:
-        ConfigError: not of this form.
-    """
+    """`law=1.9,code=0.7` as numbers by name; ConfigError for any other form."""
     losses = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")

@@ -71,11 +71,7 @@ def proxy_config(config: Config) -> Config:
 
 
 def reference_adapter(config: Config, num_parameters: int) -> Adapter | None:
-    """The adapter that reference runs train, or None for all of the model.
-
-    Args:
-        num_parameters: of the model of `proxy_config`.
-    """
+    """The adapter that reference runs train, or None for all of a model of so many parameters."""
     chosen, model = config.reference.adapter, proxy_config(config).model
     if isinstance(chosen, Adapter) or chosen == "off":
         return None if isinstance(chosen, str) else chosen

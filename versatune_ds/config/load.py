@@ -125,22 +125,14 @@ def read_yaml(path: Path, cure: str) -> dict[str, Any]:
 
 
 def validate_config(raw: dict[str, Any], origin: str) -> Config:
-    """Validate a plain dict; `origin` stands in front of error texts.
-
-    Raises:
-        ConfigError: naming every problem with its place.
-    """
+    """Validate a plain dict; ConfigError names every problem with its place, `origin` stands in front."""
     return validate_settings(Config, raw, origin)
 
 
 def validate_settings(
     model: type[Settings], raw: dict[str, Any], origin: str, context: Any = None
 ) -> Settings:
-    """`validate_config` for any settings.
-
-    Args:
-        context: of the validation, see `section.PREPARING`.
-    """
+    """`validate_config` for any settings; `context` of the validation: see `section.PREPARING`."""
     try:
         return model.model_validate(raw, context=context)
     except ValidationError as error:

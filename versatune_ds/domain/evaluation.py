@@ -125,11 +125,7 @@ class ModelEvaluation:
 
     @classmethod
     def read(cls, path: Path) -> ModelEvaluation:
-        """Inverse of `write`.
-
-        Raises:
-            DataError: it is missing, cut short, or something else.
-        """
+        """Inverse of `write`; DataError: it is missing, cut short, or something else."""
         again = "make it again (the verb evaluate)"
         raw = read_object(path, "--against")
         require_format(raw, EVALUATION_FORMAT, EVALUATION_VERSION, path, again)
@@ -175,11 +171,7 @@ class Change:
 
 
 def compare(after: ModelEvaluation, before: ModelEvaluation) -> list[Change]:
-    """Relative change of every domain's loss, sample by sample.
-
-    Raises:
-        ConfigError: the two were not measured on the same tokens.
-    """
+    """Relative change of every domain's loss, sample by sample; ConfigError: measured on other tokens."""
     for kind in ("tokenizer", "data"):
         ours, theirs = getattr(after.fingerprints, kind), getattr(before.fingerprints, kind)
         if ours is not None and theirs is not None and ours != theirs:

@@ -169,11 +169,7 @@ class DomainSums:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> DomainSums:
-        """Inverse of `to_json`.
-
-        Raises:
-            StateError: a row is missing, unknown, or not numbers of one length.
-        """
+        """Inverse of `to_json`; StateError: a row is missing, unknown, or not numbers of one length."""
         names = [row.name.lower() for row in SumRow]
         if sorted(state) != sorted(names):
             raise StateError(f"sums hold the rows {sorted(state)}; expected {sorted(names)}")

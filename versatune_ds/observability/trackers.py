@@ -165,11 +165,7 @@ def wanted_trackers(settings: Metrics) -> dict[str, Callable[[TrackedRun], Track
 def open_trackers(
     run_dir: Path, settings: Metrics, first_step: int, config: Mapping[str, Any]
 ) -> list[Tracker]:
-    """All trackers that are asked for.
-
-    Raises:
-        ConfigError: one cannot be started.
-    """
+    """All trackers that are asked for; ConfigError where one cannot be started."""
     opened = []
     for name, tracker in wanted_trackers(settings).items():
         try:

@@ -132,11 +132,7 @@ class Page:
 
 
 def to_html(page: Page, folder: Path = Path()) -> str:
-    """The page as one HTML file, with its figures.
-
-    Args:
-        folder: where it will lie; links are as seen from there.
-    """
+    """The page as one HTML file, with its figures; links are as seen from `folder`, where it will lie."""
     from versatune_ds.report import figures  # Markdown needs no matplotlib
 
     environment = jinja2.Environment(

@@ -163,11 +163,7 @@ def _chart(runs: Sequence[RunData], title: str, series: Sequence[Series], **sett
 
 
 def _domain_panels(runs: Sequence[RunData], what: str, lines: Lines, **settings: Any) -> list[Picture]:
-    """One small picture a domain with all runs in it; domains without any number are left out.
-
-    Args:
-        lines: of one domain of one run.
-    """
+    """One small picture a domain with the `lines` of all runs; domains without any number are left out."""
     pictures, several = [], len(runs) > 1
     for index, name in enumerate(all_names(runs)):
         found: list[Series] = []

@@ -301,11 +301,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def page(results: Sequence[Mapping[str, Any]], failures: Sequence[str] = ()) -> str:
-    """A comparison of several benchmarks as one Markdown page.
-
-    Args:
-        failures: settings that ended with an error, one line each.
-    """
+    """Several benchmarks on one Markdown page; `failures`: settings that ended with an error, a line each."""
     failed = [f"{result['name']}: {text}" for result in results for text in lost_texts(result)]
     rows, settings = [], []
     for result in results:

@@ -169,11 +169,7 @@ def choose_generator(wanted: str, device_type: str) -> str:
 
 
 def build_generator(kind: str, config: Config, tokenizer: Any, device: torch.device) -> Generator:
-    """The generator of a run; loads the model.
-
-    Raises:
-        ConfigError: the model cannot be loaded.
-    """
+    """The generator of a run, with its model loaded; ConfigError where that cannot be."""
     settings = subject(config)
     limit = max_new_tokens(config.detect, settings)
     if kind == "vllm":

@@ -135,11 +135,7 @@ def evaluate_in_group(
 
 
 def write_evaluation(evaluation: ModelEvaluation, folder: Path) -> None:
-    """Write evaluation.json on rank 0; a collective.
-
-    Raises:
-        StateError: on every rank, where it cannot be written.
-    """
+    """Write evaluation.json on rank 0; a collective. StateError on every rank where it cannot be written."""
     distributed.on_main(_write, evaluation, folder)
 
 

@@ -220,11 +220,7 @@ def trl(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
 
 
 def trl_arguments(spec: ArmSpec, folder: str, device: torch.device, liger: bool) -> Any:
-    """`SFTConfig` of the same training.
-
-    Args:
-        liger: whether it takes liger-kernel's layers.
-    """
+    """`SFTConfig` of the same training; `liger`: with liger-kernel's layers."""
     from trl import SFTConfig
 
     return SFTConfig(

@@ -258,11 +258,7 @@ def _warmup(given: Foreign, total: int | None) -> float:
 
 
 def carry_run(given: Foreign, *, has_held_out: bool) -> None:
-    """Folder, seed, saving, evaluation, trackers.
-
-    Args:
-        has_held_out: data.eval is given.
-    """
+    """Folder, seed, saving, evaluation (where data.eval is given), trackers."""
     given.set("run", dir=str(given.take("output_dir")), seed=int(given.take("seed")))
     saves, evaluates = _every(given, "save", "steps"), _every(given, "eval", "no")
     given.set("checkpoint", every_n_steps=saves, keep_last=given.take("save_total_limit"))

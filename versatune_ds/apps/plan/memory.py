@@ -80,11 +80,7 @@ def total(parts: tuple[Part, ...]) -> int:
 
 
 def memory_plan(shape: ModelShape, setup: Setup) -> MemoryPlan:
-    """Memory of a run.
-
-    Args:
-        setup: the settings; `packs_per_step` is a multiple of `gpus` over `sequence_parallel`.
-    """
+    """Memory of a run; `setup.packs_per_step` is a multiple of `gpus` over `sequence_parallel`."""
     held, gradients, step, host = _states(shape, setup)
     work = (*_activations(shape, setup), *_communication(shape, setup), *_loss(shape, setup))
     forward, step = (*gradients, *work), (*gradients, *step)

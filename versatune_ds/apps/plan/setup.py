@@ -141,11 +141,7 @@ def read_offload(zero: dict[str, Any]) -> Offload:
 
 
 def setup_fields(config: Config) -> dict[str, Any]:
-    """The fields of `Setup` that a run's settings decide.
-
-    Raises:
-        ConfigError: as `read_deepspeed`.
-    """
+    """The fields of `Setup` that a run's settings decide; errors as `read_deepspeed`."""
     zero = read_deepspeed(config.deepspeed).get("zero_optimization", {"stage": 3})
     return {
         "zero_stage": int(zero.get("stage", 0)),

@@ -50,11 +50,7 @@ class Bounds:
 
     @classmethod
     def of(cls, domains: Domains, corpus: Corpus, planner: PlannerSettings, steps: int) -> Bounds:
-        """Bounds of a run of so many steps.
-
-        Raises:
-            ConfigError: the data do not last so long.
-        """
+        """Bounds of a run of so many steps; ConfigError where the data do not last so long."""
         sizes = np.array(corpus.num_samples, dtype=np.float64)
         last = sum(token_supply(corpus, planner, np.ones_like(sizes))) / planner.tokens_per_step
         if last < steps:

@@ -42,12 +42,7 @@ def slices(surfaces: Sequence[Surface], goal: Goal, shares: Array) -> tuple[Arra
 
 
 def search_page(content: Json, sliced: tuple[Array, Array]) -> Page:
-    """The page.
-
-    Args:
-        content: of mixture.json.
-        sliced: from `slices`.
-    """
+    """The page of a mixture.json's `content`, and of what `slices` gave."""
     found = content["search"]
     names, objective, cost = list(content["domains"]), found["objective"], found["cost"]
     before, after = objective["start"]["measured"], objective["found"]["measured"]

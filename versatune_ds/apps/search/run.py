@@ -233,11 +233,7 @@ class Exploration:
         return self.plan.proxy(f"{name}-{canonical_hash(shares.tolist())[:8]}", shares, self.seed)
 
     def _finish(self, workers: StudyWorkers, jobs: Sequence[Job]) -> None:
-        """Have the jobs done: our part by the workers, that of others before.
-
-        Raises:
-            StudyStopped: others have still to do theirs.
-        """
+        """Have the jobs done, our part by the workers; StudyStopped where others have still to do theirs."""
         index, parts = self.settings.share
         workers.finish(jobs[index::parts])
         missing = [job.name for job in jobs if not is_finished(job, job.fingerprint(self.origin))]

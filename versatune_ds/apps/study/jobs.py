@@ -127,11 +127,7 @@ class StudyPlan:
         ]
 
     def check(self) -> int:
-        """Validate every run before the first one is trained; returns how many there are.
-
-        Raises:
-            ConfigError: an arm is not a valid run.
-        """
+        """Validate every run before the first is trained, and count them; ConfigError: an invalid arm."""
         self._max_steps()
         unknown = dict.fromkeys(self.domains, 1.0)
         jobs = [*self.base(), *self.references(), *self.arms(unknown)]

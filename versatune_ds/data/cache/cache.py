@@ -122,11 +122,7 @@ class TokenCache:
         return self.manifest["sources"][int(self._source_index[i])]["path"], int(self._source_number[i])
 
     def verify(self, full: bool = False) -> None:
-        """Check file sizes, and with `full` every byte against the manifest.
-
-        Raises:
-            StateError: naming the first damaged file.
-        """
+        """Compare sizes, with `full` every byte, with the manifest; StateError: the first damaged file."""
         for name, expected in self.manifest["files"].items():
             check_file(self.folder / name, expected, full)
 
@@ -148,11 +144,7 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 
 def check_file(path: Path, expected: Mapping[str, Any], full: bool) -> None:
-    """Compare a file with its entry in a manifest: its size, and with `full` its content.
-
-    Raises:
-        StateError: it differs.
-    """
+    """Raise StateError where a file differs from its entry in a manifest: in size, with `full` in content."""
     _check_size(path, expected["bytes"])
     if full and sha256_file(path) != expected["sha256"]:
         raise StateError(f"{path}: the content is not what was written (SHA-256 differs); {REMEDY}")
@@ -168,11 +160,7 @@ def _check_size(path: Path, expected: int) -> None:
 
 
 def read_manifest(folder: Path, name: str, what: str) -> dict[str, Any]:
-    """A manifest whose own hash is right.
-
-    Raises:
-        StateError: it is missing, damaged, or of another schema version.
-    """
+    """A manifest whose own hash is right; StateError: missing, damaged, or of another schema version."""
     path = folder / name
     try:
         manifest = json.loads(path.read_bytes())

@@ -142,11 +142,7 @@ class UnitWriter:
             noted += [name for name in dict.fromkeys(new) if name not in noted][: MAX_UNUSED - len(noted)]
 
     def add(self, file_index: int, block_index: int, result: BlockResult) -> None:
-        """Append a block's result.
-
-        Raises:
-            DataError: the block has a problem that stops the preparation.
-        """
+        """Append a block's result; DataError for a problem that stops the preparation."""
         file, _, source = self.files[file_index]
         if fatal := next((problem for problem in result.problems if problem.is_fatal), None):
             raise _stopping_error(file, source, fatal)

@@ -39,11 +39,7 @@ WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0, "on": 1.0, "off": 0.0
 
 
 def weight_of(fields: Mapping[str, Any], place: str, names: Container[str] = FLAGS) -> float | None:
-    """The weight that flags agree on; None where there is none.
-
-    Raises:
-        BadRow: a value that is no weight, or two different weights.
-    """
+    """The weight that flags agree on, None without any; BadRow where they are no weights, or differ."""
     found = {
         name: _number(value, f"{place}{name}", word(name))
         for name, value in fields.items()

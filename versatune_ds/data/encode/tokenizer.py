@@ -28,11 +28,7 @@ READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
 
 def refuse_pointers(source: str, suffixes: tuple[str, ...] = READ_SUFFIXES) -> None:
-    """Refuse a model folder where Git LFS has left pointers in place of files.
-
-    Raises:
-        ConfigError: naming them.
-    """
+    """Raise ConfigError, naming them, where Git LFS has left pointers in a model folder in place of files."""
     folder = Path(source)
     files = [path for path in sorted(folder.iterdir()) if path.suffix in suffixes] if folder.is_dir() else []
     small = (path for path in files if path.is_file() and path.stat().st_size < 1024)
@@ -86,11 +82,7 @@ def embedding_rows(config: Config) -> int | None:
 
 
 def require_rows(tokenizer: Any, rows: int) -> None:
-    """Every id of the tokenizer must have a row of the embedding.
-
-    Raises:
-        ConfigError: naming ids and rows.
-    """
+    """Raise ConfigError, naming ids and rows, unless every id of the tokenizer has a row of the embedding."""
     text, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= rows:
         raise ConfigError(

@@ -98,11 +98,7 @@ class PlannerState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> PlannerState:
-        """Inverse of `to_json`.
-
-        Raises:
-            StateError: another version, or not a planner state.
-        """
+        """Inverse of `to_json`; StateError: another version, or not a planner state."""
         if not isinstance(value, dict) or value.get("version") != STATE_VERSION:
             found = value.get("version") if isinstance(value, dict) else type(value).__name__
             raise StateError(

@@ -342,11 +342,7 @@ def _cause(error: json.JSONDecodeError) -> str:
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
-    """One row from its JSON text.
-
-    Raises:
-        BadRow: not UTF-8, not JSON, a key twice in one object, or not an object.
-    """
+    """One row from its JSON text; BadRow: not UTF-8, not JSON, no object, or a key twice in one object."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:

@@ -130,11 +130,7 @@ class RowSchema:
         return needed if all(self.column(name) in needed for name in FORMATS[format][0]) else None
 
     def domain_of(self, row: Mapping[str, Any]) -> str:
-        """The row's domain.
-
-        Raises:
-            BadRow: the domain column is absent, not text, or names an unknown domain.
-        """
+        """The row's domain; BadRow: its column is absent, not text, or names an unknown domain."""
         if self.domain is not None:
             return self.domain
         assert self.domain_column is not None  # the settings give one of the two

@@ -35,11 +35,7 @@ MEMORY = 0.5
 
 
 class MarginalGains:
-    """See the module docstring; the same on every rank.
-
-    Args:
-        objective: o, float64[k], >= 0.
-    """
+    """See the module docstring; the same on every rank. `objective`: o, float64[k], >= 0."""
 
     def __init__(self, objective: Vector) -> None:
         self.objective = objective
@@ -112,11 +108,7 @@ class MarginalGains:
         return {"previous": previous, "precision": self.precision.tolist(), "pooled": self._pooled.tolist()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned.
-
-        Raises:
-            StateError: it is damaged, or of other domains.
-        """
+        """Take over what `state` returned; StateError: it is damaged, or of other domains."""
         try:
             previous = state["previous"]
             found = None if previous is None else [np.array(v, dtype=np.float64) for v in previous]

@@ -306,11 +306,7 @@ def _repeated(tensors: Mapping[str, torch.Tensor]) -> set[str]:
 
 @contextmanager
 def _known_layout(folder: Path) -> Iterator[None]:
-    """Within this block files are taken for what DeepSpeed writes.
-
-    Raises:
-        StateError: they are something else.
-    """
+    """Within it files are taken for what DeepSpeed writes; StateError where they are something else."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:

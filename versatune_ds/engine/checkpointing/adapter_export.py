@@ -40,11 +40,7 @@ def adapter_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
 
 
 def save_adapter_config(settings: Model, names: Iterable[str], folder: Path) -> None:
-    """Write adapter_config.json.
-
-    Args:
-        names: of the tensors in the adapter's file; they tell which modules it is for.
-    """
+    """Write adapter_config.json; the `names` of the tensors in the adapter's file tell its modules."""
     targets = {name.split(".")[-2 - (MAGNITUDE not in name)] for name in names}
     assert settings.adapter is not None
     config = lora_config(settings.adapter, sorted(targets))

@@ -175,11 +175,7 @@ class LogitRule(NamedTuple):
 
 
 def logit_rule(config: Any) -> LogitRule:
-    """How a model changes its logits.
-
-    Raises:
-        ConfigError: in a way that its family has no row for.
-    """
+    """How a model changes its logits; ConfigError for a way that its family has no row for."""
     family = FAMILIES.get(config.model_type, Family())
     known = (family.softcap, family.logit_factor, family.logit_divisor)
     for key, neutral in LOGIT_FIELDS.items():

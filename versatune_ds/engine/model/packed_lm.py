@@ -280,12 +280,7 @@ def build_model(
 
 
 def liger_problem(choice: str, device_type: str) -> str | None:
-    """Why liger-kernel is not used, or None when it is (for models that it knows).
-
-    Args:
-        choice: `model.liger`.
-        device_type: "cpu" or "cuda".
-    """
+    """Why `model.liger` is not used on "cpu" or "cuda", or None when it is (for models that it knows)."""
     if choice == "off":
         return "asked for"
     if device_type != "cuda":

@@ -63,11 +63,7 @@ def balance(
 
 
 class Routers:
-    """The routers of a model, and what they did since `take`.
-
-    Args:
-        coefficient: of the loss; None: the configuration's.
-    """
+    """The routers of a model, and what they did since `take`; `coefficient` None: the configuration's."""
 
     def __init__(self, config: Any, coefficient: float | None) -> None:
         self.experts, self.choices = experts_of(config), int(config.num_experts_per_tok)
