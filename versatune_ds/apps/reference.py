@@ -32,7 +32,6 @@ from versatune_ds.data.cache.text_bytes import bytes_per_token
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.domain.alarms import reference_alarms
-from versatune_ds.domain.evaluation import ModelEvaluation
 from versatune_ds.domain.reference import REFERENCE_FORMAT, Fingerprints, ReferenceLosses, checked_losses
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
@@ -191,7 +190,11 @@ def reference_from_model(config: Config, source: str, device: torch.device) -> R
     table = DomainTable(config.domains.names)
     losses_only = config.evaluation.model_copy(update={"generate": None})
     evaluation = measure(config.model_copy(update={"evaluation": losses_only}), source, device)
-    _require_evaluated(table, evaluation)
+    if lacking := [name for name in table.names if name not in evaluation.losses]:
+        raise DataError(
+            f"no held-out loss for {', '.join(lacking)}: a reference needs every domain; add a source to "
+            "data.eval (and leave evaluation.domains unset)"
+        )
     sums = evaluation.sums
     caches = open_caches(config)
     losses = sums.mean_loss()
@@ -238,15 +241,6 @@ def _require_data(table: DomainTable, caches: Mapping[str, list[Any]]) -> None:
                 f"reference loss is measured on held-out data after training on the domain; add a source to "
                 f"{cure}, or leave the domain out of domains.names"
             )
-
-
-def _require_evaluated(table: DomainTable, evaluation: ModelEvaluation) -> None:
-    lacking = [name for name in table.names if name not in evaluation.losses]
-    if lacking:
-        raise DataError(
-            f"no held-out loss for {', '.join(lacking)}: a reference needs every domain; add a source to "
-            "data.eval (and leave evaluation.domains unset)"
-        )
 
 
 def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:

@@ -160,7 +160,12 @@ def run_rounds(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for number in range(1, args.rounds + 1):
             sides = SIDES if number % 2 else SIDES[::-1]
             rounds.append({side: measure(side, args, str(listed), overrides) for side in sides})
-            print_round(number, rounds[-1])
+            last = [(side, rounds[-1][side]) for side in SIDES]
+            numbers = [
+                f"{side} {took['wall_s']:.1f} s, CPU {took['cpu_s']:.1f} s, load {took['load_average']:.1f}"
+                for side, took in last
+            ]
+            print(f"round {number}: {'; '.join(numbers)}", flush=True)
             yield {
                 "environment": environment,
                 "processes": workers,
@@ -171,15 +176,6 @@ def run_rounds(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "wall_ratio": compare(rounds, "wall_s"),
                 "cpu_ratio": compare(rounds, "cpu_s"),
             }
-
-
-def print_round(number: int, sides: Mapping[str, Mapping[str, float]]) -> None:
-    numbers = "; ".join(
-        f"{side} {sides[side]['wall_s']:.1f} s, CPU {sides[side]['cpu_s']:.1f} s, "
-        f"load {sides[side]['load_average']:.1f}"
-        for side in SIDES
-    )
-    print(f"round {number}: {numbers}", flush=True)
 
 
 def main() -> None:

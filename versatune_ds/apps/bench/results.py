@@ -196,8 +196,9 @@ def table(result: Mapping[str, Any]) -> str:
     lead += _list("Not measured:", lost_texts(result))
     if not slices:
         return to_markdown(Page(title, [], "\n\n".join(lead)))
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     lead += [
-        f"Commit {environment['commit']}; {_versions(environment)}. {_setting_text(settings)}.",
+        f"Commit {environment['commit']}; {versions}. {_setting_text(settings)}.",
         f"Matrix products of one rank: {number(result['matmul_ceiling']['tflops'])} TFLOP/s measured in this "
         f"run; datasheet peak: {number(result['peak_tflops'], 0)}.",
     ]
@@ -330,7 +331,3 @@ def _setting_text(settings: Mapping[str, Any]) -> str:
         f"{settings['activation_checkpointing']}, attention {settings['attention']}, "
         f"loss {settings['loss_backend']}, data {settings['data']}"
     )
-
-
-def _versions(environment: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in environment["versions"].items())

@@ -326,7 +326,8 @@ def _states(
     step: list[Part] = []
     of_step: list[Part] = []
     if setup.offloads_optimizer:
-        accumulated = shard * s if stage == 3 or setup.accumulates else 0
+        packs = setup.packs_per_step * setup.sequence_parallel // setup.gpus
+        accumulated = shard * s if stage == 3 or packs > 1 else 0  # gradients outlive a micro-batch
         rounded = shard * s if stage < 3 else 0
         host.append(Part("gradients", shard * FP32 + accumulated + rounded, True))
         if stage < 3:

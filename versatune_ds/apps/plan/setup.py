@@ -94,11 +94,6 @@ class Setup:
         return rows_of(self.pack_len, self.sequence_parallel) // self.sequence_parallel
 
     @property
-    def accumulates(self) -> bool:
-        """True if gradients outlive a micro-batch."""
-        return self.packs_per_step * self.sequence_parallel // self.gpus > 1
-
-    @property
     def shards(self) -> int:
         """Ranks that share the optimizer state."""
         return self.gpus if self.zero_stage else 1

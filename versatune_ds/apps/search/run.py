@@ -52,10 +52,10 @@ from versatune_ds.engine.fingerprints import model_fingerprint
 from versatune_ds.engine.prepared import count_steps, planner_settings
 from versatune_ds.engine.provenance import changed_settings, describe_hardware, describe_versions
 from versatune_ds.foundations import constants
-from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.errors import DataError, DivergenceError, StateError
 from versatune_ds.foundations.files import canonical_hash, read_json_object, require_own, write_json_atomic
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.foundations.machine import git_commit
 from versatune_ds.report.page import SIGN, to_html, write_html
 
 log = get_logger(__name__)

@@ -305,7 +305,7 @@ def train_job(job: Job, fingerprint: str, threads: int, device: Any) -> Outcome:
     """Train one run to its end, from its checkpoint if it was stopped; other remains are removed first."""
     import torch
 
-    from versatune_ds.foundations.commit import git_commit
+    from versatune_ds.foundations.machine import git_commit
 
     started, cpu_started = time.perf_counter(), time.process_time()
     torch.set_num_threads(threads)

@@ -11,7 +11,6 @@ What is not covered: making units (`prepare.py`) and what a cache holds (`cache.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from versatune_ds.data.rows.hub import hub_revision
 from versatune_ds.data.rows.remote import file_stamp, is_url, open_file
 from versatune_ds.data.rows.schemas import RowSchema
 from versatune_ds.foundations.errors import DataError, StateError
-from versatune_ds.foundations.files import canonical_hash, sha256_stream, write_json_atomic
+from versatune_ds.foundations.files import canonical_hash, read_json_object, sha256_stream, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 
 logger = get_logger(__name__)
@@ -177,7 +176,8 @@ def why_missing(unit: Unit, cache_dir: Path) -> str:
 
 
 class SourceHashes:
-    """Content hashes of source files, remembered by size and times in the cache folder."""
+    """Content hashes of source files, remembered by size and times in the cache folder: a memo only, what is
+    lost is computed again."""
 
     def __init__(self, cache_dir: Path) -> None:
         self.path = cache_dir / HASHES_FILE
@@ -193,7 +193,7 @@ class SourceHashes:
                 return known
             stamp = _stamp(file)
             digest = _hub_commit(file, known) if file.kind == "hub" else _hash(file)
-            write_json_atomic(self.path, self._read() | {self._name(file): [stamp, digest]})
+            write_json_atomic(self.path, read_json_object(self.path) | {self._name(file): [stamp, digest]})
         return digest
 
     def look_up(self, file: InputFile) -> str:
@@ -205,20 +205,13 @@ class SourceHashes:
         return _hash(file)
 
     def _known(self, file: InputFile) -> str | None:
-        entry = self._read().get(self._name(file))
+        entry = read_json_object(self.path).get(self._name(file))
         return entry[1] if entry is not None and entry[0] == _stamp(file) else None
 
     def _name(self, file: InputFile) -> str:
         if file.kind == "hub":
             return f"{file.path}@{file.split}"
         return file.path if is_url(file.path) else os.path.abspath(file.path)
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            entries = json.loads(self.path.read_bytes())
-        except (OSError, ValueError):
-            return {}  # a memo only: what is lost is computed again
-        return entries if isinstance(entries, dict) else {}
 
 
 def _hub_commit(file: InputFile, known: str | None) -> str:

@@ -159,7 +159,8 @@ class Questions:
             )
         if len(found) < self.settings.samples:
             log.info("%s: %d held-out samples are asked; left out: %s", name, len(found), why or "none")
-        longer = sum(self._is_longer(question) for question in found)
+        lengths = (len(self.tokenizer(q.reference, add_special_tokens=False)["input_ids"]) for q in found)
+        longer = sum(length > self.settings.max_new_tokens for length in lengths)
         if longer:
             log.info(
                 "%s: %d of %d references are longer than evaluation.generate.max_new_tokens",
@@ -186,10 +187,6 @@ class Questions:
         if is_blank(reference):
             return BLANK
         return Question(name, ":".join(map(str, place)), tuple(tokens[:start].tolist()), reference)
-
-    def _is_longer(self, question: Question) -> bool:
-        ids = self.tokenizer(question.reference, add_special_tokens=False)["input_ids"]
-        return len(ids) > self.settings.max_new_tokens
 
     def _build_scorers(self, caches: Mapping[str, TokenCache | None]) -> dict[str, Score]:
         """By domain, tried on every reference; on rank 0, which alone scores."""
@@ -230,7 +227,9 @@ class Questions:
         )
         in_step = backend.layout["ZeRO stage"] == 3 and backend.ranks.size > 1
         # rotary positions that depend on length are for one sample at a time (`engine/model/rope.py`)
-        batches = self._batches(1 if backend.model.rotary else self.settings.batch_size)
+        together = 1 if backend.model.rotary else self.settings.batch_size
+        by_length = sorted(range(len(self.questions)), key=lambda i: (-len(self.questions[i].prompt), i))
+        batches = [by_length[i : i + together] for i in range(0, len(by_length), together)]
         rank, size = backend.ranks.dp
         mine = batches[rank::size]
         mine += batches[:1] * (math.ceil(len(batches) / size) - len(mine))  # ranks get equally many
@@ -243,11 +242,6 @@ class Questions:
                     tokens = continuations(lm, rows, settings, backend.device, in_step)
                 found |= zip(batch, tokens, strict=True)
         return dict(pair for of_rank in distributed.gather_objects(found) for pair in of_rank.items())
-
-    def _batches(self, size: int) -> list[list[int]]:
-        """Numbers of the questions, those of like length together."""
-        by_length = sorted(range(len(self.questions)), key=lambda i: (-len(self.questions[i].prompt), i))
-        return [by_length[i : i + size] for i in range(0, len(by_length), size)]
 
     def _score(self, tokens: Mapping[int, Sequence[int]]) -> list[ScoredAnswer]:
         """The answers in the order of the questions; on rank 0."""
