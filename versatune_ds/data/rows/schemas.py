@@ -319,7 +319,7 @@ class RowSchema:
 
     def _weight(self, row: Mapping[str, Any]) -> float:
         values = {name: value for name, value in row.items() if not isinstance(value, list)}
-        weight, _ = with_row_flags(values, [], [], self.column)
+        weight, _ = with_row_flags(values, [], [], self.ours)
         if weight == 0:
             raise BadRow(Reason.SWITCHED_OFF, "the row has the weight 0")
         return 1.0 if weight is None else weight
