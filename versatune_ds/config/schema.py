@@ -368,7 +368,6 @@ class Config(Section):
             self.data_problems,
             self._problems_of_names,
             self._problems_of_evaluation,
-            self._problems_of_epochs,
             self._problems_of_training,
         )
 
@@ -413,8 +412,9 @@ class Config(Section):
             if isinstance(values, dict) and set(values) != names:
                 missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
                 yield f"{what}: missing domains {missing}, unknown domains {unknown}"
-        evaluation = self.evaluation
+        evaluation, limit = self.evaluation, self.domains.max_epochs
         for key, known, named in (
+            ("domains.max_epochs", "", set(limit) if isinstance(limit, dict) else set()),
             ("evaluation.domains", "", set(evaluation.domains or ())),
             ("evaluation.select", "overall, ", evaluation.selected),
             ("evaluation.generate.score", "", evaluation.asked),
@@ -425,16 +425,10 @@ class Config(Section):
         if self.weights.target is not None and self.weights.target not in names:
             yield f"weights.target {self.weights.target!r}; known: {self.domains.names}"
 
-    def _problems_of_epochs(self) -> Iterator[str]:
-        if isinstance(self.domains.max_epochs, dict):
-            names = set(self.domains.names)
-            unknown = sorted(set(self.domains.max_epochs) - names)
-            if unknown:
-                yield f"domains.max_epochs: unknown domains {unknown}; known: {sorted(names)}"
-            if any(not (math.isfinite(v) and v > 0) for v in self.domains.max_epochs.values()):
-                yield "domains.max_epochs: every number of epochs must be > 0"
-
     def _problems_of_training(self) -> Iterator[str]:
+        limit = self.domains.max_epochs
+        if isinstance(limit, dict) and any(not (math.isfinite(v) and v > 0) for v in limit.values()):
+            yield "domains.max_epochs: every number of epochs must be > 0"
         if self.optimizer.states == "bf16_stochastic" and self.model.dtype != "bf16":
             yield f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
         if self.optimizer.kind == "muon" and self.model.adapter is not None:

@@ -56,22 +56,10 @@ LEFT = {
     "load_in_8bit": "the frozen model is held in model.dtype",
 }
 IGNORED = (
-    *(
-        "do_train",
-        "overwrite_cache",
-        "overwrite_output_dir",
-        "plot_loss",
-        "logging_steps",
-        "logging_strategy",
-    ),
-    *(
-        "logging_first_step",
-        "log_level",
-        "save_only_model",
-        "remove_unused_columns",
-        "gradient_checkpointing_kwargs",
-    ),
-    *("model_type", "tokenizer_type", "strict", "debug", "local_rank", "dataset_prepared_path", "do_eval"),
+    *("do_train", "do_eval", "overwrite_cache", "overwrite_output_dir", "plot_loss", "logging_steps"),
+    *("logging_strategy", "logging_first_step", "log_level", "save_only_model", "remove_unused_columns"),
+    *("gradient_checkpointing_kwargs", "dataset_prepared_path"),
+    *("model_type", "tokenizer_type", "strict", "debug", "local_rank"),
     *("dataloader_num_workers", "logging_dir", "run_name", "bf16_full_eval", "wandb_name", "eval_on_start"),
     *("per_device_eval_batch_size", "eval_batch_size", "ddp_timeout", "dtype", "torch_dtype"),
 )
