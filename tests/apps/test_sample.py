@@ -5,7 +5,6 @@ What is not covered: training on it (see the end-to-end tests of the quick start
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from versatune_ds.apps import sample
-from versatune_ds.cli.main import build_parser
+from versatune_ds.cli.main import build_parser, main
 from versatune_ds.engine.model.families import planned_shape
 from versatune_ds.foundations.errors import DataError
 
@@ -358,26 +357,20 @@ def test_training_on_nothing_is_refused(texts: list[str], tmp_path: Path) -> Non
 # Command line
 
 
-def parse(*words: str) -> argparse.Namespace:
-    return build_parser().parse_args(["sample", *words])
-
-
 def test_verb_prints_files_and_next_command_then_says_already_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    args = parse()
-    assert args.run(args) == 0
+    assert main(["sample"]) == 0
     first = capsys.readouterr().out
     assert "data/train/law.jsonl" in first and "model/config.json" in first
     assert "versatune-ds prepare --config configs/quickstart.yaml" in first
-    assert args.run(args) == 0
+    assert main(["sample"]) == 0
     second = capsys.readouterr().out
     assert "already" in second and "law.jsonl" not in second
-    args = parse("elsewhere")
-    assert args.run(args) == 0
+    assert main(["sample", "elsewhere"]) == 0
     assert "next: settings like configs/quickstart.yaml, with elsewhere in place" in capsys.readouterr().out
 
 
 def test_verb_defaults_to_the_quick_start_folder() -> None:
-    assert parse().folder == "runs/sample"
+    assert build_parser().parse_args(["sample"]).folder == "runs/sample"

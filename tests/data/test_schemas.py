@@ -94,6 +94,8 @@ def test_whole_texts_are_read_when_they_are_named_and_never_guessed() -> None:
     assert parse({"body": "Once.", "weight": 0.5}, format="text", columns={"text": "body"}) == TextRow(
         "Once.", weight=0.5
     )
+    mapped = parse({"body": "Once.", "w": 0.5}, format="text", columns={"text": "body", "weight": "w"})
+    assert mapped == TextRow("Once.", weight=0.5)
     assert RowSchema(domain="law").detect(line) is None
     for row, reason, message in [
         ({"text": " \n"}, Reason.BLANK_TEXT, "empty"),

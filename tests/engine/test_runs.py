@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from versatune_ds.cli.main import main
 from versatune_ds.config.load import load_config
-from versatune_ds.foundations.commit import git_commit
+from versatune_ds.foundations.machine import git_commit
 
 pytestmark = pytest.mark.slow
 

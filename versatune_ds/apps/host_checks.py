@@ -33,8 +33,6 @@ SSH_TIMEOUT_S = 15
 
 
 class Finding(NamedTuple):
-    """One line of the report."""
-
     topic: str
     text: str
     is_problem: bool = False
@@ -172,11 +170,7 @@ def _clock(whose: str, ahead_s: float, uncertain_s: float) -> Finding:
 
 
 def hosts_of(hostfile: Path) -> list[str]:
-    """The hosts of a file with a line `NAME slots=RANKS` each.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """The hosts of a file with a line `NAME slots=RANKS` each; ConfigError where it cannot be read."""
     try:
         text = hostfile.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

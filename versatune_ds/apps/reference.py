@@ -32,7 +32,6 @@ from versatune_ds.data.cache.text_bytes import bytes_per_token
 from versatune_ds.data.encode.chat_encoder import ChatEncoder
 from versatune_ds.data.encode.tokenizer import load_tokenizer
 from versatune_ds.domain.alarms import reference_alarms
-from versatune_ds.domain.evaluation import ModelEvaluation
 from versatune_ds.domain.reference import REFERENCE_FORMAT, Fingerprints, ReferenceLosses, checked_losses
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
@@ -45,6 +44,7 @@ from versatune_ds.foundations.errors import DataError, DivergenceError, StateErr
 from versatune_ds.foundations.files import (
     canonical_hash,
     folder_name,
+    read_json_object,
     require_own,
     write_json_atomic,
     writing,
@@ -142,7 +142,8 @@ def reference_by_training(config: Config, out: Path, device: torch.device) -> Re
                 [train_cache.fingerprint, held_out_cache.fingerprint],
             ]
         )
-        result = _finished(folder, print_of_domain)
+        with writing(folder, "give another --out"):
+            result = distributed.on_main(_finished, folder, print_of_domain)
         if result is None:
             log.info(
                 "reference of %s (%d of %d): at most %d steps, learning rate %.3g",
@@ -189,7 +190,11 @@ def reference_from_model(config: Config, source: str, device: torch.device) -> R
     table = DomainTable(config.domains.names)
     losses_only = config.evaluation.model_copy(update={"generate": None})
     evaluation = measure(config.model_copy(update={"evaluation": losses_only}), source, device)
-    _require_evaluated(table, evaluation)
+    if lacking := [name for name in table.names if name not in evaluation.losses]:
+        raise DataError(
+            f"no held-out loss for {', '.join(lacking)}: a reference needs every domain; add a source to "
+            "data.eval (and leave evaluation.domains unset)"
+        )
     sums = evaluation.sums
     caches = open_caches(config)
     losses = sums.mean_loss()
@@ -238,43 +243,18 @@ def _require_data(table: DomainTable, caches: Mapping[str, list[Any]]) -> None:
             )
 
 
-def _require_evaluated(table: DomainTable, evaluation: ModelEvaluation) -> None:
-    lacking = [name for name in table.names if name not in evaluation.losses]
-    if lacking:
-        raise DataError(
-            f"no held-out loss for {', '.join(lacking)}: a reference needs every domain; add a source to "
-            "data.eval (and leave evaluation.domains unset)"
-        )
-
-
 def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The result of a domain measured before with the same settings, if any.
-
-    Rank 0 looks, and clears away what was measured with others; all ranks get its answer.
-    """
-    with writing(folder, "give another --out"):
-        return distributed.on_main(_look, folder, fingerprint)
-
-
-def _look(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The result of a domain measured before with the same settings, if any; what was measured with others is
+    cleared away. Rank 0 looks."""
     known = folder / FINGERPRINT_FILE
     if folder.exists() and any(folder.iterdir()) and not known.is_file():
         raise StateError(f"{folder} exists and is not of a reference measurement; give another --out")
-    if known.is_file() and _read(known).get("fingerprint") != fingerprint:
+    if known.is_file() and read_json_object(known).get("fingerprint") != fingerprint:
         log.warning("%s was measured with other settings, model or data: it is measured again", folder)
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(known, {"fingerprint": fingerprint})
-    result = folder / RESULT_FILE
-    return _read(result) if result.is_file() else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}  # cut short: as if it were not there
-    return value if isinstance(value, dict) else {}
+    return read_json_object(folder / RESULT_FILE) or None
 
 
 def _finish(folder: Path, name: str) -> dict[str, Any]:
@@ -282,16 +262,26 @@ def _finish(folder: Path, name: str) -> dict[str, Any]:
     result = best_evaluation(folder, name)
     write_json_atomic(folder / RESULT_FILE, result)
     shutil.rmtree(folder / constants.CHECKPOINTS_DIR, ignore_errors=True)
-    _say(name, result)
+    stderr = "" if result["stderr"] is None else f" +- {result['stderr']:.4f}"
+    log.info(
+        "reference of %s: %.4f%s after step %d (%.4f before training)",
+        name,
+        result["loss"],
+        stderr,
+        result["step"],
+        result["loss_before"],
+    )
+    if result["still_falling"]:
+        log.warning(
+            "the held-out loss of %s was still falling at the last step: its reference is too high; raise "
+            "reference.max_epochs or reference.lr",
+            name,
+        )
     return result
 
 
 def best_evaluation(folder: Path, name: str) -> dict[str, Any]:
-    """The lowest held-out loss of a domain in its run's eval.jsonl.
-
-    Raises:
-        DivergenceError: no evaluation gave a finite loss.
-    """
+    """The lowest held-out loss of a domain in its run's eval.jsonl; DivergenceError where none is finite."""
     text = (folder / constants.EVAL_FILE).read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     finite = [line for line in lines if line["domain_loss"][name] is not None]
@@ -311,21 +301,3 @@ def best_evaluation(folder: Path, name: str) -> dict[str, Any]:
         "supervised_tokens": best["domain_supervised_tokens"][name],
         "still_falling": best is lines[-1],
     }
-
-
-def _say(name: str, result: Mapping[str, Any]) -> None:
-    stderr = "" if result["stderr"] is None else f" +- {result['stderr']:.4f}"
-    log.info(
-        "reference of %s: %.4f%s after step %d (%.4f before training)",
-        name,
-        result["loss"],
-        stderr,
-        result["step"],
-        result["loss_before"],
-    )
-    if result["still_falling"]:
-        log.warning(
-            "the held-out loss of %s was still falling at the last step: its reference is too high; raise "
-            "reference.max_epochs or reference.lr",
-            name,
-        )

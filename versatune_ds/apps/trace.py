@@ -36,11 +36,7 @@ THOUGHTS = re.compile(
 
 
 def token_kinds(encoder: ChatEncoder, conversation: Conversation) -> list[str]:
-    """What each token of the rendered conversation is: `TEXT`, `THOUGHT` or `TOOL`.
-
-    Raises:
-        BadRow: it cannot be rendered.
-    """
+    """What each token of a rendered conversation is: `TEXT`, `THOUGHT`, `TOOL`; BadRow: no rendering."""
     text = encoder.template.render_spans(conversation).text
     kinds = np.full(len(text) + 1, TEXT, dtype="U16")
     for match in THOUGHTS.finditer(text):
@@ -121,7 +117,6 @@ def trace(config: Config, row: str, *, domain: str | None = None) -> Page:
 
 
 def _turn_texts(turn: Turn) -> Iterator[MarkedText]:
-    """What was read of a turn."""
     about = [turn.role, *([f"weight {turn.weight:g}"] if turn.weight is not None else [])]
     title = ", ".join([*about, *turn.about.values(), *(["continued"] if turn.is_open else [])])
     if turn.reasoning:

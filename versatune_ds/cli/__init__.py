@@ -1,7 +1,8 @@
 """Floor 10: one short file per verb of the `versatune-ds` command; here is what several declare alike.
 
-A verb is a module with `add_arguments(parser)` and `run(args)`, which returns the exit code. The first line
-of its docstring says what it is for in the list of all verbs; the whole of it stands above its own `--help`.
+A verb is a module with `add_arguments(parser)` and `run(args)`, which returns the exit code where that is not
+0. The first line of its docstring says what it is for in the list of all verbs; the whole of it stands above
+its own `--help`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ DEFAULT_FOLDER = Path("runs/bench")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add = parser.add_argument
     add("--shape", help="qwen2.5-7b, -14b, -32b, qwen2-7b, llama-2-7b, -13b, llama-3-8b or tiny")
     add(
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--checkpointing",
         dest="activation_checkpointing",
-        type=_policy,
+        type=lambda text: int(text) if text.isdigit() else text,
         default="auto",
         metavar="auto|off|all|selective|offload|N",
         help="recompute activations; auto: as little as fits by the memory model of `plan`",
@@ -87,7 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, and write JSON and table after every slice; or write the page."""
     if args.page is not None:
-        return write_page(args.page)
+        write_page(args.page)
+        return EXIT_OK
     if args.shape is None:
         from versatune_ds.foundations.errors import ConfigError
 
@@ -143,7 +143,7 @@ def write_results(
         print(f"written: {path}.json")
 
 
-def write_page(folder: Path) -> int:
+def write_page(folder: Path) -> None:
     """comparison.md of all results in a folder; settings that failed stand in its failures.txt."""
     from versatune_ds.apps.bench.results import page, read_results
     from versatune_ds.foundations.files import require_own, write_text_atomic
@@ -155,16 +155,10 @@ def write_page(folder: Path) -> int:
     write_text_atomic(folder / "comparison.md", text)
     print(text)
     print(f"written: {folder / 'comparison.md'}")
-    return EXIT_OK
 
 
 def _layer_counts(text: str) -> tuple[int, ...]:
-    """`4,8` as numbers."""
     return tuple(int(part) for part in text.split(","))
-
-
-def _policy(text: str) -> str | int:
-    return int(text) if text.isdigit() else text
 
 
 def _name(args: argparse.Namespace, world_size: int) -> str:

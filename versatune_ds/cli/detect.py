@@ -11,14 +11,12 @@ import argparse
 from pathlib import Path
 
 from versatune_ds.cli import place
-from versatune_ds.foundations.constants import EXIT_OK
 
 DEFAULT_FOLDER = "detect"
 DEFAULT_PICTURE = Path("knowledge.png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=place, metavar="FILE", help="YAML settings; see configs/")
@@ -35,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Detect, or draw; print the path of what was written."""
+def run(args: argparse.Namespace) -> None:
     if args.compare is not None:
         from versatune_ds.foundations.files import require_own
         from versatune_ds.report.figures import SOFTWARE
@@ -46,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         require_own(picture.parent, {picture.name: SOFTWARE})
         draw_knowledge(args.compare, picture)
         print(picture)
-        return EXIT_OK
+        return
     from versatune_ds.config.load import load_config
     from versatune_ds.engine.faults.launcher import leave_with_launcher
 
@@ -62,4 +59,3 @@ def run(args: argparse.Namespace) -> int:
     path = detect(config, args.out or config.run.dir / DEFAULT_FOLDER)
     if path is not None and distributed.is_main():
         print(path)
-    return EXIT_OK

@@ -14,7 +14,6 @@ from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     parser.add_argument(
         "run_dir", nargs="?", type=place, default=Path("."), help="where runs will be written"
     )
@@ -22,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings; problems are marked."""
     from versatune_ds.apps.doctor import examine
 
     hosts = []

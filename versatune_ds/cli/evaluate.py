@@ -14,7 +14,6 @@ from versatune_ds.foundations import constants
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add_settings(parser)
     parser.add_argument(
         "--model",

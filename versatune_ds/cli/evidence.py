@@ -11,13 +11,11 @@ import argparse
 from pathlib import Path
 
 from versatune_ds.cli import place
-from versatune_ds.foundations.constants import EXIT_OK
 
 DEFAULT_FOLDER = Path("runs/evidence")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add = parser.add_argument
     add("--out", type=place, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: %(default)s")
     add(
@@ -39,11 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the stages and print the summary."""
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.apps.evidence.command import run_evidence
     from versatune_ds.apps.programs import ending_with_programs
 
     with ending_with_programs():
         print(run_evidence(args.out, args.minutes, args.stage, args.size))
-    return EXIT_OK

@@ -15,7 +15,6 @@ from versatune_ds.foundations.errors import ConfigError, StateError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add = parser.add_argument
     add("run_dir", type=place, metavar="RUN", help="run folder")
     which = parser.add_mutually_exclusive_group()
@@ -36,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--public", action="store_true", help="with --push: a new repository is open to all")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Export, push if asked to, and print where the model lies."""
+def run(args: argparse.Namespace) -> None:
     if args.public and args.push is None:
         raise ConfigError("--public: say where to with --push OWNER/NAME")
     finished = args.run_dir / constants.EXPORT_DIR
@@ -49,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
         from versatune_ds.apps.push import push
 
         print(push(args.run_dir, target, args.push, step=step, public=args.public))
-    return constants.EXIT_OK
 
 
 def export(args: argparse.Namespace) -> tuple[Path, int]:

@@ -9,20 +9,16 @@ from __future__ import annotations
 import argparse
 
 from versatune_ds.cli import at_least, place
-from versatune_ds.foundations.constants import EXIT_OK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     parser.add_argument("file", type=place, metavar="FILE", help="YAML or JSON of the other trainer")
     parser.add_argument(
         "--ranks", type=at_least(1), default=1, metavar="N", help="GPUs that will train (default: 1)"
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the settings."""
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.apps.move_in.convert import import_config
 
     print(import_config(args.file, args.ranks), end="")
-    return EXIT_OK

@@ -12,11 +12,9 @@ import argparse
 import sys
 
 from versatune_ds.cli import add_settings, at_least, place
-from versatune_ds.foundations.constants import EXIT_OK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add = parser.add_argument
     add_settings(parser)
     add("--domain", metavar="NAME", help="show only this domain")
@@ -30,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--html", metavar="FILE", type=place, help="write a self-contained page instead")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print everything to standard output, or write the page and print its path."""
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.apps.inspect import inspect, to_lines
     from versatune_ds.apps.trace import trace
     from versatune_ds.config.load import load_config
@@ -45,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
     if args.html is not None:
         write_html(args.html, to_html(page), "--html")
         print(args.html)
-        return EXIT_OK
+        return
     for line in to_lines(page, sys.stdout):
         print(line)
-    return EXIT_OK

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 
 from versatune_ds import __version__
-from versatune_ds.foundations.constants import EXIT_FAILURE
+from versatune_ds.foundations.constants import EXIT_FAILURE, EXIT_OK
 from versatune_ds.foundations.errors import PeerLostError, VersaTuneError
 from versatune_ds.foundations.launch import join
 from versatune_ds.foundations.log import get_logger, setup_logging
@@ -33,7 +33,6 @@ VERBS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with all verbs."""
     parser = argparse.ArgumentParser(
         prog="versatune-ds",
         description="Supervised fine-tuning on many domains with live domain weights (arXiv 2411.11266).",
@@ -61,8 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup_logging()
         if launched is not None:
             log.info("%s", launched)
-        return int(args.run(args))
+        return int(args.run(args) or EXIT_OK)
     except VersaTuneError as error:
+        if error.exit_code == EXIT_OK:  # stopped as asked
+            print(error)
+            return EXIT_OK
         rank = os.environ.get("RANK", "0")
         is_rank_0_gone = isinstance(error, PeerLostError) and 0 in error.ranks
         if rank != "0" and not is_rank_0_gone:

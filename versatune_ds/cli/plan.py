@@ -18,7 +18,6 @@ DEFAULT_PACKS = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -43,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan."""
     from versatune_ds.apps.bench.shapes import find_shape
     from versatune_ds.apps.plan.gpus import find_gpu
     from versatune_ds.apps.plan.plan import Machine, as_text, make_plan

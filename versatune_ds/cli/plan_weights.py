@@ -28,7 +28,6 @@ NOTE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add = parser.add_argument
     add("--history", required=True, type=place, metavar="FILE", help="weights.jsonl of a run")
     add("--config", type=place, metavar="FILE", help="settings of a run")
@@ -36,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("overrides", nargs="*", metavar="section.key=value", help="settings that win")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Replay, print what became of the weights, and write them with a report."""
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.config.load import load_config, write_resolved
     from versatune_ds.domain.controller import WeightController
     from versatune_ds.domain.history import read_history, replay_history
@@ -75,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
     print(summary(updates))
     print(f"note: {NOTE}")
     print(write_report([args.out]))
-    return constants.EXIT_OK
 
 
 def summary(updates: Sequence[WeightUpdate]) -> str:

@@ -10,16 +10,11 @@ import argparse
 import time
 
 from versatune_ds.cli import add_settings
-from versatune_ds.foundations.constants import EXIT_OK
+
+add_arguments = add_settings
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
-    add_settings(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prepare and print a table per split and domain."""
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.config.derive import proxy_config
     from versatune_ds.config.load import load_config
     from versatune_ds.data.cache.prepare import prepare
@@ -36,4 +31,3 @@ def run(args: argparse.Namespace) -> int:
         reused = reused and prepared.reused
     done = "nothing to do, all data was prepared before" if reused else "prepared"
     print(f"{done}: {config.data.cache_dir} ({time.monotonic() - start:.1f} s)")
-    return EXIT_OK

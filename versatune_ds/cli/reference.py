@@ -10,12 +10,11 @@ import argparse
 import shlex
 
 from versatune_ds.cli import add_settings, place, place_text
-from versatune_ds.foundations import constants
+from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add_settings(parser)
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
@@ -30,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=place, metavar="DIR", help="target folder; default: RUN/reference")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, write reference.json, print it and how to use it."""
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.config.load import load_config
 
     config = load_config(args.config, args.overrides)
@@ -41,22 +39,13 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.apps.reference import write_reference
 
     path = write_reference(config, out, model=args.model, losses=given)
-    if path is None:
-        return constants.EXIT_OK
-    from versatune_ds.foundations import distributed
-
-    if distributed.is_main():
+    if path is not None and distributed.is_main():
         print(path)
         print(f"use it: {shlex.quote(f'weights.reference={path}')}")
-    return constants.EXIT_OK
 
 
 def parse_losses(text: str) -> dict[str, float]:
-    """`law=1.9,code=0.7` as numbers by name.
-
-    Raises:
-        ConfigError: not of this form.
-    """
+    """`law=1.9,code=0.7` as numbers by name; ConfigError for any other form."""
     losses = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")

@@ -13,7 +13,6 @@ from versatune_ds.cli import at_least, place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add = parser.add_argument
     add(
         "runs",
@@ -42,12 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the page, print its path, return the exit status 0."""
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.report.report import follow_report, write_report
 
     if args.follow is None:
         print(write_report(args.runs, args.out, args.by))
     else:
         print(follow_report(args.runs, args.out, args.by, args.follow))
-    return 0

@@ -15,7 +15,6 @@ DEFAULT_FOLDER = "runs/sample"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     parser.add_argument(
         "folder",
         type=place_text,
@@ -29,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Unpack into `args.folder`, print what was done, return the exit status 0."""
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.apps.sample import unpack_sample
 
     report = unpack_sample(args.folder)
@@ -53,4 +51,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"  SmolLM2-135M-Instruct (Apache-2.0): {model}, {how}")
     like = f"settings like {config}, with {report.folder} in place of {DEFAULT_FOLDER}"
     print(f"next: {f'versatune-ds prepare --config {config}' if is_default else like}")
-    return 0

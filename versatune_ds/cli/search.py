@@ -11,30 +11,20 @@ import argparse
 import shlex
 
 from versatune_ds.cli import add_settings
-from versatune_ds.foundations.constants import EXIT_OK
 
 FOLDER = "search"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
-    add_settings(parser)
+add_arguments = add_settings
 
 
-def run(args: argparse.Namespace) -> int:
-    """Search, write the mixture and the page, print how to use it; 0 also when asked to stop."""
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.config.load import load_config
 
     config = load_config(args.config, args.overrides)
 
     from versatune_ds.apps.search.run import search
-    from versatune_ds.apps.study.run import StudyStopped
 
-    try:
-        path = search(config, config.run.dir / FOLDER)
-    except StudyStopped as stopped:
-        print(stopped)
-        return EXIT_OK
+    path = search(config, config.run.dir / FOLDER)
     print(path)
     print(f"use it: {shlex.quote(f'domains.initial={path}')} weights.strategy=constant")
-    return EXIT_OK

@@ -9,11 +9,9 @@ from __future__ import annotations
 import argparse
 
 from versatune_ds.cli import place
-from versatune_ds.foundations.constants import EXIT_OK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     parser.add_argument(
         "--config", required=True, type=place, metavar="FILE", help="study settings; see configs/studies/"
     )
@@ -22,18 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train what is missing and write the page; 0 also when asked to stop."""
+def run(args: argparse.Namespace) -> None:
     from versatune_ds.apps.study.config import load_study
 
     study = load_study(args.config, args.overrides)
 
-    from versatune_ds.apps.study.run import StudyStopped, report_study, run_study
+    from versatune_ds.apps.study.run import report_study, run_study
 
-    try:
-        runs = run_study(study)
-    except StudyStopped as stopped:
-        print(stopped)
-        return EXIT_OK
-    print(report_study(study, runs, args.config))
-    return EXIT_OK
+    print(report_study(study, run_study(study), args.config))

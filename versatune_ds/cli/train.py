@@ -8,17 +8,15 @@ from __future__ import annotations
 import argparse
 
 from versatune_ds.cli import add_settings
-from versatune_ds.foundations.constants import EXIT_OK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands behind the verb."""
     add_settings(parser)
     parser.add_argument("--resume", choices=("auto", "never"), help="short for run.resume=...")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Train; blocks until the run is finished or asked to stop."""
     from versatune_ds.config.load import load_config
     from versatune_ds.engine.faults.launcher import leave_with_launcher
@@ -33,4 +31,3 @@ def run(args: argparse.Namespace) -> int:
     from versatune_ds.engine.train import train
 
     train(config)
-    return EXIT_OK

@@ -31,7 +31,6 @@ class Answers(Section):
     """Samples that a rank answers at once."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         for name in self.score.values() if isinstance(self.score, dict) else [self.score]:
             if name not in SCORES and not FUNCTION.fullmatch(name):
                 yield f"score {name!r}: give {', '.join(SCORES)}, module:function or path.py:function"

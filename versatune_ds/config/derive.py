@@ -39,11 +39,8 @@ def with_model(config: Config, source: str) -> Config:
 
 
 def model_of(source: str) -> dict[str, Any]:
-    """Source and adapter of a `model` section for a finished model, or for an adapter and its base model.
-
-    Raises:
-        DataError: the adapter's configuration is damaged.
-    """
+    """Source and adapter of a `model` section for a finished model, or for an adapter and its base model;
+    DataError: the adapter's configuration is damaged."""
     file = Path(source) / ADAPTER_CONFIG_FILE
     if not file.is_file():
         return {"source": source, "adapter": None}
@@ -71,11 +68,7 @@ def proxy_config(config: Config) -> Config:
 
 
 def reference_adapter(config: Config, num_parameters: int) -> Adapter | None:
-    """The adapter that reference runs train, or None for all of the model.
-
-    Args:
-        num_parameters: of the model of `proxy_config`.
-    """
+    """The adapter that reference runs train, or None for all of a model of so many parameters."""
     chosen, model = config.reference.adapter, proxy_config(config).model
     if isinstance(chosen, Adapter) or chosen == "off":
         return None if isinstance(chosen, str) else chosen

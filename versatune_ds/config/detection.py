@@ -37,7 +37,6 @@ class Endpoint(Section):
     """Further attempts of a request that found the server down, slow, busy or talking nonsense."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             yield "`url` must be http://HOST[:PORT]/v1 or https://..."
@@ -68,7 +67,6 @@ class JudgeSettings(Section):
     """Characters of each text that the judge reads; longer ones are cut and counted."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         if self.kind == "endpoint" and self.endpoint is None:
             yield "kind endpoint needs a server: give `endpoint` with `url` and `model`"
         if self.kind == "model" and self.model is None:

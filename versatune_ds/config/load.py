@@ -48,16 +48,11 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _without(tags: set[str]) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    return {
-        first: [(tag, regexp) for tag, regexp in resolvers if tag not in tags]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-StrictLoader.yaml_implicit_resolvers = _without(
-    {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
-)
+REPLACED = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "timestamp")}
+StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
@@ -125,22 +120,14 @@ def read_yaml(path: Path, cure: str) -> dict[str, Any]:
 
 
 def validate_config(raw: dict[str, Any], origin: str) -> Config:
-    """Validate a plain dict; `origin` stands in front of error texts.
-
-    Raises:
-        ConfigError: naming every problem with its place.
-    """
+    """Validate a plain dict; ConfigError names every problem with its place, `origin` stands in front."""
     return validate_settings(Config, raw, origin)
 
 
 def validate_settings(
     model: type[Settings], raw: dict[str, Any], origin: str, context: Any = None
 ) -> Settings:
-    """`validate_config` for any settings.
-
-    Args:
-        context: of the validation, see `section.PREPARING`.
-    """
+    """`validate_config` for any settings; `context` of the validation: see `section.PREPARING`."""
     try:
         return model.model_validate(raw, context=context)
     except ValidationError as error:
@@ -254,11 +241,8 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 
 def read_deepspeed(source: dict[str, Any] | Path) -> dict[str, Any]:
-    """The section `deepspeed` of a run's settings, read from its file if it names one; a copy.
-
-    Raises:
-        ConfigError: no such file, or no JSON object in it.
-    """
+    """The section `deepspeed` of a run's settings, read from its file if it names one; a copy. ConfigError:
+    no such file, or no JSON object in it."""
     if isinstance(source, dict):
         return copy.deepcopy(source)
     if not source.is_file():

@@ -42,7 +42,6 @@ class Adapter(Section):
         return given if isinstance(given, dict) else {given: 1.0} if given else {}
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         heads = [name for name in self.targets if name in ("lm_head", "embed_tokens")]
         if heads:
             yield f"targets: {heads[0]} cannot have an adapter: the loss takes the head's weight"
@@ -117,7 +116,6 @@ class Model(Section):
         return self.kl_to_base.share if self.kl_to_base else 0.0
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         if self.compile != "off" and self.activation_checkpointing in ("selective", "offload"):
             yield f"compile cannot trace activation_checkpointing {self.activation_checkpointing}"
         if self.kl_to_base is not None and self.adapter is None:

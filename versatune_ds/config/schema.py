@@ -76,7 +76,6 @@ class Source(Section):
     """Split of a hub data set, or of a folder that holds several; `train+test` stands for both."""
 
     def data_problems(self) -> Iterator[str]:
-        """What does not hold together."""
         if (self.domain is None) == (self.domain_column is None):
             yield "give exactly one of `domain` and `domain_column`"
         if not self.path:
@@ -156,7 +155,6 @@ class Optimizer(Section):
     decay x average + (1 - decay) x weights. ZeRO stage 1 to 3. None: none."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         if (self.kind == "muon") != (self.muon_lr is not None):
             yield "kind: muon and muon_lr need each other"
         if self.kind == "muon" and self.max_grad_norm > 0:
@@ -180,7 +178,6 @@ class Profile(Section):
     """The first and the last one, from 1; a trace holds every operator, so two or three say enough."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         first, last = self.steps
         if not first <= last < first + 20:
             yield f"steps {first} to {last}: give first and last, at most 20 steps"
@@ -208,7 +205,6 @@ class Train(Section):
     """Write a trace of a few steps into the run folder, for the report and a trace viewer."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         if (self.max_steps is None) == (self.epochs is None):
             yield "give exactly one of `max_steps` and `epochs`"
         if self.profile and self.max_steps is not None and self.profile.steps[1] > self.max_steps:
@@ -235,7 +231,6 @@ class Evaluation(Section):
     """Let the model answer held-out samples at every evaluation, and score that. None: losses only."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         for name in ("patience", "select"):
             if getattr(self, name) is not None and self.every_n_steps is None:
                 yield f"{name} looks at evaluations: give every_n_steps"
@@ -373,7 +368,6 @@ class Config(Section):
             self.data_problems,
             self._problems_of_names,
             self._problems_of_evaluation,
-            self._problems_of_epochs,
             self._problems_of_training,
         )
 
@@ -418,8 +412,9 @@ class Config(Section):
             if isinstance(values, dict) and set(values) != names:
                 missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
                 yield f"{what}: missing domains {missing}, unknown domains {unknown}"
-        evaluation = self.evaluation
+        evaluation, limit = self.evaluation, self.domains.max_epochs
         for key, known, named in (
+            ("domains.max_epochs", "", set(limit) if isinstance(limit, dict) else set()),
             ("evaluation.domains", "", set(evaluation.domains or ())),
             ("evaluation.select", "overall, ", evaluation.selected),
             ("evaluation.generate.score", "", evaluation.asked),
@@ -430,16 +425,10 @@ class Config(Section):
         if self.weights.target is not None and self.weights.target not in names:
             yield f"weights.target {self.weights.target!r}; known: {self.domains.names}"
 
-    def _problems_of_epochs(self) -> Iterator[str]:
-        if isinstance(self.domains.max_epochs, dict):
-            names = set(self.domains.names)
-            unknown = sorted(set(self.domains.max_epochs) - names)
-            if unknown:
-                yield f"domains.max_epochs: unknown domains {unknown}; known: {sorted(names)}"
-            if any(not (math.isfinite(v) and v > 0) for v in self.domains.max_epochs.values()):
-                yield "domains.max_epochs: every number of epochs must be > 0"
-
     def _problems_of_training(self) -> Iterator[str]:
+        limit = self.domains.max_epochs
+        if isinstance(limit, dict) and any(not (math.isfinite(v) and v > 0) for v in limit.values()):
+            yield "domains.max_epochs: every number of epochs must be > 0"
         if self.optimizer.states == "bf16_stochastic" and self.model.dtype != "bf16":
             yield f"optimizer.states bf16_stochastic needs model.dtype bf16, not {self.model.dtype}"
         if self.optimizer.kind == "muon" and self.model.adapter is not None:

@@ -52,7 +52,6 @@ class Search(Section):
         return int(index), int(count)
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         index, count = self.share
         if index >= count:
             yield f"part {self.part}: the first of {count} is 0, the last one {count - 1}"

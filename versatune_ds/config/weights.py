@@ -55,7 +55,6 @@ class Domains(Section):
     spread over the other domains."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         k = len(self.names)
         if self.min_weight * k > 1:
             yield f"min_weight {self.min_weight} x {k} domains is more than 1"
@@ -74,7 +73,6 @@ class ScheduledWeights(Section):
     """Share of every domain; they sum to 1."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         yield from share_problems(self.weights, f"schedule at step {self.step}")
 
 
@@ -158,7 +156,6 @@ class Weights(Section):
         return self.loss_source == "probe" or self.guard is not None or STRATEGIES[self.strategy].by_gain
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         lacking = [name for name in STRATEGIES[self.strategy].requires if not getattr(self, name)]
         if lacking:
             yield from (f"strategy {self.strategy} {NEEDED[name]}" for name in lacking)

@@ -59,7 +59,6 @@ class EarlyStopping:
 
     @property
     def exhausted(self) -> bool:
-        """Whether training should end."""
         return self.patience is not None and self.waited >= self.patience
 
     def observe(self, step: int, loss: float | None) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,6 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class BenchmarkScore:
-    """One benchmark task's score."""
-
     task: str
     name: str
     """What people call it."""
@@ -82,11 +80,7 @@ class ModelEvaluation:
 
     def scores(self) -> dict[str, list[float]]:
         """Scores of answers by domain, without those that are not known."""
-        found: dict[str, list[float]] = {answer["domain"]: [] for answer in self.answers}
-        for answer in self.answers:
-            if answer["score"] is not None:
-                found[answer["domain"]].append(answer["score"])
-        return found
+        return scores_by_domain((answer["domain"], answer["score"]) for answer in self.answers)
 
     @property
     def sums(self) -> DomainSums:
@@ -94,7 +88,6 @@ class ModelEvaluation:
         return SampleLosses(list(self.losses.values()), [self.tokens[name] for name in self.names]).sums
 
     def to_json(self) -> dict[str, Any]:
-        """Content of an evaluation.json."""
         sums = self.sums
         mean, stderr = sums.mean_loss(), sums.stderr()
         domains = {
@@ -132,11 +125,7 @@ class ModelEvaluation:
 
     @classmethod
     def read(cls, path: Path) -> ModelEvaluation:
-        """Inverse of `write`.
-
-        Raises:
-            DataError: it is missing, cut short, or something else.
-        """
+        """Inverse of `write`; DataError: it is missing, cut short, or something else."""
         again = "make it again (the verb evaluate)"
         raw = read_object(path, "--against")
         require_format(raw, EVALUATION_FORMAT, EVALUATION_VERSION, path, again)
@@ -156,10 +145,12 @@ class ModelEvaluation:
             raise DataError(f"damaged ({error!r}); {again}", path=path) from None
 
 
+def interval_95(value: float, stderr: float | None) -> tuple[float, float] | None:
+    return None if stderr is None else (value - Z_95 * stderr, value + Z_95 * stderr)
+
+
 @dataclass(frozen=True)
 class Change:
-    """How one domain's held-out loss changed."""
-
     domain: str
     before: float
     """Nats per supervised token."""
@@ -172,22 +163,15 @@ class Change:
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 % interval of `relative`."""
-        if self.stderr is None:
-            return None
-        return self.relative - Z_95 * self.stderr, self.relative + Z_95 * self.stderr
+        return interval_95(self.relative, self.stderr)
 
     @property
     def forgetting(self) -> float:
-        """max(relative, 0)."""
         return max(self.relative, 0.0)
 
 
 def compare(after: ModelEvaluation, before: ModelEvaluation) -> list[Change]:
-    """Relative change of every domain's loss, sample by sample.
-
-    Raises:
-        ConfigError: the two were not measured on the same tokens.
-    """
+    """Relative change of every domain's loss, sample by sample; ConfigError: measured on other tokens."""
     for kind in ("tokenizer", "data"):
         ours, theirs = getattr(after.fingerprints, kind), getattr(before.fingerprints, kind)
         if ours is not None and theirs is not None and ours != theirs:
@@ -223,18 +207,12 @@ class ScoreChange:
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 % interval of after - before."""
-        if self.stderr is None:
-            return None
-        difference = self.after - self.before
-        return difference - Z_95 * self.stderr, difference + Z_95 * self.stderr
+        return interval_95(self.after - self.before, self.stderr)
 
 
 def compare_scores(after: ModelEvaluation, before: ModelEvaluation) -> list[ScoreChange]:
     """Change of every domain's scores, sample by sample; nothing where one of the two was not asked.
-
-    Raises:
-        ConfigError: the two were asked other samples.
-    """
+    ConfigError: the two were asked other samples."""
     if not after.answers or not before.answers:
         return []
     ours, theirs = (
@@ -263,6 +241,14 @@ def _change(name: str, after: ModelEvaluation, before: ModelEvaluation) -> Chang
     a, b, tokens = after.losses[name], before.losses[name], math.fsum(after.tokens[name])
     rise = rise_of(a, b, b)
     return Change(name, math.fsum(b) / tokens, math.fsum(a) / tokens, rise.value, finite(rise.stderr))
+
+
+def scores_by_domain(scores: Iterable[tuple[str, float | None]]) -> dict[str, list[float]]:
+    """Scores of each domain of (domain, score) pairs, without those that are None."""
+    found: dict[str, list[float]] = {}
+    for domain, score in scores:
+        found.setdefault(domain, []).extend([] if score is None else [score])
+    return found
 
 
 def perplexity(loss: float | None) -> float | None:

@@ -79,7 +79,6 @@ class ReferenceLosses:
     """Facts for people."""
 
     def to_json(self, table: DomainTable) -> dict[str, Any]:
-        """Content of a reference.json."""
         content: dict[str, Any] = {
             "format": REFERENCE_FORMAT,
             "version": REFERENCE_VERSION,

@@ -77,7 +77,6 @@ class DomainSums:
 
     @classmethod
     def zeros(cls, num_domains: int) -> DomainSums:
-        """Sums over nothing, for `num_domains` domains."""
         return cls(np.zeros((NUM_ROWS, num_domains)))
 
     @classmethod
@@ -94,7 +93,6 @@ class DomainSums:
             domain_ids: int[n], 0 .. num_domains - 1.
             sample_loss: float[n], sum of token losses of each sample in nats.
             sample_tokens: int[n], supervised tokens of each sample; samples with none do not count.
-            num_domains: k.
         """
         ids = np.asarray(domain_ids, dtype=np.int64)
         loss = np.asarray(sample_loss, dtype=np.float64)
@@ -120,7 +118,6 @@ class DomainSums:
 
     @property
     def num_domains(self) -> int:
-        """k."""
         return int(self.values.shape[1])
 
     @property
@@ -172,11 +169,7 @@ class DomainSums:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> DomainSums:
-        """Inverse of `to_json`.
-
-        Raises:
-            StateError: a row is missing, unknown, or not numbers of one length.
-        """
+        """Inverse of `to_json`; StateError: a row is missing, unknown, or not numbers of one length."""
         names = [row.name.lower() for row in SumRow]
         if sorted(state) != sorted(names):
             raise StateError(f"sums hold the rows {sorted(state)}; expected {sorted(names)}")

@@ -139,11 +139,7 @@ def optional(values: Vector, known: Mask) -> list[float | None]:
 
 
 def loaded_weights(values: list[float], k: int) -> Vector:
-    """float64[k] on the simplex, from a checkpoint.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """float64[k] on the simplex, from a checkpoint; ValueError where they are not."""
     weights = np.array(values, dtype=np.float64)
     if weights.shape != (k,) or not (weights >= 0).all():
         raise ValueError(f"weights {values}")
@@ -153,11 +149,7 @@ def loaded_weights(values: list[float], k: int) -> Vector:
 
 
 def loaded_optional(values: list[float | None], k: int) -> Vector:
-    """Inverse of `optional`, NaN where not known.
-
-    Raises:
-        ValueError: there are not k.
-    """
+    """Inverse of `optional`, NaN where not known; ValueError where there are not k."""
     vector = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
     if vector.shape != (k,):
         raise ValueError(f"{len(values)} values")

@@ -39,11 +39,9 @@ class HostClock:
     """Moments of the process, in seconds."""
 
     def now(self) -> Any:
-        """This moment."""
         return time.perf_counter()
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """From one moment to another."""
         return float(end - begin)
 
 
@@ -51,7 +49,6 @@ class CudaClock(HostClock):
     """Moments of the current stream: events, which the device passes when it gets there."""
 
     def now(self) -> Any:
-        """This place in the stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -63,8 +60,6 @@ class CudaClock(HostClock):
 
 
 class PhaseTiming(NamedTuple):
-    """A phase that is over."""
-
     name: str
     depth: int
     """Phases around it."""

@@ -46,11 +46,11 @@ class Prepared:
     deepspeed: dict[str, Any]
     """The DeepSpeed configuration."""
     table: DomainTable
-    tokenizer: Any
+    tokenizer: Any = None
     """With its chat template; None where samples were given instead of caches."""
     architecture: Any
     """The transformers config of the model."""
-    companions: Companions | None
+    companions: Companions | None = None
     """What the finished model has beside its weights; None where nothing is exported."""
     train: Sequence[Any]
     """Token cache of each domain, None for one without."""
@@ -61,7 +61,7 @@ class Prepared:
     corpus: Corpus
     planner: PlannerSettings
     reference: ReferenceLosses | None
-    questions: Questions | None
+    questions: Questions | None = None
     """What the model is asked at every evaluation; None: nothing."""
     total_steps: int
 
@@ -110,6 +110,10 @@ def prepare_run(config: Config, device_type: str) -> Prepared:
     encoder = ChatEncoder.build(tokenizer, config.data.chat_template)
     exported = config.checkpoint.export_at_end
     evaluated = preflight.evaluated_caches(config, table, caches["eval"])
+    questions = None
+    if config.evaluation.generate is not None and config.evaluation.every_n_steps is not None:
+        by_name = dict(zip(table.names, evaluated, strict=True))
+        questions = Questions(config, by_name, tokenizer, architecture)
     prepared = Prepared(
         config=config,
         ranks=ranks,
@@ -123,7 +127,7 @@ def prepare_run(config: Config, device_type: str) -> Prepared:
         evaluated=evaluated,
         corpus=corpus,
         planner=planner,
-        questions=open_questions(config, evaluated, tokenizer, architecture),
+        questions=questions,
         reference=open_reference(config, table, tokenizer, encoder.fingerprint, caches),
         total_steps=count_steps(config, corpus, planner),
     )
@@ -153,15 +157,12 @@ def prepare_on_samples(config: Config, samples: Sequence[Any]) -> Prepared:
         ranks=ranks,
         deepspeed=settings | {"zero_optimization": zero},
         table=table,
-        tokenizer=None,
         architecture=architecture,
-        companions=None,
         train=samples,
         held_out=[None] * len(table),
         evaluated=[None] * len(table),
         corpus=corpus,
         planner=planner,
-        questions=None,
         reference=load_reference(config.weights.reference, table),
         total_steps=count_steps(config, corpus, planner),
     )
@@ -178,19 +179,6 @@ def planner_settings(config: Config, table: DomainTable) -> PlannerSettings:
         seed=config.run.seed,
         max_epochs=tuple(by_name.get(name) for name in table.names),
     )
-
-
-def open_questions(
-    config: Config, evaluated: Sequence[Any], tokenizer: Any, architecture: Any
-) -> Questions | None:
-    """What the model is to answer, chosen and tried; None: nothing, or nothing is evaluated.
-
-    Raises:
-        ConfigError, DataError: as `Questions`.
-    """
-    if config.evaluation.generate is None or config.evaluation.every_n_steps is None:
-        return None
-    return Questions(config, dict(zip(config.domains.names, evaluated, strict=True)), tokenizer, architecture)
 
 
 def count_steps(config: Config, corpus: Corpus, settings: PlannerSettings) -> int:

@@ -1,7 +1,7 @@
 """On what and with which versions something ran, for run.json, evaluations and benchmarks; what
 changed since.
 
-What is not covered: finding the commit (`foundations/commit.py`).
+What is not covered: finding versions and the commit (`foundations/machine.py`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from versatune_ds.config.schema import Config
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.parameters import parameter_counts
 from versatune_ds.foundations import constants, distributed
-from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.errors import ConfigError
 from versatune_ds.foundations.files import canonical_hash
 from versatune_ds.foundations.log import get_logger
-from versatune_ds.foundations.machine import installed
+from versatune_ds.foundations.machine import git_commit, installed
 from versatune_ds.observability.throughput import peak_tflops
 
 log = get_logger(__name__)
@@ -33,7 +32,6 @@ OPTIONAL = ("triton", "flash_attn")
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
-    """Facts about the machine for run.json."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "CPU",

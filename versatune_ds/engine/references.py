@@ -32,7 +32,6 @@ def open_reference(
     held-out data if it has any, and with `reference.model` if that is set.
 
     Args:
-        tokenizer: the run's, as loaded.
         tokenizer_fingerprint: of tokenizer and template.
         caches: `train` and `eval` caches per domain.
 

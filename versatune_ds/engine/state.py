@@ -52,7 +52,6 @@ class SpikeGuard:
             self._losses.append(loss)
 
     def state(self) -> list[float]:
-        """For the checkpoint."""
         return list(self._losses)
 
 
@@ -112,7 +111,6 @@ class TrainState:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """For the checkpoint."""
         return {
             "planner": self.planner.to_json(),
             "controller": self.controller.state(),

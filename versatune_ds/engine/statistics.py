@@ -63,7 +63,6 @@ class StepStatistics:
     """The [NUM_ROWS, k] buffer of one step, plus flags.
 
     Args:
-        num_domains: k.
         routers: of a mixture of experts, whose counts go along.
         counts: False on all but one of the ranks that share a pack: they have the same sums of samples.
         base_kl: the model's, whose compared tokens go along.

@@ -28,14 +28,8 @@ def record_step(
     why_skipped: str | None,
     times: Recorder,
 ) -> None:
-    """A line of metrics.jsonl, and the console; rank 0 only.
-
-    Args:
-        totals: what all ranks together know of it.
-        rate: its learning rate, applied or not.
-        why_skipped: the reason, if it was skipped.
-        times: its phases so far on this rank.
-    """
+    """A line of metrics.jsonl, and the console; rank 0 only. `rate`: its learning rate, applied or not;
+    `times`: its phases so far on this rank."""
     if not distributed.is_main():
         return
     names, sums, routers = run.table.names, totals.sums, run.backend.model.routers

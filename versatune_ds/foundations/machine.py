@@ -8,12 +8,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from versatune_ds.foundations.commit import git_commit
 
 PACKAGES = (
     *("versatune-ds", "torch", "triton", "transformers", "deepspeed", "accelerate", "flash-attn"),
@@ -54,3 +53,23 @@ def cpu_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def git_commit(file: Path = Path(__file__)) -> str | None:
+    """Commit of the source tree that `file` belongs to, "-dirty" appended when tracked files differ.
+
+    None outside of git, and for an installed copy that lies in the checkout of something else.
+    """
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=file.parent, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)
+        commit = git("rev-parse", "--short=12", "HEAD")
+        return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -44,7 +44,6 @@ class WorkProgress:
             self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {unit}", dynamic_ncols=True)
 
     def advance(self, count: int) -> None:
-        """`count` more are done."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
@@ -63,6 +62,5 @@ class WorkProgress:
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End the bar."""
         if self._bar is not None:
             self._bar.close()

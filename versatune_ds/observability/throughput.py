@@ -69,7 +69,6 @@ def peak_memory_gib() -> float | None:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for an accelerator."""
     if device.type == "cuda":
         sys.modules["torch"].cuda.synchronize()
 

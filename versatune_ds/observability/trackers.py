@@ -36,19 +36,15 @@ class Tracker(NamedTuple):
 
 
 class TrackedRun(NamedTuple):
-    """What a tracker is opened for."""
-
     folder: Path
     project: str
     """As given in the settings: project or experiment."""
     first_step: int
     """The first one that will be recorded."""
     config: Mapping[str, Any]
-    """All settings."""
 
     @property
     def name(self) -> str:
-        """Of the run folder."""
         return self.folder.resolve().name
 
     @property
@@ -169,11 +165,7 @@ def wanted_trackers(settings: Metrics) -> dict[str, Callable[[TrackedRun], Track
 def open_trackers(
     run_dir: Path, settings: Metrics, first_step: int, config: Mapping[str, Any]
 ) -> list[Tracker]:
-    """All trackers that are asked for.
-
-    Raises:
-        ConfigError: one cannot be started.
-    """
+    """All trackers that are asked for; ConfigError where one cannot be started."""
     opened = []
     for name, tracker in wanted_trackers(settings).items():
         try:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from versatune_ds.foundations import constants
+from versatune_ds.report.figures import shorten
 from versatune_ds.report.measures import NOTHING, all_names, percent
 from versatune_ds.report.page import Cell, Table
 from versatune_ds.report.runs import RunData, read_jsonl
@@ -76,7 +77,8 @@ def answer_tables(run: RunData) -> list[Table]:
         for source, of_sample in lines.items():
             line = next(iter(of_sample.values()))
             answers = [_answer(of_sample.get(step)) for step in shown]
-            asked = [_tail(line.get("prompt")), _head(line.get("reference"))]
+            prompt = shorten(str(line.get("prompt")).strip(), MAX_CHARS + 1, keep_end=True)
+            asked = [prompt, shorten(str(line.get("reference")), MAX_CHARS + 1)]
             rows.append((Path(source).name, [*asked, *answers]))
         head = ["", "Prompt", "Reference", *(f"after step {step:,}" for step in shown)]
         tables.append(Table(head, rows, f"Answers: {domain}", kind="texts answers"))
@@ -101,14 +103,5 @@ def _answer(line: Line | None) -> str:
     score = line.get("score")
     marks = {1.0: "\u2713", 0.0: "\u2717"}
     mark = "?" if not isinstance(score, int | float) else marks.get(float(score), f"{score:.2f}")
-    return f"{mark} {_head(line.get('answer'))}" + ("" if line.get("finished") is True else " [cut]")
-
-
-def _head(text: Any) -> str:
-    text = str(text)
-    return text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}\u2026"
-
-
-def _tail(text: Any) -> str:
-    text = str(text).strip()
-    return text if len(text) <= MAX_CHARS else f"\u2026{text[-MAX_CHARS:]}"
+    answer = shorten(str(line.get("answer")), MAX_CHARS + 1)
+    return f"{mark} {answer}" + ("" if line.get("finished") is True else " [cut]")

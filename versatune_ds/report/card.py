@@ -30,7 +30,6 @@ def model_card(run: RunData, step: int | None, *, is_adapter: bool) -> str:
     """README.md of a repository on the hub.
 
     Args:
-        run: what was recorded.
         step: that the weights are of; None: the best one that was kept, else the last one.
         is_adapter: an adapter for the base model, not a whole model.
     """

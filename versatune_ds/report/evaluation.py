@@ -57,7 +57,6 @@ def show(
 
 
 def loss_table(evaluation: ModelEvaluation, caption: str = "") -> Table:
-    """Held-out loss, standard error and perplexity of each domain."""
     head = ("domain", "loss", "std. error", "perplexity", "samples", "tokens")
     keys = {"loss": 4, "stderr": 4, "perplexity": 2, "samples": None, "supervised_tokens": None}
 
@@ -69,7 +68,6 @@ def loss_table(evaluation: ModelEvaluation, caption: str = "") -> Table:
 
 
 def change_table(changes: Sequence[Change]) -> Table:
-    """Loss before and after, relative change with its 95 % interval, and forgetting."""
     head = ("domain", "before", "after", "change", "95 % interval", "forgetting")
     rows = []
     for change in changes:
@@ -93,7 +91,6 @@ def score_table(evaluation: ModelEvaluation, caption: str = "") -> Table:
 
 
 def score_change_table(changes: Sequence[ScoreChange]) -> Table:
-    """Mean score before and after, the difference with its 95 % interval, and how many samples moved."""
     head = ("domain", "score before", "after", "difference", "95 % interval", "better", "worse", "samples")
     rows = []
     for c in changes:
@@ -132,10 +129,6 @@ def radar_chart(path: Path, after: ModelEvaluation, before: ModelEvaluation | No
         names = [score.name for score in after.benchmarks]
         panels.append(Radar("benchmark score (outer is better)", names, values, 1.0))
     if panels:
-        write_bytes_atomic(path, to_png(radar_charts(panels, [_short(model.model) for model in models])))
+        labels = ["/".join(Path(model.model).parts[-2:]) for model in models]
+        write_bytes_atomic(path, to_png(radar_charts(panels, labels)))
     return bool(panels)
-
-
-def _short(model: str) -> str:
-    """The last two parts of a path."""
-    return "/".join(Path(model).parts[-2:])

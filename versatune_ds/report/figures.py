@@ -88,8 +88,6 @@ MAX_LABEL_LENGTH = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line of a picture."""
-
     x: Array
     y: Array
     label: str = ""
@@ -158,7 +156,6 @@ def color_of(color: int | str) -> str:
 
 
 def line_chart(chart: Chart) -> Markup:
-    """Draw a chart as an `<svg>` element."""
     with drawing():
         figure, axes = _new_figure(chart.width, chart.height)
         for series in chart.series:
@@ -174,7 +171,8 @@ def line_chart(chart: Chart) -> Markup:
             look: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "markerfacecolor": face}
             if len(steps):  # an empty line would stretch what `_place` measures
                 axes.plot(steps, np.zeros(len(steps)), **TRIANGLE, **look)
-        right = _label_margin(chart) if chart.label_ends else 12.0
+        longest = max((len(shorten(s.label, MAX_LABEL_LENGTH)) for s in chart.series), default=0)
+        right = 18 + 6.1 * longest if chart.label_ends else 12.0
         _place(figure, axes, chart.width, chart.height, right)
         if chart.label_ends:
             _label_ends(axes, chart)
@@ -240,11 +238,6 @@ def shorten(text: str, length: int, *, keep_end: bool = False) -> str:
     if len(text) <= length:
         return text
     return f"…{text[1 - length :]}" if keep_end else text[: length - 1].rstrip() + "…"
-
-
-def _label_margin(chart: Chart) -> float:
-    longest = max((len(shorten(s.label, MAX_LABEL_LENGTH)) for s in chart.series), default=0)
-    return 18 + 6.1 * longest
 
 
 def _label_ends(axes: matplotlib.axes.Axes, chart: Chart) -> None:

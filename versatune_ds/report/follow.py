@@ -27,8 +27,6 @@ QUIET_STEPS = 10
 
 
 class State(NamedTuple):
-    """How a run is."""
-
     text: str
     is_over: bool
 

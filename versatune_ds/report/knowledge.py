@@ -16,11 +16,7 @@ from versatune_ds.report.figures import Stack, stacked_bars, to_png
 
 
 def draw_knowledge(paths: Sequence[Path], picture: Path) -> None:
-    """One bar for each knowledge.json, from top to bottom in one PNG.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
+    """One bar for each knowledge.json, from top to bottom in one PNG; DataError: a file cannot be read."""
     stacks = [_stack(path) for path in paths]
     write_bytes_atomic(picture, to_png(stacked_bars(stacks, "share of generated texts")))
 

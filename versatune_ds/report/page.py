@@ -28,8 +28,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One cell of a table."""
-
     text: str
     best: bool = False
     """The lowest of its row: printed bold."""
@@ -63,8 +61,6 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """A stretch of a `MarkedText`."""
-
     text: str
     kind: str = ""
     """`thought`, `tool result`, or empty."""
@@ -121,8 +117,6 @@ class Card:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A whole page."""
-
     title: str
     sections: Sequence[PageSection]
     lead: str = ""
@@ -138,11 +132,7 @@ class Page:
 
 
 def to_html(page: Page, folder: Path = Path()) -> str:
-    """The page as one HTML file, with its figures.
-
-    Args:
-        folder: where it will lie; links are as seen from there.
-    """
+    """The page as one HTML file, with its figures; links are as seen from `folder`, where it will lie."""
     from versatune_ds.report import figures  # Markdown needs no matplotlib
 
     environment = jinja2.Environment(

@@ -163,11 +163,7 @@ def _chart(runs: Sequence[RunData], title: str, series: Sequence[Series], **sett
 
 
 def _domain_panels(runs: Sequence[RunData], what: str, lines: Lines, **settings: Any) -> list[Picture]:
-    """One small picture a domain with all runs in it; domains without any number are left out.
-
-    Args:
-        lines: of one domain of one run.
-    """
+    """One small picture a domain with the `lines` of all runs; domains without any number are left out."""
     pictures, several = [], len(runs) > 1
     for index, name in enumerate(all_names(runs)):
         found: list[Series] = []
@@ -179,11 +175,6 @@ def _domain_panels(runs: Sequence[RunData], what: str, lines: Lines, **settings:
             svg = line_chart(_chart(runs, f"{what} of {name}", found, **PANEL, **settings))
             pictures.append(Picture(name, svg, None if several else index))
     return pictures
-
-
-def summary_section(runs: Sequence[RunData]) -> PageSection:
-    """What the runs are and how far they are."""
-    return PageSection("summary", "Summary", tables=[summary_table(runs)])
 
 
 def domains_section(runs: Sequence[RunData]) -> PageSection:
@@ -200,7 +191,6 @@ def domains_section(runs: Sequence[RunData]) -> PageSection:
 
 
 def weights_section(runs: Sequence[RunData]) -> PageSection:
-    """Weights over time."""
     lead = "Share of each domain in the batches, as planned."
     if not any(np.isfinite(run.weights).any() for run in runs):
         return PageSection("weights", "Weights", "No weights are recorded yet.")
@@ -373,7 +363,6 @@ def _gap_picture(run: RunData) -> Picture:
 
 
 def speed_section(runs: Sequence[RunData]) -> PageSection:
-    """Tokens per second, seconds per step, and where a step's time goes."""
     key, title, several = "speed", "Throughput and time", len(runs) > 1
     if not any(np.isfinite(run.series["step_s"]).any() for run in runs):
         return PageSection(key, title, "No step is recorded yet.")
@@ -416,13 +405,8 @@ def alarms_section(runs: Sequence[RunData]) -> PageSection:
     return PageSection("alarms", "Alarms", lead, tables=[alarms] if count else (), folds=folds)
 
 
-def settings_section(runs: Sequence[RunData]) -> PageSection:
-    """The settings as they were resolved."""
-    return PageSection("settings", "Settings", folds=settings_folds(runs))
-
-
 SECTIONS: tuple[tuple[Callable[[Sequence[RunData]], PageSection | None], bool], ...] = (
-    (summary_section, False),
+    (lambda runs: PageSection("summary", "Summary", tables=[summary_table(runs)]), False),
     (domains_section, False),
     (weights_section, True),
     (loss_section, True),
@@ -432,6 +416,6 @@ SECTIONS: tuple[tuple[Callable[[Sequence[RunData]], PageSection | None], bool], 
     (speed_section, True),
     (profile_section, False),
     (alarms_section, False),
-    (settings_section, False),
+    (lambda runs: PageSection("settings", "Settings", folds=settings_folds(runs)), False),
 )
 """Each with whether it draws over steps or tokens."""

@@ -49,7 +49,6 @@ SHOWN_AS = {
 
 
 def clock_of(device: torch.device) -> HostClock:
-    """The device's own clock."""
     return CudaClock() if device.type == "cuda" else HostClock()
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet
 
 from versatune_ds.apps.bench.samples import domain_lengths
@@ -34,10 +35,11 @@ from versatune_ds.data.plan.corpus import WEIGHT_UNITS, Corpus, PlannerSettings
 from versatune_ds.data.plan.planner import StepPlan, plan_step
 from versatune_ds.data.plan.state import PlannerState
 from versatune_ds.domain.statistics import DomainSums
+from versatune_ds.observability.throughput import peak_memory_gib
 
 CHARACTERS_PER_TOKEN = 4
 SCALE_BLOCK = 1_000_000
-MEMORY = {"peak": "VmHWM", "private": "RssAnon", "mapped": "RssFile"}
+MIB = 1 << 20
 QUADRATIC_TOKENS = 65_000.0
 """Attention costs as much as the linear layers at this length: a 7B model of 28 layers, hidden 3,584."""
 COLUMNS = (
@@ -108,7 +110,6 @@ def planned(
 
 
 def mean_idle(steps: Sequence[Sequence[packing.Pack]], ranks: int, settings: PlannerSettings) -> str:
-    """Modelled idle time, averaged over steps."""
     model = functools.partial(modelled_idle, pack_len=settings.pack_len, quadratic_tokens=QUADRATIC_TOKENS)
     return f"{np.mean([model(packs, ranks) for packs in steps]):.2%}"
 
@@ -126,13 +127,6 @@ def mapped_lengths(folder: Path, domain: int, size: int, longest: int) -> np.nda
         for start in range(0, size, len(block)):
             np.roll(block, start)[: size - start].tofile(file)
     return np.memmap(path, dtype=np.int32, mode="r")
-
-
-def memory_mib() -> dict[str, float]:
-    """This process: most resident so far, and now in private memory and in mapped files. Linux."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    values = {words[0].rstrip(":"): words[1] for words in lines if len(words) > 1}
-    return {name: int(values[key]) / 1024 for name, key in MEMORY.items()}
 
 
 def reduced_sums(plan: StepPlan, ranks: int, num_domains: int) -> tuple[DomainSums, DomainSums, float]:
@@ -180,7 +174,7 @@ def scale(args: argparse.Namespace, folder: Path) -> list[str]:
     own_s = time.process_time() - start
     total, at_once, rank_s = reduced_sums(plan, args.ranks, k)
     error = np.abs(total.values / at_once.values - 1).max()
-    memory = memory_mib()
+    now = psutil.Process().memory_info()  # shared: mapped files
     rows = {
         "samples, tokens": f"{sum(corpus.num_samples):,}, {total_tokens:,}",
         "ranks, packs a step, tokens a pack": f"{args.ranks:,}, {packs:,}, {pack_len:,}",
@@ -193,8 +187,9 @@ def scale(args: argparse.Namespace, folder: Path) -> list[str]:
         "planner state as JSON": f"{len(json.dumps(plan.state_after.to_json())):,} bytes",
         "domain sums of a rank": f"{rank_s * 1e6:.0f} us CPU, {total.values.nbytes} bytes to reduce",
         "reduced over ranks against at once": f"{error:.1e} relative",
-        "memory: peak resident": f"{memory['peak']:,.0f} MiB",
-        "memory at the end: private, mapped files": f"{memory['private']:,.0f}, {memory['mapped']:,.0f} MiB",
+        "memory: peak resident": f"{1024 * (peak_memory_gib() or 0):,.0f} MiB",
+        "memory at the end: private, mapped files": f"{(now.rss - now.shared) / MIB:,.0f}, "
+        f"{now.shared / MIB:,.0f} MiB",
     }
     return [cells("what", "measured"), cells("---", "---"), *(cells(*row) for row in rows.items())]
 

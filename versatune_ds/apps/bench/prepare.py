@@ -44,14 +44,6 @@ def training_data(args: argparse.Namespace, *more: str) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"eval": []})})
 
 
-def run_prepare(config: Config) -> int:
-    """Our side; returns the number of tokens."""
-    from versatune_ds.data.cache.prepare import prepare
-
-    caches = prepare(config, progress=False).caches["train"]
-    return sum(int(cache.lengths.sum()) for cache in caches if cache is not None)
-
-
 def run_datasets(config: Config, files: Sequence[tuple[str, str, Mapping[str, str]]]) -> int:
     """The other side; returns the number of tokens."""
     import datasets
@@ -168,7 +160,12 @@ def run_rounds(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for number in range(1, args.rounds + 1):
             sides = SIDES if number % 2 else SIDES[::-1]
             rounds.append({side: measure(side, args, str(listed), overrides) for side in sides})
-            print_round(number, rounds[-1])
+            last = [(side, rounds[-1][side]) for side in SIDES]
+            numbers = [
+                f"{side} {took['wall_s']:.1f} s, CPU {took['cpu_s']:.1f} s, load {took['load_average']:.1f}"
+                for side, took in last
+            ]
+            print(f"round {number}: {'; '.join(numbers)}", flush=True)
             yield {
                 "environment": environment,
                 "processes": workers,
@@ -181,16 +178,6 @@ def run_rounds(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }
 
 
-def print_round(number: int, sides: Mapping[str, Mapping[str, float]]) -> None:
-    """A line for the impatient."""
-    numbers = "; ".join(
-        f"{side} {sides[side]['wall_s']:.1f} s, CPU {sides[side]['cpu_s']:.1f} s, "
-        f"load {sides[side]['load_average']:.1f}"
-        for side in SIDES
-    )
-    print(f"round {number}: {numbers}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE")
@@ -201,7 +188,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     if args.side == "prepare":
-        print(run_prepare(training_data(args)))
+        from versatune_ds.data.cache.prepare import prepare
+
+        caches = prepare(training_data(args), progress=False).caches["train"]
+        print(sum(cache.num_tokens for cache in caches if cache is not None))
     elif args.side == "datasets":
         print(run_datasets(training_data(args), json.loads(args.files.read_text())))
     else:

@@ -36,9 +36,6 @@ UNITS = ("real", "slot", "supervised")
 MEASURED = "measured"
 
 
-# --- numbers ------------------------------------------------------------------------------------------------
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, mean and 95th percentile."""
     found = (np.median(values), np.mean(values), np.quantile(values, 0.95))
@@ -189,9 +186,6 @@ def lost_texts(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-# --- tables -------------------------------------------------------------------------------------------------
-
-
 def table(result: Mapping[str, Any]) -> str:
     """One benchmark as Markdown."""
     settings, environment = result["settings"], result["environment"]
@@ -202,8 +196,9 @@ def table(result: Mapping[str, Any]) -> str:
     lead += _list("Not measured:", lost_texts(result))
     if not slices:
         return to_markdown(Page(title, [], "\n\n".join(lead)))
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     lead += [
-        f"Commit {environment['commit']}; {_versions(environment)}. {_setting_text(settings)}.",
+        f"Commit {environment['commit']}; {versions}. {_setting_text(settings)}.",
         f"Matrix products of one rank: {number(result['matmul_ceiling']['tflops'])} TFLOP/s measured in this "
         f"run; datasheet peak: {number(result['peak_tflops'], 0)}.",
     ]
@@ -212,7 +207,11 @@ def table(result: Mapping[str, Any]) -> str:
     if full["extrapolated"]:
         rows.append((f"{full['layers']} (extrapolated)", _rate_cells(full)))
         notes.append(f"Extrapolated: {full['method']}. Not measured.")
-    split = [(str(measured["layers"]), _split_cells(measured["split_s"])) for measured in slices]
+    split = []
+    for measured in slices:
+        seconds, of_step = measured["split_s"], shares(measured["split_s"])
+        cells = [f"{1e3 * seconds[name]:.3g} ({percent(of_step[name], 2)})" for name in PHASES]
+        split.append((str(measured["layers"]), cells))
     after = [_update_text(measured) for measured in slices]
     after += [_comparison_text(m) for m in slices if m["statistics_off"] is not None]
     rated, parted = Table(["layers", *RATE_COLUMNS], rows), Table(["layers", *PHASES], split)
@@ -224,13 +223,7 @@ def table(result: Mapping[str, Any]) -> str:
     return to_markdown(Page(title, sections, "\n\n".join(lead)))
 
 
-def _split_cells(split: Mapping[str, float]) -> list[str]:
-    of_step = shares(split)
-    return [f"{1e3 * split[name]:.3g} ({percent(of_step[name], 2)})" for name in PHASES]
-
-
 def _list(title: str, texts: Sequence[str]) -> list[str]:
-    """A title and a Markdown list, or nothing."""
     return [title, "\n".join(f"- {text}" for text in texts)] if texts else []
 
 
@@ -281,11 +274,8 @@ def _comparison_text(measured: Mapping[str, Any]) -> str:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All trainer benchmarks in a folder, by file name.
-
-    Raises:
-        DataError: a file is not JSON or of another version, or there is none.
-    """
+    """All trainer benchmarks in a folder, by file name; DataError: a file is not JSON or of another version,
+    or there is none."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -309,11 +299,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def page(results: Sequence[Mapping[str, Any]], failures: Sequence[str] = ()) -> str:
-    """A comparison of several benchmarks as one Markdown page.
-
-    Args:
-        failures: settings that ended with an error, one line each.
-    """
+    """Several benchmarks on one Markdown page; `failures`: settings that ended with an error, a line each."""
     failed = [f"{result['name']}: {text}" for result in results for text in lost_texts(result)]
     rows, settings = [], []
     for result in results:
@@ -345,7 +331,3 @@ def _setting_text(settings: Mapping[str, Any]) -> str:
         f"{settings['activation_checkpointing']}, attention {settings['attention']}, "
         f"loss {settings['loss_backend']}, data {settings['data']}"
     )
-
-
-def _versions(environment: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in environment["versions"].items())

@@ -74,11 +74,7 @@ def check_settings(settings: BenchSettings) -> None:
 
 
 def bench_config(settings: BenchSettings, source: str, run_dir: Path) -> Config:
-    """A run's settings for the benchmark; `overrides` win over everything.
-
-    Args:
-        settings: with the activation checkpointing chosen, not "auto".
-    """
+    """A run's settings with the activation checkpointing chosen (not "auto"); `overrides` win over all."""
     names = list(DOMAINS)
     domains: dict[str, Any] = {"names": names}
     if settings.data is not None:

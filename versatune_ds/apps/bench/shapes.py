@@ -52,11 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def shape_config(name: str, layers: int | None = None) -> dict[str, Any]:
-    """config.json of a named shape, cut to its first `layers` layers.
-
-    Raises:
-        ConfigError: unknown name, or more layers than the shape has.
-    """
+    """config.json of a named shape, cut to its first layers; ConfigError: unknown name, too many layers."""
     if name not in SHAPES:
         raise ConfigError(unknown_name("shape", name, SHAPES))
     config = dict(SHAPES[name])

@@ -66,9 +66,6 @@ log = get_logger(__name__)
 NUM_UPDATES = 3
 
 
-# --- the benchmark ------------------------------------------------------------------------------------------
-
-
 def bench_slice(settings: BenchSettings, layers: int) -> dict[str, Any]:
     """Measure the first `layers` layers; every rank calls it, in a process without a group.
 
@@ -145,12 +142,7 @@ def measure(run: Components, settings: BenchSettings, ceiling_tflops: float) -> 
     }
 
 
-# --- steps --------------------------------------------------------------------------------------------------
-
-
 class TimedSteps(NamedTuple):
-    """What a number of steps took and did."""
-
     seconds: float
     """Wall time from the first to the end of the last, the device included."""
     step_s: list[float]
@@ -178,7 +170,6 @@ class Stepper:
         self._stop = StopRequest()
 
     def take(self, count: int) -> TimedSteps:
-        """`count` steps of the trainer."""
         run, records = self.run, getattr(self.run.sinks, "records", [])
         first_record = len(records)
         step_s, plans = [], []
@@ -208,14 +199,11 @@ class Stepper:
 
 
 class RecordingSinks(Sinks):
-    """Keeps the records of steps in memory."""
-
     def __init__(self) -> None:
         super().__init__()
         self.records: list[StepRecord] = []
 
     def step(self, record: StepRecord) -> None:
-        """Keep a record."""
         self.records.append(record)
 
 
@@ -264,9 +252,6 @@ def compare_statistics(run: Components, stepper: Stepper, count: int) -> dict[st
     }
 
 
-# --- what is run --------------------------------------------------------------------------------------------
-
-
 def open_bench_run(config: Config, settings: BenchSettings, device: torch.device) -> Components:
     """A run on given samples, without a folder, evaluation or checkpoints."""
     vocab_size = shape_config(settings.shape)["vocab_size"]
@@ -302,9 +287,6 @@ def check_tokens(caches: list[Any], vocab_size: int, settings: BenchSettings) ->
             )
 
 
-# --- where it runs ------------------------------------------------------------------------------------------
-
-
 def matmul_ceiling(config: Config, settings: BenchSettings, device: torch.device) -> dict[str, Any]:
     """The fastest matrix product of one rank in the run's dtype: the model's MLP product, or a square one."""
     shape = shape_config(settings.shape)
@@ -329,7 +311,6 @@ def matmul_ceiling(config: Config, settings: BenchSettings, device: torch.device
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Date, hardware, versions, commit and load at the start."""
     return {
         **describe_host(()),
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -296,11 +296,7 @@ def _folded(text: str) -> str:
 
 
 def read_names(answer: Sequence[Position], names: Sequence[str]) -> list[float]:
-    """Probability that an answer gives to each name; see the module docstring.
-
-    Args:
-        names: as `plain` gives them.
-    """
+    """Probability that an answer gives to each name (as `plain` gives them); see the module docstring."""
     masses = [0.0] * len(names)
     path, mass = "", 1.0
     for position in answer:

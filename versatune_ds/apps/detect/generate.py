@@ -41,8 +41,6 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """One generated text."""
-
     index: int
     """Number over all rounds; its round is index // detect.sequences."""
     text: str
@@ -62,8 +60,6 @@ class GeneratedText:
 
 
 class Generator(Protocol):
-    """Something that writes the texts of a batch."""
-
     def generate(self, batch: int, indices: Sequence[int]) -> list[GeneratedText]:
         """The texts with these indices, all of batch number `batch`."""
         ...
@@ -74,24 +70,19 @@ def batch_seed(seed: int, batch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{batch}".encode()).digest()[:8], "big") >> 1
 
 
-# --- the model ----------------------------------------------------------------------------------------------
-
-
 def subject(config: Config) -> Model:
     """Settings of the model to examine: `detect.model`, always with its weights, or the run's own model."""
-    if config.detect.model is None:
-        return config.model
-    return config.model.model_copy(
-        update={"source": config.detect.model, "tokenizer": None, "weights": "pretrained"}
-    )
+    return config.model if config.detect.model is None else other_model(config.detect.model, config.model)
+
+
+def other_model(source: str, like: Model) -> Model:
+    """Settings as another model's, with another source."""
+    return like.model_copy(update={"source": source, "tokenizer": None, "weights": "pretrained"})
 
 
 def subject_fingerprint(settings: Model, seed: int) -> str:
-    """Hash of the model to examine: `fingerprints.model_fingerprint`, and the seed of a random one.
-
-    Raises:
-        ConfigError: no such model, or a folder without weights.
-    """
+    """`fingerprints.model_fingerprint` of the model to examine, and the seed of a random one; ConfigError: no
+    such model, or a folder without weights."""
     fingerprint = model_fingerprint(settings)
     if settings.weights == "random":
         return canonical_hash([fingerprint, "random", seed])
@@ -154,15 +145,9 @@ def max_new_tokens(detect: Detect, settings: Model) -> int:
     return int(positions) - 1
 
 
-# --- generators ---------------------------------------------------------------------------------------------
-
-
 def choose_generator(wanted: str, device_type: str) -> str:
-    """`detect.generator` as "vllm" or "transformers", logged with its reason.
-
-    Raises:
-        ConfigError: vLLM is asked for and cannot be used.
-    """
+    """`detect.generator` as "vllm" or "transformers", logged with its reason; ConfigError: vLLM is asked for
+    and cannot be used."""
     problem = None
     if importlib.util.find_spec("vllm") is None:
         problem = "vllm is not installed (pip install versatune-ds[vllm])"
@@ -178,11 +163,7 @@ def choose_generator(wanted: str, device_type: str) -> str:
 
 
 def build_generator(kind: str, config: Config, tokenizer: Any, device: torch.device) -> Generator:
-    """The generator of a run; loads the model.
-
-    Raises:
-        ConfigError: the model cannot be loaded.
-    """
+    """The generator of a run, with its model loaded; ConfigError where that cannot be."""
     settings = subject(config)
     limit = max_new_tokens(config.detect, settings)
     if kind == "vllm":
@@ -192,11 +173,8 @@ def build_generator(kind: str, config: Config, tokenizer: Any, device: torch.dev
 
 
 def load_model(settings: Model, seed: int, device: torch.device) -> Any:
-    """A whole causal LM on `device`, ready to generate or to score.
-
-    Raises:
-        ConfigError: it cannot be loaded, or lacks weights.
-    """
+    """A whole causal LM on `device`, ready to generate or to score; ConfigError: it cannot be loaded, or
+    lacks weights."""
     if settings.weights == "random":
         log.warning(
             "model.weights is random: an untrained model knows nothing, and its distribution is noise "
@@ -278,7 +256,6 @@ class VllmGenerator:
         )
 
     def generate(self, batch: int, indices: Sequence[int]) -> list[GeneratedText]:
-        """See `Generator`."""
         from vllm import SamplingParams
 
         detect = self.detect

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from versatune_ds.engine.provenance import changed_settings
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.errors import StateError
 from versatune_ds.foundations.files import write_json_atomic, writing
@@ -84,7 +85,6 @@ class Journal:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -101,26 +101,19 @@ def read_detection(folder: Path) -> dict[str, Any]:
 
 
 def open_journal(folder: Path, name: str, what: str, wanted: dict[str, Any]) -> Journal | None:
-    """The journal of a step on rank 0 (None elsewhere), for lines made with `wanted` and no others.
-
-    Raises:
-        StateError: the file holds lines that were made with other settings.
-    """
+    """The journal of a step on rank 0 (None elsewhere), for lines made with `wanted`; StateError: it holds
+    lines that were made with other settings."""
     if not distributed.is_main():
         return None
     content = read_detection(folder)
     journal = Journal(folder / name)
-    found = content.get(what)
-    if journal.lines and found != wanted:
+    changed = changed_settings(content.get(what) or {}, wanted)
+    if journal.lines and changed:
         journal.close()
-        differences = [
-            f"{key} was {(found or {}).get(key)!r} and is now {wanted.get(key)!r}"
-            for key in sorted({*(found or {}), *wanted})
-            if (found or {}).get(key) != wanted.get(key)
-        ]
+        differences = "; ".join(f"{key} was {was!r} and is now {now!r}" for key, was, now in changed)
         raise StateError(
-            f"{journal.path} was made with other settings: {'; '.join(differences)}. Give another folder "
-            f"with --out, or move {name} away to do this step again"
+            f"{journal.path} was made with other settings: {differences}. Give another folder with --out, or "
+            f"move {name} away to do this step again"
         )
     write_json_atomic(folder / DETECTION_FILE, {**content, what: wanted})
     return journal

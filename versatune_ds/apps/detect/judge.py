@@ -35,8 +35,6 @@ PLAIN_ENDING = "\n\nDomain:"
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
-    """What a judge said about one text."""
-
     index: int
     """Of the text."""
     probabilities: npt.NDArray[np.float64] | None
@@ -58,8 +56,6 @@ class Judgement:
 
 
 class DomainJudge(Protocol):
-    """Something that tells domains."""
-
     texts_at_once: int
     """How many texts `judge` takes best."""
     on_every_rank: bool

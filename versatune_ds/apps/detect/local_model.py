@@ -65,7 +65,6 @@ class ModelJudge:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def open(self) -> None:
-        """Load the model."""
         self.model = load_model(self.settings, 0, self.device)
 
     def judge(self, texts: Sequence[tuple[int, str]]) -> Iterator[Judgement]:
@@ -85,7 +84,6 @@ class ModelJudge:
                 yield Judgement(index, None, "the judge's probabilities are not finite")
 
     def close(self) -> None:
-        """Free the model's memory."""
         self.model = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -117,12 +115,8 @@ class ModelJudge:
 def name_log_probabilities(
     model: Any, prompts: Sequence[list[int]], answers: Sequence[list[list[int]]]
 ) -> np.ndarray:
-    """Log-probability of each answer behind its prompt: float64[n, k], nats.
-
-    Args:
-        prompts: n lists of ids, each at least one.
-        answers: for every prompt k lists of ids, each at least one.
-    """
+    """Log-probability of each of n prompts' k answers behind the prompt: float64[n, k], nats. Prompts and
+    answers are lists of ids, each at least one."""
     device = model.device
     k = len(answers[0])
     ids, mask = pad_left(prompts)
@@ -156,8 +150,3 @@ def name_log_probabilities(
             "the judge's device is out of memory; lower detect.judge.batch_size or max_chars"
         ) from error
     return total.reshape(-1, k).cpu().numpy()
-
-
-def judge_settings(source: str, subject: Model) -> Model:
-    """Settings of a judge model: as the examined one's, with another source."""
-    return subject.model_copy(update={"source": source, "tokenizer": None, "weights": "pretrained"})

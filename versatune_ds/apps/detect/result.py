@@ -75,8 +75,10 @@ def aggregate_texts(
     rounds = np.array([line["index"] for line in placed]) // detect.sequences
     num_blank = sum(text.is_blank for text in texts.values())
     masses = [line["name_mass"] for line in judged.lines.values() if line["name_mass"] is not None]
+    left_out = judged.about.get("left_out_sources")
+    sources = left_out and [np.array(left_out[name], dtype=np.float64) for name in table.names]
     content = {
-        **aggregate(table, probabilities, rounds, detect.rounds, detect.seed, sources_of(table, judged)),
+        **aggregate(table, probabilities, rounds, detect.rounds, detect.seed, sources),
         "texts": {
             "generated": len(texts),
             "blank": num_blank,
@@ -99,14 +101,7 @@ def aggregate_texts(
     log.info("%s", knowledge_table(content))
 
 
-def sources_of(table: DomainTable, judged: Judged) -> list[np.ndarray] | None:
-    """What the judge gave to texts of left-out sources, by domain: `sources` of `aggregate`."""
-    found = judged.about.get("left_out_sources")
-    return None if found is None else [np.array(found[name], dtype=np.float64) for name in table.names]
-
-
 def knowledge_table(content: Mapping[str, Any]) -> str:
-    """A knowledge.json as a table for people."""
     judged = content.get("judged", content["domains"])
     rows = [["domain", "share", "95 % interval", "as judged", "most probable in"]]
     for name, share in content["domains"].items():

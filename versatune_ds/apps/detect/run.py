@@ -33,12 +33,13 @@ from versatune_ds.apps.detect.generate import (
     choose_generator,
     load_text_tokenizer,
     max_new_tokens,
+    other_model,
     subject,
     subject_fingerprint,
 )
 from versatune_ds.apps.detect.journal import DETECTION_FILE, Journal, open_journal, read_detection
 from versatune_ds.apps.detect.judge import DomainJudge
-from versatune_ds.apps.detect.local_model import ModelJudge, judge_settings
+from versatune_ds.apps.detect.local_model import ModelJudge
 from versatune_ds.apps.detect.result import (
     JUDGEMENTS_FILE,
     KNOWLEDGE_FILE,
@@ -76,8 +77,6 @@ class DetectionStopped(Exception):
 
 
 class DetectContext(NamedTuple):
-    """Where a detection runs."""
-
     folder: Path
     device: torch.device
     stop: StopRequest
@@ -206,16 +205,13 @@ def finish_texts(journal: Journal | None) -> dict[int, GeneratedText]:
 
 
 def build_judge(config: Config, table: DomainTable, context: DetectContext) -> DomainJudge | None:
-    """The judge that `detect.judge` names, not opened yet; None on ranks that do not judge.
-
-    Raises:
-        VersaTuneError: it cannot be used: no data, no key, no model.
-    """
+    """The judge that `detect.judge` names, not opened yet; None on ranks that do not judge. VersaTuneError:
+    it cannot be used: no data, no key, no model."""
     settings = config.detect.judge
     if settings.kind == "model":
         assert settings.model is not None
         return ModelJudge(
-            table.names, judge_settings(settings.model, config.model), settings.batch_size, context.device
+            table.names, other_model(settings.model, config.model), settings.batch_size, context.device
         )
     if not distributed.is_main():
         return None
@@ -243,7 +239,7 @@ def build_embedders(config: Config, device: torch.device) -> list[Embedder]:
     if settings.probe_texts:
         found.append(Embedder("base", subject(config), config.run.seed, device))
     if settings.encoder:
-        found.append(Embedder("encoder", judge_settings(settings.encoder, config.model), 0, device))
+        found.append(Embedder("encoder", other_model(settings.encoder, config.model), 0, device))
     return found
 
 

@@ -59,8 +59,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Evaluated(NamedTuple):
-    """What `run_evaluation` found."""
-
     after: ModelEvaluation
     before: ModelEvaluation | None
     changes: list[Change]
@@ -80,11 +78,8 @@ def run_evaluation(
     """Evaluate a model and write evaluation.json; every rank calls it.
 
     Args:
-        config: the run's settings.
         model: folder, run folder, checkpoint folder or hub name.
         against: what to compare with: an evaluation.json, or a model, which is then evaluated first.
-        tasks: benchmarks to run besides.
-        out: folder to write into.
 
     Raises:
         VersaTuneError: settings, data or models cannot be used, or the two cannot be compared.
@@ -140,11 +135,7 @@ def evaluate_in_group(
 
 
 def write_evaluation(evaluation: ModelEvaluation, folder: Path) -> None:
-    """Write evaluation.json on rank 0; a collective.
-
-    Raises:
-        StateError: on every rank, where it cannot be written.
-    """
+    """Write evaluation.json on rank 0; a collective. StateError on every rank where it cannot be written."""
     distributed.on_main(_write, evaluation, folder)
 
 

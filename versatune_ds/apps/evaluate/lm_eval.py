@@ -34,19 +34,14 @@ NO_TASK = "lm-evaluation-harness has no task for it"
 
 
 class Scores(NamedTuple):
-    """What benchmarks gave."""
-
     scores: tuple[BenchmarkScore, ...]
     not_run: dict[str, str]
     """Name of a benchmark without a score -> why."""
 
 
 def check_benchmarks_can_run(benchmarks: Benchmarks) -> None:
-    """Refuse what cannot work before a model is loaded.
-
-    Raises:
-        ConfigError: the harness is not installed, there are several ranks, or a task runs code unasked.
-    """
+    """Refuse by ConfigError, before a model is loaded: the harness is not installed, there are several ranks,
+    or a task runs code unasked."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "--tasks needs lm-evaluation-harness, which is not installed: pip install 'versatune-ds[eval]'"
@@ -71,9 +66,7 @@ def run_benchmarks(
 
     Args:
         source: Hugging Face folder, adapter folder or hub name.
-        benchmarks: the tasks.
         model: for dtype and trust.
-        device: where the model computes.
         keep: called after each task with what is known so far; tasks still to come stand in `not_run`.
     """
     from lm_eval.models.huggingface import HFLM
@@ -136,11 +129,8 @@ def _run_task(lm: Any, manager: Any, task: Task, benchmarks: Benchmarks) -> Benc
 
 
 def read_metric(result: Mapping[str, Any], metric: str) -> tuple[float, float | None]:
-    """(value, standard error) of a metric in a harness result, whose keys are `metric,filter`.
-
-    Raises:
-        ConfigError: the task does not report the metric.
-    """
+    """(value, standard error) of a metric in a harness result, whose keys are `metric,filter`; ConfigError:
+    the task does not report it."""
     values = {}
     for key, value in result.items():
         name, comma, filter_name = key.partition(",")

@@ -26,8 +26,6 @@ log = get_logger(__name__)
 
 
 class Target(NamedTuple):
-    """A model to evaluate."""
-
     source: str
     """Hugging Face folder, or hub name."""
     out: Path

@@ -50,8 +50,6 @@ WORKERS = {"cpu": 1, "cuda": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSpec(TrainingCase):
-    """What an arm is to do with a case."""
-
     arm: str
     model: str
     """Folder with a config.json."""
@@ -80,9 +78,6 @@ class Counted:
         """Over everything that was added."""
         real, supervised, squares = torch.stack(self._sums).sum(0).tolist()
         return {"real": real, "slot": self._slots, "supervised": supervised, "sum_squared_lengths": squares}
-
-
-# --- ours ---------------------------------------------------------------------------------------------------
 
 
 def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
@@ -133,9 +128,6 @@ def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
         write(result | {"profile": measured.stop(PROFILED_STEPS)})
         run.close()
     close_process_group()
-
-
-# --- TRL ----------------------------------------------------------------------------------------------------
 
 
 def trl(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
@@ -228,11 +220,7 @@ def trl(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
 
 
 def trl_arguments(spec: ArmSpec, folder: str, device: torch.device, liger: bool) -> Any:
-    """`SFTConfig` of the same training.
-
-    Args:
-        liger: whether it takes liger-kernel's layers.
-    """
+    """`SFTConfig` of the same training; `liger`: with liger-kernel's layers."""
     from trl import SFTConfig
 
     return SFTConfig(
@@ -289,11 +277,7 @@ def trl_deepspeed(spec: ArmSpec) -> dict[str, Any]:
     }
 
 
-# --- common -------------------------------------------------------------------------------------------------
-
-
 def main(spec_file: Path, result_file: Path) -> None:
-    """Run the arm of a file."""
     spec = ArmSpec(**json.loads(spec_file.read_text(encoding="utf-8")))
     threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     if not torch.cuda.is_available():

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingCase:
-    """A model and how it is trained."""
-
     shape: str
     """Name in `bench/shapes.SHAPES`."""
     layers: int
@@ -53,8 +51,6 @@ ROUNDS = {"tiny": 2, "small": 3, "auto": 2}
 
 
 class Arm(NamedTuple):
-    """A trainer of the comparison."""
-
     name: str
     needs: tuple[str, ...]
     """Modules."""

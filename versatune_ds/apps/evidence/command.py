@@ -34,8 +34,6 @@ SUMMARY = "summary.md"
 
 
 class Stage(NamedTuple):
-    """One stage."""
-
     number: int
     name: str
     share: float

@@ -22,7 +22,7 @@ from versatune_ds.apps.bench.settings import shipped_deepspeed
 from versatune_ds.apps.bench.shapes import shape_config, write_model_folder
 from versatune_ds.apps.evidence.cases import ARMS, ROUNDS, Arm, TrainingCase, choose_cases
 from versatune_ds.apps.evidence.ratios import compare, summary_lines
-from versatune_ds.apps.evidence.record import LoadWatch, Record, memory_gib
+from versatune_ds.apps.evidence.record import LoadWatch, Record, first_visible, memory_gib
 from versatune_ds.apps.evidence.samples import write_samples
 from versatune_ds.apps.programs import Deadline, run_program
 from versatune_ds.observability.throughput import peak_tflops
@@ -32,9 +32,6 @@ PROCESS_LIMIT_S = 240.0
 UNKNOWN_S = 45.0
 """With less time left than this, an arm that has not run yet is not started."""
 RESERVE_S = 10.0
-
-
-# --- running ------------------------------------------------------------------------------------------------
 
 
 def run_comparison(record: Record, deadline: Deadline, checkout: Path | None, size: str) -> list[str]:
@@ -47,7 +44,8 @@ def run_comparison(record: Record, deadline: Deadline, checkout: Path | None, si
     """
     card = record.value["environment"]["card"] if size == "auto" else None
     cases = choose_cases(size, memory_gib(card))
-    zero = zero_section(is_cuda=card is not None)
+    # one process on a CPU: stage 0
+    zero = {"stage": 0} if card is None else shipped_deepspeed(3)["zero_optimization"]
     peak = peak_tflops(card["name"]) if card is not None else None
     results = record.results
     results.update(zero_optimization=zero, peak_tflops=peak, cases=[])
@@ -67,12 +65,6 @@ def run_comparison(record: Record, deadline: Deadline, checkout: Path | None, si
                     kept.update(compare(case, kept["runs"], peak))
                     record.write()
     return summary_lines(results)
-
-
-def zero_section(is_cuda: bool) -> dict[str, Any]:
-    """`zero_optimization` of the shipped DeepSpeed file; stage 0 on a CPU, where there is one process."""
-    section: dict[str, Any] = shipped_deepspeed(3)["zero_optimization"] if is_cuda else {"stage": 0}
-    return section
 
 
 def prepare_case(case: TrainingCase, folder: Path) -> None:
@@ -97,11 +89,8 @@ def run_arm(
     took_s: float | None,
     card: dict[str, str] | None,
 ) -> dict[str, Any]:
-    """One run of an arm: `status` "measured", "failed" or "not run", and its numbers or its `reason`.
-
-    Args:
-        took_s: seconds that the arm's last run took, None if it has not run.
-    """
+    """One run of an arm, whose last one took `took_s` (None: it has not run): `status` "measured", "failed"
+    or "not run", and its numbers or its `reason`."""
     reason = why_not(arm, card is not None)
     left_s = deadline.left_s() - RESERVE_S
     if reason is None and left_s < (UNKNOWN_S if took_s is None else 1.2 * took_s):
@@ -121,9 +110,7 @@ def run_arm(
     load = LoadWatch()
     environment = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1") if card is None else "8",
-        "CUDA_VISIBLE_DEVICES": ""
-        if card is None
-        else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+        "CUDA_VISIBLE_DEVICES": "" if card is None else first_visible(),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_DATASETS_CACHE": str(folder / "datasets"),
@@ -147,7 +134,6 @@ def run_arm(
 
 
 def why_not(arm: Arm, is_cuda: bool) -> str | None:
-    """Why an arm cannot run here, or None."""
     if arm.needs_cuda and not is_cuda:
         return "needs CUDA"
     lacking = [module for module in arm.needs if importlib.util.find_spec(module) is None]

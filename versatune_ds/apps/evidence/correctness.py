@@ -39,7 +39,8 @@ def run_correctness(record: Record, deadline: Deadline, checkout: Path | None, s
         record.results["not_run"] = reason
         return [f"not run: {reason}"]
     assert checkout is not None
-    files = gpu_test_files(checkout / "tests")
+    tests = sorted((checkout / "tests").rglob("test_*.py"))
+    files = [file for file in tests if "mark.gpu" in file.read_text(encoding="utf-8")]
     with tempfile.TemporaryDirectory(prefix="versatune-evidence-") as folder:
         lines = Path(folder) / "tests.jsonl"
         lines.touch()
@@ -76,12 +77,6 @@ def missing(checkout: Path | None) -> str | None:
     if importlib.util.find_spec("pytest") is None:
         return "pytest is not installed; pip install pytest"
     return None
-
-
-def gpu_test_files(tests: Path) -> list[Path]:
-    """Test files in which something is marked `gpu`, by name."""
-    files = sorted(tests.rglob("test_*.py"))
-    return [file for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
 
 
 def read_results(lines: Path, is_over: bool = False) -> dict[str, Any]:

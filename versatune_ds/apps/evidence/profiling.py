@@ -31,7 +31,6 @@ class DeviceProfile:
         self._started = 0.0
 
     def start(self) -> None:
-        """Begin."""
         synchronise(self._device)
         self._profile.start()
         self._started = time.perf_counter()

@@ -16,7 +16,6 @@ VARIABLE = "VERSATUNE_TEST_RESULTS"
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """A test begins."""
     _append({"id": nodeid, "outcome": "started"})
 
 

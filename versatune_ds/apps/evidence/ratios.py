@@ -32,9 +32,6 @@ CURVE_TOLERANCE = 0.03
 """Largest relative difference of two arms' losses at a step: they see other samples."""
 
 
-# --- numbers ------------------------------------------------------------------------------------------------
-
-
 def compare(case: TrainingCase, runs: Sequence[dict[str, Any]], peak: float | None) -> dict[str, Any]:
     """What the runs of a case amount to so far.
 
@@ -131,9 +128,6 @@ def checks(case: TrainingCase, by_arm: dict[str, list[dict[str, Any]]]) -> dict[
         "losses_fall": all(losses[-1] < losses[0] for losses in curves.values()),
         "arms_compared": len(curves),
     }
-
-
-# --- the table ----------------------------------------------------------------------------------------------
 
 
 COLUMNS = (

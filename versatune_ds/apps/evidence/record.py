@@ -65,16 +65,12 @@ class Record:
         return results
 
     def write(self) -> None:
-        """Replace the file."""
         write_json_atomic(self.path, clean(self.value))
 
     def end(self, summary: list[str], how: str) -> None:
         """The last write: the lines of the stage's summary, and why it ended."""
         self.value.update(summary=summary, ended=how, ended_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         self.write()
-
-
-# --- the machine --------------------------------------------------------------------------------------------
 
 
 def describe_machine() -> dict[str, Any]:
@@ -87,12 +83,17 @@ def memory_gib(card: dict[str, str] | None) -> float:
     return 0.0 if card is None else float(card["memory.total"]) / 1024
 
 
+def first_visible() -> str:
+    """Of CUDA_VISIBLE_DEVICES; 0 without it."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+
+
 def ask_card(fields: Sequence[str]) -> dict[str, str] | None:
     """What `nvidia-smi` says of the first visible card; MHz, W, MiB and degrees Celsius.
 
     None without `nvidia-smi` or a card, or with CUDA_VISIBLE_DEVICES empty.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    visible = first_visible()
     if not visible or shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", f"--id={visible}", f"--query-gpu={','.join(fields)}"]

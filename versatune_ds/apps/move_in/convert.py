@@ -36,8 +36,6 @@ WIDTH = 110
 
 
 class ForeignTrainer(NamedTuple):
-    """One of the trainers whose settings are read."""
-
     name: str
     signs: tuple[str, ...]
     """Keys that only its settings have."""
@@ -73,14 +71,9 @@ TRAINERS = (
         ("base_model",),
         AXOLOTL,
         COMMON
-        | {
-            "sequence_len": 512,
-            "per_device_train_batch_size": 1,
-            "num_train_epochs": 1,
-            "output_dir": "./model-out",
-        }
+        | {"sequence_len": 512, "per_device_train_batch_size": 1, "num_train_epochs": 1}
         | {"lr_scheduler_type": "cosine", "lora_rank": 8, "learning_rate": 5e-5}
-        | {"eval_strategy": "steps", "warmup_ratio": 0.03},
+        | {"eval_strategy": "steps", "warmup_ratio": 0.03, "output_dir": "./model-out"},
         "sequence_len",
         axolotl_data,
     ),
@@ -100,21 +93,10 @@ TRAINERS = (
         ("dataset_name", "datasets", "dataset_mixture"),
         {**LORA, "max_seq_length": "max_length"},
         COMMON
-        | {
-            "max_length": 1024,
-            "per_device_train_batch_size": 8,
-            "num_train_epochs": 3,
-            "output_dir": "trainer_output",
-        }
-        | {
-            "lr_scheduler_type": "linear",
-            "lora_rank": 16,
-            "lora_alpha": 32,
-            "lora_dropout": 0.05,
-            "bf16": True,
-        }
+        | {"max_length": 1024, "per_device_train_batch_size": 8, "num_train_epochs": 3, "bf16": True}
+        | {"lr_scheduler_type": "linear", "lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.05}
         | {"learning_rate": 2e-5, "dataset_train_split": "train", "dataset_test_split": "test"}
-        | {"gradient_checkpointing": True, "save_steps": 500},
+        | {"gradient_checkpointing": True, "save_steps": 500, "output_dir": "trainer_output"},
         "max_length",
         trl_data,
     ),
@@ -150,8 +132,6 @@ def import_config(path: Path, ranks: int) -> str:
         chat_template=template if template in TEMPLATES else "tokenizer",
         train_on="last_turn" if given.is_on("mask_history") else None,
     )
-    if given.is_on("train_on_prompt"):
-        given.leave("train_on_prompt", True, "only the assistant's turns are trained on")
     workers = [
         given.take(key) for key in ("preprocessing_num_workers", "dataset_num_proc", "dataset_processes")
     ]

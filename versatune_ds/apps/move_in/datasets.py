@@ -5,6 +5,7 @@ What is not covered: preference data, pre-training on plain text, images (refuse
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,15 @@ AXOLOTL_TYPES: dict[str, tuple[str | None, dict[str, str]]] = {
     "alpaca_chat.load_qa": ("prompt_completion", QUESTIONS),
 }
 """Type of a data set -> our format (None: told from its columns) and columns."""
+LEFT_OF_DATA = {
+    **dict.fromkeys(
+        ("val_size", "val_set_size", "test_split_size"),
+        "held-out rows are files of their own here: put some aside, name them in data.eval",
+    ),
+    **dict.fromkeys(("train_on_inputs", "train_on_prompt"), "only the assistant's turns are trained on"),
+}
+"""Key -> why it is not carried over."""
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def carry_data(given: Foreign, train: Sequence[Source], held_out: Sequence[Source], shares: Any) -> None:
@@ -40,6 +50,7 @@ def carry_data(given: Foreign, train: Sequence[Source], held_out: Sequence[Sourc
         held_out: the same; those of a domain that is not trained on are left, with a note.
         shares: of the sources of `train` in the mixture, if the trainer was given any.
     """
+    given.leave_all(LEFT_OF_DATA)
     names = list(dict.fromkeys(source["domain"] for source in train))
     known = [source for source in held_out if source["domain"] in names]
     for source in held_out:
@@ -92,38 +103,22 @@ def _columns(pairs: dict[str, Any]) -> dict[str, str]:
 
 
 def _source(path: Any, domain: str, format: str | None, columns: dict[str, str], split: str | None) -> Source:
-    source: Source = {"path": path, "domain": domain}
-    if format:
-        source["format"] = format
-    if columns:
-        source["columns"] = columns
-    if split and split != "train":
-        source["split"] = split
-    return source
+    given = {"format": format, "columns": columns, "split": None if split == "train" else split}
+    return {"path": path, "domain": domain, **{key: value for key, value in given.items() if value}}
 
 
 def _path(text: str) -> str:
     """A path if there is one, or it looks like one; else the name of a data set on the hub."""
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and Path(text).suffix not in (
-        ".json",
-        ".jsonl",
-        ".csv",
-        ".parquet",
-    )
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and Path(text).suffix not in SUFFIXES
     return f"{HUB_PREFIX}{text}" if is_name and not os.path.exists(text) else text
 
 
-def _name(path: str, taken: Sequence[str]) -> str:
-    """A name for a domain that is made from a path, and not taken."""
-    stem = path.removeprefix(HUB_PREFIX).rstrip("/").rsplit("/", 1)[-1].partition(".")[0] or "data"
-    return (
-        stem
-        if stem not in taken
-        else next(f"{stem}_{n}" for n in range(2, 10**6) if f"{stem}_{n}" not in taken)
-    )
-
-
-# --- LLaMA-Factory ------------------------------------------------------------------------------------------
+def _name(path: str | Sequence[Any], taken: Sequence[str]) -> str:
+    """A name for a domain that is made from a path, or the first one, and not taken."""
+    first = path if isinstance(path, str) else str(path[0])
+    stem = first.removeprefix(HUB_PREFIX).rstrip("/").rsplit("/", 1)[-1].partition(".")[0] or "data"
+    numbered = (f"{stem}_{n}" for n in itertools.count(2))
+    return next(name for name in itertools.chain([stem], numbered) if name not in taken)
 
 
 def llama_factory_data(given: Foreign) -> None:
@@ -140,13 +135,6 @@ def llama_factory_data(given: Foreign) -> None:
             )
         known = json.loads(path.read_text(encoding="utf-8"))
     sources = [[_registered(given, folder, known, name) for name in listed] for listed in (names, held_out)]
-    size = given.take("val_size")
-    if size:
-        given.leave(
-            "val_size",
-            size,
-            "held-out rows are files of their own here: put some aside, name them in data.eval",
-        )
     shares = given.take("interleave_probs")
     strategy = given.take("mix_strategy")
     if strategy not in (None, "concat"):
@@ -160,7 +148,6 @@ def _listed(value: Any) -> list[str]:
 
 
 def _registered(given: Foreign, folder: str, known: dict[str, Any], name: str) -> Source:
-    """One entry of dataset_info.json."""
     if folder == "ONLINE":
         return _source(HUB_PREFIX + name, name, None, {}, None)
     if name not in known:
@@ -198,14 +185,9 @@ def _registered(given: Foreign, folder: str, known: dict[str, Any], name: str) -
                 columns[column],
                 "rows that hold it are refused",
             )
-    entry.rest(())
-    for key, value, why in entry.left:
-        given.leave(f"dataset_info.json: {name}.{key}", value, why)
+    entry.hand_over(given, f"dataset_info.json: {name}")
     path = f"{HUB_PREFIX}{hub}" if hub else str(Path(folder) / str(file))
     return _source(path, name, source_format, mapped, split)
-
-
-# --- axolotl ------------------------------------------------------------------------------------------------
 
 
 def axolotl_data(given: Foreign) -> None:
@@ -217,15 +199,6 @@ def axolotl_data(given: Foreign) -> None:
             taken = [source["domain"] for source in found]
             found.append(_axolotl_source(given, f"{key}[{i}]", entry, taken))
         sources.append(found)
-    size = given.take("val_set_size")
-    if size:
-        given.leave(
-            "val_set_size",
-            size,
-            "held-out rows are files of their own here: put some aside, name them in data.eval",
-        )
-    if given.is_on("train_on_inputs"):
-        given.leave("train_on_inputs", True, "only the assistant's turns are trained on")
     carry_data(given, sources[0], sources[1], None)
 
 
@@ -273,15 +246,9 @@ def _axolotl_source(given: Foreign, place: str, values: dict[str, Any], taken: S
     split = str(entry.take("split") or "train")
     if "[" in split:
         given.leave(f"{place}.split", split, "the whole split is read")
-    entry.rest(())
-    for key, value, why in entry.left:
-        given.leave(f"{place}.{key}", value, why)
+    entry.hand_over(given, place)
     where = files if files else _path(path)
-    first = where if isinstance(where, str) else str(where[0])
-    return _source(where, _name(first, taken), source_format, _columns(columns), split.partition("[")[0])
-
-
-# --- TRL ----------------------------------------------------------------------------------------------------
+    return _source(where, _name(where, taken), source_format, _columns(columns), split.partition("[")[0])
 
 
 def trl_data(given: Foreign) -> None:
@@ -306,19 +273,10 @@ def trl_data(given: Foreign) -> None:
         entry.take("columns"), entry.take("fraction")
         entry.leave_all({"weight": "a share of the rows; all are read, domains.initial says how often"})
         where = files if files and not isinstance(files, dict) else _path(path)
-        first = where if isinstance(where, str) else str(where[0])
         taken = [source["domain"] for source in sources]
-        sources.append(_source(where, _name(first, taken), None, {}, entry.take("split")))
-        entry.rest(())
-        for key, value, why in entry.left:
-            given.leave(f"datasets[{i}].{key}", value, why)
-    size = mixture.get("test_split_size") or given.take("test_split_size")
-    if size:
-        given.leave(
-            "test_split_size",
-            size,
-            "held-out rows are files of their own here: put some aside, name them in data.eval",
-        )
+        sources.append(_source(where, _name(where, taken), None, {}, entry.take("split")))
+        entry.hand_over(given, f"datasets[{i}]")
+    given.put("test_split_size", mixture.get("test_split_size") or given.peek("test_split_size"))
     fractions = [values.get("fraction") for values in entries]
     evaluated = given.peek("eval_strategy") not in (None, "no", False)
     held_out = [{**sources[0], "split": test}] if evaluated and name and test else []

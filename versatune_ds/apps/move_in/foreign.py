@@ -78,11 +78,16 @@ class Foreign:
         for key in list(self._values):
             self.leave(key, self._values.pop(key), NO_COUNTERPART)
 
+    def hand_over(self, given: Foreign, place: str) -> None:
+        """At the end of an entry of `given`: it says what was not carried over, with the entry's place."""
+        self.rest(())
+        for key, value, why in self.left:
+            given.leave(f"{place}.{key}", value, why)
+
     def set(self, section: str, **keys: Any) -> None:
         """Give our settings; None: leave the default."""
         given = {key: value for key, value in keys.items() if value is not None}
         self.ours.setdefault(section, {}).update(given)
 
     def note(self, section: str, text: str) -> None:
-        """A line above a section."""
         self.notes.setdefault(section, []).append(text)

@@ -56,22 +56,10 @@ LEFT = {
     "load_in_8bit": "the frozen model is held in model.dtype",
 }
 IGNORED = (
-    *(
-        "do_train",
-        "overwrite_cache",
-        "overwrite_output_dir",
-        "plot_loss",
-        "logging_steps",
-        "logging_strategy",
-    ),
-    *(
-        "logging_first_step",
-        "log_level",
-        "save_only_model",
-        "remove_unused_columns",
-        "gradient_checkpointing_kwargs",
-    ),
-    *("model_type", "tokenizer_type", "strict", "debug", "local_rank", "dataset_prepared_path", "do_eval"),
+    *("do_train", "do_eval", "overwrite_cache", "overwrite_output_dir", "plot_loss", "logging_steps"),
+    *("logging_strategy", "logging_first_step", "log_level", "save_only_model", "remove_unused_columns"),
+    *("gradient_checkpointing_kwargs", "dataset_prepared_path"),
+    *("model_type", "tokenizer_type", "strict", "debug", "local_rank"),
     *("dataloader_num_workers", "logging_dir", "run_name", "bf16_full_eval", "wandb_name", "eval_on_start"),
     *("per_device_eval_batch_size", "eval_batch_size", "ddp_timeout", "dtype", "torch_dtype"),
 )
@@ -258,11 +246,7 @@ def _warmup(given: Foreign, total: int | None) -> float:
 
 
 def carry_run(given: Foreign, *, has_held_out: bool) -> None:
-    """Folder, seed, saving, evaluation, trackers.
-
-    Args:
-        has_held_out: data.eval is given.
-    """
+    """Folder, seed, saving, evaluation (where data.eval is given), trackers."""
     given.set("run", dir=str(given.take("output_dir")), seed=int(given.take("seed")))
     saves, evaluates = _every(given, "save", "steps"), _every(given, "eval", "no")
     given.set("checkpoint", every_n_steps=saves, keep_last=given.take("save_total_limit"))

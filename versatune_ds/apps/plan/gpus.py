@@ -14,8 +14,6 @@ from versatune_ds.observability.throughput import PEAK_TFLOPS
 
 
 class Gpu(NamedTuple):
-    """One accelerator."""
-
     peak_name: str
     """Key of `PEAK_TFLOPS`."""
     memory_gb: float

@@ -50,8 +50,6 @@ HOST_PROCESS_BYTES = int(3.0 * GIB)
 
 
 class Part(NamedTuple):
-    """One line of a memory plan."""
-
     name: str
     bytes: int
     checked: bool
@@ -69,7 +67,6 @@ class MemoryPlan(NamedTuple):
 
     @property
     def tensors(self) -> int:
-        """Peak of tensors on the GPU."""
         return total(self.held) + max(total(self.forward_backward), total(self.optimizer_step))
 
     @property
@@ -79,16 +76,11 @@ class MemoryPlan(NamedTuple):
 
 
 def total(parts: tuple[Part, ...]) -> int:
-    """Bytes of all parts."""
     return sum(part.bytes for part in parts)
 
 
 def memory_plan(shape: ModelShape, setup: Setup) -> MemoryPlan:
-    """Memory of a run.
-
-    Args:
-        setup: the settings; `packs_per_step` is a multiple of `gpus` over `sequence_parallel`.
-    """
+    """Memory of a run; `setup.packs_per_step` is a multiple of `gpus` over `sequence_parallel`."""
     held, gradients, step, host = _states(shape, setup)
     work = (*_activations(shape, setup), *_communication(shape, setup), *_loss(shape, setup))
     forward, step = (*gradients, *work), (*gradients, *step)
@@ -334,7 +326,8 @@ def _states(
     step: list[Part] = []
     of_step: list[Part] = []
     if setup.offloads_optimizer:
-        accumulated = shard * s if stage == 3 or setup.accumulates else 0
+        packs = setup.packs_per_step * setup.sequence_parallel // setup.gpus
+        accumulated = shard * s if stage == 3 or packs > 1 else 0  # gradients outlive a micro-batch
         rounded = shard * s if stage < 3 else 0
         host.append(Part("gradients", shard * FP32 + accumulated + rounded, True))
         if stage < 3:

@@ -33,13 +33,12 @@ OFFLOAD: tuple[Offload, ...] = ("none", "optimizer", "all")
 STAGES = (1, 2, 3)
 MAX_GPUS = 4096
 SHORTEST_PACK = 1024
+ALTERNATIVES = 4
 GB = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a run stands on."""
-
     gpu: Gpu
     gpus_per_node: int = 8
     host_gib: float = 1024.0
@@ -47,8 +46,6 @@ class Machine:
 
 
 class Option(NamedTuple):
-    """One way to run it."""
-
     setup: Setup
     memory: MemoryPlan
     host_bytes: int
@@ -58,7 +55,6 @@ class Option(NamedTuple):
 
 
 def option(shape: ModelShape, setup: Setup, machine: Machine) -> Option:
-    """Memory and verdict of one setting."""
     memory = memory_plan(shape, setup)
     host = host_bytes(shape, setup, machine, memory)
     room = machine.gpu.memory_gb * GB
@@ -157,20 +153,9 @@ def checkpoint_bytes(shape: ModelShape, setup: Setup) -> int:
     return trained * (setup.master + average + parameters) + moment_bytes(shape, setup, 1)
 
 
-def make_plan(
-    shape: ModelShape,
-    asked: Setup,
-    machine: Machine,
-    *,
-    search: bool,
-    num_alternatives: int = 4,
-) -> dict[str, Any]:
-    """The whole answer as JSON values; bytes, and what each rests on.
-
-    Args:
-        asked: the settings; with `search` their stage, recomputation and offload are chosen.
-        search: choose the first settings that fit instead of taking `asked` as it is.
-    """
+def make_plan(shape: ModelShape, asked: Setup, machine: Machine, *, search: bool) -> dict[str, Any]:
+    """The whole answer as JSON values; bytes, and what each rests on. With `search` stage, recomputation and
+    offload are the first that fit, else those of `asked`."""
     ranked = options(shape, asked, machine)
     chosen = ranked[0] if search else option(shape, asked, machine)
     better = [c for c in ranked if c.verdict == "fits" and c.setup != chosen.setup]
@@ -201,7 +186,7 @@ def make_plan(
         "checkpoint": {"bytes": checkpoint_bytes(shape, chosen.setup)},
         "bound_tokens_per_s": compute_bound(shape, chosen.setup, machine.gpu),
         "alternatives": [
-            {"settings": describe(c.setup), "peak_bytes": c.memory.peak} for c in better[:num_alternatives]
+            {"settings": describe(c.setup), "peak_bytes": c.memory.peak} for c in better[:ALTERNATIVES]
         ],
         "remedies": [] if better or chosen.verdict == "fits" else remedies(shape, asked, machine),
     }
@@ -222,7 +207,6 @@ def _parts(parts: tuple[Any, ...]) -> list[dict[str, Any]]:
 
 
 def as_text(plan: dict[str, Any]) -> str:
-    """The plan for a console."""
     settings, memory = plan["settings"], plan["memory"]
     room = plan["gpu_memory_bytes"]
     adapter = plan["model"]["adapter"]

@@ -89,19 +89,9 @@ class Setup:
         return DTYPES[self.dtype].itemsize
 
     @property
-    def packs_per_gpu(self) -> int:
-        """Micro-batches of a step on one GPU."""
-        return self.packs_per_step * self.sequence_parallel // self.gpus
-
-    @property
     def rows(self) -> int:
         """Tokens of a pack on one GPU."""
         return rows_of(self.pack_len, self.sequence_parallel) // self.sequence_parallel
-
-    @property
-    def accumulates(self) -> bool:
-        """True if gradients outlive a micro-batch."""
-        return self.packs_per_gpu > 1
 
     @property
     def shards(self) -> int:
@@ -146,11 +136,7 @@ def read_offload(zero: dict[str, Any]) -> Offload:
 
 
 def setup_fields(config: Config) -> dict[str, Any]:
-    """The fields of `Setup` that a run's settings decide.
-
-    Raises:
-        ConfigError: as `read_deepspeed`.
-    """
+    """The fields of `Setup` that a run's settings decide; errors as `read_deepspeed`."""
     zero = read_deepspeed(config.deepspeed).get("zero_optimization", {"stage": 3})
     return {
         "zero_stage": int(zero.get("stage", 0)),

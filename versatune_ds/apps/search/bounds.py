@@ -50,11 +50,7 @@ class Bounds:
 
     @classmethod
     def of(cls, domains: Domains, corpus: Corpus, planner: PlannerSettings, steps: int) -> Bounds:
-        """Bounds of a run of so many steps.
-
-        Raises:
-            ConfigError: the data do not last so long.
-        """
+        """Bounds of a run of so many steps; ConfigError where the data do not last so long."""
         sizes = np.array(corpus.num_samples, dtype=np.float64)
         last = sum(token_supply(corpus, planner, np.ones_like(sizes))) / planner.tokens_per_step
         if last < steps:
@@ -77,11 +73,8 @@ class Bounds:
         return self._draws_per_share(shares) * shares / self.sizes
 
     def nearest(self, shares: Array) -> Array:
-        """The mixture within all bounds that keeps the proportions of float64[k] `shares` (sum 1) best.
-
-        Raises:
-            ConfigError: there is none.
-        """
+        """The mixture within all bounds that keeps the proportions of float64[k] `shares` (sum 1) best;
+        ConfigError: there is none."""
         lower, found = np.full(len(shares), self.least), shares
         for _ in range(ATTEMPTS):
             upper = np.minimum(self.most, self.draws / self._draws_per_share(found))

@@ -37,8 +37,6 @@ Bounded = Callable[[Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What a budget pays for."""
-
     singles: int
     """Runs on one domain."""
     points: int

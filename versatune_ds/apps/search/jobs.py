@@ -61,15 +61,7 @@ class MergedJob(Job):
 
 
 class SearchPlan:
-    """Makes the jobs of a search.
-
-    Args:
-        config: the run's settings, with their `search` section.
-        folder: of the search.
-
-    Raises:
-        ConfigError: settings that do not go with the search.
-    """
+    """Makes the jobs of a search; ConfigError for settings that do not go with it."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         if config.search is None:

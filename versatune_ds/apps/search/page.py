@@ -22,11 +22,8 @@ SLICE_POINTS = 41
 
 
 def slices(surfaces: Sequence[Surface], goal: Goal, shares: Array) -> tuple[Array, Array]:
-    """How the predicted objective hangs on each domain's share, the others in proportion to each other.
-
-    Returns:
-        Shares float64[m], objective float64[k, m]; NaN where no mixture was tried with so large a share.
-    """
+    """How the predicted objective hangs on each domain's share, the others in proportion: shares float64[m],
+    objective float64[k, m], NaN where no mixture was tried with so large a share."""
     k, steps = len(shares), np.linspace(0.0, 1.0, SLICE_POINTS)
     rows = []
     for j in range(k):
@@ -42,12 +39,7 @@ def slices(surfaces: Sequence[Surface], goal: Goal, shares: Array) -> tuple[Arra
 
 
 def search_page(content: Json, sliced: tuple[Array, Array]) -> Page:
-    """The page.
-
-    Args:
-        content: of mixture.json.
-        sliced: from `slices`.
-    """
+    """The page of a mixture.json's `content`, and of what `slices` gave."""
     found = content["search"]
     names, objective, cost = list(content["domains"]), found["objective"], found["cost"]
     before, after = objective["start"]["measured"], objective["found"]["measured"]

@@ -52,10 +52,10 @@ from versatune_ds.engine.fingerprints import model_fingerprint
 from versatune_ds.engine.prepared import count_steps, planner_settings
 from versatune_ds.engine.provenance import changed_settings, describe_hardware, describe_versions
 from versatune_ds.foundations import constants
-from versatune_ds.foundations.commit import git_commit
 from versatune_ds.foundations.errors import DataError, DivergenceError, StateError
 from versatune_ds.foundations.files import canonical_hash, read_json_object, require_own, write_json_atomic
 from versatune_ds.foundations.log import get_logger
+from versatune_ds.foundations.machine import git_commit
 from versatune_ds.report.page import SIGN, to_html, write_html
 
 log = get_logger(__name__)
@@ -106,8 +106,6 @@ def search(config: Config, folder: Path) -> Path:
 
 
 class Found(NamedTuple):
-    """Where a search ended."""
-
     shares: Array
     """float64[k]."""
     limits_kept: bool
@@ -122,16 +120,8 @@ class Found(NamedTuple):
 
 
 class Exploration:
-    """One search: what it needs to know, and its rounds.
-
-    Args:
-        config: the run's settings.
-        plan: makes the jobs.
-        folder: of the search.
-
-    Raises:
-        ConfigError, DataError, StateError: settings, data or a folder that cannot be used.
-    """
+    """One search: what it needs to know, and its rounds. ConfigError, DataError, StateError: settings, data
+    or a folder that cannot be used."""
 
     def __init__(self, config: Config, plan: SearchPlan, folder: Path) -> None:
         self.config, self.plan, self.folder = config, plan, folder
@@ -220,7 +210,6 @@ class Exploration:
         return [self.prior, np.full(len(self.table), 1 / len(self.table))]
 
     def _choose(self, points: Sequence[Array], jobs: Sequence[Job], start: Job) -> list[Array]:
-        """The mixtures of the next round."""
         done = len(jobs) - self.counts.singles
         size, bounded = round_size(done, self.counts.points, self.settings.rounds), self.bounds.nearest
         if not done:
@@ -241,11 +230,7 @@ class Exploration:
         return self.plan.proxy(f"{name}-{canonical_hash(shares.tolist())[:8]}", shares, self.seed)
 
     def _finish(self, workers: StudyWorkers, jobs: Sequence[Job]) -> None:
-        """Have the jobs done: our part by the workers, that of others before.
-
-        Raises:
-            StudyStopped: others have still to do theirs.
-        """
+        """Have the jobs done, our part by the workers; StudyStopped where others have still to do theirs."""
         index, parts = self.settings.share
         workers.finish(jobs[index::parts])
         missing = [job.name for job in jobs if not is_finished(job, job.fingerprint(self.origin))]
@@ -256,11 +241,8 @@ class Exploration:
             )
 
     def _losses(self, job: Job, line: int = -1) -> Array:
-        """float64[k]: held-out losses of a finished job; line 0: before its first step.
-
-        Raises:
-            DivergenceError: one is not finite.
-        """
+        """float64[k]: held-out losses of a finished job; line 0: before its first step. DivergenceError: one
+        is not finite."""
         lines = (job.config.run.dir / constants.EVAL_FILE).read_text(encoding="utf-8").splitlines()
         losses = json.loads(lines[line])["domain_loss"]
         if None in losses.values():
@@ -268,7 +250,6 @@ class Exploration:
         return self.table.vector(losses, "held-out losses")
 
     def describe(self, found: Found) -> dict[str, Any]:
-        """All that is known, as plain JSON."""
         by_name, goal = self.table.by_name, found.goal
         here, start = (choice.predict(found.surfaces, goal, p[None]) for p in (found.shares, self.start))
         losses = {
@@ -327,7 +308,6 @@ class SearchJournal:
     """search.json: what the runs of a search are made with, and the mixtures of its rounds.
 
     Args:
-        folder: of the search.
         settings: what decides the results of its runs.
 
     Raises:
@@ -371,7 +351,6 @@ def fit(tried: Tried, base: Array) -> list[Surface]:
 
 
 def describe_objective(prediction: choice.Prediction, goal: Goal, measured: Array) -> dict[str, float]:
-    """The objective of one mixture."""
     return {
         "predicted": float(prediction.objective[0]),
         "half_width": float(prediction.half_width[0]),

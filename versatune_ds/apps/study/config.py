@@ -44,7 +44,6 @@ class StudyModel(Section):
     """Keys of a LlamaConfig that replace those of the shipped 4-layer shape of hidden size 128."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         if self.source is not None and self.model_fields_set & {"vocab_size", "shape"}:
             yield "model.vocab_size and model.shape are of a model that is made; remove them or model.source"
 
@@ -60,7 +59,6 @@ class Pretraining(Section):
     """Sections that differ from `settings` of the study, for example `train` and `optimizer`."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         yield from share_problems(self.mixture, "pretraining.mixture")
 
 
@@ -104,7 +102,6 @@ class Study(Section):
     """Arms that are judged by their target and by what the other domains lose."""
 
     def problems(self) -> Iterator[str]:
-        """What does not hold together."""
         for name in self.arms:
             if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
                 yield f"arm {name!r}: use letters, digits, '_', '-' and '.'"
@@ -133,8 +130,5 @@ class Study(Section):
 
 def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     """Read and validate a study file; `overrides` as for a run, e.g. `workers=4` or `seeds=[1,2]`.
-
-    Raises:
-        ConfigError: the file is missing or not YAML, or a setting is unknown or invalid.
-    """
+    ConfigError: it is missing or not YAML, or a setting is unknown or invalid."""
     return load_settings(Study, path, overrides or [])

@@ -34,8 +34,6 @@ BASE_RUN = "base"
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a study."""
-
     kind: Kind
     arm: str
     """Name of the arm; of a reference run its domain."""
@@ -51,7 +49,6 @@ class Job:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps."""
         assert self.config.train.max_steps is not None
         return self.config.train.max_steps
 
@@ -138,11 +135,7 @@ class StudyPlan:
         return [*self.base(), *self.references(), *self.arms(unknown)]
 
     def check(self) -> int:
-        """Validate every run before the first one is trained; returns how many there are.
-
-        Raises:
-            ConfigError: an arm is not a valid run.
-        """
+        """Validate every run before the first is trained, and count them; ConfigError: an invalid arm."""
         self._max_steps()
         jobs = self.all_jobs()
         for expansion in self.study.expansions:

@@ -61,10 +61,10 @@ STOP_WAIT_S = 120.0
 class StudyStopped(VersaTuneError):
     """The study was asked to stop; what is finished is kept."""
 
+    exit_code = constants.EXIT_OK
+
 
 class Outcome(NamedTuple):
-    """What a worker answers."""
-
     name: str
     error: str | None
     finished: bool
@@ -73,8 +73,6 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class StudyRuns:
-    """All finished runs of a study."""
-
     reference: dict[str, float]
     """Reference loss by domain, nats per supervised token."""
     arms: list[RunResult]
@@ -97,11 +95,8 @@ def require_made(folder: Path, mark: str) -> None:
 
 
 def run_study(study: Study) -> StudyRuns:
-    """Train whatever is not finished and read all results.
-
-    Raises:
-        VersaTuneError: settings or data that cannot be used, a run that failed, or a request to stop.
-    """
+    """Train whatever is not finished and read all results; VersaTuneError: settings or data that cannot be
+    used, a run that failed, or a request to stop."""
     started = time.perf_counter()
     require_own(study.dir, {"reference.json": REFERENCE_FORMAT}, OTHER)
     results = {"index.html": "VersaTune</title>", "summary.json": '"baselines"', "results.md": "# Study"}
@@ -126,9 +121,6 @@ def run_study(study: Study) -> StudyRuns:
         domains=plan.domains,
         seconds=time.perf_counter() - started,
     )
-
-
-# --- what runs need -----------------------------------------------------------------------------------------
 
 
 def make_plan(study: Study) -> StudyPlan:
@@ -173,7 +165,6 @@ def training_texts(base: Job) -> Iterator[str]:
 
 
 def data_fingerprint(prepared: PreparedData) -> str:
-    """Hash of all prepared data."""
     caches = [cache for split in prepared.caches.values() for cache in split]
     return canonical_hash([None if cache is None else cache.fingerprint for cache in caches])
 
@@ -197,9 +188,6 @@ def prepare_all(configs: Sequence[Config]) -> dict[str, str]:
 def with_data(jobs: Sequence[Job], prints: Mapping[str, str]) -> list[Job]:
     """Jobs that know the fingerprint of their data, where `prints` has it."""
     return [replace(job, data=prints.get(data_settings(job.config))) for job in jobs]
-
-
-# --- workers ------------------------------------------------------------------------------------------------
 
 
 class StudyWorkers:
@@ -244,11 +232,8 @@ class StudyWorkers:
         return [read_result(job.config.run.dir, job.arm, job.seed, job.total_steps) for job in jobs]
 
     def finish(self, jobs: Sequence[Job]) -> None:
-        """Perform the jobs that are not finished.
-
-        Raises:
-            VersaTuneError: a run failed, a worker died, or the study was asked to stop.
-        """
+        """Perform the jobs that are not finished; VersaTuneError: a run failed, a worker died, or the study
+        was asked to stop."""
         fingerprints = {job.name: job.fingerprint(self._origin) for job in jobs}
         waiting = [job for job in jobs if not is_finished(job, fingerprints[job.name])]
         self._done += len(jobs) - len(waiting)
@@ -342,7 +327,7 @@ def train_job(job: Job, fingerprint: str, threads: int, device: Any) -> Outcome:
     """Train one run to its end, from its checkpoint if it was stopped; other remains are removed first."""
     import torch
 
-    from versatune_ds.foundations.commit import git_commit
+    from versatune_ds.foundations.machine import git_commit
 
     started, cpu_started = time.perf_counter(), time.process_time()
     torch.set_num_threads(threads)
@@ -381,9 +366,6 @@ def is_finished(job: Job, fingerprint: str) -> bool:
     if not same:
         log.info("%s was trained with other settings, data or base model; it is trained again", job.name)
     return same
-
-
-# --- results ------------------------------------------------------------------------------------------------
 
 
 def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:

@@ -93,11 +93,8 @@ class TokenCache:
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenCache:
-        """Open a cache; checks its manifest and the sizes of its files (see `verify` for their content).
-
-        Raises:
-            StateError: the cache is missing, incomplete, or of another version.
-        """
+        """Open a cache, whose manifest and sizes of files are checked (`verify`: their content); StateError:
+        it is missing, incomplete, or of another version."""
         folder = Path(folder)
         return cls(folder, read_manifest(folder, MANIFEST_FILE, "token cache"))
 
@@ -108,11 +105,8 @@ class TokenCache:
         return int(self.manifest["samples"])
 
     def sample(self, i: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[Any]]:
-        """Sample i: tokens uint32[len] and mask bool[len] (True: supervised), or float32[len] weights.
-
-        Raises:
-            IndexError: there is no sample i.
-        """
+        """Sample i: tokens uint32[len] and mask bool[len] (True: supervised), or float32[len] weights;
+        IndexError: there is no sample i."""
         start, stop = self._bounds(i)
         return self._tokens[start:stop].astype(np.uint32), self._weights[start:stop]
 
@@ -122,11 +116,7 @@ class TokenCache:
         return self.manifest["sources"][int(self._source_index[i])]["path"], int(self._source_number[i])
 
     def verify(self, full: bool = False) -> None:
-        """Check file sizes, and with `full` every byte against the manifest.
-
-        Raises:
-            StateError: naming the first damaged file.
-        """
+        """Compare sizes, with `full` every byte, with the manifest; StateError: the first damaged file."""
         for name, expected in self.manifest["files"].items():
             check_file(self.folder / name, expected, full)
 
@@ -148,11 +138,7 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 
 def check_file(path: Path, expected: Mapping[str, Any], full: bool) -> None:
-    """Compare a file with its entry in a manifest: its size, and with `full` its content.
-
-    Raises:
-        StateError: it differs.
-    """
+    """Raise StateError where a file differs from its entry in a manifest: in size, with `full` in content."""
     _check_size(path, expected["bytes"])
     if full and sha256_file(path) != expected["sha256"]:
         raise StateError(f"{path}: the content is not what was written (SHA-256 differs); {REMEDY}")
@@ -168,11 +154,7 @@ def _check_size(path: Path, expected: int) -> None:
 
 
 def read_manifest(folder: Path, name: str, what: str) -> dict[str, Any]:
-    """A manifest whose own hash is right.
-
-    Raises:
-        StateError: it is missing, damaged, or of another schema version.
-    """
+    """A manifest whose own hash is right; StateError: missing, damaged, or of another schema version."""
     path = folder / name
     try:
         manifest = json.loads(path.read_bytes())
@@ -264,7 +246,6 @@ class CacheWriter:
             self._write(f"{domain_folder}/{name}", np.ascontiguousarray(values).data)
 
     def write_text(self, name: str, text: str) -> None:
-        """Append text to a file of the unit."""
         self._write(name, text.encode("utf-8"))
 
     def _write(self, name: str, data: Any) -> None:

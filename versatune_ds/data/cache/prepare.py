@@ -65,8 +65,6 @@ BAR_FORMAT = "preparing {percentage:3.0f}%|{bar}| {postfix} [{elapsed}, {remaini
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The result of `prepare`."""
-
     caches: dict[str, list[TokenCache | None]]
     """split -> cache of each domain in the table's order; None: no data."""
     reports: tuple[UnitReport, ...]

@@ -142,11 +142,7 @@ class UnitWriter:
             noted += [name for name in dict.fromkeys(new) if name not in noted][: MAX_UNUSED - len(noted)]
 
     def add(self, file_index: int, block_index: int, result: BlockResult) -> None:
-        """Append a block's result.
-
-        Raises:
-            DataError: the block has a problem that stops the preparation.
-        """
+        """Append a block's result; DataError for a problem that stops the preparation."""
         file, _, source = self.files[file_index]
         if fatal := next((problem for problem in result.problems if problem.is_fatal), None):
             raise _stopping_error(file, source, fatal)
@@ -171,11 +167,8 @@ class UnitWriter:
             self._write_journal()
 
     def finish(self) -> None:
-        """Check, write the manifests, and give the unit its name.
-
-        Raises:
-            DataError: a source gave no sample, or a source file changed meanwhile.
-        """
+        """Check, write the manifests, and give the unit its name; DataError: a source gave no sample, or a
+        source file changed meanwhile."""
         self._check_sources()
         self.writer.write_text(REJECTED_FILE, "")
         self.writer.sync()

@@ -11,7 +11,6 @@ What is not covered: making units (`prepare.py`) and what a cache holds (`cache.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from versatune_ds.data.rows.hub import hub_revision
 from versatune_ds.data.rows.remote import file_stamp, is_url, open_file
 from versatune_ds.data.rows.schemas import RowSchema
 from versatune_ds.foundations.errors import DataError, StateError
-from versatune_ds.foundations.files import canonical_hash, sha256_stream, write_json_atomic
+from versatune_ds.foundations.files import canonical_hash, read_json_object, sha256_stream, write_json_atomic
 from versatune_ds.foundations.log import get_logger
 
 logger = get_logger(__name__)
@@ -60,8 +59,6 @@ class SourceFiles:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is prepared together."""
-
     split: str
     sources: tuple[SourceFiles, ...]
     domains: tuple[str, ...]
@@ -76,7 +73,6 @@ class Unit:
 
     @property
     def folder(self) -> Path:
-        """Where the finished unit lies."""
         return self.cache_dir / self.key
 
     @property
@@ -95,16 +91,12 @@ class Unit:
         return tuple(text for source in self.sources for text in source.other_splits)
 
     def schema(self, source: Source) -> RowSchema:
-        """How rows of `source` are read."""
         return RowSchema(source.format, source.columns, source.domain, source.domain_column, self.domains)
 
 
 def find_units(config: Config, encoder: ChatEncoder, hash_file: Callable[[InputFile], str]) -> list[Unit]:
-    """All units of a configuration, with their keys; `hash_file` gives content hashes.
-
-    Raises:
-        DataError: a source has no files.
-    """
+    """All units of a configuration, with their keys; `hash_file` gives content hashes. DataError: a source
+    has no files."""
     units = []
     for split in SPLITS:
         given = enumerate(getattr(config.data, split))
@@ -184,7 +176,8 @@ def why_missing(unit: Unit, cache_dir: Path) -> str:
 
 
 class SourceHashes:
-    """Content hashes of source files, remembered by size and times in the cache folder."""
+    """Content hashes of source files, remembered by size and times in the cache folder: a memo only, what is
+    lost is computed again."""
 
     def __init__(self, cache_dir: Path) -> None:
         self.path = cache_dir / HASHES_FILE
@@ -200,7 +193,7 @@ class SourceHashes:
                 return known
             stamp = _stamp(file)
             digest = _hub_commit(file, known) if file.kind == "hub" else _hash(file)
-            write_json_atomic(self.path, self._read() | {self._name(file): [stamp, digest]})
+            write_json_atomic(self.path, read_json_object(self.path) | {self._name(file): [stamp, digest]})
         return digest
 
     def look_up(self, file: InputFile) -> str:
@@ -212,20 +205,13 @@ class SourceHashes:
         return _hash(file)
 
     def _known(self, file: InputFile) -> str | None:
-        entry = self._read().get(self._name(file))
+        entry = read_json_object(self.path).get(self._name(file))
         return entry[1] if entry is not None and entry[0] == _stamp(file) else None
 
     def _name(self, file: InputFile) -> str:
         if file.kind == "hub":
             return f"{file.path}@{file.split}"
         return file.path if is_url(file.path) else os.path.abspath(file.path)
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            entries = json.loads(self.path.read_bytes())
-        except (OSError, ValueError):
-            return {}  # a memo only: what is lost is computed again
-        return entries if isinstance(entries, dict) else {}
 
 
 def _hub_commit(file: InputFile, known: str | None) -> str:

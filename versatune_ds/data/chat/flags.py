@@ -39,11 +39,7 @@ WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0, "on": 1.0, "off": 0.0
 
 
 def weight_of(fields: Mapping[str, Any], place: str, names: Container[str] = FLAGS) -> float | None:
-    """The weight that flags agree on; None where there is none.
-
-    Raises:
-        BadRow: a value that is no weight, or two different weights.
-    """
+    """The weight that flags agree on, None without any; BadRow where they are no weights, or differ."""
     found = {
         name: _number(value, f"{place}{name}", word(name))
         for name, value in fields.items()
@@ -65,13 +61,14 @@ def with_row_flags(
         BadRow: as `weight_of`; or a list is not as long as there are turns.
     """
     singles: dict[str, Any] = {}
+    answers = sum(turn.role == "assistant" for turn in turns)
     given: list[dict[str, Any]] = [{} for _ in turns]
     if any(mask is not None for mask in masks):
         _add(given, turns, UNCLEAR, masks)
     for column, value in row.items():
         name = ours(column)
         if word(name) not in OF_ROWS:
-            if isinstance(value, list) and len(value) in (len(turns), _count_answers(turns)):
+            if isinstance(value, list) and len(value) in (len(turns), answers):
                 refuse_unclear(column, value)
             continue
         value, is_unclear = from_json_text(value, "["), word(name) == UNCLEAR
@@ -105,10 +102,6 @@ def _add(given: list[dict[str, Any]], turns: Sequence[Turn], name: str, values: 
             raise _unclear(name)
     for i, value in zip(range(len(turns)) if len(values) == len(turns) else answers, values, strict=True):
         given[i][name] = value
-
-
-def _count_answers(turns: Sequence[Turn]) -> int:
-    return sum(turn.role == "assistant" for turn in turns)
 
 
 def refuse_unclear(name: str, values: Sequence[Any], place: str = "") -> None:

@@ -269,11 +269,7 @@ def merged(turns: Iterable[Turn]) -> list[Turn]:
 
 
 def read_tools(value: Any, place: str, drop_nulls: bool) -> tuple[Any, ...]:
-    """The functions of a row: a list or JSON text; each as OpenAI's API takes it.
-
-    Raises:
-        BadRow: it is neither.
-    """
+    """The functions of a row, a list or JSON text (else BadRow); each as OpenAI's API takes it."""
     drop_nulls = drop_nulls and not isinstance(value, str)
     tools = transposed(from_json_text(value, "[{"))
     tools = [tools] if isinstance(tools, dict) and tools else tools or []
@@ -296,11 +292,7 @@ def read_tools(value: Any, place: str, drop_nulls: bool) -> tuple[Any, ...]:
 
 
 def read_variables(value: Any, place: str, drop_nulls: bool) -> dict[str, Any]:
-    """Variables of the chat template.
-
-    Raises:
-        BadRow: it is no object, or holds a name that is not for rows to set.
-    """
+    """Variables of the chat template; BadRow: no object, or a name in it that is not for rows to set."""
     variables = from_json_text(value, "{") or {}
     if not isinstance(variables, dict):
         raise wrong_type(place, value, "an object with variables of the chat template")

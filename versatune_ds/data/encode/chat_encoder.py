@@ -154,11 +154,7 @@ class ChatEncoder:
         ]
 
     def plain(self, row: TokenRow | TextRow) -> EncodedSample:
-        """A row without turns as a sample.
-
-        Raises:
-            BadRow: see `check_tokens`.
-        """
+        """A row without turns as a sample; BadRow as in `check_tokens`."""
         return self.check_tokens(row) if isinstance(row, TokenRow) else self.encode_text(row)
 
     def encode_text(self, row: TextRow) -> EncodedSample:
@@ -181,11 +177,7 @@ class ChatEncoder:
         return EncodedSample(tokens, mask, weights, has_special_text=has_special)
 
     def check_tokens(self, row: TokenRow) -> EncodedSample:
-        """A pre-tokenised row as a sample.
-
-        Raises:
-            BadRow: a token id is not in the vocabulary, or nothing is supervised.
-        """
+        """A pre-tokenised row as a sample; BadRow: an id beyond the vocabulary, or nothing is supervised."""
         bad = np.flatnonzero((row.tokens < 0) | (row.tokens >= self.num_ids))
         if bad.size:
             raise BadRow(

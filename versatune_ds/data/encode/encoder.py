@@ -42,8 +42,6 @@ class EncodeSettings:
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """A block of rows to encode."""
-
     file: InputFile
     schema: RowSchema
     format: str | None
@@ -52,8 +50,6 @@ class EncodeTask:
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that is not trained on."""
-
     place: RowPlace
     domain: str
     reason: str
@@ -65,8 +61,6 @@ class Problem:
 
 @dataclass
 class BlockResult:
-    """What became of a block."""
-
     rows: int = 0
     columns: dict[str, None] = field(default_factory=dict)
     """Names that the rows have, in the order found."""
@@ -80,8 +74,6 @@ class BlockResult:
 
 @dataclass(eq=False)
 class _Row:
-    """A row on its way."""
-
     place: RowPlace
     raw: Any
     """As it stands in the file, for the excerpt; None: it cannot be shown."""

@@ -111,11 +111,8 @@ class RenderedChat:
 
 @dataclass
 class ChatRenderer:
-    """Renders conversations with one template and what it sees beside the messages; picklable.
-
-    Raises:
-        ConfigError: it is broken, leaves out responses, or puts no stop token after them.
-    """
+    """Renders conversations with one template and what it sees beside the messages; picklable. ConfigError:
+    it is broken, leaves out responses, or puts no stop token after them."""
 
     text: str
     variables: dict[str, Any]
@@ -140,11 +137,7 @@ class ChatRenderer:
         return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
 
     def render(self, chat: Conversation, end: int | None = None, add_generation_prompt: bool = False) -> str:
-        """The conversation, or its first turns, as text, with marks where the template has {% generation %}.
-
-        Raises:
-            BadRow: the template refuses these messages.
-        """
+        """The conversation, or its first turns, as text, with the template's marks; BadRow: it refuses."""
         compiled, turns = self._compiled, chat.turns[:end]
         # Arguments of calls as objects, and no text beside them; as JSON text and '', if that is refused.
         forms = product((False, True), repeat=2) if any(turn.calls for turn in turns) else [(False, False)]
@@ -210,11 +203,8 @@ class ChatRenderer:
         return tuple(sorted({text[:2] for text in self.special_texts}))
 
     def render_spans(self, chat: Conversation) -> RenderedChat:
-        """The conversation with what its assistant turns span.
-
-        Raises:
-            BadRow: it cannot be rendered, its supervised part cannot be told, or part of it is lost.
-        """
+        """The conversation with what its assistant turns span; BadRow: it cannot be rendered, its supervised
+        part cannot be told, or part of it is lost."""
         turns = chat.turns
         special_text = False
         for i, turn in enumerate(turns):

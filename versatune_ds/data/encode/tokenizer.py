@@ -28,11 +28,7 @@ READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
 
 def refuse_pointers(source: str, suffixes: tuple[str, ...] = READ_SUFFIXES) -> None:
-    """Refuse a model folder where Git LFS has left pointers in place of files.
-
-    Raises:
-        ConfigError: naming them.
-    """
+    """Raise ConfigError, naming them, where Git LFS has left pointers in a model folder in place of files."""
     folder = Path(source)
     files = [path for path in sorted(folder.iterdir()) if path.suffix in suffixes] if folder.is_dir() else []
     small = (path for path in files if path.is_file() and path.stat().st_size < 1024)
@@ -45,11 +41,8 @@ def refuse_pointers(source: str, suffixes: tuple[str, ...] = READ_SUFFIXES) -> N
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The fast tokenizer that `model.tokenizer` (or `model.source`) names.
-
-    Raises:
-        ConfigError: it cannot be found or loaded, or it is not a fast one (no character offsets).
-    """
+    """The fast tokenizer that `model.tokenizer` (or `model.source`) names; ConfigError: it cannot be found or
+    loaded, or it is not a fast one (no character offsets)."""
     from transformers import AutoTokenizer
 
     name = config.model.tokenizer or config.model.source
@@ -86,11 +79,7 @@ def embedding_rows(config: Config) -> int | None:
 
 
 def require_rows(tokenizer: Any, rows: int) -> None:
-    """Every id of the tokenizer must have a row of the embedding.
-
-    Raises:
-        ConfigError: naming ids and rows.
-    """
+    """Raise ConfigError, naming ids and rows, unless every id of the tokenizer has a row of the embedding."""
     text, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= rows:
         raise ConfigError(

@@ -90,17 +90,14 @@ class Corpus:
 
     @functools.cached_property
     def num_samples(self) -> tuple[int, ...]:
-        """Samples of each domain."""
         return tuple(len(lengths) for lengths in self.lengths)
 
     @functools.cached_property
     def num_tokens(self) -> tuple[int, ...]:
-        """Tokens of each domain."""
         return tuple(int(lengths.sum(dtype=np.int64)) for lengths in self.lengths)
 
     @functools.cached_property
     def num_supervised(self) -> tuple[int, ...]:
-        """Supervised tokens of each domain."""
         return tuple(int(counts.sum(dtype=np.int64)) for counts in self.supervised)
 
     def check(self, settings: PlannerSettings) -> None:

@@ -38,12 +38,8 @@ Uint64 = npt.NDArray[np.uint64]
 
 
 class Permutation:
-    """Permutation of [0, n) for one pass of one domain.
-
-    Args:
-        num_samples: n, at least 1.
-        pass_index: 0 for the first pass over the domain's samples.
-    """
+    """Permutation of [0, n), n at least 1, for one pass of one domain; pass 0 is the first one over its
+    samples."""
 
     def __init__(self, num_samples: int, *, seed: int, domain: int, pass_index: int) -> None:
         if num_samples < 1:
@@ -59,11 +55,7 @@ class Permutation:
         self._keys = np.concatenate([half, _mix(half + np.uint64(1))])
 
     def slice(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Sample indices at positions start..stop-1 of the pass: int64[stop - start].
-
-        Raises:
-            ValueError: the range does not lie in [0, n].
-        """
+        """Sample indices at positions start..stop-1 of the pass, int64[stop - start]; ValueError: no such."""
         if not 0 <= start <= stop <= self.num_samples:
             raise ValueError(f"positions {start}..{stop} do not lie in 0..{self.num_samples}")
         if self.num_samples <= MAX_SORTED_SAMPLES:

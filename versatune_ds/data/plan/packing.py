@@ -104,7 +104,6 @@ def fill_packs(
         lengths: tokens of each sample, 1..pack_len; the first `num_carried` are carried over, and they
             stand in the order in which they are to be placed (oldest first).
         num_carried: samples to place before all others.
-        pack_len: capacity of a pack in tokens.
 
     Returns:
         (packs, rest): the indices into `lengths` in each pack (some packs may be empty when there are too

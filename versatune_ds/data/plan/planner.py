@@ -82,7 +82,6 @@ class StepPlan:
 
     @property
     def num_samples(self) -> int:
-        """Samples in the packs."""
         return sum(self.trained.samples)
 
     @property
@@ -134,7 +133,6 @@ class _Stream:
         self._block: list[_Drawn] = []
 
     def next(self) -> _Drawn:
-        """The next draw."""
         if not self._block:
             which = {"seed": self._seed, "domain": self._domain, "pass_index": self.pass_index}
             samples = order.lookup(self._size, self.position, **which)[: self._lookup_samples]
@@ -203,15 +201,13 @@ def _draw(
             pool.append(drawn)
             if streams[domain].remaining <= 0:
                 break
-            if tokens >= full and (not of_samples or tokens >= overfull or _settled(rule.credit())):
+            if tokens < full:
+                continue
+            if not of_samples or tokens >= overfull or max(map(abs, rule.credit())) <= SETTLED_SAMPLES:
                 break
         credit = rule.credit()
     target = [c - b + d for c, b, d in zip(credit, before, drawn_units, strict=True)]
     return list(credit), target
-
-
-def _settled(credit: Sequence[float]) -> bool:
-    return max(map(abs, credit)) <= SETTLED_SAMPLES
 
 
 def _check_weights(corpus: Corpus, weights: Sequence[float] | Float64) -> Float64:
@@ -237,7 +233,6 @@ def plan_step(
     """Plan one optimizer step for all ranks. Pure: equal arguments give equal plans.
 
     Args:
-        state: where the planner stands; not changed.
         weights: float64[k], shares of the domains in `settings.weight_unit`; >= 0, sum 1.
 
     Raises:

@@ -37,12 +37,10 @@ class Totals:
 
     @classmethod
     def zero(cls, num_domains: int) -> Totals:
-        """Nothing counted."""
         zeros = (0,) * num_domains
         return cls(zeros, zeros, zeros)
 
     def plus(self, other: Totals) -> Totals:
-        """Sum by domain."""
         return Totals(
             *(
                 tuple(a + b for a, b in zip(getattr(self, unit), getattr(other, unit), strict=True))
@@ -90,7 +88,6 @@ class PlannerState:
 
     @classmethod
     def initial(cls, num_domains: int) -> PlannerState:
-        """State before the first step."""
         zeros = (0,) * num_domains
         none = Totals.zero(num_domains)
         return cls(0, zeros, zeros, (0.0,) * num_domains, (), none, none)
@@ -101,11 +98,7 @@ class PlannerState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> PlannerState:
-        """Inverse of `to_json`.
-
-        Raises:
-            StateError: another version, or not a planner state.
-        """
+        """Inverse of `to_json`; StateError: another version, or not a planner state."""
         if not isinstance(value, dict) or value.get("version") != STATE_VERSION:
             found = value.get("version") if isinstance(value, dict) else type(value).__name__
             raise StateError(

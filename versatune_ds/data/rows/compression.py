@@ -23,7 +23,6 @@ def unpack(raw: BinaryIO, compression: str, buffer_bytes: int) -> io.BufferedRea
     Args:
         raw: the file, at its beginning.
         compression: one of `files.COMPRESSIONS` or nothing.
-        buffer_bytes: read ahead.
 
     Raises (from the stream's methods):
         FileDamage: the content cannot be unpacked, or is cut off.

@@ -203,11 +203,8 @@ class _ListScanner:
         self.count = 0
 
     def rows(self) -> Iterator[tuple[bytes | BadRow, int]]:
-        """(text, line on which it begins) of every element.
-
-        Raises:
-            FileDamage: this is no list, it is cut off, or something follows it.
-        """
+        """(text, line on which it begins) of every element; FileDamage: this is no list, it is cut off, or
+        something follows it."""
         self._open_list()
         depth = 0
         while True:
@@ -342,11 +339,7 @@ def _cause(error: json.JSONDecodeError) -> str:
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
-    """One row from its JSON text.
-
-    Raises:
-        BadRow: not UTF-8, not JSON, a key twice in one object, or not an object.
-    """
+    """One row from its JSON text; BadRow: not UTF-8, not JSON, no object, or a key twice in one object."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:

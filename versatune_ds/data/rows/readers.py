@@ -30,7 +30,6 @@ def read_blocks(
     """The file's rows, in order, as blocks. The cuts depend on the content only, never on time or memory.
 
     Args:
-        file: from `find_files`.
         select: Parquet and Arrow: given all column names, those to read (None: all).
 
     Raises:

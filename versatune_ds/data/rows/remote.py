@@ -37,12 +37,8 @@ def _asking(path: str) -> Iterator[None]:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file, local or behind a URL, at its beginning.
-
-    Raises:
-        DataError: it cannot be opened.
-        ConfigError: the package of its protocol is not installed.
-    """
+    """A file, local or behind a URL, at its beginning; DataError: it cannot be opened; ConfigError: the
+    package of its protocol is not installed."""
     if is_url(path):
         files, name = _file_system(path)
         with _asking(path):
@@ -103,11 +99,7 @@ def file_stamp(path: str) -> list[Any]:
 
 def find_remote(pattern: str) -> tuple[str, list[str]]:
     """(URL of the folder that is named, or ""; sorted URLs of the files that are meant); it may be a glob.
-
-    Raises:
-        DataError: nothing is there.
-        ConfigError: as `open_file`.
-    """
+    DataError: nothing is there; ConfigError: as `open_file`."""
     files, name = _file_system(pattern)
     with _asking(pattern):
         if glob.has_magic(name) and not files.exists(name):

@@ -130,11 +130,7 @@ class RowSchema:
         return needed if all(self.column(name) in needed for name in FORMATS[format][0]) else None
 
     def domain_of(self, row: Mapping[str, Any]) -> str:
-        """The row's domain.
-
-        Raises:
-            BadRow: the domain column is absent, not text, or names an unknown domain.
-        """
+        """The row's domain; BadRow: its column is absent, not text, or names an unknown domain."""
         if self.domain is not None:
             return self.domain
         assert self.domain_column is not None  # the settings give one of the two
@@ -292,25 +288,23 @@ class RowSchema:
         read = read_turns(turns, self.column(name), names[0], names[1], drop_nulls)
         return read._replace(notes=frozenset({"json_text"})) if isinstance(value, str) else read
 
-    def _value(self, row: Mapping[str, Any], name: str, where: str = "") -> Any:
+    def _value(self, row: Mapping[str, Any], name: str) -> Any:
         column = self.column(name)
-        place = f"{where}.{column}" if where else column
         if column not in row:
-            found = f"{place} is missing (found: {column_names(row)})"
+            found = f"{column} is missing (found: {column_names(row)})"
             raise BadRow(Reason.MISSING_FIELD, f"{found}; give it, or map `columns`")
         if row[column] is None:
-            raise BadRow(Reason.NULL_FIELD, f"{place} is null; a value is needed")
+            raise BadRow(Reason.NULL_FIELD, f"{column} is null; a value is needed")
         return row[column]
 
-    def _text(self, row: Mapping[str, Any], name: str, *, optional: bool = False, where: str = "") -> str:
+    def _text(self, row: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
         column = self.column(name)
         if optional and row.get(column) is None:
             return ""
-        value = self._value(row, name, where)
-        place = f"{where}.{column}" if where else column
+        value = self._value(row, name)
         if not isinstance(value, str):
-            raise wrong_type(place, value, "a string")
-        refuse_surrogates(place, value)
+            raise wrong_type(column, value, "a string")
+        refuse_surrogates(column, value)
         return value
 
     # Whole texts, and pre-tokenised rows.
@@ -324,9 +318,8 @@ class RowSchema:
         return TextRow(text, finished is not False, self._weight(row))
 
     def _weight(self, row: Mapping[str, Any]) -> float:
-        """Of the whole row."""
         values = {name: value for name, value in row.items() if not isinstance(value, list)}
-        weight, _ = with_row_flags(values, [], [], self.column)
+        weight, _ = with_row_flags(values, [], [], self.ours)
         if weight == 0:
             raise BadRow(Reason.SWITCHED_OFF, "the row has the weight 0")
         return 1.0 if weight is None else weight

@@ -35,11 +35,7 @@ MEMORY = 0.5
 
 
 class MarginalGains:
-    """See the module docstring; the same on every rank.
-
-    Args:
-        objective: o, float64[k], >= 0.
-    """
+    """See the module docstring; the same on every rank. `objective`: o, float64[k], >= 0."""
 
     def __init__(self, objective: Vector) -> None:
         self.objective = objective
@@ -62,11 +58,8 @@ class MarginalGains:
         return np.divide(1.0, np.sqrt(self.precision), out=unknown, where=self.precision > 0)
 
     def observe(self, probe: SampleLosses, tokens: Vector) -> None:
-        """Take in a probe, and the supervised tokens float64[k] trained on since the one before it.
-
-        Raises:
-            StateError: it has other samples than the one before it.
-        """
+        """Take in a probe, and the supervised tokens float64[k] trained on since the one before it;
+        StateError: that one had other samples."""
         previous = self._previous
         self._previous = probe.losses
         if previous is None:
@@ -112,11 +105,7 @@ class MarginalGains:
         return {"previous": previous, "precision": self.precision.tolist(), "pooled": self._pooled.tolist()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned.
-
-        Raises:
-            StateError: it is damaged, or of other domains.
-        """
+        """Take over what `state` returned; StateError: it is damaged, or of other domains."""
         try:
             previous = state["previous"]
             found = None if previous is None else [np.array(v, dtype=np.float64) for v in previous]

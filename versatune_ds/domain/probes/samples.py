@@ -37,7 +37,6 @@ class SampleLosses(NamedTuple):
 
     @property
     def sums(self) -> DomainSums:
-        """Sums by domain."""
         ids = np.concatenate([np.full(len(values), j) for j, values in enumerate(self.losses)])
         return DomainSums.from_samples(
             ids, np.concatenate(self.losses), np.concatenate(self.tokens), len(self.losses)
@@ -56,11 +55,8 @@ class Rise(NamedTuple):
 
 
 def rise_of(now: Array, then: Array, tokens: Array, whose: str = "") -> Rise:
-    """`Rise` of one domain between two probes; float64[n] each. Without a supervised token: NaN.
-
-    Raises:
-        StateError: the two probes have other samples.
-    """
+    """`Rise` of one domain between two probes; float64[n] each. Without a supervised token: NaN. StateError:
+    the two probes have other samples."""
     if len(now) != len(then):
         raise StateError(
             f"{whose}a probe of {len(now)} held-out samples after one of {len(then)}; go on with the "

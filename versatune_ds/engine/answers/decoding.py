@@ -23,8 +23,6 @@ from versatune_ds.foundations.errors import ConfigError
 
 
 class DecodedText(NamedTuple):
-    """What was generated, as text."""
-
     text: str
     """Without special tokens."""
     num_tokens: int

@@ -30,6 +30,7 @@ from versatune_ds.config.schema import Config
 from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.encode.chat_encoder import stop_token
 from versatune_ds.data.plan.order import Permutation
+from versatune_ds.domain.evaluation import scores_by_domain
 from versatune_ds.engine.answers.decoding import continuations, cut_text, generating
 from versatune_ds.engine.answers.scoring import Score, build_scorer, checked, try_on_reference
 from versatune_ds.engine.backend.backend import Backend
@@ -90,11 +91,7 @@ class AnswerScores:
 
     def by_domain(self) -> dict[str, list[float]]:
         """The scores of each domain that is asked, without those that are not known."""
-        found: dict[str, list[float]] = {answer.domain: [] for answer in self.answers}
-        for answer in self.answers:
-            if answer.score is not None:
-                found[answer.domain].append(answer.score)
-        return found
+        return scores_by_domain((answer.domain, answer.score) for answer in self.answers)
 
     def means(self) -> dict[str, float | None]:
         """Mean score of each domain that is asked; None without any score."""
@@ -113,7 +110,6 @@ class Questions:
         config: with `evaluation.generate`.
         caches: held-out cache by domain name, None for a domain that is not evaluated.
         tokenizer: with the run's chat template set.
-        architecture: the transformers config of the model.
 
     Raises:
         ConfigError: a score that cannot be used.
@@ -143,7 +139,6 @@ class Questions:
         self._scorers = distributed.together(self._build_scorers, asked)
 
     def _choose(self, number: int, name: str, cache: TokenCache) -> list[Question]:
-        """The questions of a domain."""
         order = Permutation(len(cache), seed=0, domain=number, pass_index=0).slice(0, len(cache))
         left_out: Counter[str] = Counter()
         found: list[Question] = []
@@ -164,7 +159,8 @@ class Questions:
             )
         if len(found) < self.settings.samples:
             log.info("%s: %d held-out samples are asked; left out: %s", name, len(found), why or "none")
-        longer = sum(self._is_longer(question) for question in found)
+        lengths = (len(self.tokenizer(q.reference, add_special_tokens=False)["input_ids"]) for q in found)
+        longer = sum(length > self.settings.max_new_tokens for length in lengths)
         if longer:
             log.info(
                 "%s: %d of %d references are longer than evaluation.generate.max_new_tokens",
@@ -191,10 +187,6 @@ class Questions:
         if is_blank(reference):
             return BLANK
         return Question(name, ":".join(map(str, place)), tuple(tokens[:start].tolist()), reference)
-
-    def _is_longer(self, question: Question) -> bool:
-        ids = self.tokenizer(question.reference, add_special_tokens=False)["input_ids"]
-        return len(ids) > self.settings.max_new_tokens
 
     def _build_scorers(self, caches: Mapping[str, TokenCache | None]) -> dict[str, Score]:
         """By domain, tried on every reference; on rank 0, which alone scores."""
@@ -235,7 +227,9 @@ class Questions:
         )
         in_step = backend.layout["ZeRO stage"] == 3 and backend.ranks.size > 1
         # rotary positions that depend on length are for one sample at a time (`engine/model/rope.py`)
-        batches = self._batches(1 if backend.model.rotary else self.settings.batch_size)
+        together = 1 if backend.model.rotary else self.settings.batch_size
+        by_length = sorted(range(len(self.questions)), key=lambda i: (-len(self.questions[i].prompt), i))
+        batches = [by_length[i : i + together] for i in range(0, len(by_length), together)]
         rank, size = backend.ranks.dp
         mine = batches[rank::size]
         mine += batches[:1] * (math.ceil(len(batches) / size) - len(mine))  # ranks get equally many
@@ -248,11 +242,6 @@ class Questions:
                     tokens = continuations(lm, rows, settings, backend.device, in_step)
                 found |= zip(batch, tokens, strict=True)
         return dict(pair for of_rank in distributed.gather_objects(found) for pair in of_rank.items())
-
-    def _batches(self, size: int) -> list[list[int]]:
-        """Numbers of the questions, those of like length together."""
-        by_length = sorted(range(len(self.questions)), key=lambda i: (-len(self.questions[i].prompt), i))
-        return [by_length[i : i + size] for i in range(0, len(by_length), size)]
 
     def _score(self, tokens: Mapping[int, Sequence[int]]) -> list[ScoredAnswer]:
         """The answers in the order of the questions; on rank 0."""

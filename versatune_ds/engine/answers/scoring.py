@@ -86,10 +86,7 @@ def label(labels: Iterable[str]) -> Score:
 
 def user_function(name: str) -> Score:
     """The function that `module:function` or `path.py:function` names; its file or module is run.
-
-    Raises:
-        ConfigError: it cannot be found or imported.
-    """
+    ConfigError: it cannot be found or imported."""
     match = FUNCTION.fullmatch(name)
     assert match is not None
     place, function = match.groups()
@@ -140,11 +137,7 @@ def build_scorer(name: str, domain: str, references: Callable[[], Iterable[str]]
 
 
 def checked(score: Score, answer: str, reference: str) -> float:
-    """The score as a number.
-
-    Raises:
-        ValueError: it is something else, or not from 0 to 1.
-    """
+    """The score as a number; ValueError where it is something else, or not from 0 to 1."""
     value = score(answer, reference)
     if isinstance(value, str) or not 0.0 <= (as_number := float(value)) <= 1.0 or math.isnan(as_number):
         raise ValueError(f"gives {value!r}; a number from 0 to 1 is needed")
@@ -152,11 +145,7 @@ def checked(score: Score, answer: str, reference: str) -> float:
 
 
 def try_on_reference(score: Score, name: str, place: str, reference: str) -> None:
-    """Score a reference against itself.
-
-    Raises:
-        ConfigError: that fails, or a scorer of ours gives it less than 1.
-    """
+    """Score a reference against itself; ConfigError: that fails, or a scorer of ours gives it less than 1."""
     try:
         value = checked(score, reference, reference)
     except Exception as error:  # whatever the user's code raises

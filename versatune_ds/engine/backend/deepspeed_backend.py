@@ -83,12 +83,8 @@ class HandingOver(TorchCheckpointEngine):
 
 
 class DeepSpeedBackend:
-    """See `Backend`.
-
-    Args:
-        live: the DeepSpeed engine around `model`, or `model` itself where it only goes forward.
-        settings: the DeepSpeed configuration in force.
-    """
+    """See `Backend`; `live` is the DeepSpeed engine around `model`, or `model` itself where it only goes
+    forward."""
 
     def __init__(
         self,
@@ -222,9 +218,6 @@ def build_backend(
 ) -> DeepSpeedBackend:
     """Build model, optimizer and DeepSpeed engine, and prove that packed samples are kept apart.
 
-    Args:
-        settings: `deepspeed_config` of the run.
-
     Raises:
         ConfigError: settings that do not fit together or this machine.
         VersaTuneError: the attention backend mixes samples.
@@ -318,11 +311,8 @@ def _share_with_dora(model: PackedCausalLM) -> None:
 
 
 def check_isolation(backend: Backend, config: Config) -> None:
-    """Run the real model on a probe of packed samples.
-
-    Raises:
-        VersaTuneError: one sample sees another, or ranks that share a pack compute something else.
-    """
+    """Run the real model on a probe of packed samples; VersaTuneError: one sample sees another, or ranks that
+    share a pack compute something else."""
     architecture = backend.model.lm.config
     turn = turning_length(architecture)
     # two samples below the turn beside one beyond it

@@ -168,7 +168,6 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def zero_stage(settings: Mapping[str, Any]) -> int:
-    """ZeRO stage of a DeepSpeed configuration."""
     return int(settings["zero_optimization"].get("stage", 0))
 
 
@@ -194,11 +193,8 @@ def state_layout(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
 
 
 def _require_states(settings: dict[str, Any]) -> None:
-    """Refuse where only fp32 states can be held.
-
-    Raises:
-        ConfigError: stage 0, offloading, or gradients that are summed in another dtype.
-    """
+    """Refuse by ConfigError where only fp32 states can be held: stage 0, offloading, or gradients that are
+    summed in another dtype."""
     problem = None
     if zero_stage(settings) == 0:
         problem = "ZeRO stage 0 has no states of its own; use stage 1, 2 or 3"

@@ -38,21 +38,13 @@ class Ranks(NamedTuple):
 
     @classmethod
     def of_world(cls, sharing: int = 1) -> Ranks:
-        """All ranks of the launch; each `sharing` neighbours share a pack.
-
-        Raises:
-            ConfigError: their number is no multiple.
-        """
+        """All ranks of the launch, `sharing` neighbours to a pack; ConfigError: no multiple of them."""
         rank, groups = distributed.rank(), count_groups(distributed.world_size(), sharing)
         return cls(Group(rank // sharing, groups), Group(rank % sharing, sharing))
 
 
 def count_groups(ranks: int, sharing: int) -> int:
-    """Groups of `sharing` ranks, of which each has packs of its own.
-
-    Raises:
-        ConfigError: the ranks are no multiple.
-    """
+    """Groups of `sharing` ranks, of which each has packs of its own; ConfigError: no multiple."""
     if ranks % sharing:
         raise ConfigError(
             f"batch.sequence_parallel is {sharing}, and {ranks} ranks are no multiple of it; use one of "

@@ -32,9 +32,6 @@ def load_resharded(folder: Path, world_size: int, live: Any) -> None:
     """Load model and optimizer from a checkpoint of `world_size` ranks, any ZeRO stage from 1 to 3.
 
     Every rank calls it and reads what it owns. Hyperparameters stay those of the running configuration.
-
-    Args:
-        live: the DeepSpeed engine to load into.
     """
     if live.zero_nvme_offload_optimizer():
         raise StateError(

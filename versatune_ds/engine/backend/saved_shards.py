@@ -51,11 +51,8 @@ Spans = dict[str, list[Span]]
 
 
 def spans_of_stage3(shapes: Sequence[Mapping[str, Sequence[int]]], world_size: int) -> Spans:
-    """Where ZeRO-3 keeps each parameter: every rank has an equal part of it, the last ones padded.
-
-    Args:
-        shapes: of each flat group, name -> shape in the order of the flat group.
-    """
+    """Where ZeRO-3 keeps each parameter: every rank has an equal part of it, the last ones padded. `shapes`:
+    of each flat group, name -> shape in its order."""
     spans: Spans = {}
     for group, members in enumerate(shapes):
         offset = 0
@@ -279,10 +276,7 @@ def model_file(rank: int | None) -> str:
 
 def mapped(path: Path) -> Any:
     """A DeepSpeed file without its bytes: tensors are read when they are copied from. No code is run.
-
-    Raises:
-        StateError: no such file, or no file that torch wrote.
-    """
+    StateError: no such file, or none that torch wrote."""
     try:
         with tensors_only(path):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -306,11 +300,7 @@ def _repeated(tensors: Mapping[str, torch.Tensor]) -> set[str]:
 
 @contextmanager
 def _known_layout(folder: Path) -> Iterator[None]:
-    """Within this block files are taken for what DeepSpeed writes.
-
-    Raises:
-        StateError: they are something else.
-    """
+    """Within it files are taken for what DeepSpeed writes; StateError where they are something else."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:

@@ -40,11 +40,7 @@ def adapter_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
 
 
 def save_adapter_config(settings: Model, names: Iterable[str], folder: Path) -> None:
-    """Write adapter_config.json.
-
-    Args:
-        names: of the tensors in the adapter's file; they tell which modules it is for.
-    """
+    """Write adapter_config.json; the `names` of the tensors in the adapter's file tell its modules."""
     targets = {name.split(".")[-2 - (MAGNITUDE not in name)] for name in names}
     assert settings.adapter is not None
     config = lora_config(settings.adapter, sorted(targets))
@@ -89,11 +85,7 @@ def holds_head(source: str) -> bool:
 
 def _names(source: str) -> list[tuple[Path, str, str]]:
     """(file, name in it, name in the model) of a base model's tensors, or of those of its text part; it lies
-    in a folder or in the hub's cache.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    in a folder or in the hub's cache. ConfigError: there are none."""
     config = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
     if config is None:
         raise ConfigError(f"the base model {source} is not here; the adapter is merged into its safetensors")

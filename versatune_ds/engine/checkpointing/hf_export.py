@@ -128,7 +128,6 @@ class Companions(NamedTuple):
         return cls(tokenizer, generation, config.model if config.model.adapter else None)
 
     def save(self, folder: Path) -> None:
-        """Write them into `folder`."""
         self.tokenizer.save_pretrained(folder)
         if self.adapter_of is not None:
             return
@@ -270,11 +269,8 @@ def _write_folder(
     folder: Path,
     max_shard_bytes: int,
 ) -> None:
-    """Write the folder under a hidden name, then give it its own; a failure leaves nothing.
-
-    Args:
-        tensors: (Hugging Face name, CPU tensor), made one at a time.
-    """
+    """Write tensors ((Hugging Face name, CPU tensor), made one at a time) into the folder under a hidden
+    name, then give it its own; a failure leaves nothing."""
     folder = check_target(folder)
     temporary = unfinished(folder)
     try:

@@ -50,11 +50,7 @@ def explained(config: Config) -> Iterator[None]:
 
 
 def out_of_memory(config: Config, where: str, reason: str) -> str:
-    """What to lower, with the settings in force.
-
-    Args:
-        reason: torch's text, of which the first line is told.
-    """
+    """What to lower, with the settings in force; of `reason`, torch's text, the first line is told."""
     batch, answers = config.batch, config.evaluation.generate
     cures = [
         f"batch.pack_len (now {batch.pack_len})",

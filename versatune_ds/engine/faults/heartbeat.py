@@ -66,9 +66,6 @@ class Board:
     An answer of the store may never come: when rank 0 is stopped, its store is too. So nobody but this thread
     speaks with the store; the others see `beats` as they were when it last answered.
 
-    Args:
-        watched: the ranks whose beats are read.
-
     Attributes:
         mates: the first beats of the other ranks on this machine.
     """

@@ -58,9 +58,6 @@ def shared_memory_buffer() -> Path:
     return SHARED_MEMORY / ("deepspeed_allreduce_buffer_" + "_".join(map(str, parts)))
 
 
-# --- locks ------------------------------------------------------------------------------------------------
-
-
 def extension_folders() -> Path:
     """Where torch builds extensions just in time."""
     if "TORCH_EXTENSIONS_DIR" in os.environ:
@@ -70,11 +67,8 @@ def extension_folders() -> Path:
 
 
 def require_extension_folder() -> None:
-    """Refuse a home where DeepSpeed's extensions cannot be built.
-
-    Raises:
-        StateError: the folder cannot be made or written.
-    """
+    """Refuse a home where DeepSpeed's extensions cannot be built; StateError: the folder cannot be made or
+    written."""
     folder = extension_folders()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,9 +134,6 @@ def _mtime(path: Path) -> float | None:
         return path.stat().st_mtime
     except OSError:
         return None
-
-
-# --- shared memory ----------------------------------------------------------------------------------------
 
 
 def unused_buffers(folder: Path) -> list[Path]:

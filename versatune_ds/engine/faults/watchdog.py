@@ -27,8 +27,6 @@ GO_ON = "Start the same command to go on from the newest checkpoint"
 
 
 class Mark(NamedTuple):
-    """What a rank is doing."""
-
     progress: int = 0
     """Marks passed so far."""
     step: int | None = None
@@ -53,8 +51,6 @@ class Failure(NamedTuple):
 
 
 class Beat(NamedTuple):
-    """A sign of life of one rank."""
-
     number: int
     """Beats so far."""
     place: Mark
@@ -68,12 +64,10 @@ class Beat(NamedTuple):
     """Of this rank; on rank 0 possibly the verdict on the whole run."""
 
     def dumps(self) -> str:
-        """As text, for the store."""
         return json.dumps(self)
 
     @staticmethod
     def loads(text: str | bytes) -> Beat:
-        """The inverse of `dumps`."""
         number, place, pid, host, machine, done, failure = json.loads(text)
         if failure is not None:
             reason, code, ranks, is_consequence = failure
@@ -91,17 +85,12 @@ def mark(phase: str, step: int | None = None, is_limited: bool = True) -> None:
 
 
 def here() -> Mark:
-    """The last mark of this process."""
     return _here
 
 
 class Watchdog:
-    """Watches the beats of some ranks.
-
-    Args:
-        ranks: whom to watch.
-        timeout_s: seconds without a beat, or without progress where progress is due, that make a hang.
-    """
+    """Watches the beats of some ranks; `timeout_s` without a beat, or without progress where progress is due,
+    make a hang."""
 
     def __init__(self, ranks: range, timeout_s: float) -> None:
         self.ranks = ranks

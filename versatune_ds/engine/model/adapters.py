@@ -44,8 +44,6 @@ MAGNITUDE = "lora_magnitude_vector"
 
 
 class SavedAdapter(NamedTuple):
-    """An adapter folder as it was read."""
-
     scaling: float
     """alpha / rank."""
     rank: int
@@ -56,11 +54,7 @@ class SavedAdapter(NamedTuple):
 
 
 def require_peft() -> Any:
-    """The module.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """The module peft; ConfigError where it is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise ConfigError(
             "model.adapter needs peft, which is not installed: pip install 'versatune-ds[adapter]'"
@@ -139,11 +133,7 @@ def file_name(name: str) -> str:
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
-    """Read an adapter folder.
-
-    Raises:
-        ConfigError: there is none, or one of another method.
-    """
+    """Read an adapter folder; ConfigError where there is none, or one of another method."""
     try:
         config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS_FILE)
@@ -169,11 +159,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
 
 
 def combined(settings: Adapter) -> dict[str, torch.Tensor]:
-    """The adapter that `start_from` describes: name -> tensor, of rank `rank` and scale alpha / rank.
-
-    Raises:
-        ConfigError: folders that cannot be read, or do not fit the settings or each other.
-    """
+    """The adapter that `start_from` describes: name -> tensor, of rank `rank` and scale alpha / rank;
+    ConfigError: folders that cannot be read, or do not fit the settings or each other."""
     factors = settings.started
     parts = {folder: read_adapter(Path(folder)) for folder in factors}
     kind = "dora" if settings.kind == "dora" else "lora"
@@ -240,11 +227,7 @@ class ComparedTokens(NamedTuple):
 
 
 class BaseKL:
-    """The KL term of packs, and the compared tokens of the last one until `take`.
-
-    Args:
-        coefficient: `model.kl_to_base.coefficient`.
-    """
+    """The KL term of packs, times `coefficient`, and the compared tokens of the last one until `take`."""
 
     def __init__(self, coefficient: float) -> None:
         self.coefficient = coefficient

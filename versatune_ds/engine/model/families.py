@@ -80,10 +80,7 @@ REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attent
 
 def planned_shape(config: Mapping[str, Any], origin: str) -> ModelShape:
     """The shape of a model from its config.json; of a model of images and text, that of its text part.
-
-    Raises:
-        ConfigError: a family without a plan, or a number is missing or cannot be.
-    """
+    ConfigError: a family without a plan, or a number is missing or cannot be."""
     values = dict(config.get("text_config") or config)
     name = str(values.pop("model_type", None))
     if name not in PLANNED:
@@ -175,11 +172,7 @@ class LogitRule(NamedTuple):
 
 
 def logit_rule(config: Any) -> LogitRule:
-    """How a model changes its logits.
-
-    Raises:
-        ConfigError: in a way that its family has no row for.
-    """
+    """How a model changes its logits; ConfigError for a way that its family has no row for."""
     family = FAMILIES.get(config.model_type, Family())
     known = (family.softcap, family.logit_factor, family.logit_divisor)
     for key, neutral in LOGIT_FIELDS.items():

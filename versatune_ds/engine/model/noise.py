@@ -24,11 +24,7 @@ Place = tuple[int, int, int, int]
 
 
 class EmbeddingNoise:
-    """Adds noise to what an embedding returns, once after each `prepare`.
-
-    Args:
-        embedding: the model's input embedding; gets a hook.
-    """
+    """Adds noise to what the model's input embedding returns, by a hook, once after each `prepare`."""
 
     def __init__(self, embedding: nn.Module, alpha: float, seed: int) -> None:
         self.alpha, self.seed = alpha, seed
@@ -36,11 +32,7 @@ class EmbeddingNoise:
         embedding.register_forward_hook(self._add)
 
     def prepare(self, sample_ids: torch.Tensor, num_samples: int, place: Place) -> None:
-        """The next call of the embedding is for this pack.
-
-        Args:
-            sample_ids: integer [T], -1 in padding, which gets no noise.
-        """
+        """The next call is for a pack of `sample_ids`, integer [T], -1 in padding, which gets no noise."""
         slots = sample_ids.long() + 1
         lengths = torch.zeros(num_samples + 1, device=sample_ids.device)
         lengths.index_add_(0, slots, torch.ones_like(slots, dtype=torch.float32))

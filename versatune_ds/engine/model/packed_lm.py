@@ -51,7 +51,6 @@ class LossHead(nn.Module):
     Args:
         weight: the model's output weight, the same Parameter object (tied or not, partitioned or not).
         backend: `model.loss_backend`.
-        logits_dtype: `model.logits_dtype`.
         rule: what the model does to its logits.
         is_dft: whether `model.objective` is dft.
     """
@@ -108,14 +107,9 @@ class PackedCausalLM(nn.Module):
 
     Args:
         lm: the transformers model; its `lm_head` becomes a `LossHead`.
-        loss_backend: `model.loss_backend`.
         liger: what `apply_liger` did.
-        logits_dtype: `model.logits_dtype`.
-        routers: of a mixture of experts.
         sequence: the ranks that share a pack; then `lm` attends by `sequence.share_heads`.
         is_dft: whether `model.objective` is dft.
-        noise: on its embeddings.
-        base_kl: of `model.kl_to_base`.
 
     Raises:
         ConfigError: an output layer or a change of the logits that the loss cannot follow.
@@ -147,7 +141,6 @@ class PackedCausalLM(nn.Module):
 
     @property
     def layers(self) -> list[Any]:
-        """The decoder layers."""
         return list(self.lm.base_model.layers)
 
     def compile_layers(self) -> None:
@@ -254,11 +247,8 @@ def build_model(
     partitions each weight as it is made.
 
     Args:
-        settings: `model` section.
-        attention: from `choose_attention`.
         seed: of random initialisation and noise; ranks must use the same.
         device_type: "cpu" or "cuda", where the model will run.
-        sequence: the ranks that share a pack.
 
     Raises:
         ConfigError: it cannot be built, or a pretrained folder lacks weights or holds others.
@@ -290,12 +280,7 @@ def build_model(
 
 
 def liger_problem(choice: str, device_type: str) -> str | None:
-    """Why liger-kernel is not used, or None when it is (for models that it knows).
-
-    Args:
-        choice: `model.liger`.
-        device_type: "cpu" or "cuda".
-    """
+    """Why `model.liger` is not used on "cpu" or "cuda", or None when it is (for models that it knows)."""
     if choice == "off":
         return "asked for"
     if device_type != "cuda":
@@ -311,7 +296,6 @@ def apply_liger(lm: PreTrainedModel, choice: str, device_type: str, left_out: tu
     Liger replaces RoPE for all models of that architecture in the process, the others in `lm` only.
 
     Args:
-        lm: a built transformers model.
         choice: `model.liger`.
         left_out: of `LIGER_PARTS`, what stays as it is.
         device_type: "cpu" or "cuda".

@@ -40,11 +40,7 @@ KEPT = {
 
 
 def recompute_in_backward(lm: PreTrainedModel, policy: str | int) -> None:
-    """Apply `model.activation_checkpointing` to the layers of a model.
-
-    Raises:
-        ConfigError: its layers cannot recompute.
-    """
+    """Apply `model.activation_checkpointing` to a model's layers; ConfigError where they cannot recompute."""
     if policy == "off":
         return
     run: Any = functools.partial(checkpoint, use_reentrant=False)

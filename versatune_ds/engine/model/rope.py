@@ -34,11 +34,8 @@ def turning_length(config: Any) -> int | None:
 
 
 def rotate_by_sample(model: nn.Module) -> list[Any]:
-    """Make every rotary embedding of `model` whose frequencies depend on length see one sample at a time.
-
-    Returns:
-        These embeddings.
-    """
+    """Make every rotary embedding of `model` whose frequencies depend on length see one sample at a time;
+    returns them."""
     found: list[Any] = []
     module: Any
     for module in model.modules():

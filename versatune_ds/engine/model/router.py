@@ -63,11 +63,7 @@ def balance(
 
 
 class Routers:
-    """The routers of a model, and what they did since `take`.
-
-    Args:
-        coefficient: of the loss; None: the configuration's.
-    """
+    """The routers of a model, and what they did since `take`; `coefficient` None: the configuration's."""
 
     def __init__(self, config: Any, coefficient: float | None) -> None:
         self.experts, self.choices = experts_of(config), int(config.num_experts_per_tok)
@@ -110,11 +106,8 @@ def experts_of(config: Any) -> int:
 def as_published(
     config: Any, tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights under their published names: other programs read every expert as tensors of its own.
-
-    Args:
-        tensors: (name, tensor) as transformers holds them.
-    """
+    """Weights, (name, tensor) as transformers holds them, under their published names: other programs read
+    every expert as tensors of its own."""
     if not experts_of(config):
         yield from tensors
         return

@@ -65,11 +65,7 @@ class SequenceGroup(NamedTuple):
 
 
 def check_heads(heads: int, ranks: int) -> None:
-    """Refuse a number of ranks that cannot share the heads.
-
-    Raises:
-        ConfigError: names the numbers that can.
-    """
+    """Raise ConfigError, with the numbers that can, for ranks that cannot share the heads evenly."""
     if heads % ranks:
         raise ConfigError(
             f"batch.sequence_parallel is {ranks}, and the model's {heads} attention heads cannot be shared "

@@ -172,11 +172,7 @@ class ModelShape:
         return found
 
     def targets(self, adapter: Adapter | None) -> list[Linear]:
-        """The kinds that have an adapter.
-
-        Raises:
-            ConfigError: a target that the model has not.
-        """
+        """The kinds that have an adapter; ConfigError for a target that the model has not."""
         known = self.linears
         names = () if adapter is None else known if adapter.targets == "all-linear" else adapter.targets
         for name in names:

@@ -185,11 +185,8 @@ def check_domains_have_data(
 
 
 def evaluated_caches(config: Config, table: DomainTable, caches: Sequence[Any]) -> list[Any]:
-    """Held-out caches of the domains in `evaluation.domains`, None for the others.
-
-    Raises:
-        DataError: a domain named there, or in `evaluation.select`, has no held-out data.
-    """
+    """Held-out caches of the domains in `evaluation.domains`, None for the others; DataError: one named
+    there, or in `evaluation.select`, has no held-out data."""
     wanted = config.evaluation.domains
     for key, names in (("domains", wanted or ()), ("select", sorted(config.evaluation.selected))):
         lacking = [name for name in names if caches[table.id_of(name)] is None]
@@ -250,12 +247,7 @@ def check_router(settings: Model, architecture: Any) -> None:
 
 
 def check_optimizer(settings: Optimizer, architecture: Any) -> None:
-    """Refuse Muon for a mixture of experts, whose tensors have three dimensions.
-
-    Args:
-        settings: `optimizer` section.
-        architecture: the transformers config of the model.
-    """
+    """Refuse Muon for a mixture of experts, whose tensors have three dimensions."""
     if settings.kind == "muon" and experts_of(architecture):
         raise ConfigError(
             f"optimizer.kind muon: {architecture.model_type} has experts, which it is not for here; use adamw"

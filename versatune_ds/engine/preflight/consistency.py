@@ -35,7 +35,6 @@ def require_consistency(what: str, mine: Mapping[str, str]) -> None:
 
     Args:
         what: what may differ, for the error text.
-        mine: this rank's fingerprint of each part.
 
     Raises:
         StateError: on all ranks, naming the parts that differ and the ranks that differ from most.

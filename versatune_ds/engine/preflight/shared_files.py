@@ -35,9 +35,6 @@ class CacheView(NamedTuple):
     """`split/domain` -> content hash."""
 
 
-# --- before training ----------------------------------------------------------------------------------------
-
-
 def check_shared_folder(folder: Path) -> None:
     """Refuse a run folder that is not one and the same on all nodes; a collective.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 
-from versatune_ds.foundations.commit import git_commit
+from versatune_ds.foundations.machine import git_commit
 
 
 def test_the_commit_is_that_of_the_code_and_not_of_a_checkout_around_it(tmp_path):
