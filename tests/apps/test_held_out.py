@@ -42,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
     raw["batch"] = {"pack_len": 256, "packs_per_step": 2}
     raw["weights"] = {"strategy": "constant"}
     raw["optimizer"] |= {"lr": 3e-2, "schedule": "constant"}
-    raw["train"] = {"max_steps": 40}
+    raw["train"] = {"max_steps": 100}
     raw["evaluation"] = {"every_n_steps": 4, "patience": 2, "select": "overall", "generate": ASKED}
     raw["checkpoint"] = {"every_n_steps": 10, "keep_last": 1}
     raw["reference"] = {"lr": 5e-3, "max_epochs": 2, "patience": 2}
@@ -144,7 +144,7 @@ def test_training_stops_early_and_stays_stopped(measured):
     lines = read_jsonl(measured / "trained" / "eval.jsonl")
     losses = [line["loss"] for line in lines]
     best = int(np.argmin(losses))
-    assert best == len(losses) - 3 and lines[-1]["step"] < 40
+    assert best == len(losses) - 3 and lines[-1]["step"] < 100
     assert [line["step"] for line in lines] == list(range(0, lines[-1]["step"] + 1, 4))
     assert len(read_jsonl(measured / "trained" / "metrics.jsonl")) == lines[-1]["step"]
     assert outcome(measured / "trained")["result"] is True
