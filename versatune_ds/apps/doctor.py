@@ -29,8 +29,12 @@ LOW_DISK_GB = 20.0
 
 
 def examine(run_dir: Path, hosts: Sequence[str] = ()) -> list[Finding]:
-    """All findings, in the order in which they are printed: of the file system of `run_dir` (or its nearest
-    existing parent), and of the clocks of other `hosts`, compared over ssh."""
+    """All findings, in the order in which they are printed.
+
+    Args:
+        run_dir: folder whose file system will hold runs; the nearest existing parent is examined.
+        hosts: other hosts, whose clocks are compared over ssh.
+    """
     folder = run_dir.resolve()
     while not folder.exists():
         folder = folder.parent

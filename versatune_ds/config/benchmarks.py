@@ -51,8 +51,11 @@ class Benchmarks(Section):
 
 
 def load_benchmarks(path: Path, names: Sequence[str]) -> Benchmarks:
-    """Read a benchmark file; ConfigError: it is missing, not YAML, has unknown keys or domains, or names a
-    task twice."""
+    """Read a benchmark file.
+
+    Raises:
+        ConfigError: it is missing, not YAML, has unknown keys or domains, or names a task twice.
+    """
     raw = read_yaml(path, "--tasks names it; ready ones: configs/benchmarks/")
     found = validate_settings(Benchmarks, raw, str(path))
     tasks = [task.task for task in found.tasks if task.task is not None]

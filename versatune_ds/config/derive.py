@@ -39,8 +39,11 @@ def with_model(config: Config, source: str) -> Config:
 
 
 def model_of(source: str) -> dict[str, Any]:
-    """Source and adapter of a `model` section for a finished model, or for an adapter and its base model;
-    DataError: the adapter's configuration is damaged."""
+    """Source and adapter of a `model` section for a finished model, or for an adapter and its base model.
+
+    Raises:
+        DataError: the adapter's configuration is damaged.
+    """
     file = Path(source) / ADAPTER_CONFIG_FILE
     if not file.is_file():
         return {"source": source, "adapter": None}

@@ -241,8 +241,11 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 
 def read_deepspeed(source: dict[str, Any] | Path) -> dict[str, Any]:
-    """The section `deepspeed` of a run's settings, read from its file if it names one; a copy. ConfigError:
-    no such file, or no JSON object in it."""
+    """The section `deepspeed` of a run's settings, read from its file if it names one; a copy.
+
+    Raises:
+        ConfigError: no such file, or no JSON object in it.
+    """
     if isinstance(source, dict):
         return copy.deepcopy(source)
     if not source.is_file():

@@ -212,7 +212,10 @@ class ScoreChange:
 
 def compare_scores(after: ModelEvaluation, before: ModelEvaluation) -> list[ScoreChange]:
     """Change of every domain's scores, sample by sample; nothing where one of the two was not asked.
-    ConfigError: the two were asked other samples."""
+
+    Raises:
+        ConfigError: the two were asked other samples.
+    """
     if not after.answers or not before.answers:
         return []
     ours, theirs = (

@@ -53,8 +53,11 @@ class Losses:
 
 
 def read_history(path: Path) -> list[Losses]:
-    """The updates of a weights.jsonl that have losses, in order of their steps; DataError, with the line: the
-    file cannot be read as described above, or steps do not rise."""
+    """The updates of a weights.jsonl that have losses, in order of their steps.
+
+    Raises:
+        DataError: with the line, where the file cannot be read as described above or steps do not rise.
+    """
     history: list[Losses] = []
     for line, record in read_steps(path, "give the weights.jsonl of a run"):
         if not isinstance(record.get("losses"), dict):

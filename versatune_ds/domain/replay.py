@@ -23,8 +23,12 @@ from versatune_ds.strategies.simplex import SUM_TOLERANCE, Vector, normalise
 
 
 def schedule_from_weights_jsonl(path: Path) -> list[ScheduledWeights]:
-    """The weights of a run by step, as a schedule for `strategy: manual`; DataError, with the line: it is no
-    weight update, there is none, or steps do not rise."""
+    """The weights of a run by step, as a schedule for `strategy: manual`.
+
+    Raises:
+        DataError: with the line, where the file has no lines or one that is not a weight update, or where
+            steps do not rise.
+    """
     lines = read_steps(path, "weights.schedule names it")
     schedule = [_scheduled(record, path, number) for number, record in lines]
     if not schedule:
@@ -35,8 +39,12 @@ def schedule_from_weights_jsonl(path: Path) -> list[ScheduledWeights]:
 def resolve_schedule(
     schedule: Sequence[ScheduledWeights] | Path | None, table: DomainTable
 ) -> dict[int, Vector]:
-    """Weights by step, float64[k] on the simplex, from `weights.schedule`; empty for None. ConfigError: an
-    entry does not name the table's domains; DataError: as `schedule_from_weights_jsonl`."""
+    """Weights by step, float64[k] on the simplex, from `weights.schedule`; empty for None.
+
+    Raises:
+        ConfigError: an entry does not name the domains of the table.
+        DataError: as `schedule_from_weights_jsonl`.
+    """
     if schedule is None:
         return {}
     if isinstance(schedule, Path):

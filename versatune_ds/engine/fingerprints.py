@@ -32,8 +32,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def model_fingerprint(settings: Model) -> str:
-    """Hash of a model: of its files in a folder, of name and commit on a hub, and of its adapter;
-    ConfigError: no such model."""
+    """Hash of a model: of its files in a folder, of name and commit on a hub, and of its adapter.
+
+    Raises:
+        ConfigError: no such model.
+    """
     if settings.adapter is not None:
         base = model_fingerprint(settings.model_copy(update={"adapter": None}))
         parts = [[factor, _files(Path(place))] for place, factor in sorted(settings.adapter.started.items())]

@@ -28,8 +28,12 @@ def record_step(
     why_skipped: str | None,
     times: Recorder,
 ) -> None:
-    """A line of metrics.jsonl, and the console; rank 0 only. `rate`: its learning rate, applied or not;
-    `times`: its phases so far on this rank."""
+    """A line of metrics.jsonl, and the console; rank 0 only.
+
+    Args:
+        rate: its learning rate, applied or not.
+        times: its phases so far on this rank.
+    """
     if not distributed.is_main():
         return
     names, sums, routers = run.table.names, totals.sums, run.backend.model.routers

@@ -146,8 +146,11 @@ def canonical_hash(value: Any) -> str:
 
 
 def expanded(path: str) -> str:
-    """A path with `~`, `~USER`, `$NAME` and `${NAME}` filled in; ValueError: no such user or variable, and no
-    file of that very name."""
+    """A path with `~`, `~USER`, `$NAME` and `${NAME}` filled in.
+
+    Raises:
+        ValueError: no such user or variable, and no file of that very name.
+    """
     full = os.path.expandvars(os.path.expanduser(path))
     if os.path.lexists(full):
         return full

@@ -27,8 +27,11 @@ MEMORY_EVENTS = 200_000
 
 
 class StepProfiler:
-    """Profiles the steps that were asked for: from the first to the last one in `steps`, counted from 1;
-    None: this rank profiles nothing."""
+    """Profiles the steps that were asked for.
+
+    Args:
+        steps: the first and the last one, from 1; None: this rank profiles nothing.
+    """
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None) -> None:
         self._folder = folder / constants.PROFILE_DIR

@@ -176,8 +176,11 @@ def flatten(prefix: str, line: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Sinks:
-    """All places that records go to; the engine talks to this object only. Without `logs` (file name -> open
-    log), as on ranks other than 0, every method does nothing."""
+    """All places that records go to; the engine talks to this object only.
+
+    Args:
+        logs: file name -> open log. Empty on ranks other than 0: then every method does nothing.
+    """
 
     def __init__(
         self, logs: Mapping[str, MetricsLog] | None = None, trackers: list[Tracker] | None = None

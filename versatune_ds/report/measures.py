@@ -157,8 +157,11 @@ def x_range(runs: Sequence[RunData]) -> tuple[float, float]:
 
 
 def by_tokens(run: RunData) -> RunData:
-    """The same run with tokens trained on so far in place of steps, to line up runs with unequal steps;
-    StateError: it does not record tokens."""
+    """The same run with tokens trained on so far in place of steps, to line up runs with unequal steps.
+
+    Raises:
+        StateError: it does not record tokens.
+    """
     tokens = run.series["real_tokens"]
     if len(tokens) and not np.isfinite(tokens).any():
         raise StateError(f"{run.folder} records no real_tokens; leave out --by tokens")

@@ -121,8 +121,11 @@ class RunData:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
-    """Read run folders; labels are made different. StateError: a folder is missing, holds no run, is given
-    twice, or has no readable metrics line."""
+    """Read run folders; labels are made different.
+
+    Raises:
+        StateError: a folder is missing, holds no run, is given twice, or has no readable metrics line.
+    """
     resolved = [Path(folder).resolve() for folder in folders]
     for folder in resolved:
         if resolved.count(folder) > 1:

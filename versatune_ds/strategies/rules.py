@@ -39,8 +39,11 @@ MIN_LOSS = 1e-9
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UpdateInputs:
-    """What an update may depend on; the same on every rank. All vectors have length k and are finite;
-    ValueError where not."""
+    """What an update may depend on; the same on every rank. All vectors have length k and are finite.
+
+    Raises:
+        ValueError: a vector is not finite, or lengths differ.
+    """
 
     weights: Vector
     """float64[k]: weights in force, on the simplex."""

@@ -274,8 +274,11 @@ def _comparison_text(measured: Mapping[str, Any]) -> str:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All trainer benchmarks in a folder, by file name; DataError: a file is not JSON or of another version,
-    or there is none."""
+    """All trainer benchmarks in a folder, by file name.
+
+    Raises:
+        DataError: a file is not JSON or of another version, or there is none.
+    """
     found = []
     for path in sorted(folder.glob("*.json")):
         try:

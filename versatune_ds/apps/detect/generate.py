@@ -81,8 +81,11 @@ def other_model(source: str, like: Model) -> Model:
 
 
 def subject_fingerprint(settings: Model, seed: int) -> str:
-    """`fingerprints.model_fingerprint` of the model to examine, and the seed of a random one; ConfigError: no
-    such model, or a folder without weights."""
+    """Hash of the model to examine: `fingerprints.model_fingerprint`, and the seed of a random one.
+
+    Raises:
+        ConfigError: no such model, or a folder without weights.
+    """
     fingerprint = model_fingerprint(settings)
     if settings.weights == "random":
         return canonical_hash([fingerprint, "random", seed])
@@ -146,8 +149,11 @@ def max_new_tokens(detect: Detect, settings: Model) -> int:
 
 
 def choose_generator(wanted: str, device_type: str) -> str:
-    """`detect.generator` as "vllm" or "transformers", logged with its reason; ConfigError: vLLM is asked for
-    and cannot be used."""
+    """`detect.generator` as "vllm" or "transformers", logged with its reason.
+
+    Raises:
+        ConfigError: vLLM is asked for and cannot be used.
+    """
     problem = None
     if importlib.util.find_spec("vllm") is None:
         problem = "vllm is not installed (pip install versatune-ds[vllm])"
@@ -173,8 +179,11 @@ def build_generator(kind: str, config: Config, tokenizer: Any, device: torch.dev
 
 
 def load_model(settings: Model, seed: int, device: torch.device) -> Any:
-    """A whole causal LM on `device`, ready to generate or to score; ConfigError: it cannot be loaded, or
-    lacks weights."""
+    """A whole causal LM on `device`, ready to generate or to score.
+
+    Raises:
+        ConfigError: it cannot be loaded, or lacks weights.
+    """
     if settings.weights == "random":
         log.warning(
             "model.weights is random: an untrained model knows nothing, and its distribution is noise "

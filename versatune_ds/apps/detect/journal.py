@@ -101,8 +101,11 @@ def read_detection(folder: Path) -> dict[str, Any]:
 
 
 def open_journal(folder: Path, name: str, what: str, wanted: dict[str, Any]) -> Journal | None:
-    """The journal of a step on rank 0 (None elsewhere), for lines made with `wanted`; StateError: it holds
-    lines that were made with other settings."""
+    """The journal of a step on rank 0 (None elsewhere), for lines made with `wanted` and no others.
+
+    Raises:
+        StateError: the file holds lines that were made with other settings.
+    """
     if not distributed.is_main():
         return None
     content = read_detection(folder)

@@ -115,8 +115,12 @@ class ModelJudge:
 def name_log_probabilities(
     model: Any, prompts: Sequence[list[int]], answers: Sequence[list[list[int]]]
 ) -> np.ndarray:
-    """Log-probability of each of n prompts' k answers behind the prompt: float64[n, k], nats. Prompts and
-    answers are lists of ids, each at least one."""
+    """Log-probability of each answer behind its prompt: float64[n, k], nats.
+
+    Args:
+        prompts: n lists of ids, each at least one.
+        answers: for every prompt k lists of ids, each at least one.
+    """
     device = model.device
     k = len(answers[0])
     ids, mask = pad_left(prompts)

@@ -205,8 +205,11 @@ def finish_texts(journal: Journal | None) -> dict[int, GeneratedText]:
 
 
 def build_judge(config: Config, table: DomainTable, context: DetectContext) -> DomainJudge | None:
-    """The judge that `detect.judge` names, not opened yet; None on ranks that do not judge. VersaTuneError:
-    it cannot be used: no data, no key, no model."""
+    """The judge that `detect.judge` names, not opened yet; None on ranks that do not judge.
+
+    Raises:
+        VersaTuneError: it cannot be used: no data, no key, no model.
+    """
     settings = config.detect.judge
     if settings.kind == "model":
         assert settings.model is not None

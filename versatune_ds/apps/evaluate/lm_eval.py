@@ -40,8 +40,11 @@ class Scores(NamedTuple):
 
 
 def check_benchmarks_can_run(benchmarks: Benchmarks) -> None:
-    """Refuse by ConfigError, before a model is loaded: the harness is not installed, there are several ranks,
-    or a task runs code unasked."""
+    """Refuse what cannot work before a model is loaded.
+
+    Raises:
+        ConfigError: the harness is not installed, there are several ranks, or a task runs code unasked.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "--tasks needs lm-evaluation-harness, which is not installed: pip install 'versatune-ds[eval]'"
@@ -129,8 +132,11 @@ def _run_task(lm: Any, manager: Any, task: Task, benchmarks: Benchmarks) -> Benc
 
 
 def read_metric(result: Mapping[str, Any], metric: str) -> tuple[float, float | None]:
-    """(value, standard error) of a metric in a harness result, whose keys are `metric,filter`; ConfigError:
-    the task does not report it."""
+    """(value, standard error) of a metric in a harness result, whose keys are `metric,filter`.
+
+    Raises:
+        ConfigError: the task does not report the metric.
+    """
     values = {}
     for key, value in result.items():
         name, comma, filter_name = key.partition(",")

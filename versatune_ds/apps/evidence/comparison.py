@@ -89,8 +89,11 @@ def run_arm(
     took_s: float | None,
     card: dict[str, str] | None,
 ) -> dict[str, Any]:
-    """One run of an arm, whose last one took `took_s` (None: it has not run): `status` "measured", "failed"
-    or "not run", and its numbers or its `reason`."""
+    """One run of an arm: `status` "measured", "failed" or "not run", and its numbers or its `reason`.
+
+    Args:
+        took_s: seconds that the arm's last run took, None if it has not run.
+    """
     reason = why_not(arm, card is not None)
     left_s = deadline.left_s() - RESERVE_S
     if reason is None and left_s < (UNKNOWN_S if took_s is None else 1.2 * took_s):

@@ -25,8 +25,12 @@ FIRST_TOKEN = 2
 
 
 def write_samples(path: Path, *, num_tokens: int, max_length: int, vocab_size: int, num_domains: int) -> None:
-    """Write samples of at least `num_tokens` tokens together, ids below `vocab_size`, sample i of domain i
-    modulo `num_domains`; the same file for the same arguments."""
+    """Write samples of at least `num_tokens` tokens together; the same file for the same arguments.
+
+    Args:
+        vocab_size: token ids are below it.
+        num_domains: sample i belongs to domain i modulo this.
+    """
     rng = np.random.default_rng(0)
     count = num_tokens // 64 + 1
     lengths = long_tailed_lengths(rng, 5.5, count, max_length).astype(np.int64)

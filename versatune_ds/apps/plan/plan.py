@@ -154,8 +154,12 @@ def checkpoint_bytes(shape: ModelShape, setup: Setup) -> int:
 
 
 def make_plan(shape: ModelShape, asked: Setup, machine: Machine, *, search: bool) -> dict[str, Any]:
-    """The whole answer as JSON values; bytes, and what each rests on. With `search` stage, recomputation and
-    offload are the first that fit, else those of `asked`."""
+    """The whole answer as JSON values; bytes, and what each rests on.
+
+    Args:
+        asked: the settings; with `search` their stage, recomputation and offload are chosen.
+        search: choose the first settings that fit instead of taking `asked` as it is.
+    """
     ranked = options(shape, asked, machine)
     chosen = ranked[0] if search else option(shape, asked, machine)
     better = [c for c in ranked if c.verdict == "fits" and c.setup != chosen.setup]

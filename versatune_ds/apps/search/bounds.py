@@ -73,8 +73,11 @@ class Bounds:
         return self._draws_per_share(shares) * shares / self.sizes
 
     def nearest(self, shares: Array) -> Array:
-        """The mixture within all bounds that keeps the proportions of float64[k] `shares` (sum 1) best;
-        ConfigError: there is none."""
+        """The mixture within all bounds that keeps the proportions of float64[k] `shares` (sum 1) best.
+
+        Raises:
+            ConfigError: there is none.
+        """
         lower, found = np.full(len(shares), self.least), shares
         for _ in range(ATTEMPTS):
             upper = np.minimum(self.most, self.draws / self._draws_per_share(found))

@@ -22,8 +22,11 @@ SLICE_POINTS = 41
 
 
 def slices(surfaces: Sequence[Surface], goal: Goal, shares: Array) -> tuple[Array, Array]:
-    """How the predicted objective hangs on each domain's share, the others in proportion: shares float64[m],
-    objective float64[k, m], NaN where no mixture was tried with so large a share."""
+    """How the predicted objective hangs on each domain's share, the others in proportion to each other.
+
+    Returns:
+        Shares float64[m], objective float64[k, m]; NaN where no mixture was tried with so large a share.
+    """
     k, steps = len(shares), np.linspace(0.0, 1.0, SLICE_POINTS)
     rows = []
     for j in range(k):

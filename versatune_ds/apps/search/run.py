@@ -120,8 +120,11 @@ class Found(NamedTuple):
 
 
 class Exploration:
-    """One search: what it needs to know, and its rounds. ConfigError, DataError, StateError: settings, data
-    or a folder that cannot be used."""
+    """One search: what it needs to know, and its rounds.
+
+    Raises:
+        ConfigError, DataError, StateError: settings, data or a folder that cannot be used.
+    """
 
     def __init__(self, config: Config, plan: SearchPlan, folder: Path) -> None:
         self.config, self.plan, self.folder = config, plan, folder
@@ -241,8 +244,11 @@ class Exploration:
             )
 
     def _losses(self, job: Job, line: int = -1) -> Array:
-        """float64[k]: held-out losses of a finished job; line 0: before its first step. DivergenceError: one
-        is not finite."""
+        """float64[k]: held-out losses of a finished job; line 0: before its first step.
+
+        Raises:
+            DivergenceError: one is not finite.
+        """
         lines = (job.config.run.dir / constants.EVAL_FILE).read_text(encoding="utf-8").splitlines()
         losses = json.loads(lines[line])["domain_loss"]
         if None in losses.values():

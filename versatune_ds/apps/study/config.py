@@ -130,5 +130,8 @@ class Study(Section):
 
 def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     """Read and validate a study file; `overrides` as for a run, e.g. `workers=4` or `seeds=[1,2]`.
-    ConfigError: it is missing or not YAML, or a setting is unknown or invalid."""
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a setting is unknown or invalid.
+    """
     return load_settings(Study, path, overrides or [])

@@ -95,8 +95,11 @@ def require_made(folder: Path, mark: str) -> None:
 
 
 def run_study(study: Study) -> StudyRuns:
-    """Train whatever is not finished and read all results; VersaTuneError: settings or data that cannot be
-    used, a run that failed, or a request to stop."""
+    """Train whatever is not finished and read all results.
+
+    Raises:
+        VersaTuneError: settings or data that cannot be used, a run that failed, or a request to stop.
+    """
     started = time.perf_counter()
     require_own(study.dir, {"reference.json": REFERENCE_FORMAT}, OTHER)
     results = {"index.html": "VersaTune</title>", "summary.json": '"baselines"', "results.md": "# Study"}
@@ -232,8 +235,11 @@ class StudyWorkers:
         return [read_result(job.config.run.dir, job.arm, job.seed, job.total_steps) for job in jobs]
 
     def finish(self, jobs: Sequence[Job]) -> None:
-        """Perform the jobs that are not finished; VersaTuneError: a run failed, a worker died, or the study
-        was asked to stop."""
+        """Perform the jobs that are not finished.
+
+        Raises:
+            VersaTuneError: a run failed, a worker died, or the study was asked to stop.
+        """
         fingerprints = {job.name: job.fingerprint(self._origin) for job in jobs}
         waiting = [job for job in jobs if not is_finished(job, fingerprints[job.name])]
         self._done += len(jobs) - len(waiting)

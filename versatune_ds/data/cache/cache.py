@@ -93,8 +93,11 @@ class TokenCache:
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenCache:
-        """Open a cache, whose manifest and sizes of files are checked (`verify`: their content); StateError:
-        it is missing, incomplete, or of another version."""
+        """Open a cache; checks its manifest and the sizes of its files (see `verify` for their content).
+
+        Raises:
+            StateError: the cache is missing, incomplete, or of another version.
+        """
         folder = Path(folder)
         return cls(folder, read_manifest(folder, MANIFEST_FILE, "token cache"))
 
@@ -105,8 +108,11 @@ class TokenCache:
         return int(self.manifest["samples"])
 
     def sample(self, i: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[Any]]:
-        """Sample i: tokens uint32[len] and mask bool[len] (True: supervised), or float32[len] weights;
-        IndexError: there is no sample i."""
+        """Sample i: tokens uint32[len] and mask bool[len] (True: supervised), or float32[len] weights.
+
+        Raises:
+            IndexError: there is no sample i.
+        """
         start, stop = self._bounds(i)
         return self._tokens[start:stop].astype(np.uint32), self._weights[start:stop]
 

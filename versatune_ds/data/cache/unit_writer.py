@@ -167,8 +167,11 @@ class UnitWriter:
             self._write_journal()
 
     def finish(self) -> None:
-        """Check, write the manifests, and give the unit its name; DataError: a source gave no sample, or a
-        source file changed meanwhile."""
+        """Check, write the manifests, and give the unit its name.
+
+        Raises:
+            DataError: a source gave no sample, or a source file changed meanwhile.
+        """
         self._check_sources()
         self.writer.write_text(REJECTED_FILE, "")
         self.writer.sync()

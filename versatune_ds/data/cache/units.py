@@ -95,8 +95,11 @@ class Unit:
 
 
 def find_units(config: Config, encoder: ChatEncoder, hash_file: Callable[[InputFile], str]) -> list[Unit]:
-    """All units of a configuration, with their keys; `hash_file` gives content hashes. DataError: a source
-    has no files."""
+    """All units of a configuration, with their keys; `hash_file` gives content hashes.
+
+    Raises:
+        DataError: a source has no files.
+    """
     units = []
     for split in SPLITS:
         given = enumerate(getattr(config.data, split))

@@ -67,8 +67,11 @@ class Conversation:
 
 
 def to_train(chat: Conversation, reasoning: str, train_on: str) -> Conversation:
-    """The conversation with the weight that each assistant turn has in training; BadRow: nothing is left to
-    train on, or nothing of a turn is left without its thoughts."""
+    """The conversation with the weight that each assistant turn has in training.
+
+    Raises:
+        BadRow: nothing is left to train on, or nothing of a turn is left without its thoughts.
+    """
     said = [turn.weight for turn in chat.turns if turn.role == "assistant"]
     if (reasoning, train_on, chat.weight) == ("keep", "all_turns", None) and said == [None] * len(said):
         return chat

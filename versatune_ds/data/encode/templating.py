@@ -111,8 +111,11 @@ class RenderedChat:
 
 @dataclass
 class ChatRenderer:
-    """Renders conversations with one template and what it sees beside the messages; picklable. ConfigError:
-    it is broken, leaves out responses, or puts no stop token after them."""
+    """Renders conversations with one template and what it sees beside the messages; picklable.
+
+    Raises:
+        ConfigError: it is broken, leaves out responses, or puts no stop token after them.
+    """
 
     text: str
     variables: dict[str, Any]
@@ -203,8 +206,11 @@ class ChatRenderer:
         return tuple(sorted({text[:2] for text in self.special_texts}))
 
     def render_spans(self, chat: Conversation) -> RenderedChat:
-        """The conversation with what its assistant turns span; BadRow: it cannot be rendered, its supervised
-        part cannot be told, or part of it is lost."""
+        """The conversation with what its assistant turns span.
+
+        Raises:
+            BadRow: it cannot be rendered, its supervised part cannot be told, or part of it is lost.
+        """
         turns = chat.turns
         special_text = False
         for i, turn in enumerate(turns):

@@ -41,8 +41,11 @@ def refuse_pointers(source: str, suffixes: tuple[str, ...] = READ_SUFFIXES) -> N
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The fast tokenizer that `model.tokenizer` (or `model.source`) names; ConfigError: it cannot be found or
-    loaded, or it is not a fast one (no character offsets)."""
+    """The fast tokenizer that `model.tokenizer` (or `model.source`) names.
+
+    Raises:
+        ConfigError: it cannot be found or loaded, or it is not a fast one (no character offsets).
+    """
     from transformers import AutoTokenizer
 
     name = config.model.tokenizer or config.model.source

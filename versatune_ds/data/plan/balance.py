@@ -99,8 +99,11 @@ def rank_packs(packs: Sequence[Item], rank: int, world_size: int) -> list[Item]:
 
 
 def modelled_idle(packs: Sequence[Pack], world_size: int, *, pack_len: int, quadratic_tokens: float) -> float:
-    """Share of rank time spent waiting, if every micro-step lasts as long as its costliest pack: 0 (all packs
-    of each micro-step cost the same) to below 1."""
+    """Share of rank time spent waiting, if every micro-step lasts as long as its costliest pack.
+
+    Returns:
+        0 (all packs of each micro-step cost the same) to below 1.
+    """
     check_world_size(len(packs), world_size)
     costs = np.array([pack_cost(pack, pack_len, quadratic_tokens) for pack in packs])
     micro_steps = costs.reshape(-1, world_size)

@@ -38,8 +38,12 @@ Uint64 = npt.NDArray[np.uint64]
 
 
 class Permutation:
-    """Permutation of [0, n), n at least 1, for one pass of one domain; pass 0 is the first one over its
-    samples."""
+    """Permutation of [0, n) for one pass of one domain.
+
+    Args:
+        num_samples: n, at least 1.
+        pass_index: 0 for the first pass over the domain's samples.
+    """
 
     def __init__(self, num_samples: int, *, seed: int, domain: int, pass_index: int) -> None:
         if num_samples < 1:

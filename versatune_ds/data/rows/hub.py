@@ -39,8 +39,12 @@ def hub_blocks(file: InputFile) -> Iterator[Block]:
 
 
 def hub_revision(path: str) -> str:
-    """Commit hash of a hub data set, asked from the hub; ConfigError: `datasets` is not installed; DataError:
-    the hub does not know the data set or cannot be reached."""
+    """Commit hash of a hub data set, asked from the hub.
+
+    Raises:
+        ConfigError: `datasets` is not installed.
+        DataError: the hub does not know the data set or cannot be reached.
+    """
     _datasets()
     from huggingface_hub import HfApi
 

@@ -203,8 +203,11 @@ class _ListScanner:
         self.count = 0
 
     def rows(self) -> Iterator[tuple[bytes | BadRow, int]]:
-        """(text, line on which it begins) of every element; FileDamage: this is no list, it is cut off, or
-        something follows it."""
+        """(text, line on which it begins) of every element.
+
+        Raises:
+            FileDamage: this is no list, it is cut off, or something follows it.
+        """
         self._open_list()
         depth = 0
         while True:

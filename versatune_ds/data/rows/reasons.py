@@ -78,8 +78,11 @@ class BadRow(Exception):
 
 
 class FileDamage(BadRow):
-    """The file cannot be read on from here, or at all; `line` is the one on which the row in question begins,
-    where that is known."""
+    """The file cannot be read on from here, or at all.
+
+    Args:
+        line: on which the row in question begins, where that is known.
+    """
 
     def __init__(self, reason: Reason, message: str, line: int | None = None) -> None:
         super().__init__(reason, message)

@@ -37,8 +37,12 @@ def _asking(path: str) -> Iterator[None]:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file, local or behind a URL, at its beginning; DataError: it cannot be opened; ConfigError: the
-    package of its protocol is not installed."""
+    """A file, local or behind a URL, at its beginning.
+
+    Raises:
+        DataError: it cannot be opened.
+        ConfigError: the package of its protocol is not installed.
+    """
     if is_url(path):
         files, name = _file_system(path)
         with _asking(path):
@@ -99,7 +103,11 @@ def file_stamp(path: str) -> list[Any]:
 
 def find_remote(pattern: str) -> tuple[str, list[str]]:
     """(URL of the folder that is named, or ""; sorted URLs of the files that are meant); it may be a glob.
-    DataError: nothing is there; ConfigError: as `open_file`."""
+
+    Raises:
+        DataError: nothing is there.
+        ConfigError: as `open_file`.
+    """
     files, name = _file_system(pattern)
     with _asking(pattern):
         if glob.has_magic(name) and not files.exists(name):

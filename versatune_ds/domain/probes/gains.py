@@ -58,8 +58,11 @@ class MarginalGains:
         return np.divide(1.0, np.sqrt(self.precision), out=unknown, where=self.precision > 0)
 
     def observe(self, probe: SampleLosses, tokens: Vector) -> None:
-        """Take in a probe, and the supervised tokens float64[k] trained on since the one before it;
-        StateError: that one had other samples."""
+        """Take in a probe, and the supervised tokens float64[k] trained on since the one before it.
+
+        Raises:
+            StateError: it has other samples than the one before it.
+        """
         previous = self._previous
         self._previous = probe.losses
         if previous is None:

@@ -55,8 +55,11 @@ class Rise(NamedTuple):
 
 
 def rise_of(now: Array, then: Array, tokens: Array, whose: str = "") -> Rise:
-    """`Rise` of one domain between two probes; float64[n] each. Without a supervised token: NaN. StateError:
-    the two probes have other samples."""
+    """`Rise` of one domain between two probes; float64[n] each. Without a supervised token: NaN.
+
+    Raises:
+        StateError: the two probes have other samples.
+    """
     if len(now) != len(then):
         raise StateError(
             f"{whose}a probe of {len(now)} held-out samples after one of {len(then)}; go on with the "

@@ -86,7 +86,10 @@ def label(labels: Iterable[str]) -> Score:
 
 def user_function(name: str) -> Score:
     """The function that `module:function` or `path.py:function` names; its file or module is run.
-    ConfigError: it cannot be found or imported."""
+
+    Raises:
+        ConfigError: it cannot be found or imported.
+    """
     match = FUNCTION.fullmatch(name)
     assert match is not None
     place, function = match.groups()

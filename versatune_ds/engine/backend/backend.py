@@ -59,8 +59,11 @@ class Backend(Protocol):
         """Loss of one pack (`packed_lm.model_inputs`); a collective."""
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
-        """Add the gradient of a micro-batch, to be averaged over all ranks; a collective. `is_last`: it is
-        the step's last one."""
+        """Add the gradient of a micro-batch, to be averaged over all ranks; a collective.
+
+        Args:
+            is_last: the micro-batch is the last one of its step.
+        """
 
     def gradients_are_finite(self) -> bool:
         """False if the step's gradients hold NaN or infinity and `step` would not see it itself."""
@@ -89,7 +92,10 @@ class Backend(Protocol):
 
     def load(self, folder: Path, layout: Mapping[str, Any], world_size: int) -> None:
         """Take over the state that a run with this layout on so many ranks has saved; a collective.
-        StateError: it cannot be taken over."""
+
+        Raises:
+            StateError: it cannot be taken over.
+        """
 
     def close(self) -> None:
         """Let go of the memory."""

@@ -83,8 +83,11 @@ class HandingOver(TorchCheckpointEngine):
 
 
 class DeepSpeedBackend:
-    """See `Backend`; `live` is the DeepSpeed engine around `model`, or `model` itself where it only goes
-    forward."""
+    """See `Backend`.
+
+    Args:
+        live: the DeepSpeed engine around `model`, or `model` itself where it only goes forward.
+    """
 
     def __init__(
         self,
@@ -311,8 +314,11 @@ def _share_with_dora(model: PackedCausalLM) -> None:
 
 
 def check_isolation(backend: Backend, config: Config) -> None:
-    """Run the real model on a probe of packed samples; VersaTuneError: one sample sees another, or ranks that
-    share a pack compute something else."""
+    """Run the real model on a probe of packed samples.
+
+    Raises:
+        VersaTuneError: one sample sees another, or ranks that share a pack compute something else.
+    """
     architecture = backend.model.lm.config
     turn = turning_length(architecture)
     # two samples below the turn beside one beyond it

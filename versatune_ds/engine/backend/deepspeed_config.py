@@ -193,8 +193,11 @@ def state_layout(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
 
 
 def _require_states(settings: dict[str, Any]) -> None:
-    """Refuse by ConfigError where only fp32 states can be held: stage 0, offloading, or gradients that are
-    summed in another dtype."""
+    """Refuse where only fp32 states can be held.
+
+    Raises:
+        ConfigError: stage 0, offloading, or gradients that are summed in another dtype.
+    """
     problem = None
     if zero_stage(settings) == 0:
         problem = "ZeRO stage 0 has no states of its own; use stage 1, 2 or 3"

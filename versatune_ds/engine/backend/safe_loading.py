@@ -35,8 +35,11 @@ FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 @contextmanager
 def tensors_only(place: Path) -> Iterator[None]:
-    """Within this block `torch.load` runs no code of a file, whoever calls it; StateError: a file holds
-    something else than tensors, plain values and DeepSpeed's own classes."""
+    """Within this block `torch.load` runs no code of a file, whoever calls it.
+
+    Raises:
+        StateError: a file holds something else than tensors, plain values and DeepSpeed's own classes.
+    """
     before = os.environ.get(FORCE)
     os.environ[FORCE] = "1"
     try:

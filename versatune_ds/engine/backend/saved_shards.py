@@ -51,8 +51,11 @@ Spans = dict[str, list[Span]]
 
 
 def spans_of_stage3(shapes: Sequence[Mapping[str, Sequence[int]]], world_size: int) -> Spans:
-    """Where ZeRO-3 keeps each parameter: every rank has an equal part of it, the last ones padded. `shapes`:
-    of each flat group, name -> shape in its order."""
+    """Where ZeRO-3 keeps each parameter: every rank has an equal part of it, the last ones padded.
+
+    Args:
+        shapes: of each flat group, name -> shape in the order of the flat group.
+    """
     spans: Spans = {}
     for group, members in enumerate(shapes):
         offset = 0
@@ -276,7 +279,10 @@ def model_file(rank: int | None) -> str:
 
 def mapped(path: Path) -> Any:
     """A DeepSpeed file without its bytes: tensors are read when they are copied from. No code is run.
-    StateError: no such file, or none that torch wrote."""
+
+    Raises:
+        StateError: no such file, or no file that torch wrote.
+    """
     try:
         with tensors_only(path):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -33,8 +33,12 @@ SUB_GROUP_KEY = "ZeRO-3 sub_group_size"
 
 
 def with_sizes(zero: dict[str, Any], shape: ModelShape, adapter: Adapter | None) -> dict[str, Any]:
-    """A `zero_optimization` section with `overlap_comm` and sizes, in elements, that it does not give itself;
-    `adapter`: what is trained of the model, None: all of it."""
+    """A `zero_optimization` section with `overlap_comm` and sizes, in elements, that it does not give.
+
+    Args:
+        zero: the section; what it gives stays.
+        adapter: what is trained of the model; None: all of it.
+    """
     stage = int(zero.get("stage", 0))
     if stage == 0:
         return zero

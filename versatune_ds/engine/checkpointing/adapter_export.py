@@ -85,7 +85,11 @@ def holds_head(source: str) -> bool:
 
 def _names(source: str) -> list[tuple[Path, str, str]]:
     """(file, name in it, name in the model) of a base model's tensors, or of those of its text part; it lies
-    in a folder or in the hub's cache. ConfigError: there are none."""
+    in a folder or in the hub's cache.
+
+    Raises:
+        ConfigError: there are none.
+    """
     config = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
     if config is None:
         raise ConfigError(f"the base model {source} is not here; the adapter is merged into its safetensors")

@@ -26,8 +26,11 @@ from versatune_ds.foundations.text import listed
 
 
 def check_target(folder: Path) -> Path:
-    """The folder that `folder` leads to, which an export may replace; StateError: it is a file, a link to
-    nowhere, or holds files that no export of this program wrote."""
+    """The folder that `folder` leads to, which an export may replace.
+
+    Raises:
+        StateError: it is a file, a link to nowhere, or holds files that no export of this program wrote.
+    """
     real = Path(os.path.realpath(folder))
     if not real.is_dir():
         if real.exists() or folder.is_symlink():

@@ -269,8 +269,11 @@ def _write_folder(
     folder: Path,
     max_shard_bytes: int,
 ) -> None:
-    """Write tensors ((Hugging Face name, CPU tensor), made one at a time) into the folder under a hidden
-    name, then give it its own; a failure leaves nothing."""
+    """Write the folder under a hidden name, then give it its own; a failure leaves nothing.
+
+    Args:
+        tensors: (Hugging Face name, CPU tensor), made one at a time.
+    """
     folder = check_target(folder)
     temporary = unfinished(folder)
     try:

@@ -24,8 +24,11 @@ STOP_FILE_VARIABLE = "VERSATUNE_STOP_FILE"
 
 
 def note_stopped(step: int, total_steps: int) -> None:
-    """Write the file that VERSATUNE_STOP_FILE names, if it does: the run stopped as asked and has saved; the
-    checkpoint after `step` finished steps is complete."""
+    """Write the file that VERSATUNE_STOP_FILE names, if it does: the run stopped as asked and has saved.
+
+    Args:
+        step: finished steps; the checkpoint after them is complete.
+    """
     path = os.environ.get(STOP_FILE_VARIABLE)
     if path and distributed.is_main():
         write_json_atomic(Path(path), {"step": step, "total_steps": total_steps})

@@ -67,8 +67,11 @@ def extension_folders() -> Path:
 
 
 def require_extension_folder() -> None:
-    """Refuse a home where DeepSpeed's extensions cannot be built; StateError: the folder cannot be made or
-    written."""
+    """Refuse a home where DeepSpeed's extensions cannot be built.
+
+    Raises:
+        StateError: the folder cannot be made or written.
+    """
     folder = extension_folders()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -89,8 +89,11 @@ def here() -> Mark:
 
 
 class Watchdog:
-    """Watches the beats of some ranks; `timeout_s` without a beat, or without progress where progress is due,
-    make a hang."""
+    """Watches the beats of some ranks.
+
+    Args:
+        timeout_s: seconds without a beat, or without progress where progress is due, that make a hang.
+    """
 
     def __init__(self, ranks: range, timeout_s: float) -> None:
         self.ranks = ranks

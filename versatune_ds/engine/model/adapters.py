@@ -159,8 +159,11 @@ def read_adapter(folder: Path) -> SavedAdapter:
 
 
 def combined(settings: Adapter) -> dict[str, torch.Tensor]:
-    """The adapter that `start_from` describes: name -> tensor, of rank `rank` and scale alpha / rank;
-    ConfigError: folders that cannot be read, or do not fit the settings or each other."""
+    """The adapter that `start_from` describes: name -> tensor, of rank `rank` and scale alpha / rank.
+
+    Raises:
+        ConfigError: folders that cannot be read, or do not fit the settings or each other.
+    """
     factors = settings.started
     parts = {folder: read_adapter(Path(folder)) for folder in factors}
     kind = "dora" if settings.kind == "dora" else "lora"

@@ -80,7 +80,10 @@ REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attent
 
 def planned_shape(config: Mapping[str, Any], origin: str) -> ModelShape:
     """The shape of a model from its config.json; of a model of images and text, that of its text part.
-    ConfigError: a family without a plan, or a number is missing or cannot be."""
+
+    Raises:
+        ConfigError: a family without a plan, or a number is missing or cannot be.
+    """
     values = dict(config.get("text_config") or config)
     name = str(values.pop("model_type", None))
     if name not in PLANNED:

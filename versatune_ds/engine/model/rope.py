@@ -34,8 +34,11 @@ def turning_length(config: Any) -> int | None:
 
 
 def rotate_by_sample(model: nn.Module) -> list[Any]:
-    """Make every rotary embedding of `model` whose frequencies depend on length see one sample at a time;
-    returns them."""
+    """Make every rotary embedding of `model` whose frequencies depend on length see one sample at a time.
+
+    Returns:
+        These embeddings.
+    """
     found: list[Any] = []
     module: Any
     for module in model.modules():

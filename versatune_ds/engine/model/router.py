@@ -106,8 +106,11 @@ def experts_of(config: Any) -> int:
 def as_published(
     config: Any, tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights, (name, tensor) as transformers holds them, under their published names: other programs read
-    every expert as tensors of its own."""
+    """Weights under their published names: other programs read every expert as tensors of its own.
+
+    Args:
+        tensors: (name, tensor) as transformers holds them.
+    """
     if not experts_of(config):
         yield from tensors
         return

@@ -39,8 +39,11 @@ ROWS = 4096
 
 
 def multiplies_bf16(capabilities: Mapping[str, Any] | None = None) -> bool:
-    """Whether a CPU of these `torch.cpu.get_capabilities()` (None: this one) has bf16 units; True where torch
-    cannot say."""
+    """Whether this CPU has bf16 units; True where torch cannot say.
+
+    Args:
+        capabilities: `torch.cpu.get_capabilities()`; None: of this CPU.
+    """
     if capabilities is None:
         capabilities = getattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})()
     return any(has for name, has in capabilities.items() if name.endswith("bf16"))
@@ -114,8 +117,11 @@ def count_parameters(settings: Model) -> int:
 
 
 def check_files(settings: Model) -> None:
-    """Refuse a model folder whose files cannot be what they are named; ConfigError: a Git LFS pointer stands
-    for a file, weights are missing, cut off or pickled."""
+    """Refuse a model folder whose files cannot be what they are named.
+
+    Raises:
+        ConfigError: a Git LFS pointer stands for a file, weights are missing, cut off or pickled.
+    """
     pretrained = settings.weights == "pretrained"
     suffixes = (*READ_SUFFIXES, ".safetensors") if pretrained else READ_SUFFIXES
     for folder in (settings.source, settings.tokenizer or settings.source):

@@ -185,8 +185,11 @@ def check_domains_have_data(
 
 
 def evaluated_caches(config: Config, table: DomainTable, caches: Sequence[Any]) -> list[Any]:
-    """Held-out caches of the domains in `evaluation.domains`, None for the others; DataError: one named
-    there, or in `evaluation.select`, has no held-out data."""
+    """Held-out caches of the domains in `evaluation.domains`, None for the others.
+
+    Raises:
+        DataError: a domain named there, or in `evaluation.select`, has no held-out data.
+    """
     wanted = config.evaluation.domains
     for key, names in (("domains", wanted or ()), ("select", sorted(config.evaluation.selected))):
         lacking = [name for name in names if caches[table.id_of(name)] is None]

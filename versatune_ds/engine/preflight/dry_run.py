@@ -38,8 +38,11 @@ def dry_run_when_asked(backend: Backend, config: Config) -> None:
 
 
 def dry_run(backend: Backend, config: Config) -> None:
-    """Run forward and backward of a step's worst packs and forget them; all ranks together. ConfigError: out
-    of memory; a rank that fails alone tells the others (`engine/faults/heartbeat.py`)."""
+    """Run forward and backward of a step's worst packs and forget them; all ranks together.
+
+    Raises:
+        ConfigError: out of memory. A rank that fails alone tells the others (`engine/faults/heartbeat.py`).
+    """
     part = backend.ranks.sp
     batch = worst_batch(rows_of(config.batch.pack_len, part.size)).part(*part).to(backend.device)
     passes = min(2, config.batch.packs_per_step // backend.ranks.dp.size)
