@@ -36,7 +36,11 @@ THOUGHTS = re.compile(
 
 
 def token_kinds(encoder: ChatEncoder, conversation: Conversation) -> list[str]:
-    """What each token of a rendered conversation is: `TEXT`, `THOUGHT`, `TOOL`; BadRow: no rendering."""
+    """What each token of the rendered conversation is: `TEXT`, `THOUGHT` or `TOOL`.
+
+    Raises:
+        BadRow: it cannot be rendered.
+    """
     text = encoder.template.render_spans(conversation).text
     kinds = np.full(len(text) + 1, TEXT, dtype="U16")
     for match in THOUGHTS.finditer(text):

@@ -140,7 +140,11 @@ class ChatRenderer:
         return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
 
     def render(self, chat: Conversation, end: int | None = None, add_generation_prompt: bool = False) -> str:
-        """The conversation, or its first turns, as text, with the template's marks; BadRow: it refuses."""
+        """The conversation, or its first turns, as text, with marks where the template has {% generation %}.
+
+        Raises:
+            BadRow: the template refuses these messages.
+        """
         compiled, turns = self._compiled, chat.turns[:end]
         # Arguments of calls as objects, and no text beside them; as JSON text and '', if that is refused.
         forms = product((False, True), repeat=2) if any(turn.calls for turn in turns) else [(False, False)]

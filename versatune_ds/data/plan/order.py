@@ -59,7 +59,11 @@ class Permutation:
         self._keys = np.concatenate([half, _mix(half + np.uint64(1))])
 
     def slice(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Sample indices at positions start..stop-1 of the pass, int64[stop - start]; ValueError: no such."""
+        """Sample indices at positions start..stop-1 of the pass: int64[stop - start].
+
+        Raises:
+            ValueError: the range does not lie in [0, n].
+        """
         if not 0 <= start <= stop <= self.num_samples:
             raise ValueError(f"positions {start}..{stop} do not lie in 0..{self.num_samples}")
         if self.num_samples <= MAX_SORTED_SAMPLES:

@@ -38,7 +38,11 @@ class Ranks(NamedTuple):
 
     @classmethod
     def of_world(cls, sharing: int = 1) -> Ranks:
-        """All ranks of the launch, `sharing` neighbours to a pack; ConfigError: no multiple of them."""
+        """All ranks of the launch; each `sharing` neighbours share a pack.
+
+        Raises:
+            ConfigError: their number is no multiple.
+        """
         rank, groups = distributed.rank(), count_groups(distributed.world_size(), sharing)
         return cls(Group(rank // sharing, groups), Group(rank % sharing, sharing))
 
