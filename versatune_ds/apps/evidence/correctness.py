@@ -36,8 +36,7 @@ def run_correctness(record: Record, deadline: Deadline, checkout: Path | None, s
     """
     reason = missing(checkout)
     if reason is not None:
-        record.results["not_run"] = reason
-        return [f"not run: {reason}"]
+        return record.not_run(reason)
     assert checkout is not None
     tests = sorted((checkout / "tests").rglob("test_*.py"))
     files = [file for file in tests if "mark.gpu" in file.read_text(encoding="utf-8")]

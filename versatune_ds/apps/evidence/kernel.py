@@ -32,15 +32,11 @@ def run_kernel(record: Record, deadline: Deadline, checkout: Path | None, size: 
         record: gets the benchmark's own results, rewritten as they come.
         size: "tiny", "small" or "auto".
     """
-    minutes, reason = min(MINUTES[size], (deadline.left_s() - OVERTIME_S) / 60), None
     if checkout is None or not (checkout / BENCHMARK).is_file():
-        reason = f"no {BENCHMARK} beside the package: run from a checkout"
-    elif minutes < LEAST_MINUTES:
-        reason = f"no time left ({deadline.left_s():.0f} s)"
-    if reason is not None:
-        record.results["not_run"] = reason
-        return [f"not run: {reason}"]
-    assert checkout is not None
+        return record.not_run(f"no {BENCHMARK} beside the package: run from a checkout")
+    minutes = min(MINUTES[size], (deadline.left_s() - OVERTIME_S) / 60)
+    if minutes < LEAST_MINUTES:
+        return record.not_run(f"no time left ({deadline.left_s():.0f} s)")
     with tempfile.TemporaryDirectory(prefix="versatune-evidence-") as folder:
         results = Path(folder) / "results.json"
 

@@ -67,6 +67,11 @@ class Record:
     def write(self) -> None:
         write_json_atomic(self.path, clean(self.value))
 
+    def not_run(self, reason: str) -> list[str]:
+        """Note why the stage is not run; the lines of its summary."""
+        self.results["not_run"] = reason
+        return [f"not run: {reason}"]
+
     def end(self, summary: list[str], how: str) -> None:
         """The last write: the lines of the stage's summary, and why it ended."""
         self.value.update(summary=summary, ended=how, ended_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"))

@@ -38,8 +38,7 @@ def run_study(record: Record, deadline: Deadline, checkout: Path | None, size: s
     """
     results = record.results
     if checkout is None:
-        results["not_run"] = f"no {STUDIES} beside the package: run from a checkout"
-        return [f"not run: {results['not_run']}"]
+        return record.not_run(f"no {STUDIES} beside the package: run from a checkout")
     name, overrides = ("smollm2", ON_GPU) if size == "auto" else ("quick", ())
     folder = record.path.resolve().parent / "study"
     config = str(checkout / STUDIES / f"{name}.yaml")
