@@ -138,8 +138,7 @@ class WeightController:
 
     def back_to(self, step: int) -> int | None:
         """Step whose checkpoint the run goes back to after `step`, if the guard says so there."""
-        has_looked = self._guard is not None and self._last_step == step
-        return self._guard.back_to if self._guard is not None and has_looked else None
+        return None if self._guard is None or self._last_step != step else self._guard.back_to
 
     def digest(self) -> int:
         """63-bit hash of the weights in force, to be equal on all ranks."""

@@ -63,11 +63,10 @@ class OverfitGuard:
     @property
     def kept_steps(self) -> set[int]:
         """Steps whose checkpoints `go_back` may need."""
-        asked = self.settings.go_back
-        return {self.best_steps[j] for j in self._watched() if asked and self._best[j] is not None}
-
-    def _watched(self) -> list[int]:
-        return np.flatnonzero(~self.held).tolist()
+        if not self.settings.go_back:
+            return set()
+        watched = zip(self.best_steps, self._best, self._at_hold, strict=True)
+        return {step for step, best, at_hold in watched if best is not None and at_hold is None}
 
     def guarded(self, weights: Vector, limits: Domains) -> Vector:
         """`without` for the domains that are held now."""
@@ -86,7 +85,7 @@ class OverfitGuard:
             StateError: it has other samples than the probes before it.
         """
         said: tuple[list[str], list[str]] = ([], [])
-        watched = set(self._watched())
+        watched = ~self.held
         for j, (now, tokens) in enumerate(zip(probe.losses, probe.tokens, strict=True)):
             best = self._best[j]
             self.rises[j] = rise = rise_of(now, now if best is None else best, tokens, f"{self.names[j]}: ")
@@ -99,15 +98,15 @@ class OverfitGuard:
                 said[was_held].append(sentence)
         self.back_to = None
         if said[0] and self.settings.go_back:
-            self._return(watched - set(self._watched()))
+            self._return(watched & self.held)
         return said
 
-    def _return(self, held_now: set[int]) -> None:
+    def _return(self, held_now: Mask) -> None:
         """The model goes back to the earliest of these domains' best probes."""
-        self.back_to = min(self.best_steps[j] for j in held_now)
-        for j in held_now:
+        self.back_to = min(step for step, is_held in zip(self.best_steps, held_now, strict=True) if is_held)
+        for j in np.flatnonzero(held_now):
             self._at_hold[j] = self._best[j]
-        for j in self._watched():
+        for j in np.flatnonzero(~self.held):
             self._best[j], self.risen[j] = None, 0
 
     def _decide(self, j: int, now: Array, tokens: Array, has_risen: bool) -> str | None:
