@@ -16,9 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from versatune_ds.config.model import Model
 from versatune_ds.data.cache.cache import TokenCache
 from versatune_ds.data.collate import Batch, collate, rows_of
 from versatune_ds.data.plan.balance import by_cost, rank_packs
@@ -44,10 +42,10 @@ class HeldOutLosses(NamedTuple):
     seconds: float
 
 
-def pads_packs(model: Model, device: torch.device) -> bool:
+def pads_packs(backend: Backend) -> bool:
     """Whether every pack is filled up to `batch.pack_len`: GPUs and compiled layers want one shape, on a CPU
     each position costs its time."""
-    return device.type != "cpu" or model.compile != "off"
+    return backend.device.type != "cpu" or backend.model.is_compiled
 
 
 class HeldOut:
@@ -59,7 +57,6 @@ class HeldOut:
         max_samples: first n samples of each domain; None for all.
         pad_id: token id of padding.
         ranks: who shares them out, and who shares a pack.
-        pads: fill every pack up to pack_len.
 
     Raises:
         DataError: no domain has held-out data.
@@ -72,12 +69,10 @@ class HeldOut:
         max_samples: int | None,
         pad_id: int,
         ranks: Ranks,
-        *,
-        pads: bool = True,
     ) -> None:
         self.caches = caches
         self.pack_len = pack_len
-        self.pad_id, self.pads = pad_id, pads
+        self.pad_id = pad_id
         counts = [0 if cache is None else len(cache) for cache in caches]
         self.samples = np.array([n if max_samples is None else min(n, max_samples) for n in counts])
         if not self.samples.any():
@@ -146,10 +141,11 @@ def probe_losses(backend: Backend, held_out: HeldOut, *, each_sample: bool) -> D
 
 def _forward(backend: Backend, held_out: HeldOut) -> Iterator[tuple[Pack, Batch, LossOutput]]:
     """Every pack of this rank with its batch on the device and the model's output."""
+    pads = pads_packs(backend)
     with backend.evaluating():
         for i, pack in enumerate(held_out.packs):
             with phase("evaluation", detail=f"of pack {i + 1} of {len(held_out.packs)}"):
-                rows = rows_of(held_out.pack_len if held_out.pads else pack.length, held_out.part.size)
+                rows = rows_of(held_out.pack_len if pads else pack.length, held_out.part.size)
                 batch = collate(pack, held_out.caches, rows, held_out.pad_id).part(*held_out.part)
                 out = backend.forward(**model_inputs(batch.to(backend.device), 1.0))
             yield pack, batch, out

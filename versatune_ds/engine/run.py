@@ -286,8 +286,7 @@ def assemble(
         DataError: held-out data is asked for and there is none.
     """
     config, asked = prepared.config, prepared.config.train.profile
-    pads = pads_packs(config.model, backend.device)
-    held_out, probe = open_held_out(prepared, pads=pads, needs_probe=state.controller.needs_probe)
+    held_out, probe = open_held_out(prepared, needs_probe=state.controller.needs_probe)
     return Components(
         prepared=prepared,
         backend=backend,
@@ -302,7 +301,7 @@ def assemble(
             pad_id=prepared.pad_id,
             part=prepared.ranks.sp,
             compared_share=config.model.compared_share,
-            pads=pads,
+            pads=pads_packs(backend),
             pin_memory=backend.device.type == "cuda",
         ),
         statistics=StepStatistics(
@@ -368,13 +367,8 @@ def open_files(prepared: Prepared, backend: Backend, saved: dict[str, Any] | Non
     return distributed.together(open_on_main)
 
 
-def open_held_out(
-    prepared: Prepared, *, pads: bool, needs_probe: bool
-) -> tuple[HeldOut | None, HeldOut | None]:
+def open_held_out(prepared: Prepared, *, needs_probe: bool) -> tuple[HeldOut | None, HeldOut | None]:
     """Held-out samples to evaluate on, and those whose losses drive the weights; None where not asked for.
-
-    Args:
-        pads: as for `HeldOut`.
 
     Raises:
         DataError: there is no held-out data.
@@ -384,7 +378,6 @@ def open_held_out(
         "pack_len": config.batch.pack_len,
         "pad_id": prepared.pad_id,
         "ranks": prepared.ranks,
-        "pads": pads,
     }
     if config.evaluation.every_n_steps is not None:
         held_out = HeldOut(prepared.evaluated, max_samples=config.evaluation.max_samples_per_domain, **common)

@@ -41,7 +41,7 @@ from versatune_ds.engine.answers.questions import Questions, ask
 from versatune_ds.engine.backend.deepspeed_backend import build_for_evaluation
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
 from versatune_ds.engine.backend.ranks import Ranks
-from versatune_ds.engine.evaluate import HeldOut, evaluate_samples, pads_packs
+from versatune_ds.engine.evaluate import HeldOut, evaluate_samples
 from versatune_ds.engine.faults.device_errors import explained
 from versatune_ds.engine.fingerprints import data_fingerprint, model_fingerprint
 from versatune_ds.engine.model.sequence import check_heads
@@ -167,9 +167,7 @@ def measure(config: Config, source: str, device: torch.device) -> ModelEvaluatio
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read
     ranks = Ranks.of_world(config.batch.sequence_parallel)
     check_heads(architecture.num_attention_heads, ranks.sp.size)
-    limit = config.evaluation.max_samples_per_domain
-    pads = pads_packs(derived.model, device)
-    held_out = HeldOut(caches, config.batch.pack_len, limit, pad_id, ranks, pads=pads)
+    held_out = HeldOut(caches, config.batch.pack_len, config.evaluation.max_samples_per_domain, pad_id, ranks)
     lacking = [name for name, cache in zip(table.names, caches, strict=True) if cache is None]
     if lacking:
         log.warning("not evaluated, for lack of held-out data or by choice: %s", ", ".join(lacking))

@@ -38,7 +38,7 @@ class MergedJob(Job):
         """Held-out losses by domain as the only line of eval.jsonl."""
         from versatune_ds.apps.evaluate.held_out import free_memory
         from versatune_ds.engine.backend.deepspeed_backend import build_for_evaluation
-        from versatune_ds.engine.evaluate import HeldOut, evaluate, pads_packs
+        from versatune_ds.engine.evaluate import HeldOut, evaluate
         from versatune_ds.engine.prepared import prepare_run
 
         config = self.config
@@ -46,12 +46,7 @@ class MergedJob(Job):
             prepared = prepare_run(config, device.type)
             limit = config.evaluation.max_samples_per_domain
             held_out = HeldOut(
-                prepared.evaluated,
-                config.batch.pack_len,
-                limit,
-                prepared.pad_id,
-                prepared.ranks,
-                pads=pads_packs(config.model, device),
+                prepared.evaluated, config.batch.pack_len, limit, prepared.pad_id, prepared.ranks
             )
             found = evaluate(build_for_evaluation(config, device), held_out, len(prepared.table))
             free_memory()

@@ -129,7 +129,7 @@ class PackedCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.liger, self.routers, self.sequence, self.noise = liger, routers, sequence, noise
-        self.base_kl = base_kl
+        self.base_kl, self.is_compiled = base_kl, False
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ConfigError(f"the model's output layer is {head!r}; a linear layer without bias is needed")
@@ -147,6 +147,7 @@ class PackedCausalLM(nn.Module):
         """Compile what each layer computes, not the hooks around it; equal layers share the code."""
         for layer in self.layers:
             layer.forward = torch.compile(layer.forward)
+        self.is_compiled = True
 
     def body(
         self,
