@@ -1275,9 +1275,30 @@ fault(
 fault(
     "the others' lowest losses outlive the return",
     "guard",
-    "self._best[j], self.risen[j] = None, 0",
-    "self.risen[j] = 0",
+    "self._best[j], self.overfitted[j] = None, 0",
+    "self.overfitted[j] = 0",
     "guard::test_it_says_where_to_go_back_to_and_what_to_keep_for_that",
+)
+fault(
+    "a domain that others disturb counts as overfitted",
+    "guard",
+    "if not has_risen or (is_known and not self.falls[j].beyond(z)):",
+    "if not has_risen:",
+    "guard::test_a_domain_whose_training_loss_has_not_fallen_is_not_overfitted",
+)
+fault(
+    "a window without training samples of a domain clears it",
+    "guard",
+    "or (is_known and not self.falls[j].beyond(z)):",
+    "or not self.falls[j].beyond(z):",
+    "guard::test_a_domain_whose_training_loss_has_not_fallen_is_not_overfitted",
+)
+fault(
+    "a training loss that was not known at the best probe never is",
+    "guard",
+    "if is_best or math.isnan(self._trained[j].stderr):",
+    "if is_best:",
+    "guard::test_a_domain_whose_training_loss_has_not_fallen_is_not_overfitted",
 )
 fault(
     "the best checkpoint is pruned",
