@@ -644,7 +644,7 @@ fault(
 fault(
     "the longest sample chooses the rotary frequencies of a pack",
     "model",
-    "self.rotary: list[Any] = rotate_by_sample(lm)",
+    "self.rotary: list[Any] = rotate_by_sample(self)",
     "",
     f"{ALTERED}[llama, dynamic rope]",
     f"{ALTERED}[phi3, longrope]",
@@ -1190,9 +1190,30 @@ fault(
 fault(
     "the KL forgets the upstream gradient",
     "divergence",
-    "d_hidden.mul_(upstream[0].unsqueeze(1)).to(ctx.dtype)",
-    "d_hidden.to(ctx.dtype)",
+    "d.mul_(upstream).to(ctx.dtype)",
+    "d.to(ctx.dtype)",
     "divergence::test_values_and_gradients_are_those_of_float64",
+)
+fault(
+    "the gradient of the head is that of the last chunk",
+    "divergence",
+    "gradient[:, block].T, x, accumulate=True,",
+    "gradient[:, block].T, x, accumulate=False,",
+    "divergence::test_values_and_gradients_are_those_of_float64",
+)
+fault(
+    "a base that is a copy borrows the trained head",
+    "adapters",
+    "kl = kl_of(rows, None) if head is None else",
+    "kl = kl_of(rows, weight.detach()) if head is not None else",
+    "base kl::test_a_base_that_is_a_copy_predicts_what_the_untrained_model_does",
+)
+fault(
+    "a base that is a copy trains along",
+    "model",
+    "            base.requires_grad_(False)\n",
+    "",
+    "base kl::test_a_base_that_is_a_copy_predicts_what_the_untrained_model_does",
 )
 fault(
     "every step compares the same samples",
