@@ -7,7 +7,8 @@ nothing else of the model changes its name or its class.
 Adapters are combined exactly, by concatenation: with A = [A1; A2] and B = [w1 s1 B1, w2 s2 B2] / s the
 product B A is w1 s1 B1 A1 + w2 s2 B2 A2 over s, of rank r1 + r2 (s: alpha / rank of each).
 
-The model with its adapter switched off is the base that `model.kl_to_base` compares with (`BaseKL`).
+The model with its adapter switched off is the base that `model.kl_to_base` compares with (`BaseKL`); where
+all of the model is trained a frozen copy is (`BaseHead`).
 
 What is not covered: other methods of peft, adapters on embeddings, heads, routers and experts, several
 adapters in one model, and the export (`engine/checkpointing/adapter_export.py`).
