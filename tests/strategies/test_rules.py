@@ -91,8 +91,6 @@ TABLE = [
      "reference": [1.0, 1.5, 2.0]}, [4 / 7, 1 / 7, 2 / 7]),
     # factors exp(ln 4), exp(ln 2), exp(0): products 1, 0.5, 0.5
     ("raw_loss", {}, QUARTER, {"losses": [2 * LN2, LN2, 0.0]}, [0.5, 0.25, 0.25]),
-    # factors exp(2 * ln2 / 2) = 2, 1/2, 1: products 0.5, 0.125, 0.5, sum 1.125
-    ("marginal", {"eta": 2.0}, QUARTER, {"advantage": [LN2 / 2, -LN2 / 2, 0.0]}, [4 / 9, 1 / 9, 4 / 9]),
 ]  # fmt: skip
 
 
@@ -121,7 +119,6 @@ READS = {
     "fostering": {"form", "sigma"},
     "expansion": {"form", "sigma", "target", "delta", "gate", "epsilon"},
     "doremi": {"eta", "smoothing"},
-    "marginal": {"eta", "objective"},
 }
 
 

@@ -94,8 +94,7 @@ class Weights(Section):
 
     strategy: StrategyName = "constant"
     """`constant` keeps `domains.initial`; `uniform` and `inverse` ((1 - p) / Z) are static too; `manual`
-    follows `schedule`; `fostering`, `expansion`, `doremi` and `raw_loss` move with the losses, `marginal`
-    with what the tokens of each domain did for held-out losses."""
+    follows `schedule`; `fostering`, `expansion`, `doremi` and `raw_loss` move with the losses."""
     every_n_steps: int | None = Field(None, ge=1)
     """Optimizer steps between updates, and the length of the loss window. None: a twentieth of the run, so
     that shares arrive before the learning rate is gone, and at most 100; 100 where weights do not move."""
@@ -113,10 +112,10 @@ class Weights(Section):
     epsilon: float = Field(1.0, ge=0)
     """expansion: tolerance of the gate."""
     eta: float = Field(1.0, ge=0)
-    """doremi and marginal: step size of the exponentiated gradient."""
+    """doremi: step size of the exponentiated gradient."""
     objective: dict[str, float] | None = None
-    """marginal, and `versatune-ds search`: weight of every domain's held-out loss in what is to be lowered;
-    None: all alike."""
+    """`versatune-ds search`: weight of every domain's held-out loss in what is to be lowered; None: all
+    alike."""
     smoothing: float = Field(1e-3, ge=0, le=1)
     """doremi: share of the uniform distribution mixed in after each update."""
     schedule: list[ScheduledWeights] | Place | None = None
@@ -154,7 +153,7 @@ class Weights(Section):
     @property
     def needs_probe(self) -> bool:
         """Whether held-out losses are measured at every update."""
-        return self.loss_source == "probe" or self.guard is not None or STRATEGIES[self.strategy].by_gain
+        return self.loss_source == "probe" or self.guard is not None
 
     def problems(self) -> Iterator[str]:
         lacking = [name for name in STRATEGIES[self.strategy].requires if not getattr(self, name)]
@@ -163,9 +162,8 @@ class Weights(Section):
         strategy = STRATEGIES[self.strategy]
         if self.shadow and self.guard is not None and self.guard.go_back:
             yield "guard.go_back has no effect with shadow, which only tells: remove one of them"
-        if self.update_z > 0 and (strategy.by_gain or not strategy.moves_with_losses):
-            instead = "; noise_z is its limit" if strategy.by_gain else ""
-            yield f"update_z has no effect: no losses move {self.strategy}'s weights{instead}"
+        if self.update_z > 0 and not strategy.moves_with_losses:
+            yield f"update_z has no effect: no losses move {self.strategy}'s weights"
         if self.objective is not None:
             yield from share_problems(self.objective, "objective")
         if isinstance(self.schedule, list):

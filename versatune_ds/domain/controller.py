@@ -24,7 +24,6 @@ import numpy.typing as npt
 
 from versatune_ds.config.weights import Domains, Weights
 from versatune_ds.domain.alarms import reference_alarms, weight_alarms
-from versatune_ds.domain.probes.gains import MarginalGains
 from versatune_ds.domain.probes.guard import OverfitGuard
 from versatune_ds.domain.probes.samples import SampleLosses
 from versatune_ds.domain.reference import ReferenceLosses, initial_weights
@@ -99,9 +98,6 @@ class WeightController:
         k = len(table)
         self._weights = self._initial
         self._guard = None if weights.guard is None else OverfitGuard(table.names, weights.guard)
-        objective = weights.objective or dict.fromkeys(table.names, 1.0 / k)
-        by_gain = self._strategy.by_gain
-        self._gains = MarginalGains(table.vector(objective, "weights.objective")) if by_gain else None
         self._window = DomainSums.zeros(k)
         self._losses = np.zeros(k)
         self._stderr = np.full(k, np.nan)
@@ -129,7 +125,7 @@ class WeightController:
     @property
     def needs_samples(self) -> bool:
         """Whether it expects them sample by sample."""
-        return self._guard is not None or self._gains is not None
+        return self._guard is not None
 
     @property
     def kept_steps(self) -> set[int]:
@@ -216,9 +212,6 @@ class WeightController:
         if probe is not None and self._settings.loss_source == "probe":
             sums = self._checked_sums(probe.sums if isinstance(probe, SampleLosses) else probe)
         measurement = self._measure(sums)
-        if self._gains is not None and isinstance(probe, SampleLosses):
-            self._gains.observe(probe, self._window.tokens)
-            measurement.reasons.append(self._gains.sentence(self._table.names))
         proposal = self._propose(step, sums, measurement)
         record = self._record(step, sums, measurement, proposal)
         if self._guard is not None and isinstance(probe, SampleLosses):
@@ -235,7 +228,6 @@ class WeightController:
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs; JSON-exact."""
-        own = {"guard": self._guard, "gains": self._gains}
         return {
             "version": STATE_VERSION,
             "fingerprint": self._fingerprint(),
@@ -246,7 +238,7 @@ class WeightController:
             "stderr": optional(self._stderr, ~np.isnan(self._stderr)),
             "update_count": self._update_count,
             "last_step": self._last_step,
-            **{name: each.state() for name, each in own.items() if each is not None},
+            **({} if self._guard is None else {"guard": self._guard.state()}),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -277,12 +269,10 @@ class WeightController:
             raise StateError(f"weight controller state is damaged: {error!r}") from None
         if window.num_domains != len(self._table):
             raise StateError(f"weight controller state has a window of {window.num_domains} domains")
-        guard, gains = copy(self._guard), copy(self._gains)
+        guard = copy(self._guard)
         if guard is not None and "guard" in state:  # else it begins to watch now
             guard.load_state(state["guard"])
-        if gains is not None:
-            gains.load_state(state.get("gains", {}))
-        self._guard, self._gains = guard, gains
+        self._guard = guard
         self._weights, self._initial, self._window = weights, initial, window
         self._measured = ~np.isnan(losses)
         self._losses, self._stderr = np.nan_to_num(losses), stderr
@@ -316,7 +306,6 @@ class WeightController:
 
     def _inputs(self, step: int, measurement: Measurement) -> UpdateInputs:
         reference = np.zeros(len(self._table)) if self._reference is None else self._reference.losses
-        gains = self._gains
         return UpdateInputs(
             weights=self._weights,
             losses=measurement.losses,
@@ -324,7 +313,6 @@ class WeightController:
             reference=reference,
             gamma=measurement.gamma,
             phi=measurement.phi,
-            advantage=None if gains is None else gains.advantage(self._weights, self._settings.noise_z),
             target=self._target,
             scheduled=self._schedule.get(step, self._weights),
         )

@@ -83,13 +83,8 @@ def replay_history(
         controller: fresh, with `loss_source: train` and no guard.
 
     Raises:
-        ConfigError: the history has a domain that the table lacks, or the strategy reads more than losses.
+        ConfigError: the history has a domain that the table lacks.
     """
-    if controller.needs_probe:
-        raise ConfigError(
-            "weights.strategy marginal reads the held-out losses of every sample, which a history does not "
-            "have; choose another strategy"
-        )
     for name in (name for update in history for name in update.losses):
         if name not in table.names:
             raise ConfigError(f"the history has losses of an {unknown_name('domain', name, table.names)}")

@@ -57,8 +57,6 @@ class UpdateInputs:
     """float64[k]: learnable potential, 0 .. 1."""
     phi: Vector
     """float64[k]: forgetting degree, >= 0."""
-    advantage: Vector | None = None
-    """float64[k]: gain of a domain's tokens over the mixture's, -1 .. 1 (marginal)."""
     target: int | None = None
     """Id of the domain to grow (expansion)."""
     scheduled: Vector | None = None
@@ -220,17 +218,6 @@ def raw_loss(inputs: UpdateInputs) -> Vector:
     return _reweight_exp(inputs.weights, inputs.losses, inputs.measured)
 
 
-def marginal(inputs: UpdateInputs, *, eta: float, objective: object) -> Vector:
-    """w_j <- w_j exp(eta a_j) / Z: towards the domains whose tokens lower the objective most; ours.
-
-    a_j is measured in the run (`domain/probes/gains.py`), for the objective that was given; docs/weights.md
-    derives it.
-    """
-    if inputs.advantage is None:
-        return inputs.weights.copy()
-    return _reweight_exp(inputs.weights, eta * inputs.advantage, np.ones(len(inputs.weights), dtype=np.bool_))
-
-
 NEEDED = {
     "reference": "compares with reference losses: give `reference` (held-out nats per supervised token for "
     "every domain)",
@@ -255,9 +242,6 @@ class Strategy:
     """Whether the target may grow, to be recorded; it is called as `rule` is."""
     revives_by: str | None = None
     """Setting of its own that, above 0, gives a weight to every domain, also to one that has none."""
-
-    by_gain: bool = False
-    """Whether it moves by what held-out probes say of each domain's tokens, sample by sample."""
 
     @property
     def compares(self) -> bool:
@@ -297,7 +281,6 @@ STRATEGIES: dict[str, Strategy] = {
     "expansion": Strategy(expansion, requires=("reference", "target"), gate=expansion_gate),
     "doremi": Strategy(doremi, requires=("reference",), revives_by="smoothing"),
     "raw_loss": Strategy(raw_loss),
-    "marginal": Strategy(marginal, by_gain=True),
 }
 """`weights.strategy` -> what it does. `constant` is "knowledge-consistent" in VersaTune: p, never moved."""
 

@@ -9,7 +9,7 @@ d_i = S_i - b_i, the rise of a domain over its n samples is
 (ratio estimator: Cochran, Sampling Techniques, 3rd ed., section 2.11). Both probes read the same samples, so
 what both find hard cancels.
 
-What is not covered: measuring (`engine/evaluate.py`), and what follows from a rise (`guard`, `gains`).
+What is not covered: measuring (`engine/evaluate.py`), and what follows from a rise (`guard`).
 """
 
 from __future__ import annotations
