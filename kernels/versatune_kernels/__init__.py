@@ -4,7 +4,7 @@ What: `linear_cross_entropy(hidden, weight, labels, ...)` is the language-model 
 one differentiable call. It never holds the full logits matrix and returns the loss of every token and
 sample next to the scalar that is trained on.
 
-`linear_kl` is its companion for a frozen head: the KL divergence to another model's hidden states.
+`linear_kl` is its companion: the KL divergence of what a model predicts from what its base predicts.
 
 How: one signature, several backends (`reference`: readable and slow; `chunked`: portable; `triton`:
 for GPUs), picked by `backend=`. Read `contract.py` for what comes out, `fused_op.py` for the order
@@ -17,13 +17,14 @@ The package needs torch only (and Triton for its backend) and is usable by itsel
 
 from versatune_kernels.backends import ResolvedBackend, resolve_backend
 from versatune_kernels.contract import LossOutput
-from versatune_kernels.divergence import linear_kl
+from versatune_kernels.divergence import LinearKL, linear_kl
 from versatune_kernels.errors import KernelError
 from versatune_kernels.loss import linear_cross_entropy
 from versatune_kernels.sizing import auto_chunk_tokens
 
 __all__ = [
     "KernelError",
+    "LinearKL",
     "LossOutput",
     "ResolvedBackend",
     "auto_chunk_tokens",

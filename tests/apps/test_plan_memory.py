@@ -51,6 +51,8 @@ LORA = {"rank": 32}
 AVERAGED = {"optimizer": {"ema_decay": 0.9}}
 MUON = {"optimizer": {"kind": "muon", "muon_lr": 0.02, "max_grad_norm": 0}}
 # (ranks, ZeRO, dtype, checkpointing, shape, tokens a pack[, adapter, optimizer or ranks that share a pack])
+COMPARED = {"kl_to_base": {"coefficient": 1.0, "share": 1.0}}
+"""Also of the base's own forward: all of a pack."""
 CASES = [
     (1, zero(0), "fp32", "off", QWEN2, 256),
     (1, zero(1), "bf16", "off", QWEN3, 768),
@@ -90,12 +92,19 @@ CASES = [
     (2, zero(2), "bf16", "all", QWEN3, 768, MUON),
     (2, zero(3), "fp32", "off", QWEN3, 768, MUON),
     (2, zero(3), "bf16", "all", QWEN3, 768, MUON),
+    (1, zero(1), "bf16", "off", QWEN2, 768, COMPARED | LORA),
+    (1, zero(1), "bf16", "off", QWEN2, 768, COMPARED),
+    (1, zero(2), "fp32", "off", TIED, 768, COMPARED),
+    (2, zero(3), "fp32", "off", QWEN3, 768, COMPARED),
+    (2, zero(3, **ALL_ON_HOST), "bf16", "off", QWEN2, 256, COMPARED),
 ]
 PACKS_PER_RANK = 2
 
 
 def word(given: dict) -> str:
-    """An adapter's or optimizer's in the name of a case."""
+    """What a case is more than others, in its name."""
+    if "kl_to_base" in given:
+        return "kl-lora" if LORA.items() <= given.items() else "kl"
     optimizer = given.get("optimizer", {"kind": given.get("kind", "lora")})
     return str(optimizer.get("kind", "average"))
 
@@ -135,7 +144,12 @@ def measured(tmp_path_factory) -> dict[str, dict]:
 
 
 def adapted(more: list[dict | int]) -> dict:
-    return {"adapter": more[0]} if more and isinstance(more[0], dict) and not chosen(more) else {}
+    """Of the `model` section."""
+    if not more or not isinstance(more[0], dict) or chosen(more):
+        return {}
+    kl = {key: value for key, value in more[0].items() if key == "kl_to_base"}
+    adapter = {key: value for key, value in more[0].items() if key != "kl_to_base"}
+    return kl | ({"adapter": adapter} if adapter else {})
 
 
 def chosen(more: list[dict | int]) -> dict:
@@ -160,6 +174,7 @@ def planned(case: tuple) -> tuple[ModelShape, Setup]:
         offload=read_offload(settings),
         zero=settings,
         adapter=Adapter(**adapter) if adapter else None,
+        compares="kl_to_base" in adapted(more),
         has_average=chosen(more) == AVERAGED["optimizer"],
         has_muon=chosen(more) == MUON["optimizer"],
         device="cpu",

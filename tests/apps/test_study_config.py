@@ -52,6 +52,8 @@ def test_overrides_reach_arms(tmp_path):
         ({"model": {"source": "x"}}, "source is given: the study needs `mixture`, and only that of"),
         (PRETRAINED | {"mixture": {"law": 0.5, "math": 0.5}}, r"\n.*mixture names \['law', 'math'\]"),
         (PRETRAINED | {"model": {"source": "x", "vocab_size": 1024}}, "of a model that is made"),
+        ({"objectives": {"o": {"law": 0.5, "code": 0.4}}}, "objectives.o: shares sum to 0.9"),
+        ({"objectives": {"o": {"law": 1.0}}}, r"o names \['law'\], domains.names \['code', 'law'\]"),
         ({"worker": 2}, "worker: unknown key; did you mean workers"),
     ],
 )

@@ -47,7 +47,7 @@ def test_changes_by_hand():
     # law 4 -> 3: -25 %; code 2 -> 2.2: +10 %
     assert changes(run("a", 1, (3.0, 2.2)), NAMES) == pytest.approx([-0.25, 0.1])
     runs = {1: run("a", 1, (3.0, 2.2))}
-    assert arm_summary(runs, {}, NAMES)["mean_change"]["mean"] == pytest.approx(-0.075)
+    assert arm_summary(runs, {}, NAMES, {})["mean_change"]["mean"] == pytest.approx(-0.075)
 
 
 def test_interval_by_hand():
@@ -72,6 +72,7 @@ def test_differences_are_taken_seed_by_seed():
         names=NAMES,
         baselines=["uniform"],
         expansions=[],
+        objectives={"even nats": {"law": 0.5, "code": 0.5}, "code alone": {"law": 0.0, "code": 1.0}},
     )
     better = summary["arms"]["better"]
     against = better["against"]["uniform"]
@@ -80,6 +81,11 @@ def test_differences_are_taken_seed_by_seed():
     assert against["domain_change"]["law"]["mean"] == pytest.approx(-0.01)
     assert better["mean_change"]["half_width"] > 0.01
     assert better["seeds"] == [1, 2, 3]
+    # (2.96 + s / 10 + 2) / (4 + 2) - 1, s = 1, 2, 3; 0.04 nats of 6 below uniform
+    assert better["objectives"]["even nats"]["mean"] == pytest.approx(5.16 / 6 - 1)
+    apart = against["objectives"]["even nats"]
+    assert (apart["mean"], apart["half_width"]) == pytest.approx((-0.04 / 6, 0.0), abs=1e-12)
+    assert better["objectives"]["code alone"]["mean"] == 0.0  # 2.0 before and after
 
 
 def test_expansion_by_hand():
@@ -156,6 +162,7 @@ def test_the_tables_have_every_arm_and_every_number():
         names=NAMES,
         baselines=["uniform"],
         expansions=[("law", ["law_only"])],
+        objectives={"mostly code": {"law": 0.25, "code": 0.75}},
     )
     summary["provenance"] = {
         "date": "2026-01-01", "config": "x.yaml", "commits": ["abc"], "versions": {"torch": "1"},
@@ -165,6 +172,7 @@ def test_the_tables_have_every_arm_and_every_number():
             "model": {"dtype": "fp32"},
             "pretraining": {"settings": {}, "mixture": {"law": 0.9, "code": 0.1}},
             "settings": {"train": {"max_steps": 5}, "weights": {"every_n_steps": 5}},
+            "objectives": {"mostly code": {"law": 0.25, "code": 0.75}},
         },
     }  # fmt: skip
     text = study_tables(summary)
@@ -172,7 +180,11 @@ def test_the_tables_have_every_arm_and_every_number():
     # code +0 % and +5 %, law -25 %: -12.5 % and -10 %; weights 0.5 to 0.9
     assert f"| uniform | {MINUS}11.25 ± 15.88 % | {NOTHING} | 40.0 % | {MINUS}25.0 ± 0.0 % |" in text
     assert f"| x<y | {MINUS}11.25 ± 15.88 % | +0.00 ± 0.00 | 40.0 % |" in text
-    assert text.count("| x<y |") == 2 and text.count("| uniform |") == text.count("| law_only |") == 1
+    assert text.count("| x<y |") == 3 and text.count("| uniform |") == 2 and text.count("| law_only |") == 1
+    # 0.25 x 3 + 0.75 x 2 = 2.25 and + 0.75 x 2.1 = 2.325, before: 2.5
+    assert "Objective mostly code: law 0.25, code 0.75" in text
+    row = f"| {MINUS}8.50 ± 19.06 % |"
+    assert f"| uniform {row} {NOTHING} |\n| x<y {row} +0.00 ± 0.00 |" in text
     assert f"| law_only | 25.0 % | {MINUS}25.00 ± 0.00 % | +2.50 ± 31.77 % |" in text
     assert "Scores of held-out answers" not in text  # nobody was asked
     assert "| base model | 4.000 | 2.000 |" in text and "| gamma of the base | 0.500 | 0.250 |" in text

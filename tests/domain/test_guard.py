@@ -10,6 +10,7 @@ from versatune_ds.config.weights import Domains, Guard, Weights
 from versatune_ds.domain.controller import WeightController
 from versatune_ds.domain.probes.guard import OverfitGuard, without
 from versatune_ds.domain.probes.samples import SampleLosses, rise_of
+from versatune_ds.domain.statistics import DomainSums
 from versatune_ds.domain.table import DomainTable
 from versatune_ds.foundations.errors import StateError
 
@@ -22,10 +23,27 @@ def probe(law, code=(20.0, 20.0), other=(20.0, 20.0)) -> SampleLosses:
     return SampleLosses([np.array(values, dtype=float) for values in (law, code, other)], TOKENS)
 
 
+def trained_on(*losses) -> DomainSums:
+    """Two training samples of 10 tokens in each domain, 0.1 nats a token below and above its mean loss; none
+    of a domain without."""
+    samples = [(j, 10 * (loss + side)) for j, loss in enumerate(losses) if loss for side in (-0.1, 0.1)]
+    ids, sums = zip(*samples, strict=True)
+    return DomainSums.from_samples(ids, sums, [10] * len(ids), len(losses))
+
+
+class Learning(WeightController):
+    """Each window's training losses are a nat a token below the last one's, if a test observes no others."""
+
+    def update(self, step, probe=None):
+        if not self.window.tokens.any():
+            self.observe(trained_on(*[9.0 - step / 10] * len(NAMES)))
+        return super().update(step, probe)
+
+
 def controller_of(strategy="constant", **options) -> WeightController:
     given = {"every_n_steps": 10, "guard": Guard(probes=2, noise_z=2.0)} | options
     initial = {"law": 0.5, "code": 0.3, "other": 0.2}
-    return WeightController(
+    return Learning(
         DomainTable(NAMES), Domains(names=NAMES, initial=initial), Weights(strategy=strategy, **given)
     )
 
@@ -65,17 +83,19 @@ def test_it_holds_after_n_risen_probes_and_lets_go():
     controller = controller_of()
     # law: 40 nats at its best; d = 3, 1 then 4, 2: r = 0.2 (se 0.1) and 0.3 (se 0.1)
     told = [controller.update(step, probe(law)) for step, law in ((10, (20, 20)), (20, (24, 22.5)))]
-    assert told[0].guard["law"] == {"held": False, "rise": 0.0, "stderr": 0.0, "probes": 0, "best_step": 10}
+    # training losses 8 and 7, each with an error of sqrt(2 * 2) / 20 = 0.1
+    seen = {"training_fall": 0.0, "training_fall_stderr": math.sqrt(0.02), "probes": 0, "best_step": 10}
+    assert told[0].guard["law"] == pytest.approx({"held": False, "rise": 0.0, "stderr": 0.0, **seen})
     assert told[1].guard["law"]["probes"] == 1 and told[1].alarms == []
     np.testing.assert_array_equal(controller.weights, [0.5, 0.3, 0.2])
     record = controller.update(30, probe((24, 23)))  # r = 7 / 20, residuals 0.5: se sqrt(2 * 0.5) / 20
-    assert record.guard["law"] == pytest.approx(
-        {"held": True, "rise": 0.35, "stderr": 0.05, "probes": 2, "best_step": 10}
-    )
+    seen |= {"training_fall": 2.0, "probes": 2}
+    assert record.guard["law"] == pytest.approx({"held": True, "rise": 0.35, "stderr": 0.05, **seen})
     (alarm,) = record.alarms
     assert (
         alarm.startswith("overfitting: law is 0.35 nats (standard error 0.05) above") and "step 10" in alarm
     )
+    assert "its training loss has fallen by 2 since" in alarm
     np.testing.assert_allclose(controller.weights, [0.0, 0.6, 0.4], rtol=1e-15)
     assert record.before == {"law": 0.5, "code": 0.3, "other": 0.2} and record.after["code"] == 0.6
     # still risen, and not higher than when it was held: stays
@@ -84,6 +104,26 @@ def test_it_holds_after_n_risen_probes_and_lets_go():
     record = controller.update(50, probe((21, 20)))
     assert "law comes back: no longer above its lowest loss beyond noise" in record.reasons
     np.testing.assert_array_equal(controller.weights, [0.5, 0.3, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_held"),
+    [
+        ((5, 4.5, 4.5), True),  # falls by 0.5, error sqrt(0.02) = 0.14
+        ((5, 4.8, 4.8), False),  # by 0.2: within two errors
+        ((5, 5.5, 6), False),  # law is disturbed by others, or lacks training
+        ((None, 5, 4.5, 4), True),  # from the first window on in which it was trained at all
+        ((5, None, None), False),
+        ((5, 4.5, None, 4), True),  # a window without it says nothing
+        ((5, 4.5, 5.5, 4), False),
+    ],
+)
+def test_a_domain_whose_training_loss_has_not_fallen_is_not_overfitted(losses, is_held):
+    controller = controller_of()
+    for step, loss in enumerate(losses, start=1):
+        controller.observe(trained_on(loss, 4.0, 4.0))
+        record = controller.update(10 * step, probe((20, 20) if step == 1 else (24, 23)))
+    assert record.guard["law"]["rise"] == pytest.approx(0.35) and record.guard["law"]["held"] == is_held
 
 
 def test_a_held_domain_that_is_forgotten_comes_back():
@@ -183,13 +223,16 @@ def test_state_without_guard_and_damaged_state():
     guarded = controller_of()
     guarded.load_state(plain.state())  # begins to watch now
     assert guarded.update(20, probe((20, 20))).guard["law"]["best_step"] == 20
-    for damage in ({"risen": [0]}, {"best": None}):
+    fresh = OverfitGuard(NAMES, Guard()).state()
+    for damage in ({"risen": [0]}, {"best": None}, {"trained": [[1.0, 0.1]]}, {"trained": [[1.0]] * 3}):
         with pytest.raises(StateError, match=r"weights\.guard"):
-            OverfitGuard(NAMES, Guard()).load_state(OverfitGuard(NAMES, Guard()).state() | damage)
+            OverfitGuard(NAMES, Guard()).load_state(fresh | damage)
+    del fresh["trained"]  # as version 0.1 wrote it
+    OverfitGuard(NAMES, Guard()).load_state(fresh)
 
 
 def test_other_samples_than_before_are_refused():
     guard = OverfitGuard(["law"], Guard())
-    guard.observe(1, SampleLosses([np.ones(2)], [np.ones(2)]))
+    guard.observe(1, SampleLosses([np.ones(2)], [np.ones(2)]), DomainSums.zeros(1))
     with pytest.raises(StateError, match=r"law: a probe of 3 held-out samples after one of 2.*probe_samples"):
-        guard.observe(2, SampleLosses([np.ones(3)], [np.ones(3)]))
+        guard.observe(2, SampleLosses([np.ones(3)], [np.ones(3)]), DomainSums.zeros(1))

@@ -1,17 +1,26 @@
-"""`model.kl_to_base` in whole runs: what it does, what is said of it, a resume, and refusals.
+"""`model.kl_to_base` in whole runs: what it does, what is said of it, resumes, and refusals.
 
 That its steps are those of plain PyTorch: `test_step.py`.
 """
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
+import step_cases as cases
 import torch
 import yaml
+from launching import read_jsonl, run_cases
 from plain_backend import plain_run
+from safetensors.torch import load_file
 from small_runs import cut_back, small_run
 
+from versatune_ds.cli.main import main
 from versatune_ds.config.load import load_config
+from versatune_ds.data.collate import collate, compare
+from versatune_ds.engine.model.packed_lm import model_inputs
 from versatune_ds.engine.model.source import load_lm
 from versatune_ds.engine.preflight.dry_run import dry_run
 from versatune_ds.foundations.errors import ConfigError
@@ -37,18 +46,24 @@ def config(tmp_path_factory):
     return file
 
 
-def run(config, folder, kl):
-    return plain_run(config, f"run.dir={folder}", f"model.kl_to_base={kl}")
+def run(config, folder, kl, *more):
+    return plain_run(config, f"run.dir={folder}", f"model.kl_to_base={kl}", *more)
+
+
+STRONG, WEAK = "{coefficient: 100.0, share: 0.6}", "{coefficient: 1.0e-9, share: 0.6}"
 
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    return run(config, tmp_path_factory.mktemp("whole") / "run", "{coefficient: 100.0, share: 0.6}")
+    return run(config, tmp_path_factory.mktemp("whole") / "run", STRONG)
 
 
-def test_it_holds_the_model_near_its_base_and_is_told_by_domain(config, whole, tmp_path):
-    weak = run(config, tmp_path / "weak", "{coefficient: 1.0e-9, share: 0.6}")
-    held, free = (r.lines("metrics") for r in (whole, weak))
+@pytest.mark.parametrize("is_whole", [False, True], ids=["adapter", "all"])
+def test_it_holds_the_model_near_its_base_and_is_told_by_domain(config, whole, tmp_path, is_whole):
+    more = ["model.adapter=null", "optimizer.lr=0.003"] if is_whole else []
+    weak = run(config, tmp_path / "weak", WEAK, *more)
+    strong = run(config, tmp_path / "strong", STRONG, *more) if is_whole else whole
+    held, free = (r.lines("metrics") for r in (strong, weak))
     assert held[0]["base_kl"] == pytest.approx(0, abs=1e-9)  # B is 0: the model is its base
     assert 0 < held[-1]["base_kl"] < 0.8 * free[-1]["base_kl"]
     for line in held[1:]:
@@ -88,10 +103,31 @@ def test_the_model_is_whole_again_behind_the_base_and_a_rehearsal_leaves_nothing
     assert all(p.grad is None for p in adapted)
 
 
+def test_a_base_that_is_a_copy_predicts_what_the_untrained_model_does(config, tmp_path):
+    """After training all of the model, head included: by plain transformers, sample by sample."""
+    trained = run(config, tmp_path / "all", WEAK, "model.adapter=null")
+    before = load_lm(load_config(config).model, seed=0).eval()
+    now = copy.deepcopy(before)
+    now.load_state_dict(trained.parameters, strict=False)
+    pack, sources = cases.packs(cases.PACKED)[1], [cases.Samples()] * 2
+    batch = collate(pack, sources, cases.PACK_LEN, 0)
+    model = trained.backend.model
+    model(**model_inputs(compare(batch, pack, np.array([True, False, True]), sources, 0, 1.0), 1.0))
+    expected = []
+    for sample in (cases.PACKED[1][0], cases.PACKED[1][2]):
+        tokens, mask = cases.Samples().sample(sample)
+        ids = torch.from_numpy(tokens.astype(np.int64))[None]
+        log_q, log_p = (lm(ids).logits[0, :-1].log_softmax(-1) for lm in (before, now))
+        expected.append((log_q.exp() * (log_q - log_p)).sum(-1)[torch.from_numpy(mask[1:])])
+    found = model.base_kl.take().kl
+    assert found.min() > 0.001
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.adapter=null"], "second copy of the model in memory. Give model.adapter"),
+        (["model.adapter=null", "model.router=frozen"], "keeps frozen weights out of checkpoints"),
         (["model.neftune_alpha=5"], "would compare noise"),
         (["batch.sequence_parallel=2"], "the base sees whole samples"),
         (["model.kl_to_base={coefficient: 1.0, share: 0}"], "share"),
@@ -101,3 +137,36 @@ def test_the_model_is_whole_again_behind_the_base_and_a_rehearsal_leaves_nothing
 def test_what_it_cannot_do_is_refused(config, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(config, ["model.kl_to_base={coefficient: 1.0}", *overrides])
+
+
+@pytest.mark.slow
+def test_training_all_of_the_model_keeps_its_base_out_of_files_and_goes_on_anywhere(config, tmp_path):
+    """Under ZeRO-3 on 2 ranks; from a checkpoint there bit for bit, and in stage 2."""
+
+    def case(name, stage):
+        zero = f"deepspeed={{zero_optimization: {{stage: {stage}}}}}"
+        settings = [f"run.dir={tmp_path / name}", zero, f"model.kl_to_base={STRONG}", "model.adapter=null"]
+        settings += ["optimizer.lr=0.003", "checkpoint.export_at_end=true"]
+        return {"config": str(config), "overrides": settings, "sabotage": None}
+
+    run_cases(tmp_path, 2, [case("whole", 3)])
+    for name in ("resumed", "elsewhere"):
+        cut_back(tmp_path / "whole", tmp_path / name, 2)
+    run_cases(tmp_path, 2, [case("resumed", 3), case("elsewhere", 2)])
+    source = yaml.safe_load(config.read_text())["model"]["source"]
+    names = load_file(f"{source}/model.safetensors").keys()
+    runs = ("whole", "resumed", "elsewhere")
+    models = {run: load_file(tmp_path / run / "model" / "model.safetensors") for run in runs}
+    assert all(model.keys() == names for model in models.values())
+    for name, tensor in models["whole"].items():
+        assert torch.equal(models["resumed"][name], tensor)
+        torch.testing.assert_close(models["elsewhere"][name], tensor, rtol=1e-4, atol=1e-5)
+    told = [[m["base_kl"] for m in read_jsonl(tmp_path / run / "metrics.jsonl")] for run in runs]
+    assert told[0][-1] > 0 and told[1] == told[0] and told[2] == pytest.approx(told[0], rel=1e-3, abs=1e-9)
+    for path in (tmp_path / "whole" / "checkpoints").glob("*/*model_states.pt"):
+        held = torch.load(path, weights_only=False)
+        kept = {**held["module"], **(held["frozen_param_shapes"] or {})}
+        assert not [name for name in kept if name.startswith("base.")], path
+    assert main(["export", str(tmp_path / "whole"), "--step", "4", "--out", str(tmp_path / "exported")]) == 0
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    assert all(torch.equal(exported[name], tensor) for name, tensor in models["whole"].items())

@@ -1,4 +1,4 @@
-"""`weights.guard.go_back`: the model returns to a domain's best checkpoint when the domain is held.
+"""The guard in whole runs that overfit: held domains leave the batches, and with `go_back` the model returns.
 
 Who is held, and which checkpoints are kept, is in `tests/domain/test_guard.py`.
 """
@@ -14,27 +14,27 @@ from launching import read_jsonl, run_cases
 from plain_backend import plain_run
 from small_runs import cut_back, small_run
 
-HARM = {"lr": 0.3, "eps": 1e-8}
-STEPS = 16
+STEPS, EVERY = 16, 2
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """At a rate that harms; the held-out losses after every step are those that the guard sees."""
+    """Three samples of each domain, again and again; evaluations see the losses that the guard sees."""
     return small_run(
         tmp_path_factory.mktemp("back"),
+        rows=3,
         model={"dtype": "fp32"},
-        batch={"pack_len": 192, "packs_per_step": 2},
-        optimizer=HARM,
+        batch={"pack_len": 192, "packs_per_step": 4},
+        optimizer={"lr": 0.03, "eps": 1e-8},
         domains={"min_weight": 0},
         weights={
             "strategy": "constant",
-            "every_n_steps": 1,
+            "every_n_steps": EVERY,
             "probe_samples": 4,
             "guard": {"probes": 2, "go_back": True},
         },
         train={"max_steps": STEPS},
-        evaluation={"every_n_steps": 1, "max_samples_per_domain": 4},
+        evaluation={"every_n_steps": EVERY, "max_samples_per_domain": 4},
         checkpoint={"every_n_steps": STEPS, "keep_last": 1, "export_at_end": False},
     )
 
@@ -58,6 +58,22 @@ def require_returns(folder: Path) -> None:
         assert losses[step] == losses[best]
     apart = losses.keys() - {0} - found.keys()
     assert len({json.dumps(losses[step]) for step in apart}) == len(apart)
+
+
+def test_batches_are_without_the_domains_that_it_holds(config):
+    guarded = plain_run(config, f"run.dir={config.parent / 'held'}", "weights.guard={probes: 1}")
+    metrics, held, updates = guarded.lines("metrics"), [set()], guarded.lines("weights")[1:]
+    names = set(metrics[0]["weights"])
+    for line in updates:
+        following = [each["weights"] for each in metrics if 0 < each["step"] - line["step"] <= EVERY]
+        assert len(following) == min(EVERY, STEPS - line["step"])
+        assert all(weights == line["after"] for weights in following)
+        held.append({name for name, found in line["guard"].items() if found["held"]})
+        alarms = [alarm for alarm in line["alarms"] if alarm.startswith("overfitting")]
+        assert len(alarms) == len(held[-1] - held[-2])
+        if held[-1] < names:
+            assert {name for name, weight in line["after"].items() if weight == 0.0} == held[-1]
+    assert any(set() < some < names for some in held), held
 
 
 def test_the_model_is_again_what_it_was_at_the_best_probe(config):

@@ -198,23 +198,6 @@ def test_the_probe_takes_its_own_number_of_samples(config):
     assert set(update["samples"].values()) == {3.0}
 
 
-def test_batches_are_without_the_domains_that_the_guard_holds(config):
-    """At a rate that harms: held-out losses rise, of some domains before others."""
-    harm = ("optimizer.lr=0.3", "optimizer.eps=1e-8")
-    options = ("train.max_steps=8", "evaluation={}", "domains.min_weight=0", *harm)
-    guard = ("weights.every_n_steps=1", "weights.probe_samples=4", "weights.guard={probes: 1, noise_z: 2}")
-    guarded = run(config, "guarded", *options, *guard)
-    metrics, held = guarded.lines("metrics"), [set()]
-    for line, following in zip(guarded.lines("weights")[1:], metrics[1:], strict=False):
-        assert following["weights"] == line["after"]
-        held.append({name for name, found in line["guard"].items() if found["held"]})
-        alarms = [alarm for alarm in line["alarms"] if alarm.startswith("overfitting")]
-        assert len(alarms) == len(held[-1] - held[-2])
-        if len(held[-1]) < len(NAMES):
-            assert {name for name, weight in line["after"].items() if weight == 0.0} == held[-1]
-    assert any(0 < len(names) < len(NAMES) for names in held), held
-
-
 def test_the_last_step_is_evaluated_and_saved_whatever_the_interval(config):
     every_4 = ("evaluation.every_n_steps=4", "checkpoint.every_n_steps=4")
     ours = run(config, "intervals", *every_4)

@@ -653,7 +653,7 @@ fault(
 fault(
     "the longest sample chooses the rotary frequencies of a pack",
     "model",
-    "self.rotary: list[Any] = rotate_by_sample(lm)",
+    "self.rotary: list[Any] = rotate_by_sample(self)",
     "",
     f"{ALTERED}[llama, dynamic rope]",
     f"{ALTERED}[phi3, longrope]",
@@ -1199,9 +1199,30 @@ fault(
 fault(
     "the KL forgets the upstream gradient",
     "divergence",
-    "d_hidden.mul_(upstream[0].unsqueeze(1)).to(ctx.dtype)",
-    "d_hidden.to(ctx.dtype)",
+    "d.mul_(upstream).to(ctx.dtype)",
+    "d.to(ctx.dtype)",
     "divergence::test_values_and_gradients_are_those_of_float64",
+)
+fault(
+    "the gradient of the head is that of the last chunk",
+    "divergence",
+    "gradient[:, block].T, x, accumulate=True,",
+    "gradient[:, block].T, x, accumulate=False,",
+    "divergence::test_values_and_gradients_are_those_of_float64",
+)
+fault(
+    "a base that is a copy borrows the trained head",
+    "adapters",
+    "kl = kl_of(rows, None) if head is None else",
+    "kl = kl_of(rows, weight.detach()) if head is not None else",
+    "base kl::test_a_base_that_is_a_copy_predicts_what_the_untrained_model_does",
+)
+fault(
+    "a base that is a copy trains along",
+    "model",
+    "            base.requires_grad_(False)\n",
+    "",
+    "base kl::test_a_base_that_is_a_copy_predicts_what_the_untrained_model_does",
 )
 fault(
     "every step compares the same samples",
@@ -1284,9 +1305,30 @@ fault(
 fault(
     "the others' lowest losses outlive the return",
     "guard",
-    "self._best[j], self.risen[j] = None, 0",
-    "self.risen[j] = 0",
+    "self._best[j], self.overfitted[j] = None, 0",
+    "self.overfitted[j] = 0",
     "guard::test_it_says_where_to_go_back_to_and_what_to_keep_for_that",
+)
+fault(
+    "a domain that others disturb counts as overfitted",
+    "guard",
+    "if not has_risen or (is_known and not self.falls[j].beyond(z)):",
+    "if not has_risen:",
+    "guard::test_a_domain_whose_training_loss_has_not_fallen_is_not_overfitted",
+)
+fault(
+    "a window without training samples of a domain clears it",
+    "guard",
+    "or (is_known and not self.falls[j].beyond(z)):",
+    "or not self.falls[j].beyond(z):",
+    "guard::test_a_domain_whose_training_loss_has_not_fallen_is_not_overfitted",
+)
+fault(
+    "a training loss that was not known at the best probe never is",
+    "guard",
+    "if is_best or math.isnan(self._trained[j].stderr):",
+    "if is_best:",
+    "guard::test_a_domain_whose_training_loss_has_not_fallen_is_not_overfitted",
 )
 fault(
     "the best checkpoint is pruned",

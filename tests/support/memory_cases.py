@@ -32,7 +32,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from versatune_ds.config.load import validate_config
-from versatune_ds.data.collate import collate
+from versatune_ds.data.collate import collate, compare
 from versatune_ds.data.plan.balance import rank_packs
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.engine.backend.deepspeed_backend import build_backend
@@ -129,7 +129,9 @@ def saved_activations(backend: Any, batch: Any) -> int:
     options = {"sequence_group": backend.model.sequence} if batch.parts > 1 else {}
     backend.model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = backend.model.body(**{key: inputs[key] for key in body}, **options).last_hidden_state[0]
+        hidden = backend.model.body(
+            backend.model.lm, **{key: inputs[key] for key in body}, **options
+        ).last_hidden_state[0]
     del hidden
     gc.collect()
     for tensor in _living():
@@ -172,6 +174,11 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
     ranks = Ranks.of_world(case["sharing"])
     mine = rank_packs(packs, *ranks.dp)
     batches = [collate(pack, [source, source], length, 0).part(*ranks.sp) for pack in mine]
+    if config.model.kl_to_base is not None:
+        batches = [
+            compare(batch, pack, np.ones(1, np.bool_), [source, source], 0, 1.0)
+            for batch, pack in zip(batches, mine, strict=True)
+        ]
     plan = SimpleNamespace(step=0, loss_weight=sum(b.supervised_tokens for b in batches) * ranks.size)
     out: dict[str, Any] = {"ranks": distributed.world_size()}
 
@@ -184,7 +191,9 @@ def run_case(case: dict[str, Any], folder: Path, device: torch.device) -> dict[s
     made["zero_optimization"] = with_sizes(made["zero_optimization"], shape, config.model.adapter)
     backend = build_backend(config, made, ranks, device)
     run: Any = SimpleNamespace(
-        backend=backend, statistics=StepStatistics(2, device), spikes=SpikeGuard(None, 1)
+        backend=backend,
+        statistics=StepStatistics(2, device, base_kl=backend.model.base_kl),
+        spikes=SpikeGuard(None, 1),
     )
     step()
     step()

@@ -97,7 +97,7 @@ class PlainBackend:
         self.model.train()
 
     def parameters(self, wanted=all_names) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, parameter) for name, parameter in self.model.named_parameters() if wanted(name))
+        return ((name, parameter) for name, parameter in self.model.own_parameters() if wanted(name))
 
     def save(self, folder: Path, write: Write) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -49,8 +49,11 @@ def prepare_run(folder: Path, raw: dict[str, Any]) -> Path:
     return config
 
 
-def small_run(folder: Path, **sections: dict[str, Any]) -> Path:
+def small_run(folder: Path, rows: int | None = None, **sections: dict[str, Any]) -> Path:
     """Prepare the sample and a model of 90 thousand parameters in `folder`.
+
+    Args:
+        rows: of each domain that are trained on, for runs that overfit them; None: all.
 
     Returns:
         Configuration file: `sample_settings` with these sections' keys.
@@ -58,6 +61,11 @@ def small_run(folder: Path, **sections: dict[str, Any]) -> Path:
     raw = sample_settings(folder)
     architecture = folder / "sample" / "model" / "config.json"
     architecture.write_text(json.dumps({**json.loads(architecture.read_text()), **SMALL_MODEL}))
+    for source in raw["data"]["train"] if rows else []:
+        file = Path(source["path"])
+        text = file.read_text()
+        few = json.dumps(json.loads(text)[:rows]) if file.suffix == ".json" else text.splitlines()[:rows]
+        file.write_text(few if isinstance(few, str) else "\n".join(few))
     for name, keys in sections.items():
         raw[name] = {**raw.get(name, {}), **keys}
     return prepare_run(folder, raw)

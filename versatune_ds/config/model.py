@@ -97,8 +97,8 @@ class Model(Section):
     """Add uniform noise of +-alpha / sqrt(L d) to the embeddings in training (arXiv:2310.05914): L the tokens
     of a sample, d the hidden size. None: none."""
     kl_to_base: KLToBase | None = None
-    """Hold the model near what it was: add a KL term to its base, the same model with its adapter switched
-    off. None: none."""
+    """Hold the model near what it was: add a KL term to its base, which is the same model with its adapter
+    switched off, or without an adapter a frozen second copy. None: none."""
     liger: Literal["auto", "off"] = "auto"
     """`auto`: on CUDA, RMSNorm, SwiGLU and RoPE of liger-kernel if it is installed. Never its loss."""
     compile: Literal["off", "layers"] = "off"
@@ -118,11 +118,10 @@ class Model(Section):
     def problems(self) -> Iterator[str]:
         if self.compile != "off" and self.activation_checkpointing in ("selective", "offload"):
             yield f"compile cannot trace activation_checkpointing {self.activation_checkpointing}"
-        if self.kl_to_base is not None and self.adapter is None:
+        if self.kl_to_base is not None and self.adapter is None and self.router == "frozen":
             yield (
-                "kl_to_base compares with the model without its adapter; training all of it would need a "
-                "second copy of the model in memory. Give model.adapter, e.g. {kind: lora, rank: 64}, or "
-                "take kl_to_base out"
+                "kl_to_base without an adapter keeps frozen weights out of checkpoints, and those of routers "
+                "are needed there: take router: frozen out, or give model.adapter"
             )
         if self.kl_to_base is not None and self.neftune_alpha is not None:
             yield "kl_to_base would compare noise: take neftune_alpha out, or kl_to_base"

@@ -80,9 +80,10 @@ class Guard(Section):
     """Overfitted domains lose their share: `domain/probes/guard.py`. It probes at every weight update."""
 
     probes: int = Field(3, ge=1)
-    """Probes in a row at which a domain's held-out loss must have risen before it is held."""
+    """Probes in a row at which a domain must be overfitted before it is held: since the best one its held-out
+    loss has risen and its training loss has fallen."""
     noise_z: float = Field(2.0, ge=0)
-    """Standard errors that a rise must exceed; of the difference, over the same held-out samples."""
+    """Standard errors that both must exceed."""
     go_back: bool = False
     """When a domain is held, parameters and optimizer go back to the checkpoint of its best probe, and it
     stays held. The checkpoint of every domain's best probe is kept."""

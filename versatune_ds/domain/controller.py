@@ -395,7 +395,7 @@ class WeightController:
     ) -> WeightUpdate:
         """The record with what the guard makes of the probe and of the strategy's new weights."""
         before = self.weights
-        held, returned = guard.observe(step, probe)
+        held, returned = guard.observe(step, probe, self._window)
         guarded = guard.guarded(after, self._domains)
         return replace(
             record,

@@ -254,8 +254,13 @@ def _comparison(shape: ModelShape, setup: Setup, labels: int) -> tuple[tuple[Par
     if not setup.compares:
         return (), 0
     rows = min(kl_chunk_tokens(labels, shape.hidden, shape.vocab), labels)
-    hidden = labels * shape.hidden * (2 * setup.element + FP32)
-    return (Part("KL to the base: hidden states", hidden, False),), 2 * rows * shape.vocab * FP32
+    parts = [Part("KL to the base: hidden states", labels * shape.hidden * (2 * setup.element + FP32), False)]
+    if setup.keeps_base:  # summed in fp32, and rounded beside that
+        rounded = setup.element if setup.element < FP32 else 0
+        parts.append(
+            Part("KL to the base: gradient of the head", shape.head_parameters * (FP32 + rounded), False)
+        )
+    return tuple(parts), 2 * rows * shape.vocab * FP32
 
 
 def _communication(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
@@ -304,6 +309,9 @@ def _states(
     if setup.adapter is not None:
         frozen = frozen_bytes(shape, setup) // (setup.shards if stage == 3 else 1)
         parameters.insert(0, Part("frozen model", frozen, not setup.is_qlora))
+    if setup.keeps_base:
+        base = frozen_bytes(shape, setup) // (setup.shards if stage == 3 else 1)
+        parameters.append(Part("frozen base", base, True))
     (host if setup.offload == "all" and stage == 3 else held).extend(parameters)
     if stage == 3:
         vectors = (*shape.vectors * shape.layers, shape.hidden, *adapter)

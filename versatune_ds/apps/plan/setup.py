@@ -104,6 +104,11 @@ class Setup:
         return self.adapter is not None and self.adapter.kind == "qlora"
 
     @property
+    def keeps_base(self) -> bool:
+        """A frozen copy of the model beside the one that is trained."""
+        return self.compares and self.adapter is None
+
+    @property
     def master(self) -> int:
         """Bytes of a master weight."""
         return 2 if self.states == "bf16_stochastic" else FP32

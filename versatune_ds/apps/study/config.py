@@ -100,6 +100,9 @@ class Study(Section):
     """Arm name -> the sections in which it differs."""
     expansions: list[Expansion] = Field(default_factory=list)
     """Arms that are judged by their target and by what the other domains lose."""
+    objectives: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """What users may want: name -> weight of every domain's held-out loss, as in `weights.objective`. Arms
+    are compared by each of them, too."""
 
     def problems(self) -> Iterator[str]:
         for name in self.arms:
@@ -118,6 +121,10 @@ class Study(Section):
             why = "is given" if self.model.source else "is not given"
             yield f"model.source {why}: the study needs `{needed}`, and only that of {' and '.join(given)}"
         names = self.settings.get("domains", {}).get("names", [])
+        for name, objective in self.objectives.items():
+            yield from share_problems(objective, f"objectives.{name}")
+            if set(objective) != set(names):
+                yield f"objectives.{name} names {sorted(objective)}, domains.names {sorted(names)}"
         key = "pretraining.mixture" if self.pretraining else "mixture"
         if isinstance(self.initial, dict) and set(names) != set(self.initial):
             yield f"{key} names {sorted(self.initial)}, domains.names {sorted(names)}"

@@ -4,7 +4,8 @@ Losses are held-out nats per supervised token, l(d) of domain d. For a run from 
 
     change(d)      l(d) / b(d) - 1: negative is better
     mean change    unweighted mean of change(d) over all domains: every domain counts the same
-    against        mean change minus that of a baseline arm *with the same seed*
+    objective      sum_d o(d) l(d) / sum_d o(d) b(d) - 1, for weights o that a user gave (`objectives`)
+    against        either of them minus that of a baseline arm *with the same seed*
     gamma          (b(d) - lref(d)) / b(d), what the base model can learn by held-out losses
     forgetting     mean over the domains other than a target of max(change(d), 0)
     score          mean score of the model's own answers, where `evaluation.generate` asks for them
@@ -109,6 +110,12 @@ def changes(run: RunResult, names: Sequence[str]) -> Array:
     return after / before - 1.0
 
 
+def objective_change(run: RunResult, objective: Mapping[str, float]) -> float:
+    """Relative change of an objective, weights by domain of the held-out losses, from the base model."""
+    before, after = (sum(o * at[name] for name, o in objective.items()) for at in (run.before, run.after))
+    return after / before - 1.0
+
+
 def interval(values: Sequence[float] | Array) -> dict[str, float | None]:
     """`mean` of independent values, one a seed, and `half_width` of its 95 % t interval (None for one)."""
     array = np.asarray(values, dtype=np.float64)
@@ -132,7 +139,10 @@ def by_arm(runs: Sequence[RunResult]) -> dict[str, dict[int, RunResult]]:
 
 
 def arm_summary(
-    runs: Mapping[int, RunResult], baselines: Mapping[str, Mapping[int, RunResult]], names: Sequence[str]
+    runs: Mapping[int, RunResult],
+    baselines: Mapping[str, Mapping[int, RunResult]],
+    names: Sequence[str],
+    objectives: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     """Numbers of one arm: all intervals are over its seeds, differences from `baselines` seed by seed."""
     seeds = sorted(runs)
@@ -147,6 +157,10 @@ def arm_summary(
         "tokens": interval([runs[seed].tokens for seed in seeds]),
         "weights": weight_summary([runs[seed] for seed in seeds], names),
         "domain_score": score_summary([runs[seed].scores_after for seed in seeds]),
+        "objectives": {
+            name: interval([objective_change(runs[seed], o) for seed in seeds])
+            for name, o in objectives.items()
+        },
         "against": {},
     }
     for name, baseline in baselines.items():
@@ -157,6 +171,12 @@ def arm_summary(
         summary["against"][name] = {
             "mean_change": interval(apart.mean(axis=1)),
             "domain_change": intervals(apart, names),
+            "objectives": {
+                key: interval(
+                    [objective_change(runs[s], o) - objective_change(baseline[s], o) for s in shared]
+                )
+                for key, o in objectives.items()
+            },
         }
     return summary
 
@@ -211,6 +231,7 @@ def summarise(
     names: Sequence[str],
     baselines: Sequence[str],
     expansions: Sequence[tuple[str, Sequence[str]]],
+    objectives: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     """All numbers of a study as plain JSON; `expansions` are targets with the names of their arms."""
     found = by_arm(arms)
@@ -224,7 +245,7 @@ def summarise(
         "base_score": dict(first.scores_before),
         "reference": dict(reference),
         "gamma": {name: (before[name] - reference[name]) / before[name] for name in names},
-        "arms": {arm: arm_summary(runs, against, names) for arm, runs in found.items()},
+        "arms": {arm: arm_summary(runs, against, names, objectives) for arm, runs in found.items()},
         "expansions": {
             target: {arm: expansion_summary(found[arm], target, names) for arm in members}
             for target, members in expansions

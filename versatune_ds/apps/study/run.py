@@ -388,6 +388,7 @@ def report_study(study: Study, runs: StudyRuns, config_path: Path) -> Path:
         names=runs.domains,
         baselines=study.baselines,
         expansions=[(expansion.target, expansion.arms) for expansion in study.expansions],
+        objectives=study.objectives,
     )
     finished = [json.loads(path.read_text()) for path in study.dir.glob(f"runs/*/{FINISHED_FILE}")]
     a_run = f"{runs.arms[0].arm}_seed-{runs.arms[0].seed}" if study.model.source else BASE_RUN

@@ -27,7 +27,9 @@ def study_tables(summary: Json) -> str:
         "seeds (the order of samples); differences are taken seed by seed. Forgetting is the mean over the "
         "domains other than the target of their rises; a domain that gained counts as 0."
     )
-    tables = [start_table(summary), *strategy_tables(summary), *expansions, *score_tables(summary)]
+    objectives = [objective_table(name, summary) for name in summary["provenance"]["study"]["objectives"]]
+    strategies = [*strategy_tables(summary), *objectives, *expansions]
+    tables = [start_table(summary), *strategies, *score_tables(summary)]
     return to_markdown(Page(title, [PageSection("study", "", note, tables=tables)], provenance(summary)))
 
 
@@ -78,6 +80,23 @@ def strategy_tables(summary: Json) -> list[Table]:
     head = ["arm", "mean change", *(f"against {b} (points)" for b in baselines), "weights moved", *domains]
     caption = f"Change against {baselines[0]} by domain, in percentage points"
     return [Table(head, changes, "Strategies"), Table(["arm", *domains], against, caption)]
+
+
+def objective_table(objective: str, summary: Json) -> Table:
+    """Change of one objective by arm, without those of an expansion."""
+    baselines = summary["baselines"]
+    specialised = {arm for arms in summary["expansions"].values() for arm in arms}
+    rows = []
+    for name, arm in summary["arms"].items():
+        if name not in specialised:
+            others = [
+                NOTHING if name == b else signed(arm["against"][b]["objectives"][objective], 2)
+                for b in baselines
+            ]
+            rows.append((name, [signed(arm["objectives"][objective], 2, " %"), *others]))
+    weights = summary["provenance"]["study"]["objectives"][objective]
+    caption = f"Objective {objective}: " + ", ".join(f"{name} {o:g}" for name, o in weights.items())
+    return Table(["arm", "change", *(f"against {b} (points)" for b in baselines)], rows, caption)
 
 
 def expansion_table(target: str, arms: Json) -> Table:

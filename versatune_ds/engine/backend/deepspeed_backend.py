@@ -104,9 +104,9 @@ class DeepSpeedBackend:
         self.live, self.model, self.device, self.attention = live, model, device, attention
         self.settings, self.layout, self.ranks = settings, layout, ranks
         self._files = HandingOver()
-        self._is_adapter = layout["model.adapter"] is not None
+        self._trains_a_part = layout["model.adapter"] is not None or model.base is not None
         """Then files hold what is trained, and the rest comes from the model's own folder."""
-        if self._is_adapter:
+        if self._trains_a_part:
             parameters = model.named_parameters(remove_duplicate=False)
             self._files.left_out = frozenset(name for name, p in parameters if not p.requires_grad)
         if live is not model:
@@ -171,7 +171,7 @@ class DeepSpeedBackend:
 
     def parameters(self, wanted: Callable[[str], bool] = all_names) -> Iterator[tuple[str, torch.Tensor]]:
         """As `Backend.parameters`; a collective per partitioned parameter."""
-        for name, parameter in self.model.named_parameters():  # a tied parameter once, under its first name
+        for name, parameter in self.model.own_parameters():
             if not wanted(name):
                 continue
             if hasattr(parameter, "ds_id"):
@@ -185,7 +185,10 @@ class DeepSpeedBackend:
     def save(self, folder: Path, write: Write) -> None:
         self._files.write = write
         self.live.save_checkpoint(
-            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=self._is_adapter
+            str(folder.parent),
+            tag=folder.name,
+            save_latest=False,
+            exclude_frozen_parameters=self._trains_a_part,
         )
 
     def load(self, folder: Path, layout: Mapping[str, Any], world_size: int) -> None:
@@ -201,7 +204,7 @@ class DeepSpeedBackend:
                     str(folder.parent),
                     tag=folder.name,
                     load_lr_scheduler_states=False,
-                    load_module_strict=not self._is_adapter,
+                    load_module_strict=not self._trains_a_part,
                 )
             if loaded is None:
                 raise StateError(f"{folder}: DeepSpeed found nothing to load there")

@@ -18,8 +18,10 @@ def full_shape(parameter: Any) -> tuple[int, ...]:
 
 
 def parameter_counts(model: PackedCausalLM, trained: bool = False) -> tuple[int, int]:
-    """All parameters, and those outside the input and output embeddings (partitioned ones at full size)."""
-    sizes = {id(p): parameter_size(p) for p in model.parameters() if p.requires_grad or not trained}
+    """All parameters but a frozen base's, and those outside the input and output embeddings (partitioned ones
+    at full size)."""
+    parameters = (p for _, p in model.own_parameters() if p.requires_grad or not trained)
+    sizes = {id(p): parameter_size(p) for p in parameters}
     embeddings = (model.lm.get_input_embeddings().weight, model.lm.get_output_embeddings().weight)
     embedding_size = sum({id(p): sizes.get(id(p), 0) for p in embeddings}.values())
     return sum(sizes.values()), sum(sizes.values()) - embedding_size

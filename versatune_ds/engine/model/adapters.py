@@ -7,7 +7,8 @@ nothing else of the model changes its name or its class.
 Adapters are combined exactly, by concatenation: with A = [A1; A2] and B = [w1 s1 B1, w2 s2 B2] / s the
 product B A is w1 s1 B1 A1 + w2 s2 B2 A2 over s, of rank r1 + r2 (s: alpha / rank of each).
 
-The model with its adapter switched off is the base that `model.kl_to_base` compares with (`BaseKL`).
+The model with its adapter switched off is the base that `model.kl_to_base` compares with (`BaseKL`); where
+all of the model is trained a frozen copy is (`BaseHead`).
 
 What is not covered: other methods of peft, adapters on embeddings, heads, routers and experts, several
 adapters in one model, and the export (`engine/checkpointing/adapter_export.py`).
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from versatune_ds.config.model import Adapter
@@ -33,7 +35,7 @@ from versatune_ds.engine.model.families import LogitRule
 from versatune_ds.engine.model.router import experts_of
 from versatune_ds.foundations.constants import ADAPTER_CONFIG_FILE
 from versatune_ds.foundations.errors import ConfigError
-from versatune_kernels import linear_kl
+from versatune_kernels import LinearKL, linear_kl
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -229,6 +231,18 @@ class ComparedTokens(NamedTuple):
     """int32 [n], each one's sample in the pack."""
 
 
+class BaseHead(nn.Module):
+    """The output weight of a frozen base; under ZeRO-3 it exists only inside this module's forward."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: torch.Tensor, kl: Callable[[torch.Tensor, torch.Tensor], LinearKL]) -> LinearKL:
+        """`kl` of the model's hidden states and this weight."""
+        return kl(hidden, self.weight)
+
+
 class BaseKL:
     """The KL term of packs, times `coefficient`, and the compared tokens of the last one until `take`."""
 
@@ -238,7 +252,7 @@ class BaseKL:
 
     @contextmanager
     def base(self, lm: Any) -> Iterator[None]:
-        """Within it the model is its base: no adapter, no dropout, nothing kept for backward."""
+        """Within it `lm` is the base: no adapter, no dropout, nothing kept for backward."""
         layers = [module for module in lm.modules() if hasattr(module, "lora_A")]
         # peft's own switch also makes parameters frozen and trainable again: ZeRO has hooks on them
         for layer in layers:
@@ -257,6 +271,7 @@ class BaseKL:
         compared: Compared,
         sample_ids: torch.Tensor,
         base: torch.Tensor,
+        head: BaseHead | None,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         rule: LogitRule,
@@ -266,12 +281,18 @@ class BaseKL:
         Args:
             sample_ids: int32 [T], the sample of each position of the pack.
             base: [n, H], what the base made of the compared tokens.
+            head: of the base; None: the model's, which is frozen.
             hidden: [T, H], what the model made of the pack.
-            weight: [V, H] of the head, frozen.
+            weight: [V, H] of the model's head.
         """
-        kl = linear_kl(hidden[compared.rows], base, weight, logit_scale=rule.scale, softcap=rule.softcap)
-        self._tokens = ComparedTokens(kl.detach(), sample_ids[compared.rows])
-        return self.coefficient * kl.sum() / compared.normalizer
+
+        def kl_of(states: torch.Tensor, base_weight: torch.Tensor | None) -> LinearKL:
+            return linear_kl(states, base, weight, base_weight, logit_scale=rule.scale, softcap=rule.softcap)
+
+        rows = hidden[compared.rows]
+        kl = kl_of(rows, None) if head is None else head(rows, kl_of)
+        self._tokens = ComparedTokens(kl.rows, sample_ids[compared.rows])
+        return self.coefficient * kl.total / compared.normalizer
 
     def take(self) -> ComparedTokens | None:
         """The compared tokens of the last pack."""

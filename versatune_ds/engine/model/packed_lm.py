@@ -14,7 +14,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from versatune_ds.config.model import Model
 from versatune_ds.data.collate import Batch, Compared
-from versatune_ds.engine.model.adapters import BaseKL, add_adapter
+from versatune_ds.engine.model.adapters import BaseHead, BaseKL, add_adapter
 from versatune_ds.engine.model.attention import AttentionChoice
 from versatune_ds.engine.model.families import LogitRule, logit_rule
 from versatune_ds.engine.model.noise import EmbeddingNoise, Place
@@ -110,6 +110,7 @@ class PackedCausalLM(nn.Module):
         liger: what `apply_liger` did.
         sequence: the ranks that share a pack; then `lm` attends by `sequence.share_heads`.
         is_dft: whether `model.objective` is dft.
+        base: the model before training, which `base_kl` compares with; None: `lm` without its adapter.
 
     Raises:
         ConfigError: an output layer or a change of the logits that the loss cannot follow.
@@ -126,6 +127,7 @@ class PackedCausalLM(nn.Module):
         is_dft: bool = False,
         noise: EmbeddingNoise | None = None,
         base_kl: BaseKL | None = None,
+        base: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
         self.liger, self.routers, self.sequence, self.noise = liger, routers, sequence, noise
@@ -136,32 +138,41 @@ class PackedCausalLM(nn.Module):
         self.tied = lm.get_input_embeddings().weight is head.weight
         rule = logit_rule(lm.config)
         lm.set_output_embeddings(LossHead(head.weight, loss_backend, logits_dtype, rule, is_dft))
-        self.rotary: list[Any] = rotate_by_sample(lm)
         self.lm: Any = lm
+        self.base: Any = base
+        if base is not None:
+            base.requires_grad_(False)
+            base.set_output_embeddings(BaseHead(base.get_output_embeddings().weight))
+        self.rotary: list[Any] = rotate_by_sample(self)
 
     @property
     def layers(self) -> list[Any]:
         return list(self.lm.base_model.layers)
 
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All but those of `base`; a tied one once, under its first name."""
+        return (named for named in self.named_parameters() if not named[0].startswith("base."))
+
     def compile_layers(self) -> None:
         """Compile what each layer computes, not the hooks around it; equal layers share the code."""
-        for layer in self.layers:
+        for layer in [*self.layers, *(self.base.base_model.layers if self.base is not None else ())]:
             layer.forward = torch.compile(layer.forward)
         self.is_compiled = True
 
+    @staticmethod
     def body(
-        self,
+        lm: Any,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
         **options: Any,
     ) -> Any:
-        """transformers' output of a pack, samples kept apart.
+        """transformers' output of `lm` for a pack, samples kept apart.
 
         No attention mask and no cache: only then does transformers isolate samples by their position ids.
         """
-        return self.lm.base_model(
+        return lm.base_model(
             input_ids=input_ids.unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),
             attention_mask=None,
@@ -174,12 +185,12 @@ class PackedCausalLM(nn.Module):
         )
 
     def base_hidden(self, compared: Compared) -> torch.Tensor:
-        """[n, H]: what the model without its adapter makes of the compared tokens; without gradient."""
+        """[n, H]: what the base makes of the compared tokens; without gradient."""
         assert self.base_kl is not None
-        batch = compared.batch
+        batch, lm = compared.batch, self.lm if self.base is None else self.base
         set_ends(self.rotary, batch.cu_seqlens, len(batch.input_ids), None)
-        with self.base_kl.base(self.lm.base_model):
-            body = self.body(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+        with self.base_kl.base(lm.base_model):
+            body = self.body(lm, batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
             hidden: torch.Tensor = body.last_hidden_state.squeeze(0)[compared.own_rows]
         return hidden
 
@@ -213,7 +224,9 @@ class PackedCausalLM(nn.Module):
         """
         term = None
         if compared is not None and self.base_kl is not None:
-            term = functools.partial(self.base_kl.term, compared, sample_ids, self.base_hidden(compared))
+            own_head = None if self.base is None else self.base.get_output_embeddings()
+            of_base = (self.base_hidden(compared), own_head)
+            term = functools.partial(self.base_kl.term, compared, sample_ids, *of_base)
         if self.noise is not None and self.training:
             self.noise.prepare(sample_ids, num_samples, place)
         routers = self.routers if self.training else None
@@ -222,7 +235,7 @@ class PackedCausalLM(nn.Module):
         if self.sequence is not None:
             options["sequence_group"] = group
         set_ends(self.rotary, cu_seqlens, len(input_ids), group and group.rank)
-        body = self.body(input_ids, position_ids, cu_seqlens, max_seqlen, **options)
+        body = self.body(self.lm, input_ids, position_ids, cu_seqlens, max_seqlen, **options)
         hidden = body.last_hidden_state.squeeze(0)
         head = self.lm.get_output_embeddings()
         with timed(LOSS):
@@ -257,6 +270,9 @@ def build_model(
     options = {"attn_implementation": attention.implementation, **four_bits(settings)}
     # together: under ZeRO-3 only rank 0 reads the values
     lm = distributed.together(lambda: load_lm(settings, seed, **options))
+    base = None
+    if settings.kl_to_base is not None and settings.adapter is None:
+        base = distributed.together(lambda: load_lm(settings, seed, **options))
     lm.config.use_cache = False
     lm.config.architectures = [type(lm).__name__]
     if settings.adapter is not None:
@@ -264,6 +280,8 @@ def build_model(
     # Liger's RoPE turns the product in place: kept, it would be turned again
     kept_whole = ("rope",) if settings.activation_checkpointing == "selective" else ()
     liger = apply_liger(lm, settings.liger, device_type, kept_whole)
+    if base is not None:
+        apply_liger(base, settings.liger, device_type, kept_whole)
     recompute_in_backward(lm, settings.activation_checkpointing)
     routers = None
     if experts_of(lm.config):
@@ -277,7 +295,7 @@ def build_model(
         noise = EmbeddingNoise(lm.get_input_embeddings(), settings.neftune_alpha, seed)
     base_kl = BaseKL(settings.kl_to_base.coefficient) if settings.kl_to_base else None
     how = (settings.loss_backend, liger, settings.logits_dtype)
-    return PackedCausalLM(lm, *how, routers, sequence, settings.objective == "dft", noise, base_kl)
+    return PackedCausalLM(lm, *how, routers, sequence, settings.objective == "dft", noise, base_kl, base)
 
 
 def liger_problem(choice: str, device_type: str) -> str | None:
