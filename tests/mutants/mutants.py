@@ -54,6 +54,12 @@ FILES = {
     "foreign": "versatune_ds/apps/move_in/foreign.py",
     "foreign training": "versatune_ds/apps/move_in/training.py",
     "push": "versatune_ds/apps/push.py",
+    "judge": "versatune_ds/apps/detect/classifier.py",
+    "judge's learning": "versatune_ds/apps/detect/learning.py",
+    "judge's vectors": "versatune_ds/apps/detect/embedding.py",
+    "local judge": "versatune_ds/apps/detect/local_model.py",
+    "detection": "versatune_ds/apps/detect/run.py",
+    "topics": "versatune_ds/apps/detect/topics.py",
     "throughput": "versatune_ds/observability/throughput.py",
     "records": "versatune_ds/observability/records.py",
     "repositories": "versatune_ds/data/rows/repositories.py",
@@ -89,6 +95,9 @@ FILES = {
     "loss": "kernels/versatune_kernels/loss.py",
 }
 TESTS = {
+    "judge": "tests/apps/detect/test_sources.py",
+    "classifier": "tests/apps/detect/test_classifier.py",
+    "asked": "tests/apps/detect/test_local_model.py",
     "loop": "tests/engine/test_loop.py",
     "go back": "tests/engine/test_go_back.py",
     "backend": "tests/engine/test_deepspeed_backend.py",
@@ -2587,4 +2596,89 @@ fault(
     "    scale = upstream * pending\n",
     "    scale = pending\n",
     "autograd::test_the_upstream_gradient_scales_both_gradients",
+)
+fault(
+    "an encoder says what is unknown",
+    "judge",
+    "learning.strangeness(features[self.embedders[0].kind], self._known)",
+    "learning.strangeness(features[self.embedders[-1].kind], self._known)",
+    "classifier::test_what_is_unknown_is_said_by_the_examined_model_whatever_an_encoder_sees",
+)
+fault(
+    "a large domain weighs more",
+    "judge's learning",
+    "weights[mine] = DOMAIN_WEIGHT * raw / raw.sum()",
+    "weights[mine] = 1.0",
+    "classifier::test_the_size_of_a_domain_is_not_its_prior",
+)
+fault(
+    "topics weigh as much as samples",
+    "judge's learning",
+    "TOPICS * DOMAIN_WEIGHT / counts",
+    "DOMAIN_WEIGHT / counts",
+    "judge::test_the_vote_by_hand",
+)
+fault(
+    "every known text has the same voice",
+    "judge's learning",
+    "(domains[:, None] == classes) * weights[:, None]",
+    "(domains[:, None] == classes) * 1.0",
+    "judge::test_the_vote_by_hand",
+)
+fault(
+    "the vote is of one mean a domain",
+    "judge's learning",
+    "heard: Array = np.exp(near / self.warmth) @ self.voices",
+    "heard: Array = np.exp(near @ self.voices / self.voices.sum(0) / self.warmth)",
+    "judge::test_the_vote_by_hand",
+    "judge::test_a_domain_of_two_parts_is_told_from_what_lies_between_them",
+)
+fault(
+    "the last state that is read is one that the model normalised",
+    "judge's vectors",
+    "part[: highest + 1]",
+    "part[:highest]",
+    "judge::test_states_do_not_depend_on_the_layers_above_that_are_dropped",
+)
+fault(
+    "no layer is dropped",
+    "judge's vectors",
+    "len(part) == depth:",
+    "len(part) == -1:",
+    "judge::test_states_do_not_depend_on_the_layers_above_that_are_dropped",
+)
+fault(
+    "an installed encoder is not taken",
+    "detection",
+    "settings.encoder or packaged_encoder()",
+    "settings.encoder",
+    "judge::test_an_installed_encoder_is_found_and_said_and_what_is_missed_without",
+)
+fault(
+    "a package without a model is taken for an encoder",
+    "judge's vectors",
+    'if folder and (folder / "model.safetensors").is_file() else',
+    "if folder else",
+    "judge::test_an_installed_encoder_is_found_and_said_and_what_is_missed_without",
+)
+fault(
+    "what is said of nothing is not taken off",
+    "local judge",
+    "logs - self.log_prior, strict",
+    "logs, strict",
+    "asked::test_what_is_said_of_nothing_is_taken_off_by_hand",
+)
+fault(
+    "texts of nothing count by their mass on names",
+    "local judge",
+    "np.log(softmax(logs, axis=1).mean(axis=0))",
+    "np.log(np.exp(logs).mean(axis=0) / np.exp(logs).mean(axis=0).sum())",
+    "asked::test_what_is_said_of_nothing_is_taken_off_by_hand",
+)
+fault(
+    "science has no questions of mathematics",
+    "topics",
+    '[*maths["topics"], *maths["sentences"]]',
+    'maths["topics"]',
+    "judge::test_topics_are_known_given_and_of_mathematics_once",
 )

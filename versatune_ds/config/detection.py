@@ -48,7 +48,7 @@ class JudgeSettings(Section):
     """What tells the domain of a generated text."""
 
     kind: Literal["classifier", "endpoint", "model"] = "classifier"
-    """`classifier`: a linear text classifier trained on the run's own prepared data, without network.
+    """`classifier`: a small text classifier trained on the run's own prepared data, without network.
     `endpoint`: a model behind an API. `model`: a local model, by the likelihood of each name."""
     endpoint: Endpoint | None = None
     """endpoint: the server."""
@@ -60,7 +60,8 @@ class JudgeSettings(Section):
     """classifier: samples of a domain that it learns from, by their words and their hidden states in the
     examined model; 0: words only, of more samples."""
     encoder: PlaceText | None = None
-    """classifier: folder of a small embedding model (transformers, safetensors), as further features."""
+    """classifier: folder of a small embedding model (transformers, safetensors), as further features; null:
+    all-MiniLM-L6-v2 where its package is installed (extra `judge`), else none."""
     topics: dict[str, list[str]] = Field(default_factory=dict)
     """classifier: what a domain is about, a phrase a topic, in place of those known for common names."""
     max_chars: int = Field(8000, ge=1)

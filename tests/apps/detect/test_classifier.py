@@ -85,8 +85,8 @@ def prepared(tmp_path_factory):
     return tokenizer, prepare(config, progress=False).caches
 
 
-def judge_of(tokenizer, train, held_out, names=NAMES):
-    judge = ClassifierJudge(names, train, held_out, tokenizer, seed=0, max_chars=8000)
+def judge_of(tokenizer, train, held_out, names=NAMES, **given):
+    judge = ClassifierJudge(names, train, held_out, tokenizer, seed=0, max_chars=8000, **given)
     judge.open()
     return judge
 
@@ -108,7 +108,7 @@ def test_it_tells_domains_and_reports_how_well(prepared, caplog):
 
 def test_the_size_of_a_domain_is_not_its_prior(prepared):
     tokenizer, caches = prepared
-    judge = judge_of(tokenizer, caches["train"], caches["eval"])
+    judge = judge_of(tokenizer, caches["train"], caches["eval"], topics={name: [] for name in NAMES})
     (judgement,) = judge.judge([(0, "0 1 2 3")])  # words of no domain
     assert judgement.probabilities.max() < 0.5, judgement.probabilities
 
@@ -213,6 +213,24 @@ def test_a_text_unlike_all_that_it_has_seen_is_unknown(prepared):
     assert strange.probabilities is None and strange.problem == UNKNOWN
     words_only = judge_of(tokenizer, caches["train"], caches["eval"])
     assert words_only.facts()["unknown_beyond"] is None and words_only.identity() != judge.identity()
+
+
+class Blind(Lengths):
+    """An encoder to which strange texts look like the others."""
+
+    kind = "encoder"
+
+    def embed(self, texts):
+        vectors = super().embed(texts)
+        vectors[..., 0] = 0.0
+        return vectors
+
+
+def test_what_is_unknown_is_said_by_the_examined_model_whatever_an_encoder_sees(prepared):
+    tokenizer, caches = prepared
+    judge = judge_of(tokenizer, caches["train"], caches["eval"], embedders=[Lengths(), Blind()], texts=40)
+    (strange,) = judge.judge([(0, "quux " * 20 + " ".join(WORDS["law"]))])
+    assert strange.problem == UNKNOWN
 
 
 def test_a_long_text_is_judged_by_the_mean_of_its_windows(prepared):

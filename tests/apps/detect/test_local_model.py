@@ -8,7 +8,7 @@ import torch
 from prepared import qwen_like_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from versatune_ds.apps.detect.local_model import ModelJudge, name_log_probabilities
+from versatune_ds.apps.detect.local_model import CONTENT_FREE, ModelJudge, log_prior, name_log_probabilities
 from versatune_ds.config.model import Model
 from versatune_ds.foundations.errors import ConfigError
 
@@ -75,9 +75,25 @@ def test_a_judgement_does_not_depend_on_its_neighbours(folder):
     assert both[3].name_mass != pytest.approx(both[4].name_mass, rel=0.1)
 
 
+def test_what_is_said_of_nothing_is_taken_off_by_hand(folder, monkeypatch):
+    # of nothing: (0.8, 0.2) and (0.6, 0.4) among the names, whatever the mass on names is; mean (0.7, 0.3)
+    nothing = np.log([[0.4, 0.1], [0.06, 0.04]])
+    np.testing.assert_allclose(np.exp(log_prior(nothing)), [0.7, 0.3])
+    judge = judge_of(folder)
+    assert judge.identity()["calibrated_on"] == list(CONTENT_FREE)
+    prior = judge.facts()["prior_taken_off"]
+    assert list(prior) == NAMES and sum(prior.values()) == pytest.approx(1)
+    np.testing.assert_allclose(judge.log_prior, log_prior(judge._name_logs(["", "N/A", "[MASK]"])), atol=1e-6)
+    judge.log_prior = np.log([0.7, 0.2, 0.1])
+    monkeypatch.setattr(judge, "_name_logs", lambda texts: np.log([[0.35, 0.1, 0.05]]))
+    (found,) = judge.judge([(0, "a text")])  # 0.35 / 0.7 = 0.1 / 0.2 = 0.05 / 0.1: nothing beyond the prior
+    np.testing.assert_allclose(found.probabilities, [1 / 3, 1 / 3, 1 / 3])
+    assert found.name_mass == pytest.approx(0.5)
+
+
 def test_it_is_asked_in_the_tokenizers_own_template_where_there_is_one(folder, tmp_path):
     judge = judge_of(folder)
-    assert judge.facts() == {"asked_as": "plain text"}
+    assert judge.facts()["asked_as"] == "plain text"
     prompt, answers = judge._encode("some text")
     assert judge.tokenizer.decode(prompt).endswith("\n\nDomain:")
     assert [judge.tokenizer.decode(ids) for ids in answers] == [f" {name}" for name in NAMES]
@@ -85,7 +101,7 @@ def test_it_is_asked_in_the_tokenizers_own_template_where_there_is_one(folder, t
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "<|im_start|>assistant{{ '\n' }}"
     )
-    assert judge.facts() == {"asked_as": "chat"}
+    assert judge.facts()["asked_as"] == "chat"
     prompt, answers = judge._encode("some text")
     assert judge.tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
     assert [judge.tokenizer.decode(ids) for ids in answers] == NAMES

@@ -1,4 +1,4 @@
-"""The embedded judge: linear models on words and hidden states, trained on the user's own prepared domains.
+"""The embedded judge: small models on words and hidden states, trained on the user's own prepared domains.
 
 It is measured twice: in-source, on held-out data (or a fifth of the training data), and with whole sources
 left out, on samples of files or groups of samples that it has not seen (`sources.py`). A generated text is
@@ -46,7 +46,7 @@ MIN_SAMPLES = 10
 """Per domain: below this there is nothing to learn from."""
 WEAK_ACCURACY = 0.7
 WIDE_GAP = 0.1
-VERSION = 2
+VERSION = 3
 """Raised when features or classifier change: judgements of different versions are not mixed."""
 
 Table = npt.NDArray[np.int64]
@@ -124,7 +124,7 @@ class ClassifierJudge:
         self.kinds = {kind: self._table(samples.domains, values) for kind, values in unseen.items()}
         self.by_source = learning.table_by_source(told, samples)
         if self.embedders:
-            self._known = features[self.embedders[-1].kind][:n]
+            self._known = features[self.embedders[0].kind][:n]
             same = (samples.domains[:, None] == samples.domains) & (
                 samples.sources[:, None] == samples.sources
             )
@@ -171,7 +171,7 @@ class ClassifierJudge:
         found = softmax(np.einsum("cnk,c->nk", np.stack(logs), self.trust), axis=1)
         if not self.embedders:
             return found, None
-        return found, learning.strangeness(features[self.embedders[-1].kind], self._known)
+        return found, learning.strangeness(features[self.embedders[0].kind], self._known)
 
     def _table(self, domains: npt.NDArray[np.int64], told: learning.Array) -> Table:
         table: Table = confusion_matrix(domains, told.argmax(axis=1), labels=range(len(self.names)))

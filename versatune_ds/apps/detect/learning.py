@@ -1,16 +1,18 @@
-"""What the embedded judge learns: one linear model a kind of feature, and how much each is to be trusted.
+"""What the embedded judge learns: one small model a kind of feature, and how much each is to be trusted.
 
     words      tf-idf of words (single characters of scripts without spaces), logistic regression
-    base       hidden states of the examined model, standardised by layer, logistic regression
+    base       hidden states of the examined model, standardised by layer; its known texts vote
     encoder    the same on an embedding model, where one is given
 
-    log p_j(x) = sum_c a_c log p_cj(x) + const        c: kind of features, j: domain
+    vote       p_j(x) ~ sum over the known texts i of domain j of w_i exp(cos(x, x_i) / WARMTH)
+    together   log p_j(x) = sum_c a_c log p_cj(x) + const        c: kind of features, j: domain
 
-The a_c >= 0 are fitted (ridge towards 1) on predictions for sources that the linear models had not seen:
-they say how far each kind carries over. There is no bias by domain: left-out sources do not show which one
-another text needs. Strong regularisation keeps the linear models near the means of the domains, which
-carries over better than margins do. Domains weigh the same, and so do, half-way, the sources of a domain;
-the topics of a domain together weigh as much as its samples.
+The vote is a density of each domain around its texts: a domain may be many things that have nothing else in
+common, as `other` is, where a linear model draws one border around all of them. The a_c >= 0 are fitted
+(ridge towards 1) on predictions for sources that the models had not seen: they say how far each kind carries
+over. There is no bias by domain: left-out sources do not show which one another text needs. Domains weigh the
+same, and so do, half-way, the sources of a domain; its topics together weigh `TOPICS` times as much as its
+samples, since each is a source of its own.
 
 What is not covered: where texts and vectors come from (`sources.py`, `embedding.py`).
 """
@@ -34,8 +36,10 @@ from versatune_ds.apps.detect.sources import LabelledTexts
 Array = npt.NDArray[np.float64]
 
 DOMAIN_WEIGHT = 250.0
-"""Of the samples of a domain together, and of its topics: what `INVERSE_RIDGE` is meant for."""
-INVERSE_RIDGE = {"words": 1.0, "base": 0.01, "encoder": 0.05}
+"""Of the samples of a domain together: what the ridge of the words is meant for."""
+TOPICS = 2.0
+WARMTH = {"base": 0.08, "encoder": 0.05}
+"""Of the vote: a text whose cosine is less by this has a voice of 1/e."""
 LETTERS = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]{3,}"
 STACK_RIDGE = 0.01
 STACK_STEPS, STACK_RATE = 2000, 0.3
@@ -80,20 +84,43 @@ def sample_weights(samples: LabelledTexts) -> Array:
     return weights
 
 
+class Vote(NamedTuple):
+    """See the module docstring."""
+
+    known: npt.NDArray[np.float32]
+    """[n, d], each of length 1."""
+    voices: Array
+    """float64[n, k]: w_i in the column of the text's domain."""
+    classes_: npt.NDArray[np.int64]
+    """Domains that have texts: int64[k]."""
+    warmth: float
+
+    def predict_proba(self, vectors: npt.NDArray[np.float32]) -> Array:
+        """float64[m, k] of float32[m, d]."""
+        near = (normalize(vectors) @ self.known.T).astype(np.float64)
+        near -= near.max(axis=1, keepdims=True)
+        heard: Array = np.exp(near / self.warmth) @ self.voices
+        return heard / heard.sum(axis=1, keepdims=True)
+
+
 def fit(kind: str, features: Any, samples: LabelledTexts, topics: Any, topic_domains: Any) -> Any:
-    """A linear model of one kind of features.
+    """A model of one kind of features.
 
     Args:
         features, topics: [n, d] and [m, d] of samples and topics.
         topic_domains: int[m].
     """
     counts = np.bincount(topic_domains, minlength=1)
-    weights = np.concatenate([sample_weights(samples), DOMAIN_WEIGHT / counts[topic_domains]])
-    stacked = (scipy.sparse.vstack if scipy.sparse.issparse(features) else np.concatenate)([features, topics])
-    model = LogisticRegression(C=INVERSE_RIDGE[kind], max_iter=300)
+    weights = np.concatenate([sample_weights(samples), TOPICS * DOMAIN_WEIGHT / counts[topic_domains]])
+    domains = np.concatenate([samples.domains, topic_domains])
+    if kind in WARMTH:
+        classes = np.unique(domains)
+        voices = (domains[:, None] == classes) * weights[:, None]
+        return Vote(normalize(np.concatenate([features, topics])), voices, classes, WARMTH[kind])
+    model = LogisticRegression(max_iter=300)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # convergence: the accuracies tell what came of it
-        model.fit(stacked, np.concatenate([samples.domains, topic_domains]), sample_weight=weights)
+        model.fit(scipy.sparse.vstack([features, topics]), domains, sample_weight=weights)
     return model
 
 

@@ -2,9 +2,14 @@
 
     log p(name | question) = sum of the log-probabilities of the tokens of the name
 
-and the probabilities of the domains are the softmax of these over the names. The whole name counts, however
-many tokens it has; a long name pays for each of them. The question is computed once for a batch of texts;
-its KV cache is repeated for the names that have more than one token.
+The whole name counts, however many tokens it has. A model likes some names whatever it is asked; what it says
+of texts without content is taken off (contextual calibration, Zhao et al., ICML 2021), so that a name that is
+long or rare does not pay for it:
+
+    p(domain) = softmax over the names of  log p(name | question) - log prior(name)
+
+prior: the mean over `CONTENT_FREE` of the names' probabilities, scaled to 1. The question is computed once
+for a batch of texts; its KV cache is repeated for the names that have more than one token.
 
 With a chat template in its tokenizer the model is asked as in a conversation, else in plain text.
 
@@ -25,6 +30,8 @@ from versatune_ds.apps.detect.judge import PLAIN_ENDING, PROMPT_VERSION, Judgeme
 from versatune_ds.config.model import Model
 from versatune_ds.engine.answers.decoding import pad_left
 from versatune_ds.foundations.errors import ConfigError
+
+CONTENT_FREE = ("", "N/A", "[MASK]")
 
 
 class ModelJudge:
@@ -48,6 +55,7 @@ class ModelJudge:
         self.fingerprint = subject_fingerprint(settings, seed=0)
         self.tokenizer = load_text_tokenizer(settings)
         self.model: Any = None
+        self.log_prior: np.ndarray = np.zeros(len(self.names))
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -55,10 +63,12 @@ class ModelJudge:
             "model": self.settings.source,
             "fingerprint": self.fingerprint,
             "prompt_version": PROMPT_VERSION,
+            "calibrated_on": list(CONTENT_FREE),
         }
 
     def facts(self) -> dict[str, Any]:
-        return {"asked_as": "chat" if self._has_template else "plain text"}
+        prior = dict(zip(self.names, np.exp(self.log_prior).tolist(), strict=True))
+        return {"asked_as": "chat" if self._has_template else "plain text", "prior_taken_off": prior}
 
     @property
     def _has_template(self) -> bool:
@@ -66,9 +76,19 @@ class ModelJudge:
 
     def open(self) -> None:
         self.model = load_model(self.settings, 0, self.device)
+        self.log_prior = log_prior(self._name_logs(CONTENT_FREE))
 
     def judge(self, texts: Sequence[tuple[int, str]]) -> Iterator[Judgement]:
-        prompts, answers = zip(*(self._encode(text) for _, text in texts), strict=True)
+        logs = self._name_logs([text for _, text in texts])
+        for (index, _), row, lifted in zip(texts, logs, logs - self.log_prior, strict=True):
+            if np.isfinite(lifted).all():
+                yield Judgement(index, softmax(lifted), None, float(min(1.0, np.exp(row).sum())))
+            else:
+                yield Judgement(index, None, "the judge's probabilities are not finite")
+
+    def _name_logs(self, texts: Sequence[str]) -> np.ndarray:
+        """log p(name | question) of each text: float64[n, k]."""
+        prompts, answers = zip(*(self._encode(text) for text in texts), strict=True)
         needed = max(len(p) + max(map(len, a)) for p, a in zip(prompts, answers, strict=True))
         positions = getattr(self.model.config, "max_position_embeddings", needed)
         if needed > positions:
@@ -76,12 +96,7 @@ class ModelJudge:
                 f"a question to the judge has {needed} tokens, and {self.settings.source} has {positions} "
                 "positions; lower detect.judge.max_chars"
             )
-        logs = name_log_probabilities(self.model, list(prompts), list(answers))
-        for (index, _), row in zip(texts, logs, strict=True):
-            if np.isfinite(row).all():
-                yield Judgement(index, softmax(row), None, float(min(1.0, np.exp(row).sum())))
-            else:
-                yield Judgement(index, None, "the judge's probabilities are not finite")
+        return name_log_probabilities(self.model, list(prompts), list(answers))
 
     def close(self) -> None:
         self.model = None
@@ -109,6 +124,12 @@ class ModelJudge:
         if together[: len(alone)] == alone and len(together) > len(alone):
             return together[len(alone) :]
         return self._ids(name, False)
+
+
+def log_prior(logs: np.ndarray) -> np.ndarray:
+    """float64[k]: log of the mean over texts of the probabilities among the names; logs: float64[n, k]."""
+    prior: np.ndarray = np.log(softmax(logs, axis=1).mean(axis=0))
+    return prior
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from versatune_ds.apps.detect.classifier import MAX_TRAINING_SAMPLES, ClassifierJudge
-from versatune_ds.apps.detect.embedding import Embedder
+from versatune_ds.apps.detect.embedding import Embedder, packaged_encoder
 from versatune_ds.apps.detect.endpoint import EndpointJudge
 from versatune_ds.apps.detect.generate import (
     GeneratedText,
@@ -237,12 +237,20 @@ def build_judge(config: Config, table: DomainTable, context: DetectContext) -> D
 
 
 def build_embedders(config: Config, device: torch.device) -> list[Embedder]:
-    """The models whose vectors the classifier reads: the examined one, and an encoder where one is named."""
-    settings, found = config.detect.judge, []
-    if settings.probe_texts:
-        found.append(Embedder("base", subject(config), config.run.seed, device))
-    if settings.encoder:
-        found.append(Embedder("encoder", other_model(settings.encoder, config.model), 0, device))
+    """The models whose vectors the classifier reads: the examined one, and an encoder, named or installed."""
+    settings = config.detect.judge
+    if not settings.probe_texts:
+        return []
+    found = [Embedder("base", subject(config), config.run.seed, device)]
+    encoder = settings.encoder or packaged_encoder()
+    if encoder is not None:
+        log.info("classifier: also reads with the encoder in %s", encoder)
+        found.append(Embedder("encoder", other_model(encoder, config.model), 0, device))
+    else:
+        log.info(
+            "classifier: no encoder is installed; with one it tells domains of unseen sources better "
+            "(pip install 'versatune-ds[judge]', or name a folder in detect.judge.encoder)"
+        )
     return found
 
 

@@ -16,7 +16,7 @@ import yaml
 def topics_of(names: Sequence[str], given: Mapping[str, Sequence[str]]) -> list[list[str]]:
     """Texts of each domain, in the order of `names`; none for a name that is neither known nor given.
 
-    Science has the topics of mathematics too, where that is no domain of its own.
+    Science has those of mathematics too, where that is no domain of its own.
     """
     text = (Path(__file__).parent / "topics.yaml").read_text(encoding="utf-8")
     known = {name: about for about in yaml.safe_load(text) for name in about["names"]}
@@ -26,6 +26,6 @@ def topics_of(names: Sequence[str], given: Mapping[str, Sequence[str]]) -> list[
         about = known.get(name.lower(), {"topics": [], "sentences": []})
         texts = list(given.get(name, [*about["topics"], *about["sentences"]]))
         if name.lower() == "science" and name not in given and not called & set(maths["names"]):
-            texts += maths["topics"]
+            texts += [*maths["topics"], *maths["sentences"]]
         found.append(texts)
     return found
