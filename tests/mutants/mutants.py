@@ -426,16 +426,16 @@ fault(
 )
 fault(
     "samples without a label are counted",
-    "statistics",
-    "(tokens > 0).double()",
-    "torch.ones_like(tokens)",
+    "sums",
+    "tokens.clip(0, 1)",
+    "tokens.clip(1, 1)",
     SUMS,
 )
 fault(
     "squares of losses are not squared",
-    "statistics",
-    "rows[SumRow.LOSS_SQ] = loss * loss",
-    "rows[SumRow.LOSS_SQ] = loss",
+    "sums",
+    "loss * loss, loss * tokens",
+    "loss, loss * tokens",
     SUMS,
 )
 fault(
