@@ -333,8 +333,8 @@ fault(
 fault(
     "achieved shares are counted in another unit",
     "record",
-    "getattr(plan.shares, u)",
-    "plan.shares.samples",
+    "getattr(plan.trained.shares(), u)",
+    "plan.trained.shares().samples",
     "loop::test_shares_are_those_of_the_samples_trained_on",
 )
 fault(
