@@ -385,7 +385,7 @@ fault(
 fault(
     "a resumed run begins with new weights and moments",
     "run",
-    "        load_model_state(checkpoint, backend, saved)\n",
+    "        folders.load_model_state(checkpoint, backend, saved)\n",
     "",
     RESUMED,
 )
@@ -1261,8 +1261,8 @@ fault(
 fault(
     "a domain's best checkpoint is pruned",
     "checkpoint",
-    "{checkpoint_name(step) for step in needed} | {best",
-    "{best",
+    "{checkpoint_name(step) for step in needed} | {noted",
+    "{noted",
     "go back::test_the_model_is_again_what_it_was_at_the_best_probe",
 )
 fault(
