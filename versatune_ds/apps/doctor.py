@@ -16,7 +16,13 @@ from pathlib import Path
 
 from versatune_ds.apps import host_checks
 from versatune_ds.apps.host_checks import Finding
-from versatune_ds.engine.faults import stale_files
+from versatune_ds.engine.faults.stale_files import (
+    BUFFERS,
+    SHARED_MEMORY,
+    extension_folders,
+    locks,
+    unused_buffers,
+)
 from versatune_ds.foundations.machine import PACKAGES, installed
 
 LOW_DISK_GB = 20.0
@@ -39,12 +45,12 @@ def examine(run_dir: Path, hosts: Sequence[str] = ()) -> list[Finding]:
         host_checks.flash_attention(),
         *backends(),
         *host_checks.limits(),
-        host_checks.shared_memory_size(stale_files.SHARED_MEMORY),
+        host_checks.shared_memory_size(SHARED_MEMORY),
         disk(folder),
         *host_checks.disk_speed(folder),
         *host_checks.clocks(hosts),
-        *jit_locks(stale_files.extension_folders()),
-        *leftover_shared_memory(stale_files.SHARED_MEMORY),
+        *jit_locks(extension_folders()),
+        *leftover_shared_memory(SHARED_MEMORY),
         kernels_import(),
     ]
 
@@ -99,19 +105,18 @@ def disk(folder: Path) -> Finding:
 def jit_locks(folder: Path) -> list[Finding]:
     """Locks of extension builds. One left by a killed process would make later runs wait without a word."""
     cure = "if no build is running, delete it: runs wait for it for ever"
-    ages = {lock: (time.time() - lock.stat().st_mtime) / 60 for lock in stale_files.locks(folder)}
+    ages = {lock: (time.time() - lock.stat().st_mtime) / 60 for lock in locks(folder)}
     found = [Finding("jit lock", f"{lock} is {age:.0f} min old; {cure}", True) for lock, age in ages.items()]
     return found or [Finding("jit lock", f"none in {folder}")]
 
 
 def leftover_shared_memory(folder: Path) -> list[Finding]:
     """DeepSpeed's CPU all-reduce buffers that no process maps any more."""
-    unused = stale_files.unused_buffers(folder)
+    unused = unused_buffers(folder)
     if not unused:
         return [Finding("shared memory", "no leftovers of killed runs")]
     used_mib = sum(path.stat().st_blocks * 512 for path in unused) / 2**20
-    cure = f"delete {folder / stale_files.BUFFERS}"
-    text = f"{len(unused)} buffers of killed runs use {used_mib:.0f} MiB; {cure}"
+    text = f"{len(unused)} buffers of killed runs use {used_mib:.0f} MiB; delete {folder / BUFFERS}"
     return [Finding("shared memory", text, True)]
 
 
