@@ -342,8 +342,8 @@ fault(
 fault(
     "achieved shares are counted in another unit",
     "record",
-    "getattr(plan.shares, u)",
-    "plan.shares.samples",
+    "getattr(plan.trained.shares(), u)",
+    "plan.trained.shares().samples",
     "loop::test_shares_are_those_of_the_samples_trained_on",
 )
 fault(
@@ -394,7 +394,7 @@ fault(
 fault(
     "a resumed run begins with new weights and moments",
     "run",
-    "        load_model_state(checkpoint, backend, saved)\n",
+    "        folders.load_model_state(checkpoint, backend, saved)\n",
     "",
     RESUMED,
 )
@@ -435,16 +435,16 @@ fault(
 )
 fault(
     "samples without a label are counted",
-    "statistics",
-    "(tokens > 0).double()",
-    "torch.ones_like(tokens)",
+    "sums",
+    "tokens.clip(0, 1)",
+    "tokens.clip(1, 1)",
     SUMS,
 )
 fault(
     "squares of losses are not squared",
-    "statistics",
-    "rows[SumRow.LOSS_SQ] = loss * loss",
-    "rows[SumRow.LOSS_SQ] = loss",
+    "sums",
+    "loss * loss, loss * tokens",
+    "loss, loss * tokens",
     SUMS,
 )
 fault(
@@ -1291,8 +1291,8 @@ fault(
 fault(
     "a domain's best checkpoint is pruned",
     "checkpoint",
-    "{checkpoint_name(step) for step in needed} | {best",
-    "{best",
+    "{checkpoint_name(step) for step in needed} | {noted",
+    "{noted",
     "go back::test_the_model_is_again_what_it_was_at_the_best_probe",
 )
 fault(

@@ -39,16 +39,13 @@ class Ended(NamedTuple):
     """The last characters of what it printed."""
 
     @property
-    def how(self) -> str:
-        if self.code is None:
-            return f"stopped after {self.seconds:.0f} s, its time limit"
-        return f"left with {self.code}"
-
-    @property
     def in_a_line(self) -> str | None:
         """Why it did not do its work, with the last line that it printed; None when it did."""
+        if self.code == 0:
+            return None
         lines = self.tail.strip().splitlines() or ["(it printed nothing)"]
-        return None if self.code == 0 else f"{self.how}: {lines[-1]}"
+        limit = f"stopped after {self.seconds:.0f} s, its time limit"
+        return f"{limit if self.code is None else f'left with {self.code}'}: {lines[-1]}"
 
 
 @contextlib.contextmanager

@@ -51,27 +51,22 @@ def run(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> tuple[Path, int]:
     """Write a checkpoint as a folder; returns it, and the checkpoint's step."""
-    from versatune_ds.engine.checkpointing.folder import (
-        best_or_newest,
-        checkpoint_name,
-        newest_sound_checkpoint,
-        require_sound,
-        step_of,
-    )
+    from versatune_ds.engine.checkpointing import folder as folders
     from versatune_ds.engine.checkpointing.hf_export import export_from_run
 
     if not (args.run_dir / constants.RESOLVED_CONFIG_FILE).is_file():
         raise ConfigError(f"{args.run_dir} is not a run folder: it has no {constants.RESOLVED_CONFIG_FILE}")
     folder = args.run_dir / constants.CHECKPOINTS_DIR
     if args.step is None:
-        checkpoint = newest_sound_checkpoint(folder) if args.newest else best_or_newest(folder)
+        find = folders.newest_sound_checkpoint if args.newest else folders.best_or_newest
+        checkpoint = find(folder)
     else:
-        checkpoint = folder / checkpoint_name(args.step)
+        checkpoint = folder / folders.checkpoint_name(args.step)
     if checkpoint is None or not checkpoint.is_dir():
         raise StateError(f"{folder} holds no such checkpoint; checkpoint.every_n_steps makes them")
     if args.step is not None:
-        require_sound(checkpoint)
+        folders.require_sound(checkpoint)
     kind = f"{'-merged' if args.merge else ''}{'-ema' if args.ema else ''}"
     target = args.out or args.run_dir / f"model-{checkpoint.name}{kind}"
     export_from_run(args.run_dir, checkpoint, target, args.merge, args.ema)
-    return target, step_of(checkpoint)
+    return target, folders.step_of(checkpoint)

@@ -9,6 +9,7 @@ What is not covered: running them (`apps/reference.py`).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,13 @@ def reference_adapter(config: Config, num_parameters: int) -> Adapter | None:
     return model.adapter or (Adapter() if is_large else None)
 
 
+def fix_shares(raw: dict[str, Any], shares: Mapping[str, float]) -> None:
+    """Make these the domain weights of a run from its first step to its last, without limits."""
+    limits = {"min_weight": 0.0, "max_weight": 1.0, "max_relative_change": None, "max_epochs": None}
+    raw["domains"] |= {"initial": dict(shares), **limits}
+    raw["weights"] = {"strategy": "constant"}
+
+
 def single_domain_config(
     config: Config, domain: str, folder: Path, num_tokens: int, adapter: Adapter | None = None
 ) -> Config:
@@ -94,14 +102,7 @@ def single_domain_config(
     packs_per_step = settings.packs_per_step or config.batch.packs_per_step
     steps_per_epoch = num_tokens / (packs_per_step * config.batch.pack_len)
     raw["run"] |= {"dir": str(folder), "resume": "auto"}
-    raw["domains"] |= {
-        "initial": {name: float(name == domain) for name in config.domains.names},
-        "min_weight": 0.0,
-        "max_weight": 1.0,
-        "max_relative_change": None,
-        "max_epochs": None,
-    }
-    raw["weights"] = {"strategy": "constant"}
+    fix_shares(raw, {name: float(name == domain) for name in config.domains.names})
     raw["batch"]["packs_per_step"] = packs_per_step
     change = (adapter is not None) - (config.model.adapter is not None)
     raw["optimizer"] |= {

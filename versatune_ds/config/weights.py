@@ -156,10 +156,9 @@ class Weights(Section):
         return self.loss_source == "probe" or self.guard is not None
 
     def problems(self) -> Iterator[str]:
-        lacking = [name for name in STRATEGIES[self.strategy].requires if not getattr(self, name)]
-        if lacking:
-            yield from (f"strategy {self.strategy} {NEEDED[name]}" for name in lacking)
         strategy = STRATEGIES[self.strategy]
+        lacking = [name for name in strategy.requires if not getattr(self, name)]
+        yield from (f"strategy {self.strategy} {NEEDED[name]}" for name in lacking)
         if self.shadow and self.guard is not None and self.guard.go_back:
             yield "guard.go_back has no effect with shadow, which only tells: remove one of them"
         if self.update_z > 0 and not strategy.moves_with_losses:

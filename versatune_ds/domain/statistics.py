@@ -47,6 +47,11 @@ class SumRow(enum.IntEnum):
 NUM_ROWS = len(SumRow)
 
 
+def sample_terms(loss: Any, tokens: Any) -> list[Any]:
+    """What n samples add to the rows, in their order: float64[n] each, as arrays or as tensors."""
+    return [loss, tokens, tokens.clip(0, 1), loss * loss, loss * tokens, tokens * tokens]
+
+
 @dataclass(frozen=True, eq=False)
 class DomainSums:
     """Sums per domain, already reduced over ranks.
@@ -103,18 +108,8 @@ class DomainSums:
             raise ValueError(f"domain ids must lie in 0 .. {num_domains - 1}")
         supervised = tokens > 0
         ids, loss, tokens = ids[supervised], loss[supervised], tokens[supervised]
-        rows = {
-            SumRow.LOSS_SUM: loss,
-            SumRow.TOKENS: tokens,
-            SumRow.SAMPLES: np.ones_like(loss),
-            SumRow.LOSS_SQ: loss * loss,
-            SumRow.LOSS_TOKENS: loss * tokens,
-            SumRow.TOKENS_SQ: tokens * tokens,
-        }
-        values = np.zeros((NUM_ROWS, num_domains))
-        for row, terms in rows.items():
-            values[row] = np.bincount(ids, weights=terms, minlength=num_domains)
-        return cls(values)
+        terms = sample_terms(loss, tokens)
+        return cls(np.stack([np.bincount(ids, weights=term, minlength=num_domains) for term in terms]))
 
     @property
     def num_domains(self) -> int:

@@ -27,16 +27,8 @@ from versatune_ds.engine.backend.deepspeed_backend import build_backend
 from versatune_ds.engine.backend.deepspeed_config import state_layout
 from versatune_ds.engine.backend.parameters import live_shape, parameter_counts
 from versatune_ds.engine.backend.zero_sizes import describe_sizes
+from versatune_ds.engine.checkpointing import folder as folders
 from versatune_ds.engine.checkpointing.export_target import check_room
-from versatune_ds.engine.checkpointing.folder import (
-    checkpoint_name,
-    load_model_state,
-    newest_sound_checkpoint,
-    read_state,
-    require_sound,
-    restore_best,
-    step_of,
-)
 from versatune_ds.engine.checkpointing.hf_export import export_model, try_export
 from versatune_ds.engine.checkpointing.saver import Saver
 from versatune_ds.engine.evaluate import HeldOut, pads_packs
@@ -121,7 +113,7 @@ class Components:
             step = self.load_best()
             export_model(self.backend, companions, target, int(self.config.checkpoint.export_shard_gb * 1e9))
         except Exception as error:  # whatever it is, the weights are not to be lost
-            kept = self.folder / constants.CHECKPOINTS_DIR / checkpoint_name(step)
+            kept = self._checkpoint(step)
             try:
                 if not distributed.on_main(kept.is_dir):
                     self.save(step)
@@ -174,18 +166,21 @@ class Components:
         if step is None:
             return
         self.saver.finish()
-        if distributed.on_main((self.folder / constants.CHECKPOINTS_DIR / checkpoint_name(step)).is_dir):
+        if distributed.on_main(self._checkpoint(step).is_dir):
             self._load(step)
             self.progress.note(f"back to the parameters and the optimizer after step {step} (weights.guard)")
         elif distributed.is_main():
             log.warning("the checkpoint of step %d is gone: training goes on from here", step)
 
+    def _checkpoint(self, step: int) -> Path:
+        return self.folder / constants.CHECKPOINTS_DIR / folders.checkpoint_name(step)
+
     def _load(self, step: int) -> None:
         """Parameters, optimizer and random generators after `step`."""
-        checkpoint = self.folder / constants.CHECKPOINTS_DIR / checkpoint_name(step)
-        require_sound(checkpoint)
-        saved = read_state(checkpoint, self.backend.layout, facts(self.prepared.architecture))
-        load_model_state(checkpoint, self.backend, saved)
+        checkpoint = self._checkpoint(step)
+        folders.require_sound(checkpoint)
+        saved = folders.read_state(checkpoint, self.backend.layout, facts(self.prepared.architecture))
+        folders.load_model_state(checkpoint, self.backend, saved)
 
     def _saved_state(self) -> dict[str, Any]:
         """Everything of ours that a resumed run needs. File offsets are known on rank 0, which writes it."""
@@ -218,14 +213,14 @@ def open_run(config: Config, device: torch.device) -> Components:
     checkpoint: Path | None = None
     checkpoints = config.run.dir / constants.CHECKPOINTS_DIR
     if config.run.resume == "auto":
-        checkpoint = newest_sound_checkpoint(checkpoints)
+        checkpoint = folders.newest_sound_checkpoint(checkpoints)
     saved, state = read_saved(checkpoint, prepared)
     if state.planner.step == 0 and config.evaluation.every_n_steps is None:
         report_alarms(state.controller.starting_alarms(DomainSums.zeros(len(prepared.table))))
     backend = build_backend(config, prepared.deepspeed, prepared.ranks, device)
     if checkpoint is not None and saved is not None:
         with going_on(checkpoint, config):
-            load_model_state(checkpoint, backend, saved)
+            folders.load_model_state(checkpoint, backend, saved)
         log.info("resuming from %s", checkpoint)
     if config.checkpoint.export_at_end and config.model.adapter is None:
         needed = parameter_counts(backend.model)[0] * DTYPES[config.model.dtype].itemsize
@@ -235,7 +230,7 @@ def open_run(config: Config, device: torch.device) -> Components:
         introduce(prepared, backend)
     best = state.early_stopping
     kept = best.note() if config.evaluation.select is not None and best.best_step else None
-    if not distributed.on_main(restore_best, checkpoints, kept) and kept is not None:
+    if not distributed.on_main(folders.restore_best, checkpoints, kept) and kept is not None:
         log.warning("the best checkpoint, of step %d, is gone: another one will be", best.best_step)
         best.forget_best()
     sinks = open_files(prepared, backend, saved, state.planner.step + 1)
@@ -254,7 +249,7 @@ def read_saved(checkpoint: Path | None, prepared: Prepared) -> tuple[dict[str, A
         return None, TrainState.of(prepared, None)
     with going_on(checkpoint, prepared.config):
         layout = state_layout(prepared.deepspeed, prepared.config)
-        saved = read_state(checkpoint, layout, facts(prepared.architecture))
+        saved = folders.read_state(checkpoint, layout, facts(prepared.architecture))
         state = TrainState.of(prepared, saved)
         if state.planner.step > prepared.total_steps:
             raise StateError(
@@ -270,7 +265,7 @@ def going_on(checkpoint: Path, config: Config) -> Iterator[None]:
     try:
         yield
     except StateError as error:
-        export = command("export", config.run.dir, "--step", step_of(checkpoint))
+        export = command("export", config.run.dir, "--step", folders.step_of(checkpoint))
         raise StateError(
             f"cannot go on from {checkpoint}: {error}. Or choose another run.dir for a new run; to start it "
             f"from the weights of this one, write them as a model first:\n{export}"

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from versatune_ds.domain.statistics import NUM_ROWS, DomainSums, SumRow
+from versatune_ds.domain.statistics import NUM_ROWS, DomainSums, SumRow, sample_terms
 from versatune_ds.engine.model.adapters import BaseKL
 from versatune_ds.engine.model.router import Routers
 from versatune_ds.foundations import distributed
@@ -103,16 +103,9 @@ class StepStatistics:
         """
         loss, tokens = out.sample_loss.double(), out.sample_tokens.double()
         self._nonfinite += (~torch.isfinite(loss).all()).double()
-        rows: list[torch.Tensor] = [torch.empty(0)] * NUM_ROWS
-        rows[SumRow.LOSS_SUM] = loss
-        rows[SumRow.TOKENS] = tokens
-        rows[SumRow.SAMPLES] = (tokens > 0).double()
-        rows[SumRow.LOSS_SQ] = loss * loss
-        rows[SumRow.LOSS_TOKENS] = loss * tokens
-        rows[SumRow.TOKENS_SQ] = tokens * tokens
         domains = torch.arange(self.num_domains, device=sample_domains.device).unsqueeze(1)
         of_domain = sample_domains.unsqueeze(0) == domains  # [k, S]
-        per_sample = torch.stack(rows).unsqueeze(1)  # [m, 1, S]
+        per_sample = torch.stack(sample_terms(loss, tokens)).unsqueeze(1)  # [m, 1, S]
         # where, not a product with 0/1: a NaN of one domain must not reach the others
         sums = torch.where(of_domain & self.counts, per_sample, 0.0).sum(-1)
         self._sums += sums

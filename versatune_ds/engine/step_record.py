@@ -6,8 +6,6 @@ What is not covered: the fields and what they mean (`observability/records.py`),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -16,7 +14,7 @@ from versatune_ds.engine.phases import DATA_WAIT, PROBE, REDUCTION, WEIGHT_UPDAT
 from versatune_ds.engine.run import Components
 from versatune_ds.engine.statistics import StepTotals
 from versatune_ds.foundations import distributed
-from versatune_ds.observability.records import StepRecord, ratio
+from versatune_ds.observability.records import StepRecord, by_domain, ratio
 from versatune_ds.observability.throughput import mfu, peak_memory_gib
 
 
@@ -40,6 +38,10 @@ def record_step(
     none = dict.fromkeys(names)
     kl = totals.base_kl
     weighted = totals.weighted if run.prepared.corpus.has_weights else None
+
+    def quotients(sums: npt.NDArray[np.float64]) -> dict[str, float | None]:
+        return by_domain(names, [ratio(*of_domain) for of_domain in sums.T])
+
     units = ("samples", "tokens", "supervised_tokens")
     step_s = times.age_s()
     flops = run.shape.step_flops(
@@ -62,14 +64,14 @@ def record_step(
         samples=plan.num_samples,
         domain_loss=none if sums is None else run.table.by_name(sums.mean_loss()),
         weighted_loss=ratio(*weighted.sum(1)) if weighted is not None else None,
-        domain_weighted_loss=None if weighted is None else by_domain(names, weighted),
+        domain_weighted_loss=None if weighted is None else quotients(weighted),
         base_kl=None if kl is None else ratio(*kl.sum(1)),
-        domain_base_kl=None if kl is None else by_domain(names, kl),
+        domain_base_kl=None if kl is None else quotients(kl),
         domain_supervised_tokens=dict(zip(names, plan.trained.supervised_tokens, strict=True)),
         weights=run.table.by_name(plan.weights),
         weight_unit=run.config.domains.weight_unit,
         target_shares=run.table.by_name(plan.target_shares),
-        achieved_shares={u: run.table.by_name(getattr(plan.shares, u)) for u in units},
+        achieved_shares={u: run.table.by_name(getattr(plan.trained.shares(), u)) for u in units},
         cumulative_shares={
             u: run.table.by_name(getattr(plan.state_after.trained.shares(), u)) for u in units
         },
@@ -95,8 +97,3 @@ def record_step(
     )
     run.sinks.step(record)
     run.progress.step(record)
-
-
-def by_domain(names: Sequence[str], sums: npt.NDArray[np.float64]) -> dict[str, float | None]:
-    """The quotient of two rows [2, k] for each domain; None where the second is 0."""
-    return {name: ratio(*of_domain) for name, of_domain in zip(names, sums.T, strict=True)}

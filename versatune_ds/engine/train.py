@@ -25,6 +25,7 @@ import torch
 from versatune_ds.config.schema import Config
 from versatune_ds.data.collate import Batch
 from versatune_ds.data.plan.planner import StepPlan
+from versatune_ds.engine import phases
 from versatune_ds.engine.answers.questions import ask
 from versatune_ds.engine.backend.optimizer import learning_rate
 from versatune_ds.engine.backend.process_group import close_process_group, start_process_group
@@ -34,18 +35,7 @@ from versatune_ds.engine.faults.heartbeat import Heartbeat
 from versatune_ds.engine.faults.run_lock import RunLock
 from versatune_ds.engine.faults.signals import StopRequest, note_stopped
 from versatune_ds.engine.model.packed_lm import model_inputs
-from versatune_ds.engine.phases import (
-    BACKWARD,
-    DATA_WAIT,
-    FORWARD,
-    OPTIMIZER_STEP,
-    PROBE,
-    REDUCTION,
-    STATISTICS,
-    WEIGHT_UPDATE,
-    phase,
-    recording,
-)
+from versatune_ds.engine.phases import phase, recording
 from versatune_ds.engine.run import Components, open_run, report_alarms
 from versatune_ds.engine.skipping import FP16_OVERFLOW, NONFINITE_GRADIENT, reason_to_skip, report_skip
 from versatune_ds.engine.statistics import Flags
@@ -120,13 +110,13 @@ def run_step(run: Components, step: int, stop: StopRequest) -> Flags:
     done, state = step + 1, run.state
     with run.profiler.step(done), recording() as times:
         rate = learning_rate(run.config.optimizer, step, run.prepared.total_steps)
-        with phase(DATA_WAIT, done):
+        with phase(phases.DATA_WAIT, done):
             plan, batches = run.loader.take(state.controller.weights)
             state.planner = plan.state_after
         sample_losses = accumulate(run, plan, batches)
-        with phase(REDUCTION, done):
+        with phase(phases.REDUCTION, done):
             totals = run.statistics.reduce(run.saver.flags(stop=stop.requested is not None))
-        with phase(OPTIMIZER_STEP, done):
+        with phase(phases.OPTIMIZER_STEP, done):
             reason = reason_to_skip(totals, state.spikes, run.backend)
             applied = apply_step(run, reason, rate)
         if applied and totals.sums is not None:
@@ -136,7 +126,7 @@ def run_step(run: Components, step: int, stop: StopRequest) -> Flags:
             reason = reason or NONFINITE_GRADIENT  # found by ZeRO
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if reason else 0
         if state.controller.due(done, skipped=not applied):
-            with phase(WEIGHT_UPDATE, done):
+            with phase(phases.WEIGHT_UPDATE, done):
                 update_weights(run, done)
         record_step(run, plan, totals, rate, None if applied else reason or FP16_OVERFLOW, times)
     if reason and (error := report_skip(run, plan, totals, sample_losses, reason)):
@@ -160,13 +150,13 @@ def accumulate(run: Components, plan: StepPlan, batches: list[Batch]) -> list[to
     sample_losses = []
     for i, batch in enumerate(batches):
         place = plan.step + 1, f"of pack {i + 1} of {len(batches)}"
-        with phase(FORWARD, *place):
+        with phase(phases.FORWARD, *place):
             on_device = batch.to(backend.device, non_blocking=True)
             drawn = plan.step, i, *backend.ranks.dp
             out = backend.forward(**model_inputs(on_device, normalizer, passes, drawn))
-        with phase(STATISTICS, *place):
+        with phase(phases.STATISTICS, *place):
             run.statistics.add(out, on_device.sample_domains, on_device.sample_ids, on_device.token_weight)
-        with phase(BACKWARD, *place):
+        with phase(phases.BACKWARD, *place):
             backend.backward(out.loss, is_last=i == len(batches) - 1)
         sample_losses.append(out.sample_loss)
     return sample_losses
@@ -188,7 +178,7 @@ def update_weights(run: Components, done: int) -> None:
     """
     losses, controller = None, run.state.controller
     if run.probe is not None:
-        with phase(PROBE, done):
+        with phase(phases.PROBE, done):
             losses = probe_losses(run.backend, run.probe, each_sample=controller.needs_samples)
     update = controller.update(done, losses)
     if not distributed.all_equal(controller.digest()):

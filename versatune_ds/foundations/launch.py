@@ -10,7 +10,7 @@ What is not covered: launchers that say nothing (pdsh, a loop over ssh), and ran
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from typing import NamedTuple
 
 from versatune_ds.foundations.errors import ConfigError
@@ -56,7 +56,8 @@ def join(verb: str, environment: MutableMapping[str, str]) -> str | None:
     Raises:
         ConfigError: a verb for one process, or ranks that do not know where to meet.
     """
-    found = None if "RANK" in environment else _numbering(environment)
+    others = (n for n in NUMBERINGS if n.rank in environment and int(environment.get(n.size, "1")) > 1)
+    found = None if "RANK" in environment else next(others, None)
     size = int(environment.get(found.size if found else "WORLD_SIZE", "1"))
     launcher = found.launcher if found else "the launcher"
     if size > 1 and verb not in (*RANKED, *HARMLESS):
@@ -82,9 +83,3 @@ def join(verb: str, environment: MutableMapping[str, str]) -> str | None:
     job = next((environment[name] for name in JOB_NAMES if name in environment), "")
     environment.setdefault("MASTER_PORT", str(FIRST_PORT + zlib.crc32(job.encode()) % PORTS))
     return f"started by {launcher}: rank {rank} of {size}"
-
-
-def _numbering(environment: Mapping[str, str]) -> Numbering | None:
-    """Of the launcher that started this process among others."""
-    known = (n for n in NUMBERINGS if n.rank in environment)
-    return next((n for n in known if int(environment.get(n.size, "1")) > 1), None)

@@ -24,7 +24,7 @@ class RankFormatter(logging.Formatter):
         return f"{record.levelname.lower()}{where}: {text}"
 
 
-def setup_logging(level: int = logging.INFO) -> None:
+def setup_logging() -> None:
     """Send the package's log to standard error; ranks other than 0 are raised to errors.
 
     DeepSpeed's and transformers' own chatter is kept to warnings on rank 0.
@@ -36,7 +36,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     logger.addHandler(handler)
     logger.propagate = False
     is_main = os.environ.get("RANK", "0") == "0"
-    logger.setLevel(level if is_main else logging.ERROR)
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
     for chatty in ("DeepSpeed", "transformers"):
         logging.getLogger(chatty).setLevel(logging.WARNING if is_main else logging.ERROR)
 

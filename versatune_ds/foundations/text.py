@@ -25,11 +25,7 @@ _IGNORABLE = re.compile(
 
 def is_blank(text: str) -> bool:
     """True when a text shows nothing: empty, or white space, controls and invisible characters only."""
-    return not any(map(_is_visible, text))
-
-
-def _is_visible(character: str) -> bool:
-    return unicodedata.category(character) not in _LEAVE_NO_MARK and not _IGNORABLE.match(character)
+    return all(unicodedata.category(c) in _LEAVE_NO_MARK or _IGNORABLE.match(c) for c in text)
 
 
 def in_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -150,7 +150,7 @@ class StepRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The metrics line as plain JSON types: all fields and the numbers derived from them."""
-        line = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        line = dict(vars(self))
         line["real_tokens_per_s"] = self.real_tokens_per_s
         line["slot_tokens_per_s"] = ratio(self.slot_tokens, self.step_s)
         line["supervised_tokens_per_s"] = ratio(self.supervised_tokens, self.step_s)
@@ -197,7 +197,7 @@ class EvalRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The eval line as plain JSON types: all fields, the overall loss and perplexities exp(loss)."""
-        line = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        line = dict(vars(self))
         line["loss"] = self.loss
         line["domain_perplexity"] = {name: perplexity(loss) for name, loss in self.domain_loss.items()}
         result: dict[str, Any] = clean(line)

@@ -7,6 +7,7 @@ What is not covered: the figures of the scores (`report.scores_section`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from versatune_ds.foundations import constants
 from versatune_ds.report.figures import shorten
-from versatune_ds.report.measures import NOTHING, all_names, percent
+from versatune_ds.report.measures import NOTHING, all_names, first_last, percent
 from versatune_ds.report.page import Cell, Table
 from versatune_ds.report.runs import RunData, read_jsonl
 
@@ -51,19 +52,16 @@ def last_scores(runs: Sequence[RunData]) -> Table:
     """Mean score at the last evaluation by domain and run; the highest is bold."""
     rows = []
     for name in all_names(runs):
-        values = [_last(run, name) for run in runs]
+        columns = [run.column(name) for run in runs]
+        values = [
+            math.nan if column is None else first_last(run.eval_score[:, column])[1]
+            for run, column in zip(runs, columns, strict=True)
+        ]
         if np.isfinite(values).any():
             cells = [Cell(percent(value), best=value == np.nanmax(values)) for value in values]
             rows.append((name, cells))
     head = ["Domain", *(run.label for run in runs)]
     return Table(head, rows, "Mean score at the last evaluation; highest in bold")
-
-
-def _last(run: RunData, name: str) -> float:
-    column = run.column(name)
-    values = np.array([]) if column is None else run.eval_score[:, column]
-    known = values[np.isfinite(values)]
-    return float(known[-1]) if len(known) else float("nan")
 
 
 def answer_tables(run: RunData) -> list[Table]:

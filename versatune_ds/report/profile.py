@@ -6,7 +6,6 @@ What is not covered: the trace itself, which a trace viewer shows (docs/metrics.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from versatune_ds.foundations import constants
@@ -15,6 +14,7 @@ from versatune_ds.report.measures import number, percent
 from versatune_ds.report.page import PageSection, Table
 from versatune_ds.report.runs import RunData
 
+KEYS = {"steps", "device", "wall_s", "phases", "items"}
 FILES = (
     (constants.PROFILE_TRACE_FILE, "trace (ui.perfetto.dev)"),
     (constants.PROFILE_MEMORY_FILE, "memory (pytorch.org/memory_viz)"),
@@ -26,8 +26,8 @@ def profile_section(runs: Sequence[RunData]) -> PageSection | None:
     tables, links = [], []
     for run in runs:
         folder = run.folder / constants.PROFILE_DIR
-        found = _read(folder / constants.PROFILE_FILE)
-        if found is not None:
+        found = read_json_object(folder / constants.PROFILE_FILE)
+        if found.keys() >= KEYS:  # one of ours
             label = f"{run.label}: " if len(runs) > 1 else ""
             tables += _tables(found, label)
             links += [(f"{label}{what}", folder / name) for name, what in FILES if (folder / name).is_file()]
@@ -35,12 +35,6 @@ def profile_section(runs: Sequence[RunData]) -> PageSection | None:
         return None
     lead = "Rank 0 under torch's profiler, which slows steps. Phases count what is inside them, items do not."
     return PageSection("profile", "Profile", lead, tables=tables, links=links)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """profile.json; None where there is none, or not one of ours."""
-    found = read_json_object(path)
-    return found if {"steps", "device", "wall_s", "phases", "items"} <= found.keys() else None
 
 
 def _tables(found: Mapping[str, Any], label: str) -> list[Table]:

@@ -62,7 +62,8 @@ def project(proposed: Vector, lower: Vector, upper: Vector) -> Vector:
         if not (np.isfinite(values).all() and (values >= 0).all()):
             raise ValueError(f"expected finite numbers >= 0, found {values.tolist()}")
     _check_feasible(lower, upper)
-    if _is_feasible(proposed, lower, upper):
+    inside = (proposed >= lower).all() and (proposed <= upper).all()
+    if inside and abs(math.fsum(proposed) - 1.0) <= SUM_TOLERANCE:
         return np.array(proposed, dtype=np.float64)
     largest = float(proposed.max())
     direction = proposed / largest if largest > 0 else np.zeros_like(proposed)
@@ -133,11 +134,6 @@ def _check_feasible(lower: Vector, upper: Vector) -> None:
             f"no weights sum to 1 within the limits: the lower ones sum to {least:.6g}, the upper ones "
             f"to {most:.6g}; lower min_weight or raise max_weight"
         )
-
-
-def _is_feasible(weights: Vector, lower: Vector, upper: Vector) -> bool:
-    inside = (weights >= lower).all() and (weights <= upper).all()
-    return bool(inside) and abs(math.fsum(weights) - 1.0) <= SUM_TOLERANCE
 
 
 def _scale_to(direction: Vector, lower: Vector, upper: Vector, target: float) -> Vector:

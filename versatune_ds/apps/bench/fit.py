@@ -83,10 +83,7 @@ def choose_slices(settings: BenchSettings, memory: DeviceMemory) -> list[Slice]:
             among = ("off", "all")
         return fit(shape, setup, layers, among, memory)
 
-    def fitting(layers: int) -> bool:
-        return judged(layers).verdict == "fits"
-
-    most = next((n for n in range(shape.layers, 0, -1) if fitting(n)), 0)
+    most = next((n for n in range(shape.layers, 0, -1) if judged(n).verdict == "fits"), 0)
     wanted = settings.layers or ((shape.layers,) if most in (0, shape.layers) else (max(1, most // 2), most))
     possible = [n for n in wanted if judged(n).verdict != "does not fit"]
     same = (judged(max(possible)).checkpointing,) if possible else policies

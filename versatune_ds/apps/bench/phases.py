@@ -17,32 +17,21 @@ import torch
 
 from versatune_ds.apps.bench.results import PHASES
 from versatune_ds.domain.statistics import DomainSums
-from versatune_ds.engine.phases import (
-    BACKWARD,
-    DATA_WAIT,
-    FORWARD,
-    LOSS,
-    OPTIMIZER_STEP,
-    REDUCTION,
-    STATISTICS,
-    CudaClock,
-    HostClock,
-    Recorder,
-    timed,
-)
+from versatune_ds.engine import phases as loop
+from versatune_ds.engine.phases import CudaClock, HostClock, Recorder, timed
 from versatune_ds.engine.run import Components
 from versatune_ds.engine.statistics import NO_FLAGS, Flags, StepTotals
 from versatune_ds.foundations import distributed
 
 RANK_WAIT = "rank_wait"
 SHOWN_AS = {
-    DATA_WAIT: "data_wait",
-    FORWARD: "forward",
-    LOSS: "loss",
-    BACKWARD: "backward",
-    OPTIMIZER_STEP: "optimizer",
-    STATISTICS: "statistics",
-    REDUCTION: "statistics",
+    loop.DATA_WAIT: "data_wait",
+    loop.FORWARD: "forward",
+    loop.LOSS: "loss",
+    loop.BACKWARD: "backward",
+    loop.OPTIMIZER_STEP: "optimizer",
+    loop.STATISTICS: "statistics",
+    loop.REDUCTION: "statistics",
     RANK_WAIT: "rank_wait",
 }
 """The loop's phases by their names in results; all else is "other"."""
@@ -56,7 +45,7 @@ class SplitRecorder(Recorder):
     """Records every phase, and lets the ranks meet before the reduction."""
 
     def enter(self, name: str) -> Any:
-        if name == REDUCTION:
+        if name == loop.REDUCTION:
             with timed(RANK_WAIT):
                 distributed.barrier()
         return super().enter(name)

@@ -80,7 +80,14 @@ def bench_slice(settings: BenchSettings, layers: int) -> dict[str, Any]:
         model = write_model_folder(folder / "model", settings.shape, layers)
         config = bench_config(settings, str(model), folder / "run")
         device = start_process_group(config.run.collective_timeout_s)
-        environment = describe_environment(device)
+        environment = {
+            **describe_host(()),
+            "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "world_size": distributed.world_size(),
+            **describe_hardware(device),
+            "threads": torch.get_num_threads(),
+            "versions": describe_versions(),
+        }
         ceiling = matmul_ceiling(config, settings, device)
         with Heartbeat(config.run.hang_timeout_s):
             run = open_bench_run(config, settings, device)
@@ -308,17 +315,6 @@ def matmul_ceiling(config: Config, settings: BenchSettings, device: torch.device
         if tflops > best["tflops"]:
             best = {"tflops": tflops, "m": m, "k": k, "n": n, "runs": runs, "dtype": config.model.dtype}
     return best
-
-
-def describe_environment(device: torch.device) -> dict[str, Any]:
-    return {
-        **describe_host(()),
-        "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "world_size": distributed.world_size(),
-        **describe_hardware(device),
-        "threads": torch.get_num_threads(),
-        "versions": describe_versions(),
-    }
 
 
 def describe_settings(settings: BenchSettings, run: Components) -> dict[str, Any]:

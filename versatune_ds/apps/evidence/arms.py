@@ -115,7 +115,7 @@ def ours(spec: ArmSpec, write: Callable[[dict[str, Any]], None]) -> None:
             "losses": [record.loss for record in records],
             "seconds": timed.seconds,
             "cpu_s": cpu_s,
-            "tokens": {name: value for name, value in timed.totals().items() if name != "flops"},
+            "tokens": timed.totals(),
             "peak_gib": peak_memory_gib(),
             "matmul_ceiling": ceiling,
             "attention": run.backend.attention.implementation,

@@ -45,6 +45,8 @@ class Record:
 
     def __init__(self, path: Path, stage: str, environment: dict[str, Any], command: str) -> None:
         self.path = path
+        self.results: dict[str, Any] = {}
+        """The stage's results; `write` after a change."""
         self.value: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "kind": KIND,
@@ -52,17 +54,11 @@ class Record:
             "command": command,
             "environment": environment,
             "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "results": {},
+            "results": self.results,
             "summary": [],
             "ended": None,
         }
         self.write()
-
-    @property
-    def results(self) -> dict[str, Any]:
-        """The stage's results; `write` after a change."""
-        results: dict[str, Any] = self.value["results"]
-        return results
 
     def write(self) -> None:
         write_json_atomic(self.path, clean(self.value))

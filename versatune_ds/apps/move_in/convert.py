@@ -119,7 +119,10 @@ def import_config(path: Path, ranks: int) -> str:
         signs = "; ".join(f"{t.name}: {', '.join(t.signs)}" for t in TRAINERS)
         raise ConfigError(f"{path}: no settings of a trainer that is known here. Keys looked for: {signs}")
     given = Foreign(values, trainer.names, trainer.defaults)
-    _refuse_others(given, path)
+    for key, usual in (("stage", "sft"), ("rl", None)):
+        stage = given.take(key)
+        if stage not in (None, usual):
+            raise ConfigError(f"{path}: {key}: {stage}; only supervised fine-tuning is done here")
     _settle_adapter(given, trainer.name)
     template = str(given.take("template") or "tokenizer")
     trainer.data(given)
@@ -144,14 +147,6 @@ def import_config(path: Path, ranks: int) -> str:
     given.rest(IGNORED)
     validate_config(given.ours, str(path))
     return _text(given, f"From the {trainer.name} settings {path.name}, for {ranks} rank(s).")
-
-
-def _refuse_others(given: Foreign, path: Path) -> None:
-    """Other trainings than supervised fine-tuning."""
-    for key, usual in (("stage", "sft"), ("rl", None)):
-        stage = given.take(key)
-        if stage not in (None, usual):
-            raise ConfigError(f"{path}: {key}: {stage}; only supervised fine-tuning is done here")
 
 
 def _settle_adapter(given: Foreign, trainer: str) -> None:

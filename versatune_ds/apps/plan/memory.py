@@ -231,19 +231,18 @@ def _loss(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
         weight = vocab * width * (FP32 if fp32_sum else gradient) * is_trained
         rounded = vocab * width * gradient if fp32_sum and gradient != FP32 else 0
         hidden = tokens * width * gradient + min(rows, labels) * width * 2 * s
-        return (
-            Part("loss: logits of a chunk", max(logits, rounded, kl_logits), False),
-            Part(what, weight + hidden, False),
-            *compared,
-        )
-    rows = min(auto_chunk_tokens(labels, width, vocab), labels)
-    logits = rows * vocab * (FP32 + (s if s < FP32 else 0))
-    block = min(vocab, VOCAB_BLOCK) * width * FP32 if s < FP32 else 0
-    weight = vocab * width * (FP32 + (s if s < FP32 else 0)) * is_trained
-    hidden = tokens * width * FP32 + 2 * rows * width * FP32
+        chunk = max(logits, rounded)
+    else:
+        rows = min(auto_chunk_tokens(labels, width, vocab), labels)
+        logits = rows * vocab * (FP32 + (s if s < FP32 else 0))
+        block = min(vocab, VOCAB_BLOCK) * width * FP32 if s < FP32 else 0
+        weight = vocab * width * (FP32 + (s if s < FP32 else 0)) * is_trained
+        hidden = tokens * width * FP32 + 2 * rows * width * FP32
+        chunk = logits + block
+    is_checked = setup.device != "cuda"
     return (
-        Part("loss: logits of a chunk", max(logits + block, kl_logits), True),
-        Part(what, weight + hidden, True),
+        Part("loss: logits of a chunk", max(chunk, kl_logits), is_checked),
+        Part(what, weight + hidden, is_checked),
         *compared,
     )
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from versatune_ds.apps.search.surface import Array
 from versatune_ds.apps.study.jobs import Job
-from versatune_ds.config.derive import ADAPTER_RATE
+from versatune_ds.config.derive import ADAPTER_RATE, fix_shares
 from versatune_ds.config.load import validate_config
 from versatune_ds.config.model import Adapter
 from versatune_ds.config.schema import Config
@@ -135,14 +135,7 @@ class SearchPlan:
             "tokenizer": config.model.tokenizer or config.model.source,
             "adapter": adapter and adapter.model_dump(mode="json"),
         }
-        raw["domains"] |= {
-            "initial": self.table.by_name(shares),
-            "min_weight": 0.0,
-            "max_weight": 1.0,
-            "max_relative_change": None,
-            "max_epochs": None,
-        }
-        raw["weights"] = {"strategy": "constant"}
+        fix_shares(raw, self.table.by_name(shares))
         raw["batch"] |= {
             "packs_per_step": settings.packs_per_step or config.batch.packs_per_step,
             "sequence_parallel": 1,

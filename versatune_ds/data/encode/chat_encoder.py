@@ -86,6 +86,9 @@ class ChatEncoder:
         if len(ids) != 1:
             raise ConfigError(f"the stop token {text} becomes {len(ids)} tokens; it must be one")
         self.stop_id = ids[0]
+        self._eos_id = self._special_id("eos_token")
+        # what rows are padded with: the pad token, or one that ends a text
+        self._padding_ids = {self._special_id("pad_token"), self._eos_id, self.stop_id} - {None}
 
     @classmethod
     def build(cls, tokenizer: Any, name: str, rows: int | None = None) -> ChatEncoder:
@@ -203,19 +206,10 @@ class ChatEncoder:
             )
         return EncodedSample(row.tokens.astype(np.uint32), row.mask, row.weights)
 
-    @functools.cached_property
-    def _eos_id(self) -> int | None:
-        return self._special_id("eos_token")
-
     def _special_id(self, name: str) -> int | None:
         """Of `bos_token` and the like; None where the tokenizer has none."""
         text = self.template.variables.get(name)
         return None if text is None else self.backend.token_to_id(str(text))
-
-    @functools.cached_property
-    def _padding_ids(self) -> set[int | None]:
-        """Tokens that rows are padded with: the pad token, or one that ends a text."""
-        return {self._special_id("pad_token"), self._eos_id, self.stop_id} - {None}
 
     # Tokens and mask.
 

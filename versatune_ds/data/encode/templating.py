@@ -75,16 +75,8 @@ def _raise_exception(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 class TrainedSpan(NamedTuple):
@@ -128,7 +120,12 @@ class ChatRenderer:
     """Text of the token that ends an assistant turn."""
 
     def __post_init__(self) -> None:
+        fields_of_thoughts = (name for name in REASONING if re.search(rf"""[.'"]{name}\b""", self.text))
+        self._reasoning_name = next(fields_of_thoughts, REASONING[0])
+        self._asks_for_none = re.search(r"\bnone\b", self.text, re.IGNORECASE) is not None
+        self._marks_turns = _GENERATION_TAG.search(self.text) is not None
         self.stop_text = self._find_stop_text()
+        self._special_prefixes = sorted({text[:2] for text in self.special_texts})
 
     @classmethod
     def of(cls, tokenizer: Any, name: str) -> ChatRenderer:
@@ -181,16 +178,6 @@ class ChatRenderer:
         return message
 
     @functools.cached_property
-    def _reasoning_name(self) -> str:
-        """The field of thoughts that the template reads."""
-        known = (name for name in REASONING if re.search(rf"""[.'"]{name}\b""", self.text))
-        return next(known, REASONING[0])
-
-    @functools.cached_property
-    def _asks_for_none(self) -> bool:
-        return re.search(r"\bnone\b", self.text, re.IGNORECASE) is not None
-
-    @functools.cached_property
     def _compiled(self) -> jinja2.Template:
         """Sandboxed, with what transformers offers to chat templates."""
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -200,14 +187,6 @@ class ChatRenderer:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         return environment.from_string(self.text)
-
-    @functools.cached_property
-    def _marks_turns(self) -> bool:
-        return _GENERATION_TAG.search(self.text) is not None
-
-    @functools.cached_property
-    def _special_prefixes(self) -> tuple[str, ...]:
-        return tuple(sorted({text[:2] for text in self.special_texts}))
 
     def render_spans(self, chat: Conversation) -> RenderedChat:
         """The conversation with what its assistant turns span.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -151,16 +150,13 @@ def set_chat_template(tokenizer: Any, name: str) -> None:
 
 def special_texts(tokenizer: Any) -> list[str]:
     """Texts of all special tokens, eos included; they are cut out of text before it is tokenised as words."""
-    return _longest_first(tokenizer, [t for t in tokenizer.added_tokens_decoder.values() if t.special])
+    return added_texts(tokenizer, flagged_only=True)
 
 
-def added_texts(tokenizer: Any) -> list[str]:
+def added_texts(tokenizer: Any, *, flagged_only: bool = False) -> list[str]:
     """`special_texts`, and those that were added without being flagged special: they are cut out, too."""
-    return _longest_first(tokenizer, tokenizer.added_tokens_decoder.values())
-
-
-def _longest_first(tokenizer: Any, tokens: Iterable[Any]) -> list[str]:
-    texts = {token.content for token in tokens}
+    added = tokenizer.added_tokens_decoder.values()
+    texts = {token.content for token in added if token.special or not flagged_only}
     if tokenizer.eos_token is not None:
         texts.add(str(tokenizer.eos_token))
     return sorted(texts, key=lambda text: (-len(text), text))

@@ -31,7 +31,7 @@ from versatune_ds.data.plan.balance import by_cost
 from versatune_ds.data.plan.corpus import WEIGHT_UNITS, Corpus, Float64, PlannerSettings
 from versatune_ds.data.plan.packing import Pack, fill_packs
 from versatune_ds.data.plan.share_rules import ChairmanRule, DeficitRule, spread_over_remaining
-from versatune_ds.data.plan.state import Carried, PlannerState, Shares, Totals, made_for
+from versatune_ds.data.plan.state import Carried, PlannerState, Totals, made_for
 from versatune_ds.foundations.errors import ConfigError, DataError, StateError
 from versatune_ds.strategies.simplex import SUM_TOLERANCE
 
@@ -103,11 +103,6 @@ class StepPlan:
     def efficiency(self) -> float:
         """Real tokens over slots."""
         return self.tokens / (self.num_packs * self.pack_len)
-
-    @property
-    def shares(self) -> Shares:
-        """Achieved shares of this step; those of the run are `state_after.trained.shares()`."""
-        return self.trained.shares()
 
 
 _Drawn = tuple[int, int, int, int, int]

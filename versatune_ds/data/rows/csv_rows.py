@@ -65,7 +65,10 @@ def csv_rows(stream: io.BufferedReader, file: InputFile) -> Iterator[tuple[dict[
         if not cells:  # a blank line
             continue
         if names is None:
-            names = _header(cells)
+            names = [cell.strip() for cell in cells]
+            if repeated := sorted({name for name in names if name and names.count(name) > 1}):
+                cure = f"the column {short(repeated[0])} stands twice; keep one"
+                raise FileDamage(Reason.DAMAGED_FILE, cure, 1)
             continue
         yield _row(names, cells, reader.dialect.delimiter), line
 
@@ -82,14 +85,6 @@ def _separator(stream: io.BufferedReader, file: InputFile) -> tuple[str, int]:
     if found != ",":
         logger.warning("%s: the header is separated by %a, not by commas; it is read so", file.path, found)
     return found, 0
-
-
-def _header(cells: list[str]) -> list[str]:
-    names = [cell.strip() for cell in cells]
-    repeated = sorted({name for name in names if name and names.count(name) > 1})
-    if repeated:
-        raise FileDamage(Reason.DAMAGED_FILE, f"the column {short(repeated[0])} stands twice; keep one", 1)
-    return names
 
 
 def _row(names: list[str], cells: list[str], separator: str) -> dict[str, Any] | BadRow:

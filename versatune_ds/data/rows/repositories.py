@@ -135,8 +135,7 @@ def _by_name(names: Sequence[str]) -> dict[str, list[str]]:
 def _split_of(name: str) -> str | None:
     if match := _BY_SHARD.fullmatch(name):
         return match[1]
-    *folders, file = name.split("/")
-    for part in (*folders, file):
+    for part in name.split("/"):
         for split, pattern in _BY_KEYWORD.items():
             if pattern.fullmatch(part):
                 return split

@@ -157,7 +157,14 @@ class RowSchema:
             BadRow: the row cannot be used.
         """
         if format is None:
-            raise self._unknown_columns(row)
+            told = {name: required for name, (required, _) in FORMATS.items() if name not in NAMED_ONLY}
+            known = "; ".join(f"{name}: {' + '.join(required)}" for name, required in told.items())
+            raise BadRow(
+                Reason.UNKNOWN_COLUMNS,
+                f"found the columns {column_names(row)}, which fit no format ({known}). Map them in the "
+                "source, e.g. `columns: {prompt: question, completion: answer}`; whole texts, all of which "
+                "is trained on, need `format: text`",
+            )
         if self.format == "auto" and not any(self.column(name) in row for name in FORMATS[format][0]):
             return self._parse_other(row, format)
         return self._parse_as(row, format, drop_nulls)
@@ -202,16 +209,6 @@ class RowSchema:
                 value = None if value is None else {name: value}
             variables |= read_variables(value, self.column(name), drop_nulls)
         return Conversation(tuple(turns), tuple(tools), variables, weight, notes, unused=read.unused)
-
-    def _unknown_columns(self, row: Mapping[str, Any]) -> BadRow:
-        told = {name: required for name, (required, _) in FORMATS.items() if name not in NAMED_ONLY}
-        known = "; ".join(f"{name}: {' + '.join(required)}" for name, required in told.items())
-        return BadRow(
-            Reason.UNKNOWN_COLUMNS,
-            f"found the columns {column_names(row)}, which fit no format ({known}). Map them in the "
-            "source, e.g. `columns: {prompt: question, completion: answer}`; whole texts, all of which "
-            "is trained on, need `format: text`",
-        )
 
     # One method per format; types checked.
 
@@ -315,14 +312,11 @@ class RowSchema:
             raise BadRow(Reason.BLANK_TEXT, "the text is empty, or white space or invisible characters only")
         if finished not in (None, True, False):
             raise wrong_type(self.column("finished"), finished, "true or false")
-        return TextRow(text, finished is not False, self._weight(row))
-
-    def _weight(self, row: Mapping[str, Any]) -> float:
         values = {name: value for name, value in row.items() if not isinstance(value, list)}
         weight, _ = with_row_flags(values, [], [], self.ours)
         if weight == 0:
             raise BadRow(Reason.SWITCHED_OFF, "the row has the weight 0")
-        return 1.0 if weight is None else weight
+        return TextRow(text, finished is not False, 1.0 if weight is None else weight)
 
     def _token_row(self, row: Mapping[str, Any]) -> TokenRow:
         tokens = self._numbers(row, "input_ids")

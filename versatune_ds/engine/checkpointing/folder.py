@@ -29,13 +29,7 @@ from safetensors.torch import load_file
 from versatune_ds.config.schema import Checkpoint
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.backend.zero_sizes import DEEPSPEED_SUB_GROUP, SUB_GROUP_KEY
-from versatune_ds.foundations import distributed
-from versatune_ds.foundations.constants import (
-    BEST_FILE,
-    CHECKPOINT_MANIFEST_FILE,
-    CHECKPOINT_STATE_FILE,
-    LATEST_FILE,
-)
+from versatune_ds.foundations import constants, distributed
 from versatune_ds.foundations.errors import StateError
 from versatune_ds.foundations.files import (
     canonical_hash,
@@ -93,8 +87,8 @@ def begin(folder: Path, temporary: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob(f"{UNFINISHED_PREFIX}*"):
         shutil.rmtree(unfinished)
-    remove_temporaries(folder / LATEST_FILE)
-    remove_temporaries(folder / BEST_FILE)
+    remove_temporaries(folder / constants.LATEST_FILE)
+    remove_temporaries(folder / constants.BEST_FILE)
     temporary.mkdir()
 
 
@@ -119,7 +113,7 @@ def publish(
     parts = [temporary / part_name(rank) for rank in range(world_size)]
     for path in parts:
         files.update(json.loads(path.read_text(encoding="utf-8")))
-    write_json_atomic(temporary / CHECKPOINT_MANIFEST_FILE, {"version": VERSION, "files": files})
+    write_json_atomic(temporary / constants.CHECKPOINT_MANIFEST_FILE, {"version": VERSION, "files": files})
     for path in parts:
         path.unlink()
     # Going on from an older checkpoint abandons the newer ones (damaged, or this very step).
@@ -127,7 +121,7 @@ def publish(
     final = folder / checkpoint_name(step)
     temporary.rename(final)
     fsync_dir(folder)
-    write_json_atomic(folder / LATEST_FILE, {"checkpoint": final.name, "step": step})
+    write_json_atomic(folder / constants.LATEST_FILE, {"checkpoint": final.name, "step": step})
     keep(folder, settings, best if best and best["step"] == step else None, needed)
     return final
 
@@ -138,10 +132,16 @@ def keep(
     best: Mapping[str, Any] | None = None,
     needed: Collection[int] = (),
 ) -> None:
-    """Write down which checkpoint is the best, if that is a new one, and prune the others; rank 0 only."""
+    """Write down which checkpoint is the best, if that is a new one, and prune the others; rank 0 only.
+
+    There stay the newest `keep_last` checkpoints, the milestones, the best one and those `needed`.
+    """
     if best is not None:
         _note_best(folder, best)
-    _prune(folder, settings, needed)
+    milestone, noted = settings.milestone_every_n_steps, read_best(folder)
+    old = list_checkpoints(folder)[settings.keep_last :]
+    kept = {checkpoint_name(step) for step in needed} | {noted and noted["checkpoint"]}
+    _remove(p for p in old if p.name not in kept and not (milestone and step_of(p) % milestone == 0))
 
 
 def restore_best(folder: Path, best: Mapping[str, Any] | None) -> bool:
@@ -156,12 +156,12 @@ def restore_best(folder: Path, best: Mapping[str, Any] | None) -> bool:
     if best is not None and (folder / checkpoint_name(best["step"])).is_dir():
         _note_best(folder, best)
         return True
-    (folder / BEST_FILE).unlink(missing_ok=True)
+    (folder / constants.BEST_FILE).unlink(missing_ok=True)
     return False
 
 
 def _note_best(folder: Path, best: Mapping[str, Any]) -> None:
-    write_json_atomic(folder / BEST_FILE, {"checkpoint": checkpoint_name(best["step"]), **best})
+    write_json_atomic(folder / constants.BEST_FILE, {"checkpoint": checkpoint_name(best["step"]), **best})
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
@@ -170,7 +170,7 @@ def read_best(folder: Path) -> dict[str, Any] | None:
     Raises:
         StateError: it cannot be read.
     """
-    path = folder / BEST_FILE
+    path = folder / constants.BEST_FILE
     if not path.is_file():
         return None
     note = _read(path, "step", "remove it, and say which checkpoint you want")
@@ -248,7 +248,7 @@ def saved_state(path: Path) -> dict[str, Any]:
         StateError: it has none, or one that another version of the format wrote.
     """
     cure = "use a checkpoint that this program wrote"
-    state = _read(path / CHECKPOINT_STATE_FILE, "version", cure)
+    state = _read(path / constants.CHECKPOINT_STATE_FILE, "version", cure)
     if (version := state["version"]) != VERSION:
         raise StateError(
             f"{path}: state version {version}, this program reads {VERSION}; use the program that wrote it"
@@ -329,12 +329,12 @@ def generator_states() -> dict[str, torch.Tensor]:
 def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
     """What is wrong with one rank's share of a checkpoint's files (by default with any of them), or None."""
     try:
-        manifest = json.loads((folder / CHECKPOINT_MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / constants.CHECKPOINT_MANIFEST_FILE).read_text(encoding="utf-8"))
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
-        return f"{CHECKPOINT_MANIFEST_FILE} is missing"
+        return f"{constants.CHECKPOINT_MANIFEST_FILE} is missing"
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"{CHECKPOINT_MANIFEST_FILE} cannot be read: {error}"
+        return f"{constants.CHECKPOINT_MANIFEST_FILE} cannot be read: {error}"
     for name in sorted(files)[rank::world_size]:
         path = folder / name
         if not path.is_file():
@@ -345,14 +345,6 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
         if sha256_file(path) != sha256:
             return f"{name} has changed since it was written (SHA-256 differs)"
     return None
-
-
-def _prune(folder: Path, settings: Checkpoint, needed: Collection[int]) -> None:
-    """Delete all but the newest `keep_last` checkpoints, the milestones, the best one and those `needed`."""
-    milestone, best = settings.milestone_every_n_steps, read_best(folder)
-    old = list_checkpoints(folder)[settings.keep_last :]
-    kept = {checkpoint_name(step) for step in needed} | {best and best["checkpoint"]}
-    _remove(p for p in old if p.name not in kept and not (milestone and step_of(p) % milestone == 0))
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -33,12 +33,10 @@ def explained(config: Config) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(out_of_memory(config, str(here()), str(error))) from error
     except KernelError as error:
         raise VersaTuneError(f"{here()}: {error}") from error
     except RuntimeError as error:
-        if NO_HOST_MEMORY in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or NO_HOST_MEMORY in str(error):
             raise ConfigError(out_of_memory(config, str(here()), str(error))) from error
         if DEVICE_ASSERT not in str(error):
             raise

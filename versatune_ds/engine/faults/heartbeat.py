@@ -33,7 +33,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 
 import psutil
 import torch.distributed as dist
@@ -170,9 +169,7 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leaving.set()
         self._thread.join()
         try:

@@ -15,7 +15,6 @@ import os
 import socket
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -47,9 +46,7 @@ class RunLock:
         distributed.on_main(self._take)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self._lock.is_locked:
             self._holder.unlink(missing_ok=True)
             self._lock.release()

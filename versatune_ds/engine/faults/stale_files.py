@@ -12,10 +12,10 @@ What is not covered: files of other users (only named by `doctor`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -91,8 +91,12 @@ def locks(folder: Path) -> list[Path]:
 
 def stale_locks(folder: Path) -> list[Path]:
     """Locks that are older than any build takes."""
-    oldest = time.time() - 60 * STALE_LOCK_MINUTES
-    return [lock for lock in locks(folder) if (mtime := _mtime(lock)) is not None and mtime < oldest]
+    found = []
+    for lock in locks(folder):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if time.time() - lock.stat().st_mtime > 60 * STALE_LOCK_MINUTES:
+                found.append(lock)
+    return found
 
 
 def remove_lock(lock: Path) -> str | None:
@@ -103,8 +107,10 @@ def remove_lock(lock: Path) -> str | None:
             return f"it belongs to user {found.st_uid}"
         if (kind := file_system(lock)) not in LOCAL_FILE_SYSTEMS:
             return f"it lies on a {kind} file system, and another host may hold it"
-        if any(path == str(lock.resolve()) for path in _open_files()):
-            return "a process has it open"
+        path = str(lock.resolve())
+        for process in psutil.process_iter(["open_files"]):  # None: somebody else's
+            if any(file.path == path for file in process.info["open_files"] or ()):
+                return "a process has it open"
         now = lock.stat()
         if (now.st_ino, now.st_mtime_ns) != (found.st_ino, found.st_mtime_ns):
             return "it was made anew meanwhile"
@@ -121,22 +127,6 @@ def file_system(path: Path) -> str:
     resolved = path.resolve()
     mounts = [m for m in psutil.disk_partitions(all=True) if resolved.is_relative_to(m.mountpoint)]
     return max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else "unknown"
-
-
-def _open_files() -> Iterator[str]:
-    """What the processes of this machine have open, as far as it may be seen."""
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            yield os.readlink(link)
-        except OSError:
-            continue  # closed meanwhile, or somebody else's
-
-
-def _mtime(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return None
 
 
 def unused_buffers(folder: Path) -> list[Path]:

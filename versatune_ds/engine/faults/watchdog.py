@@ -13,7 +13,7 @@ What is not covered: how beats travel and what is done about a verdict (`engine/
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from versatune_ds.foundations import constants
@@ -148,7 +148,8 @@ class Watchdog:
         if stuck_s < self.timeout_s or any(self.silent_s[rank] > QUIET_S for rank in behind):
             return None
         all_alike = len(behind) == len(present) > 1
-        who = f"all {len(behind)} ranks stand" if all_alike else self._stand(behind)
+        names = listed([self.name(rank) for rank in behind], 3)
+        who = f"all {len(behind)} ranks stand" if all_alike else f"{names} stand{'s' * (len(behind) == 1)}"
         waiting = "; the others wait" if len(behind) < len(present) else ""
         return Failure(
             f"no progress for {stuck_s:.0f} s (run.hang_timeout_s): {who} in {self._place(behind[0])}"
@@ -165,7 +166,3 @@ class Watchdog:
 
     def _place(self, rank: int) -> str:
         return str(self.last[rank].place) if rank in self.last else "no step yet"
-
-    def _stand(self, ranks: Sequence[int]) -> str:
-        names = listed([self.name(rank) for rank in ranks], 3)
-        return f"{names} {'stands' if len(ranks) == 1 else 'stand'}"

@@ -27,8 +27,8 @@ Part = tuple[int, int]
 WHOLE: Part = (0, 1)
 
 
-class _Samples:
-    """Token source of the probe."""
+class LabelledSamples:
+    """A token source in memory; every token has a label."""
 
     def __init__(self, tokens: Sequence[np.ndarray]) -> None:
         self.tokens = tokens
@@ -92,7 +92,7 @@ def _token_losses(
     count, lengths = len(samples), np.array([len(tokens) for tokens in samples], np.int32)
     pack = Pack(np.zeros(count, np.int32), np.arange(count), lengths)
     rows = rows_of(int(lengths.sum()), max(multiple, part[1]))
-    batch = collate(pack, [_Samples(samples)], rows, 0).part(*part).to(device)
+    batch = collate(pack, [LabelledSamples(samples)], rows, 0).part(*part).to(device)
     return model(**model_inputs(batch, 1.0)).token_loss
 
 

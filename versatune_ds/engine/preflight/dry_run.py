@@ -20,6 +20,7 @@ from versatune_ds.data.collate import Batch, collate, compare, rows_of
 from versatune_ds.data.plan.packing import Pack
 from versatune_ds.engine.backend.backend import Backend
 from versatune_ds.engine.faults.device_errors import out_of_memory
+from versatune_ds.engine.model.isolation import LabelledSamples
 from versatune_ds.engine.model.packed_lm import model_inputs
 from versatune_ds.engine.phases import phase
 from versatune_ds.foundations.errors import ConfigError
@@ -64,16 +65,6 @@ def dry_run(backend: Backend, config: Config) -> None:
 def worst_batch(pack_len: int) -> Batch:
     """One sample that fills the pack, all of it supervised."""
     pack = Pack(np.zeros(1, np.int32), np.zeros(1, np.int64), np.full(1, pack_len, np.int32))
-    sources = [_FullSample(pack_len)]
+    sources = [LabelledSamples([np.zeros(pack_len, np.uint32)])]
     whole = collate(pack, sources, pack_len, 0)
     return compare(whole, pack, np.ones(1, bool), sources, 0, pack_len)
-
-
-class _FullSample:
-    """A token source whose only sample fills a pack."""
-
-    def __init__(self, pack_len: int) -> None:
-        self.pack_len = pack_len
-
-    def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros(self.pack_len, np.uint32), np.ones(self.pack_len, bool)
