@@ -51,7 +51,8 @@ def test_config_is_valid_and_introduces_itself(path, monkeypatch):
         assert word in opening
     if path.stem != "quickstart":
         assert str(path.relative_to(REPOSITORY)) in opening
-    world_size = 2 if "strategies" in path.parts or path.stem in SAMPLES else 8
+    is_small = {"strategies", "searches"} & set(path.parts) or path.stem in SAMPLES
+    world_size = 2 if is_small else 8
     deepspeed_config(config, world_size)
 
 
