@@ -63,9 +63,10 @@ def small_run(folder: Path, rows: int | None = None, **sections: dict[str, Any])
     architecture.write_text(json.dumps({**json.loads(architecture.read_text()), **SMALL_MODEL}))
     for source in raw["data"]["train"] if rows else []:
         file = Path(source["path"])
-        text = file.read_text()
-        few = json.dumps(json.loads(text)[:rows]) if file.suffix == ".json" else text.splitlines()[:rows]
-        file.write_text(few if isinstance(few, str) else "\n".join(few))
+        if file.suffix == ".json":
+            file.write_text(json.dumps(json.loads(file.read_text())[:rows]))
+        else:
+            file.write_text("\n".join(file.read_text().splitlines()[:rows]))
     for name, keys in sections.items():
         raw[name] = {**raw.get(name, {}), **keys}
     return prepare_run(folder, raw)

@@ -115,10 +115,15 @@ class Model(Section):
         """`kl_to_base.share`; 0: none."""
         return self.kl_to_base.share if self.kl_to_base else 0.0
 
+    @property
+    def keeps_base(self) -> bool:
+        """Whether a frozen copy of the model stands beside the one that is trained."""
+        return self.kl_to_base is not None and self.adapter is None
+
     def problems(self) -> Iterator[str]:
         if self.compile != "off" and self.activation_checkpointing in ("selective", "offload"):
             yield f"compile cannot trace activation_checkpointing {self.activation_checkpointing}"
-        if self.kl_to_base is not None and self.adapter is None and self.router == "frozen":
+        if self.keeps_base and self.router == "frozen":
             yield (
                 "kl_to_base without an adapter keeps frozen weights out of checkpoints, and those of routers "
                 "are needed there: take router: frozen out, or give model.adapter"

@@ -280,7 +280,7 @@ def _communication(shape: ModelShape, setup: Setup) -> tuple[Part, ...]:
 
 
 def frozen_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Of a whole model that an adapter stands beside."""
+    """Of a whole model that an adapter, or a trained copy, stands beside."""
     in_4_bits = shape.layers * sum(x.width * x.out for x in shape.linears.values()) if setup.is_qlora else 0
     return int((shape.parameters - in_4_bits) * setup.element + in_4_bits * NF4)
 
@@ -305,12 +305,9 @@ def _states(
     held: list[Part] = []
     host: list[Part] = []
     parameters = [Part("parameters", (shard if stage == 3 else n) * s, True)]
-    if setup.adapter is not None:
+    if setup.adapter is not None or setup.keeps_base:
         frozen = frozen_bytes(shape, setup) // (setup.shards if stage == 3 else 1)
         parameters.insert(0, Part("frozen model", frozen, not setup.is_qlora))
-    if setup.keeps_base:
-        base = frozen_bytes(shape, setup) // (setup.shards if stage == 3 else 1)
-        parameters.append(Part("frozen base", base, True))
     (host if setup.offload == "all" and stage == 3 else held).extend(parameters)
     if stage == 3:
         vectors = (*shape.vectors * shape.layers, shape.hidden, *adapter)

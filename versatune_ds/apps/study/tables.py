@@ -62,14 +62,17 @@ def start_table(summary: Json) -> Table:
     )
 
 
+def unspecialised(summary: Json) -> Json:
+    """The arms that are no expansion's, by name."""
+    members = {arm for arms in summary["expansions"].values() for arm in arms}
+    return {name: arm for name, arm in summary["arms"].items() if name not in members}
+
+
 def strategy_tables(summary: Json) -> list[Table]:
     """Changes of every arm without a target, how far its weights moved, and differences from baselines."""
     baselines, domains = summary["baselines"], summary["domains"]
-    specialised = {arm for arms in summary["expansions"].values() for arm in arms}
     changes, against = [], []
-    for name, arm in summary["arms"].items():
-        if name in specialised:
-            continue
+    for name, arm in unspecialised(summary).items():
         others = [NOTHING if name == b else signed(arm["against"][b]["mean_change"], 2) for b in baselines]
         by_domain = [signed(arm["domain_change"][d], 1, " %") for d in domains]
         moved = percent(arm["weights"]["moved"])
@@ -84,16 +87,12 @@ def strategy_tables(summary: Json) -> list[Table]:
 
 def objective_table(objective: str, summary: Json) -> Table:
     """Change of one objective by arm, without those of an expansion."""
-    baselines = summary["baselines"]
-    specialised = {arm for arms in summary["expansions"].values() for arm in arms}
-    rows = []
-    for name, arm in summary["arms"].items():
-        if name not in specialised:
-            others = [
-                NOTHING if name == b else signed(arm["against"][b]["objectives"][objective], 2)
-                for b in baselines
-            ]
-            rows.append((name, [signed(arm["objectives"][objective], 2, " %"), *others]))
+    baselines, rows = summary["baselines"], []
+    for name, arm in unspecialised(summary).items():
+        others = [
+            NOTHING if name == b else signed(arm["against"][b]["objectives"][objective], 2) for b in baselines
+        ]
+        rows.append((name, [signed(arm["objectives"][objective], 2, " %"), *others]))
     weights = summary["provenance"]["study"]["objectives"][objective]
     caption = f"Objective {objective}: " + ", ".join(f"{name} {o:g}" for name, o in weights.items())
     return Table(["arm", "change", *(f"against {b} (points)" for b in baselines)], rows, caption)

@@ -30,6 +30,8 @@ from versatune_ds.foundations.json_input import finite
 from versatune_ds.strategies.rules import Mask
 from versatune_ds.strategies.simplex import Vector, limit_weights
 
+NOT_KNOWN = Rise(math.nan, math.nan)
+
 
 def without(weights: Vector, held: Mask, *, min_weight: float, max_weight: float) -> Vector:
     """Weights with the shares of held domains given to the others, in proportion, within floor and cap.
@@ -40,9 +42,6 @@ def without(weights: Vector, held: Mask, *, min_weight: float, max_weight: float
     if not held.any() or kept.max() <= 0:
         return weights.copy()
     return limit_weights(kept, kept, min_weight=min_weight, max_weight=max_weight)
-
-
-NOT_KNOWN = Rise(math.nan, math.nan)
 
 
 class OverfitGuard:

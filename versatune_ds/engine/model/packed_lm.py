@@ -271,7 +271,7 @@ def build_model(
     # together: under ZeRO-3 only rank 0 reads the values
     lm = distributed.together(lambda: load_lm(settings, seed, **options))
     base = None
-    if settings.kl_to_base is not None and settings.adapter is None:
+    if settings.keeps_base:
         base = distributed.together(lambda: load_lm(settings, seed, **options))
     lm.config.use_cache = False
     lm.config.architectures = [type(lm).__name__]
