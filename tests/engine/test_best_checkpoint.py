@@ -99,6 +99,18 @@ def test_a_note_on_what_is_gone_goes_and_one_that_was_lost_comes_back(tmp_path):
     assert not folders.restore_best(tmp_path, None)
 
 
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_note_that_somebody_damages_meanwhile_is_a_problem_that_all_ranks_hear_of(tmp_path, in_background):
+    saver, _ = saver_of(tmp_path, asynchronous=in_background)
+    saver.keep_best(note(2), dict)
+    saver.finish()
+    (tmp_path / "best.json").write_text("{}")
+    with pytest.raises(SaveError, match=r"step 3 could not be written .*best.json cannot be read"):
+        saver.save(3, dict)
+        saver.finish()
+    assert names(tmp_path) == [2, 3]  # it was there before the note was looked at
+
+
 def test_a_note_that_cannot_be_read_is_an_error(tmp_path):
     (tmp_path / "best.json").write_text("{}")
     with pytest.raises(StateError, match=r"best.json cannot be read \(KeyError: 'step'\); remove it"):

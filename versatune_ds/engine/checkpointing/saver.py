@@ -46,12 +46,15 @@ from versatune_ds.engine.phases import phase
 from versatune_ds.engine.statistics import Flags
 from versatune_ds.foundations import distributed
 from versatune_ds.foundations.constants import CHECKPOINT_STATE_FILE
-from versatune_ds.foundations.errors import SaveError
+from versatune_ds.foundations.errors import SaveError, StateError
 from versatune_ds.foundations.files import sha256_file, write_json_atomic
 from versatune_ds.foundations.host_memory import available_bytes
 from versatune_ds.foundations.log import get_logger
 
 log = get_logger(__name__)
+
+PUBLISHING_PROBLEMS = (OSError, ValueError, StateError)
+"""What ends all ranks together where rank 0 alone works: no room, and files that somebody has damaged."""
 
 
 class Share:
@@ -255,7 +258,7 @@ class Saver:
             if distributed.is_main():
                 try:
                     folders.keep(self._folder, self._settings, note, self._needed())
-                except OSError as error:
+                except PUBLISHING_PROBLEMS as error:
                     self._problem = SaveError(self._describe(error))
             self._raise_together()
 
@@ -334,7 +337,7 @@ class Saver:
             try:
                 ranks, needed = distributed.world_size(), self._needed()
                 folders.publish(folder, step, ranks, self._settings, self._best, needed)
-            except OSError as error:
+            except PUBLISHING_PROBLEMS as error:
                 self._problem = SaveError(self._describe(error))
                 shutil.rmtree(folder, ignore_errors=True)
                 self._in_flight = None
