@@ -133,8 +133,7 @@ def reference_by_training(config: Config, out: Path, device: torch.device) -> Re
     for i, name in enumerate(table.names):
         train_cache, held_out_cache = caches["train"][i], caches["eval"][i]
         assert train_cache is not None and held_out_cache is not None
-        folder = out / folder_name(name)
-        derived = single_domain_config(config, name, folder, train_cache.num_tokens, adapter)
+        derived = single_domain_config(config, name, out / folder_name(name), train_cache.num_tokens, adapter)
         print_of_domain = canonical_hash(
             [
                 {section: derived.model_dump(mode="json")[section] for section in SECTIONS_THAT_MATTER},
@@ -142,21 +141,9 @@ def reference_by_training(config: Config, out: Path, device: torch.device) -> Re
                 [train_cache.fingerprint, held_out_cache.fingerprint],
             ]
         )
-        with writing(folder, "give another --out"):
-            result = distributed.on_main(_finished, folder, print_of_domain)
+        result = _of_domain(derived, print_of_domain, name, f"{i + 1} of {len(table)}", device)
         if result is None:
-            log.info(
-                "reference of %s (%d of %d): at most %d steps, learning rate %.3g",
-                name,
-                i + 1,
-                len(table),
-                derived.train.max_steps,
-                derived.optimizer.lr,
-            )
-            if not train_in_group(derived, device):
-                return None
-            free_memory()
-            result = distributed.on_main(_finish, folder, name)
+            return None
         results.append(result)
     losses = np.array([result["loss"] for result in results])
     before = np.array([result["loss_before"] for result in results])
@@ -241,6 +228,33 @@ def _require_data(table: DomainTable, caches: Mapping[str, list[Any]]) -> None:
                 f"reference loss is measured on held-out data after training on the domain; add a source to "
                 f"{cure}, or leave the domain out of domains.names"
             )
+
+
+def _of_domain(
+    config: Config, fingerprint: str, name: str, place: str, device: torch.device
+) -> dict[str, Any] | None:
+    """The result of a domain's run, trained unless it was before; None when asked to stop. A collective.
+
+    Args:
+        fingerprint: of everything that decides the result.
+        place: which of how many.
+    """
+    folder = config.run.dir
+    with writing(folder, "give another --out"):
+        result: dict[str, Any] | None = distributed.on_main(_finished, folder, fingerprint)
+    if result is None:
+        log.info(
+            "reference of %s (%s): at most %d steps, learning rate %.3g",
+            name,
+            place,
+            config.train.max_steps,
+            config.optimizer.lr,
+        )
+        if not train_in_group(config, device):
+            return None
+        free_memory()
+        result = distributed.on_main(_finish, folder, name)
+    return result
 
 
 def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ import pyarrow.parquet
 
 from versatune_ds.apps.bench.samples import domain_lengths
 from versatune_ds.data.plan import packing
-from versatune_ds.data.plan.balance import modelled_idle, rank_packs
+from versatune_ds.data.plan.balance import modelled_idle, quadratic_tokens, rank_packs
 from versatune_ds.data.plan.corpus import WEIGHT_UNITS, Corpus, PlannerSettings
 from versatune_ds.data.plan.planner import StepPlan, plan_step
 from versatune_ds.data.plan.state import PlannerState
@@ -40,8 +40,8 @@ from versatune_ds.observability.throughput import peak_memory_gib
 CHARACTERS_PER_TOKEN = 4
 SCALE_BLOCK = 1_000_000
 MIB = 1 << 20
-QUADRATIC_TOKENS = 65_000.0
-"""Attention costs as much as the linear layers at this length: a 7B model of 28 layers, hidden 3,584."""
+QUADRATIC_TOKENS = quadratic_tokens(6_500_000_000, 28, 3584)
+"""Of a 7B model: attention costs as much as its linear layers at 64.8 k tokens."""
 COLUMNS = (
     "tokens a pack", "packs a step", "unit", "efficiency", "worst step", "furthest from target, units",
     "trained shares off by", "longest wait", "most carried over", "idle", "idle, shuffled", "samples/CPU s",
