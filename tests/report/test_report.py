@@ -72,6 +72,23 @@ def test_the_kl_to_the_base_is_a_column_of_runs_that_have_it(make_run):
     assert "KL to base" in page and f"{MINUS}59.5 % 0.253" in page
 
 
+def test_what_the_guard_saw_is_drawn_by_domain(make_run):
+    assert "The guard" not in page_of(make_run()).flat()
+    seen = {"law": {"held": True, "rise": 0.25}, "code": {"held": False, "rise": -0.5}}
+    run = read_run(make_run("guarded", guard=seen))
+    np.testing.assert_array_equal(run.updates["rise"], [[0.25, -0.5]])
+    np.testing.assert_array_equal(run.updates["held_rise"], [[0.25, np.nan]])
+    html = render([run])
+    assert "The guard" in Page(html).flat()
+    for name in run.names:
+        assert f"rise of the held-out loss of {name}" in html
+
+
+@pytest.mark.parametrize("guard", [[1], {"law": 0.5}, {"law": {"rise": "much", "held": 1}}])
+def test_a_guard_s_record_that_is_damaged_is_left_out(make_run, guard):
+    assert "The guard" not in page_of(make_run(guard=guard)).flat()
+
+
 def test_domain_names_are_escaped_everywhere(make_run):
     name = '<script>alert(1)</script> & $x_1$ "q"'
     html = render([read_run(make_run(names=(name, "code")))])

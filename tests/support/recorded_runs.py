@@ -55,6 +55,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         steps: int = 20,
         evaluations: bool = True,
         updates: bool = True,
+        guard: Any = None,
         **changes: Any,
     ) -> Path:
         folder = tmp_path / name
@@ -90,6 +91,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
                     "applied": True,
                     "reasons": [f"{names[0]} was absent"],
                     "alarms": ["spread of gamma is below 0.001"],
+                    **({"guard": guard} if guard is not None else {}),
                 }
             )
         sinks.close()

@@ -278,6 +278,30 @@ def scores_section(runs: Sequence[RunData]) -> PageSection | None:
     return PageSection("answers", "Scored answers", lead, panels=panels, tables=tables)
 
 
+def guard_section(runs: Sequence[RunData]) -> PageSection | None:
+    """How far each held-out loss is above its lowest one at the guard's probes; None without a guard."""
+    rises = np.concatenate([run.updates["rise"].ravel() for run in runs])
+    if not np.isfinite(rises).any():
+        return None
+
+    def lines(run: RunData, color: int, column: int, dashes: int | None) -> list[Series]:
+        rise, held = run.updates["rise"][:, column], run.updates["held_rise"][:, column]
+        look: dict[str, Any] = {"x": run.update_steps, "color": color, "dashes": dashes}
+        return [
+            Series(y=rise, **look),
+            Series(y=rise, kind="hollow", **look),
+            Series(y=held, kind="markers", **look),
+        ]
+
+    y_range = (min(0.0, float(np.nanmin(rises))), max(0.0, float(np.nanmax(rises))))
+    panels = _domain_panels(runs, "rise of the held-out loss", lines, y_range=y_range)
+    lead = (
+        "Held-out loss at each probe above the domain's lowest one before it, in nats; below 0 it is the "
+        "lowest. Filled: the domain is held, its share goes to the others."
+    )
+    return PageSection("guard", "The guard", lead, panels=panels, has_legend=len(runs) > 1)
+
+
 def signals_section(runs: Sequence[RunData]) -> PageSection:
     """gamma and phi at every weight update."""
     key, title = "signals", f"{GAMMA} and {PHI} at the weight updates"
@@ -411,6 +435,7 @@ SECTIONS: tuple[tuple[Callable[[Sequence[RunData]], PageSection | None], bool], 
     (weights_section, True),
     (loss_section, True),
     (scores_section, True),
+    (guard_section, True),
     (signals_section, True),
     (shares_section, True),
     (speed_section, True),

@@ -92,7 +92,7 @@ class RunData:
     update_steps: Array
     """[u] optimizer steps done at each weight update; step 0 (the initial weights) is left out."""
     updates: Mapping[str, Array]
-    """Key of UPDATE_KEYS -> [u, k]."""
+    """Key of UPDATE_KEYS -> [u, k]; `rise` and `held_rise`: see `_guard`."""
     applied: npt.NDArray[np.bool_]
     """[u] False for a shadow update."""
     eval_steps: Array
@@ -178,7 +178,7 @@ def read_run(folder: Path, label: str | None = None) -> RunData:
         weight_steps=weight_steps,
         weights=weights,
         update_steps=_column(real_updates, "step"),
-        updates={key: _matrix(real_updates, key, names) for key in UPDATE_KEYS},
+        updates={key: _matrix(real_updates, key, names) for key in UPDATE_KEYS} | _guard(real_updates, names),
         applied=np.array([line.get("applied") is not False for line in real_updates], dtype=bool),
         eval_steps=_column(evals, "step"),
         eval_loss=_column(evals, "loss"),
@@ -358,6 +358,23 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> Array:
 
 def _matrix(lines: Sequence[Mapping[str, Any]], key: str, names: Sequence[str]) -> Array:
     return _rows([line.get(key) for line in lines], names)
+
+
+def _guard(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Array]:
+    """What the guard saw: how far each held-out loss was above its lowest one, of all and of held domains."""
+    found = [line.get("guard") for line in lines]
+    entries = [
+        {name: entry for name, entry in guard.items() if isinstance(entry, dict)}
+        if isinstance(guard, dict)
+        else {}
+        for guard in found
+    ]
+    rises = [{name: entry.get("rise") for name, entry in of_all.items()} for of_all in entries]
+    held = [
+        {name: entry.get("rise") for name, entry in of_all.items() if entry.get("held") is True}
+        for of_all in entries
+    ]
+    return {"rise": _rows(rises, names), "held_rise": _rows(held, names)}
 
 
 def _rows(values: Sequence[Any], names: Sequence[str]) -> Array:
