@@ -327,21 +327,17 @@ def _domain_names(
 ) -> tuple[str, ...]:
     """Domains in table order as run.json or the configuration says, then any others that have records."""
     names: dict[str, None] = {}
-    section = config.get("domains")
-    for listed in (info.get("domains"), section.get("names") if isinstance(section, dict) else None):
+    for listed in (info.get("domains"), _mapping(config.get("domains")).get("names")):
         if isinstance(listed, list | dict):
             names.update(dict.fromkeys(str(name) for name in listed))
     for line in recorded:
         for key in ("weights", "domain_loss", "after"):
-            value = line.get(key)
-            if isinstance(value, dict):
-                names.update(dict.fromkeys(value))
+            names.update(dict.fromkeys(_mapping(line.get(key))))
     return tuple(names)
 
 
 def _weight_unit(config: Mapping[str, Any], line: Mapping[str, Any]) -> str:
-    section = config.get("domains")
-    found = [line.get("weight_unit"), section.get("weight_unit") if isinstance(section, dict) else None]
+    found = [line.get("weight_unit"), _mapping(config.get("domains")).get("weight_unit")]
     return next((unit for unit in found if unit in SHARE_UNITS), SHARE_UNITS[0])
 
 
@@ -362,19 +358,15 @@ def _matrix(lines: Sequence[Mapping[str, Any]], key: str, names: Sequence[str]) 
 
 def _guard(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Array]:
     """What the guard saw: how far each held-out loss was above its lowest one, of all and of held domains."""
-    found = [line.get("guard") for line in lines]
-    entries = [
-        {name: entry for name, entry in guard.items() if isinstance(entry, dict)}
-        if isinstance(guard, dict)
-        else {}
-        for guard in found
-    ]
-    rises = [{name: entry.get("rise") for name, entry in of_all.items()} for of_all in entries]
-    held = [
-        {name: entry.get("rise") for name, entry in of_all.items() if entry.get("held") is True}
-        for of_all in entries
-    ]
-    return {"rise": _rows(rises, names), "held_rise": _rows(held, names)}
+    entries = [[_mapping(_mapping(line.get("guard")).get(name)) for name in names] for line in lines]
+    rise = _rows([[entry.get("rise") for entry in row] for row in entries], names)
+    held = np.array([[entry.get("held") is True for entry in row] for row in entries], dtype=bool)
+    return {"rise": rise, "held_rise": np.where(held.reshape(rise.shape), rise, np.nan)}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A mapping as it is; an empty one for everything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def _rows(values: Sequence[Any], names: Sequence[str]) -> Array:
@@ -386,7 +378,7 @@ def _row(value: Any, names: Sequence[str]) -> list[float]:
     """Values by domain, from a mapping by name or a list in table order; NaN where there is none."""
     if isinstance(value, list) and len(value) == len(names):
         value = dict(zip(names, value, strict=True))
-    by_name = value if isinstance(value, dict) else {}
+    by_name = _mapping(value)
     return [_number(by_name.get(name)) for name in names]
 
 
